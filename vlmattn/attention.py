@@ -1,0 +1,113 @@
+"""The attention function that transformers calls in the decoder of a wrapped model.
+
+It asks the active methods for their edits and hands them to a kernel; with nothing to do it calls the implementation
+that the model had, with the very same arguments. The names below are registered once per process and stay: what they
+do for a given call is decided by the ``Step`` that the model's pre-hook passes along, never by global state.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from vlmattn.errors import UnsupportedError
+from vlmattn.kernels import AttentionEdit, attend, scale_heads
+from vlmattn.request import Scope, Step
+
+STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
+
+#: Implementation a model may have when it is wrapped, and the name it has while wrapped. The names must not contain
+#: "flash", "sdpa" or "flex": transformers tests for those words.
+NAMES = {"sdpa": "vlmattn", "eager": "vlmattn_eager"}
+
+Output = tuple[Tensor, Tensor | None]
+
+
+def _base(name: str, module: nn.Module) -> Callable[..., Output]:
+    if name == "sdpa":
+        return sdpa_attention_forward  # type: ignore[return-value]
+    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+
+
+def _registered(base_name: str) -> Callable[..., Output]:
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Output:
+        step: Step | None = kwargs.pop(STEP, None)
+        base = _base(base_name, module)
+        if step is None:
+            return base(module, query, key, value, attention_mask, **kwargs)
+        return _run(base, step, module, query, key, value, attention_mask, kwargs)
+
+    return forward
+
+
+def _run(
+    base: Callable[..., Output],
+    step: Step,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Output:
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if step.watch is not None:
+        out, weights = base(module, query, key, value, mask, **kwargs)
+        gain = step.watch(layer, out)
+        return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), weights
+    methods = step.request.plan.by_layer[layer]
+    edit = AttentionEdit()
+    if methods:
+        queries, keys = query.shape[2], key.shape[2]
+        scope = Scope(step, layer, queries, keys, query.device)
+        _check(step, queries, keys, kwargs)
+        for method in methods:
+            edit = edit.then(method.edit(scope))
+    phase = "decode" if query.shape[2] == 1 else "prefill"
+    count = step.request.ledger.add
+    if edit.is_identity:
+        count(("calls", phase, base_label(step.base), str(layer)))
+        return base(module, query, key, value, mask, **kwargs)
+    if edit.only_head_gain:
+        out, weights = base(module, query, key, value, mask, **kwargs)
+        count(("calls", phase, base_label(step.base) + "+head_gain", str(layer)))
+        return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), weights
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    see = scope.visibility(mask, kwargs.get("sliding_window"))
+    out, backend = attend(query, key, value, see, edit, scale, kwargs.get("dropout", 0.0))
+    count(("calls", phase, backend, str(layer)))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def base_label(name: str) -> str:
+    """How ``report()`` names layers and phases that ran the model's own implementation."""
+    return f"base:{name}"
+
+
+def _check(step: Step, queries: int, keys: int, kwargs: dict[str, Any]) -> None:
+    """Refuse what would be silently wrong."""
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise UnsupportedError("attention with soft-capped scores or sink logits cannot be edited yet; unwrap the model")
+    if step.start is not None and keys < step.start + queries:
+        raise UnsupportedError(
+            f"the cache holds {keys} of {step.start + queries} tokens (sliding window); edits need the whole prompt:"
+            " use a model or cache without a sliding window"
+        )
+
+
+def register() -> None:
+    """Make the names known to transformers (idempotent; they stay registered)."""
+    AttentionInterface.register(NAMES["sdpa"], _registered("sdpa"))
+    AttentionInterface.register(NAMES["eager"], _registered("eager"))
+    # Without a mask function of the same name transformers drops every mask silently.
+    AttentionMaskInterface.register(NAMES["sdpa"], sdpa_mask)
+    AttentionMaskInterface.register(NAMES["eager"], eager_mask)
+

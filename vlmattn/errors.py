@@ -1,0 +1,40 @@
+"""Errors with a remedy. Every message is one line that says what was wrong, what is allowed and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VlmattnError(Exception):
+    """Base class of all errors raised on purpose."""
+
+
+class OptionError(VlmattnError, ValueError):
+    """An option has a value it may not have."""
+
+
+class UnknownNameError(VlmattnError, KeyError):
+    """A preset, method or suite that does not exist."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+        self.message = f"unknown {kind} '{name}'; {hint}"
+        super().__init__(self.message)
+
+    def __str__(self) -> str:  # KeyError would show the repr
+        return self.message
+
+
+class UnsupportedError(VlmattnError):
+    """A model, option or composition this version cannot run correctly."""
+
+
+class StateError(VlmattnError, RuntimeError):
+    """A call in the wrong order: wrapping twice, a cache from elsewhere."""
+
+
+class InputError(VlmattnError, ValueError):
+    """Inputs, files or images that cannot be used."""

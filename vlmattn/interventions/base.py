@@ -1,0 +1,170 @@
+"""The shape of a method: a frozen dataclass that declares an AttentionEdit, and the registry of methods and presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor
+
+from vlmattn.errors import OptionError, UnknownNameError
+from vlmattn.kernels import AttentionEdit
+from vlmattn.request import Preparation, Scope
+
+
+class Sizes(Protocol):
+    """What a method may know about a model (``models.Anatomy`` fits)."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def backbone(self) -> tuple[str, int, int, int]: ...
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What the registry knows about a method."""
+
+    name: str
+    paper: str
+    code: str
+    faithful: str
+    parts: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class PresetInfo:
+    """A named setting of one method."""
+
+    name: str
+    method: str
+    about: str
+    options: Mapping[str, Any]
+
+
+def option(default: Any, low: float | None = None, high: float | None = None, about: str = "", source: str = "") -> Any:
+    """A dataclass field with its range (both ends included), meaning and the source of its default."""
+    return field(default=default, metadata={"low": low, "high": high, "about": about, "source": source})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention:
+    """Base of all methods. Instances are immutable; what a request needs to remember is kept on the request."""
+
+    info: ClassVar[MethodInfo]
+    layers: str = option("0:", about="decoder layers, as Python slices or indices joined by commas")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            if isinstance(getattr(self, spec.name), list):  # as JSON and YAML have it
+                object.__setattr__(self, spec.name, tuple(getattr(self, spec.name)))
+            self._check(spec)
+        parse_layers(self.layers, 10**6, self.info.name)
+
+    def _check(self, spec: dataclasses.Field[Any]) -> None:
+        value, where = getattr(self, spec.name), f"{self.info.name}.{spec.name}"
+        default = spec.default
+        if isinstance(default, bool) or isinstance(default, str):
+            if not isinstance(value, type(default)):
+                raise OptionError(f"{where} must be of type {type(default).__name__}, got {value!r}")
+        elif isinstance(default, (int, float)):
+            low, high = spec.metadata["low"], spec.metadata["high"]
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not low <= value <= high:
+                raise OptionError(f"{where} must be a number within {low}..{high}, got {value!r}")
+
+    def bind(self, sizes: Sizes) -> Intervention:
+        """This method for one model: check what depends on its sizes, look up what depends on its language model."""
+        self.active_layers(sizes)
+        return self
+
+    def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        return parse_layers(self.layers, sizes.layers, self.info.name)
+
+    def prepare(self, preparation: Preparation) -> None:
+        """Before the prompt is read: run the decoder on other inputs, if the method needs to."""
+
+    def observe(self, scope: Scope, hidden: Tensor) -> None:
+        """While the prompt is read: the residual stream ``[batch, query, hidden]`` that enters an active layer."""
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        """What to do with the attention of this layer; ``AttentionEdit()`` for nothing."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """All fields with their values, as plain data."""
+        values = ((spec.name, getattr(self, spec.name)) for spec in dataclasses.fields(self))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+
+def parse_layers(spec: str, count: int, method: str) -> tuple[int, ...]:
+    """Layer indices of ``"2:-1"`` or ``"1,-14:"`` in a decoder of ``count`` layers; slices are clipped as in Python."""
+    found: set[int] = set()
+    for part in spec.split(","):
+        ends = part.strip().split(":")
+        try:
+            numbers = [int(end) if end.strip() else None for end in ends]
+            if len(ends) == 1 and numbers[0] is not None:
+                found.add(range(count)[numbers[0]])
+            elif len(ends) == 2:
+                found.update(range(count)[slice(*numbers)])
+            else:
+                raise ValueError(part)
+        except ValueError:
+            raise OptionError(f"{method}.layers must look like '2:-1' or '1,-14:', got '{spec}'") from None
+        except IndexError:
+            raise OptionError(f"{method}.layers names layer {part.strip()}, but the decoder has layers 0..{count - 1}") from None
+    return tuple(sorted(found))
+
+
+_METHODS: dict[str, type[Intervention]] = {}
+_PRESETS: dict[str, PresetInfo] = {}
+_M = TypeVar("_M", bound=type[Intervention])
+
+
+def register(
+    name: str, *, paper: str, code: str, faithful: str, parts: str, cost: str, presets: Mapping[str, tuple[str, dict[str, Any]]]
+) -> Callable[[_M], _M]:
+    """Class decorator: make a method known under ``name``, with presets given as name -> (about, options)."""
+
+    def add(cls: _M) -> _M:
+        if name in _METHODS:
+            raise OptionError(f"method '{name}' is registered twice: {_METHODS[name].__module__} and {cls.__module__}")
+        cls.info = MethodInfo(name, paper, code, faithful, parts, cost)
+        _METHODS[name] = cls
+        for preset, (about, options) in presets.items():
+            _PRESETS[preset] = PresetInfo(preset, name, about, options)
+        return cls
+
+    return add
+
+
+def find_method(name: str) -> type[Intervention]:
+    if name not in _METHODS:
+        raise UnknownNameError("method", name, _METHODS)
+    return _METHODS[name]
+
+
+def all_presets() -> dict[str, PresetInfo]:
+    return dict(sorted(_PRESETS.items()))
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Intervention:
+    """An instance from plain data; unknown options are an error that names the known ones."""
+    cls = find_method(name)
+    known = [spec.name for spec in dataclasses.fields(cls)]
+    for key in options:
+        if key not in known:
+            raise UnknownNameError(f"option of '{name}'", key, known)
+    return cls(**options)

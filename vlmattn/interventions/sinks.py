@@ -1,0 +1,24 @@
+"""Attention sinks by massive activations: which hidden dimensions give them away, and the test for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# (language model type, hidden size, layers, MLP width) -> sink dimensions. They belong to the language model and its
+# weights, not to the vision-language model built on it.
+SINK_DIMS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
+    ("llama", 4096, 32, 11008): (1415, 2533),  # LLaMA-2-7B, Vicuna-7B: released code of VAR
+    ("llama", 5120, 40, 13824): (2100, 4743),  # LLaMA-2-13B, Vicuna-13B: released code of VAR
+}
+
+
+def sink_values(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """phi(x) = max_{d in dims} |x_d| / RMS(x) in float32, ``[batch, tokens]``; over all dimensions when dims is empty.
+
+    Never more than sqrt(hidden size).
+    """
+    hidden = hidden.float()
+    rms = hidden.square().mean(-1).add(1e-6).sqrt()
+    chosen = hidden[..., list(dims)] if dims else hidden
+    return torch.linalg.vector_norm(chosen, ord=float("inf"), dim=-1) / rms

@@ -1,0 +1,30 @@
+"""Attention kernels. They know tensors only: no models, no methods."""
+
+from vlmattn.kernels.dispatch import BACKENDS, attend
+from vlmattn.kernels.edit import (
+    AttentionEdit,
+    GainPart,
+    GainPlan,
+    HeadPart,
+    LogitPart,
+    MaskPart,
+    MassGate,
+    Rows,
+    scale_heads,
+)
+from vlmattn.kernels.visibility import Visibility
+
+__all__ = [
+    "BACKENDS",
+    "AttentionEdit",
+    "GainPart",
+    "GainPlan",
+    "HeadPart",
+    "LogitPart",
+    "MaskPart",
+    "MassGate",
+    "Rows",
+    "Visibility",
+    "attend",
+    "scale_heads",
+]

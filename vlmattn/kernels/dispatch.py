@@ -1,0 +1,110 @@
+"""Which backend runs an edit. ``VLMATTN_BACKEND`` forces one, and a forced backend never falls back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmattn.errors import OptionError, UnsupportedError
+from vlmattn.kernels import eager, merge, reference
+from vlmattn.kernels.edit import AttentionEdit, scale_heads
+from vlmattn.kernels.visibility import Visibility
+
+BACKENDS = ("reference", "eager", "merge", "triton")
+_CHUNK = 2**24  # scores held at once by the dense backend in prefill: 64 MB
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    see: Visibility,
+    edit: AttentionEdit,
+    scale: float,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, str]:
+    """Edited attention and the name of the backend that ran.
+
+    Args:
+        query: ``[batch, heads, query, dim]``; key, value: ``[batch, kv_heads, key, dim]``.
+        see: what the unedited model sees.
+        edit: what to change; see ``AttentionEdit``.
+        backend: one of ``BACKENDS``; None takes ``VLMATTN_BACKEND`` or, without it, the fastest that can run the edit:
+            dense for one query row, flash segments (``merge``) for several, dense in chunks of rows otherwise.
+
+    Returns:
+        output ``[batch, heads, query, dim]`` in the dtype of ``query``, and the backend's name.
+    """
+    name = backend or os.environ.get("VLMATTN_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise OptionError(f"VLMATTN_BACKEND must be one of {', '.join(BACKENDS)}; got '{name}'")
+    if name == "triton":
+        raise UnsupportedError("backend 'triton' is not in this version; use 'eager', 'merge' or leave the choice open")
+    if name == "reference":
+        return _reference(query, key, value, see, edit, scale), name
+    if name is None:
+        training = dropout > 0 or (torch.is_grad_enabled() and query.requires_grad)  # log-sum-exp has no gradient
+        one_row = query.shape[2] == 1
+        name = "eager" if training or one_row or merge.supports(edit, see, query.device) else "merge"
+    elif name == "merge" and (reason := merge.supports(edit, see, query.device)):
+        raise UnsupportedError(f"backend 'merge' was forced but cannot run this call: {reason}; unset VLMATTN_BACKEND")
+    run = _merge if name == "merge" else _eager
+    return scale_heads(edit, run(query, key, value, see, replace(edit, head_gain=()), scale, dropout)), name
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float) -> Tensor:
+    rows, keys = query.shape[2], key.shape[2]
+    mask = see.rows(0, rows, rows, keys, query.device)
+    if mask is None:
+        mask = torch.ones(1, keys, dtype=torch.bool, device=query.device)
+    if mask.dtype != torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    visible = mask.expand(query.shape[0], 1, rows, keys)[:, 0]
+    return reference.attention(query, key, value, visible, see.real, edit, scale).to(query)
+
+
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float, dropout: float
+) -> Tensor:
+    rows, keys = query.shape[2], key.shape[2]
+    if rows == 1:
+        return eager.attention(query, key, value, see.mask, see.real, edit, scale, dropout)
+    first = 0 if dropout else min(edit.first_row, rows)
+    out = [_plain(query[:, :, :first], key, value, see, rows, scale)] if first else []
+    step = max(16, _CHUNK // (query.shape[0] * query.shape[1] * keys))
+    for start in range(first, rows, step):
+        stop = min(start + step, rows)
+        mask = see.rows(start, stop, rows, keys, query.device)
+        part = edit.slice_rows(start, stop)
+        out.append(eager.attention(query[:, :, start:stop], key, value, mask, see.real, part, scale, dropout))
+    return torch.cat(out, 2)
+
+
+def _merge(
+    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float, dropout: float
+) -> Tensor:
+    rows = query.shape[2]
+    first = min(edit.first_row, rows)
+    out = [_plain(query[:, :, :first], key, value, see, rows, scale)] if first else []
+    if first < rows:
+        tail = replace(see, offset=(see.offset or 0) + first)
+        out.append(merge.attention(query[:, :, first:], key, value, tail, edit.slice_rows(first, rows), scale))
+    return torch.cat(out, 2)
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, see: Visibility, rows: int, scale: float) -> Tensor:
+    """The leading query rows, which no part of the edit touches, on stock attention."""
+    leading = query.shape[2]
+    repeat = query.shape[1] // key.shape[1]
+    if see.plain and see.offset is not None:  # causal: these rows do not see past themselves
+        key, value = key[:, :, : see.offset + leading], value[:, :, : see.offset + leading]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    if see.mask is None:
+        return F.scaled_dot_product_attention(query, key[:, :, :leading], value[:, :, :leading], is_causal=True, scale=scale)
+    mask = see.mask[..., :leading, : key.shape[2]]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

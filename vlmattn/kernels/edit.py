@@ -1,0 +1,252 @@
+"""AttentionEdit: what a method wants done to attention, as data.
+
+For query row i, head h and keys j with scaled scores s and group ids g(j), an edit means
+
+    s'   = logit parts in order, applied to s
+    see  = ((causal and not padding) + opened edges - hidden edges) and keep
+    a    = softmax over see of s' (+ log weight on softly opened edges);  a row that sees nothing gives zeros
+    a'_j = gamma_{g(j)} a_j      for every gain part in order, gamma from the group masses M_g = sum_{j in g} a_j
+    out  = eta_h sum_j a'_j v_j  for every head-gain part
+
+All tensors are indexed ``[batch, query]``, ``[batch, key]`` or ``[batch, heads]``; nothing of size query x key is part
+of an edit. ``then`` composes; ``AttentionEdit()`` is the identity.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import OptionError
+
+Relation = Literal["any", "same", "different"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Query rows that a part applies to: ``mask`` bool ``[batch, query]``; no row before ``first`` (known on the host) is set."""
+
+    mask: Tensor
+    first: int = 0
+
+    def slice(self, start: int, stop: int) -> Rows:
+        return Rows(self.mask[:, start:stop], max(self.first - start, 0))
+
+    def where(self, changed: Tensor, otherwise: Tensor | float) -> Tensor:
+        """``changed`` (``[batch, heads, query, ...]``) on these rows, ``otherwise`` elsewhere."""
+        return torch.where(self.mask[:, None, :, None], changed, otherwise)
+
+
+def _slice_rows(rows: Rows | None, start: int, stop: int) -> Rows | None:
+    return None if rows is None else rows.slice(start, stop)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPart:
+    """Edges from query rows to keys that are opened or hidden.
+
+    Row i and key j form an edge when both ids are >= 0 and stand in ``relation`` (their ids are the same, different,
+    or any). ``weight`` 0 hides the edges; ``weight`` in (0, 1] opens those that were not visible, as if each such key
+    counted ``weight`` times (a bias log(weight) before the softmax). Padding is never opened.
+
+    Attributes:
+        rows: int ``[batch, query]``, -1 = row not concerned.
+        keys: int ``[batch, key]``, -1 = key not concerned.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    weight: float = 1.0
+    relation: Relation = "any"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise OptionError(f"MaskPart.weight must be within 0..1, got {self.weight}")
+
+    def edges(self) -> Tensor:
+        """bool ``[batch, 1, query, key]``."""
+        row, key = self.rows[:, :, None], self.keys[:, None, :]
+        edges = (row >= 0) & (key >= 0)
+        if self.relation != "any":
+            edges = edges & ((row == key) == (self.relation == "same"))
+        return edges[:, None]
+
+    def slice_rows(self, start: int, stop: int) -> MaskPart:
+        return replace(self, rows=self.rows[:, start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class LogitPart:
+    """Elementwise change of the scaled score before the softmax: ``s' = scale_j s + lift_j |s| + bias_j``.
+
+    Attributes:
+        scale, lift, bias: float ``[batch, key]`` or ``[batch, heads, key]``; None means 1, 0 and 0.
+        rows: the query rows it applies to; None means all.
+    """
+
+    scale: Tensor | None = None
+    lift: Tensor | None = None
+    bias: Tensor | None = None
+    rows: Rows | None = None
+
+    def slice_rows(self, start: int, stop: int) -> LogitPart:
+        return replace(self, rows=_slice_rows(self.rows, start, stop))
+
+
+@dataclass(frozen=True)
+class MassGate:
+    """A condition on a row's group masses: ``sum_g weights_g M_g >= bound``."""
+
+    weights: tuple[float, ...]
+    bound: float
+
+
+@dataclass(frozen=True)
+class GainPlan:
+    """Group masses in, group gains out. With pool = sum_g taken_g M_g and room = sum_g given_g M_g:
+
+        gamma_g = 1 - taken_g + given_g pool / room      (taken and given cost no mass: the row sum stays)
+
+    where every gate holds and room > 0; elsewhere gamma = 1, so nothing is taken that cannot be given.
+    ``scale_g`` then multiplies gamma_g; with ``renormalise`` the row's mass is brought back to what it was.
+    """
+
+    taken: tuple[float, ...]
+    given: tuple[float, ...]
+    scale: tuple[float, ...] | None = None
+    gates: tuple[MassGate, ...] = ()
+    renormalise: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.taken), len(self.given)} | {len(gate.weights) for gate in self.gates}
+        if self.scale is not None:
+            sizes.add(len(self.scale))
+        if len(sizes) != 1:
+            raise OptionError(f"GainPlan: all parts need one value per group, got lengths {sorted(sizes)}")
+
+    @property
+    def groups(self) -> int:
+        return len(self.taken)
+
+    def gamma(self, mass: Tensor) -> Tensor:
+        """Gains ``[..., groups]`` for masses ``[..., groups]``."""
+
+        def weigh(weights: tuple[float, ...]) -> Tensor:
+            return mass @ mass.new_tensor(weights)
+
+        room = weigh(self.given)
+        on = room > 1e-20
+        for gate in self.gates:
+            on = on & (weigh(gate.weights) >= gate.bound)
+        share = (weigh(self.taken) / room.clamp_min(1e-20))[..., None]
+        gamma = 1 - mass.new_tensor(self.taken) + mass.new_tensor(self.given) * share
+        gamma = torch.where(on[..., None], gamma, 1.0)
+        if self.scale is not None:
+            gamma = gamma * mass.new_tensor(self.scale)
+        if self.renormalise:
+            after = (gamma * mass).sum(-1, keepdim=True)
+            gamma = torch.where(after > 0, gamma * (mass.sum(-1, keepdim=True) / after.clamp_min(1e-20)), gamma)
+        return gamma
+
+
+@dataclass(frozen=True, eq=False)
+class GainPart:
+    """Gains per key group after the softmax, decided by the group masses of each row and head.
+
+    Attributes:
+        groups: uint8 ``[batch, key]``, values 0 .. plan.groups - 1; every key is in exactly one group.
+        plan: the rule from masses to gains.
+        rows: the query rows it applies to; None means all.
+        present: for each contiguous run of keys ``(start, stop, groups)`` which groups may occur there. A hint for the
+            prefill backend, known on the host; None means that any group may occur anywhere.
+    """
+
+    groups: Tensor
+    plan: GainPlan
+    rows: Rows | None = None
+    present: tuple[tuple[int, int, tuple[int, ...]], ...] | None = None
+
+    def slice_rows(self, start: int, stop: int) -> GainPart:
+        return replace(self, rows=_slice_rows(self.rows, start, stop))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPart:
+    """Scale of each head's output before ``o_proj``: float ``[batch, heads]``, on ``rows`` (None: all)."""
+
+    gain: Tensor
+    rows: Rows | None = None
+
+    def slice_rows(self, start: int, stop: int) -> HeadPart:
+        return replace(self, rows=_slice_rows(self.rows, start, stop))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionEdit:
+    """The five parts of an edit (module docstring); each part is a tuple applied in order.
+
+    ``keep`` (bool ``[batch, key]``) names the cache slots that go on from this layer: others are invisible here.
+    """
+
+    mask: tuple[MaskPart, ...] = ()
+    logit: tuple[LogitPart, ...] = ()
+    gain: tuple[GainPart, ...] = ()
+    head_gain: tuple[HeadPart, ...] = ()
+    keep: Tensor | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        return self.keep is None and not (self.mask or self.logit or self.gain or self.head_gain)
+
+    @property
+    def only_head_gain(self) -> bool:
+        return bool(self.head_gain) and self.keep is None and not (self.mask or self.logit or self.gain)
+
+    def then(self, other: AttentionEdit) -> AttentionEdit:
+        """This edit, and ``other`` after it (within each part; the parts keep their order of the module docstring)."""
+        if self.keep is None or other.keep is None:
+            keep = other.keep if self.keep is None else self.keep
+        else:
+            keep = self.keep & other.keep
+        return AttentionEdit(
+            self.mask + other.mask,
+            self.logit + other.logit,
+            self.gain + other.gain,
+            self.head_gain + other.head_gain,
+            keep,
+        )
+
+    @property
+    def first_row(self) -> int:
+        """No query row before this one attends differently (head gains aside); known on the host."""
+        if self.mask or self.keep is not None:
+            return 0
+        return min((0 if part.rows is None else part.rows.first for part in (*self.logit, *self.gain)), default=sys.maxsize)
+
+    def slice_rows(self, start: int, stop: int) -> AttentionEdit:
+        """The same edit for the query rows ``start:stop`` only."""
+        return AttentionEdit(
+            tuple(part.slice_rows(start, stop) for part in self.mask),
+            tuple(part.slice_rows(start, stop) for part in self.logit),
+            tuple(part.slice_rows(start, stop) for part in self.gain),
+            tuple(part.slice_rows(start, stop) for part in self.head_gain),
+            self.keep,
+        )
+
+
+def select_gamma(part: GainPart, mass: Tensor) -> Tensor:
+    """Gains ``[batch, heads, query, groups]`` of one gain part: the plan's on its rows, 1 on the others."""
+    gamma = part.plan.gamma(mass)
+    return gamma if part.rows is None else part.rows.where(gamma, 1.0)
+
+
+def scale_heads(edit: AttentionEdit, out: Tensor) -> Tensor:
+    """Apply the head-gain parts to head outputs ``[batch, heads, query, dim]``."""
+    for part in edit.head_gain:
+        gain = part.gain[:, :, None, None].to(out.dtype)
+        out = out * (gain if part.rows is None else part.rows.where(gain, 1.0))
+    return out

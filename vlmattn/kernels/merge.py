@@ -1,0 +1,119 @@
+"""Exact group gains in prefill on stock flash attention: disjoint segments, merged by their log-sum-exp.
+
+For the edited tail of the query rows and each key group g, flash attention over the keys of g gives (o_g, lse_g); then
+M_g = exp(lse_g - lse) and out = sum_g gamma_g M_g o_g. Groups are disjoint and each is computed by itself: taking a
+group out by subtraction would lose all digits next to a dominant sink. Memory is O(query x dim), never query x key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vlmattn.kernels.edit import AttentionEdit, GainPart, select_gamma
+from vlmattn.kernels.visibility import Visibility
+
+# Keys outside a group get an extra head dimension whose product with the query is _HIDDEN after scaling, so that any
+# set of keys rides on kernels that take no mask. A group in which a row sees no key then has an lse near _HIDDEN.
+_HIDDEN = -4096.0
+_QUERY_SIDE = 64.0
+_PAD = 8  # head dimensions stay a multiple of eight
+
+
+def supports(edit: AttentionEdit, see: Visibility, device: torch.device) -> str | None:
+    """None if ``attention`` can run this, else the reason in words."""
+    if edit.mask or edit.logit or edit.keep is not None:
+        return "it runs group gains only; this edit has mask, logit or keep parts"
+    if len(edit.gain) != 1:
+        return f"it runs exactly one group gain, got {len(edit.gain)}"
+    if not see.plain or see.offset is None:
+        return "it needs a causal mask (with padding) and a known cache length"
+    if device.type not in ("cpu", "cuda"):
+        return f"there is no flash attention with log-sum-exp on {device.type}"
+    return None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float) -> Tensor:
+    """Edited attention ``[batch, heads, query, dim]`` for an edit that ``supports`` accepts (head gains not applied).
+
+    ``see.offset`` is the cache slot of the first of these query rows; keys beyond the last row are not read.
+    """
+    (part,) = edit.gain
+    batch, heads, rows, _ = query.shape
+    start = see.offset or 0
+    stop = start + rows
+    repeat = heads // key.shape[1]
+    key, value = key[:, :, :stop].repeat_interleave(repeat, 1), value[:, :, :stop].repeat_interleave(repeat, 1)
+    groups = part.plan.groups
+    total = query.new_full((groups, batch, heads, rows), float("-inf"), dtype=torch.float32)
+    out = query.new_zeros((groups, batch, heads, rows, value.shape[-1]), dtype=torch.float32)
+    for first, last, present in _runs(part, start, stop):
+        for group in present:
+            member = _members(part, see, group, first, last, alone=len(present) == 1)
+            if first < start:  # all rows see these keys
+                blocks = [(0, rows, False)]
+            else:  # the triangle, and the rows below it
+                blocks = [(first - start, last - start, True), (last - start, rows, False)]
+            for top, bottom, causal in blocks:
+                if top == bottom:
+                    continue
+                o, lse = _flash(query[:, :, top:bottom], key[:, :, first:last], value[:, :, first:last], member, causal, scale)
+                _accumulate(out[group, :, :, top:bottom], total[group, :, :, top:bottom], o, lse)
+    everything = total.logsumexp(0)
+    mass = torch.where(everything > float("-inf"), (total - everything).exp(), 0.0)  # a row that sees nothing: zeros
+    gamma = select_gamma(part, mass.permute(1, 2, 3, 0))
+    return torch.einsum("bhqg,gbhqd->bhqd", gamma * mass.permute(1, 2, 3, 0), out).to(query.dtype)
+
+
+def _runs(part: GainPart, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Contiguous runs of keys up to ``stop``, cut at ``start``, with the groups that may occur in them."""
+    everything = tuple(range(part.plan.groups))
+    given = part.present or ()
+    end = given[-1][1] if given else 0
+    for first, last, present in (*given, (end, max(stop, end), everything)):
+        for low, high in ((first, min(last, start)), (max(first, start), min(last, stop))):
+            if low < high:
+                yield low, high, present
+
+
+def _members(part: GainPart, see: Visibility, group: int, first: int, last: int, alone: bool) -> Tensor | None:
+    """bool ``[batch, keys]`` of the run: in this group and not padding; None when that is all of them."""
+    member = None if alone else part.groups[:, first:last] == group
+    if see.real is not None:
+        real = see.real[:, first:last]
+        member = real if member is None else member & real
+    return member
+
+
+def _accumulate(out: Tensor, total: Tensor, o: Tensor, lse: Tensor) -> None:
+    """Merge one more disjoint set of keys into ``out`` and ``total``, in place."""
+    lse = lse.masked_fill(lse < _HIDDEN / 2, float("-inf"))
+    new = torch.logaddexp(total, lse)
+    old_share = torch.where(new > float("-inf"), (total - new).exp(), 0.0)[..., None]
+    new_share = torch.where(new > float("-inf"), (lse - new).exp(), 0.0)[..., None]
+    out.mul_(old_share).add_(o.float() * new_share)
+    total.copy_(new)
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, member: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Flash attention over the member keys: output and natural log-sum-exp ``[batch, heads, query]``."""
+    dim = value.shape[-1]
+    if member is not None:
+        query = torch.nn.functional.pad(query, (0, _PAD))
+        query[..., dim] = _QUERY_SIDE
+        key = torch.nn.functional.pad(key, (0, _PAD))
+        hidden = torch.where(member, 0.0, _HIDDEN / (_QUERY_SIDE * scale)).to(key.dtype)
+        key[..., dim] = hidden[:, None]
+        value = torch.nn.functional.pad(value, (0, _PAD))
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    elif query.dtype == torch.float32:  # flash kernels are for half precision
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, causal, scale=scale)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
+    return out[..., :dim], lse[..., : query.shape[2]]

@@ -1,0 +1,120 @@
+"""What a family of models has to say about itself, and the registry of families."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlmattn.errors import InputError, UnsupportedError
+from vlmattn.request import IMAGE, TEXT, VIDEO
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Sizes of a decoder that methods may need, and which pretrained language model it looks like.
+
+    ``backbone`` is (model type of the language model, hidden size, layers, MLP width): enough to recognise the
+    language models of the published sink tables, whatever vision tower is in front of them.
+    """
+
+    family: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    backbone: tuple[str, int, int, int]
+
+
+class Family(ABC):
+    """One family of models: where its decoder is, how its image tokens are found, what is odd about it."""
+
+    #: ``config.model_type`` values this class serves, each with the checkpoints people know.
+    model_types: Mapping[str, str]
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ``UnsupportedError`` for variants of the family that would be wrong."""
+
+    def decoder(self, model: PreTrainedModel) -> nn.Module:
+        """The text decoder: the module that gets ``inputs_embeds`` and holds ``layers``."""
+        return model.model.language_model  # type: ignore[no-any-return, union-attr]
+
+    def layers(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        """Decoder layers in order; each gets the residual stream as its first argument."""
+        return self.decoder(model).layers  # type: ignore[return-value]
+
+    def token_types(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """uint8 ``[batch, tokens]``: TEXT, IMAGE or VIDEO, from token ids."""
+        types = torch.full_like(ids, TEXT, dtype=torch.uint8)
+        types[ids == model.config.image_token_id] = IMAGE
+        video = getattr(model.config, "video_token_id", None)
+        if video is not None:
+            types[ids == video] = VIDEO
+        return types
+
+    @abstractmethod
+    def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
+        """Tokens of each image of a forward call, in (row, token) order; None when the inputs do not tell."""
+
+    def anatomy(self, model: PreTrainedModel) -> Anatomy:
+        text = model.config.get_text_config()
+        heads = text.num_attention_heads
+        return Anatomy(
+            family=model.config.model_type,
+            layers=text.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            hidden_size=text.hidden_size,
+            backbone=(text.model_type, text.hidden_size, text.num_hidden_layers, text.intermediate_size),
+        )
+
+    def types_of_call(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """Token types of a forward call from ``input_ids`` or, without them, from placeholder embeddings."""
+        if (ids := inputs.get("input_ids")) is not None:
+            return self.token_types(model, ids)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is None:
+            raise InputError("the model was called without input_ids or inputs_embeds")
+        table = model.get_input_embeddings()
+        types = torch.full(embeds.shape[:2], TEXT, dtype=torch.uint8, device=embeds.device)
+        for name, kind in (("image_token_id", IMAGE), ("video_token_id", VIDEO)):
+            token = getattr(model.config, name, None)
+            if token is not None:
+                row = table(torch.tensor(token, device=embeds.device))
+                types[(embeds == row).all(-1)] = kind
+        return types
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Make a family known; its model types must be free."""
+    for model_type in family.model_types:
+        if model_type in _FAMILIES:
+            raise UnsupportedError(f"model type '{model_type}' is already served by {type(_FAMILIES[model_type]).__name__}")
+        _FAMILIES[model_type] = family
+
+
+def supported_families() -> dict[str, str]:
+    """Model types and the checkpoints they stand for."""
+    return {name: family.model_types[name] for name, family in sorted(_FAMILIES.items())}
+
+
+def find_family(model: nn.Module) -> Family:
+    """The family of a model, or an error that lists the supported ones."""
+    supported = ", ".join(f"{name} ({what})" for name, what in supported_families().items())
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"{type(model).__name__} is not a transformers PreTrainedModel; supported: {supported}")
+    family = _FAMILIES.get(model.config.model_type)
+    if family is None or not hasattr(model, "generate"):
+        raise UnsupportedError(f"{type(model).__name__} (model type '{model.config.model_type}') is not supported; supported: {supported}")
+    family.check(model)
+    return family

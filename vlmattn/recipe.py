@@ -1,0 +1,148 @@
+"""Recipe: which methods act on a model, as data that can be named, composed, saved and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmattn.errors import InputError, OptionError, UnknownNameError
+from vlmattn.interventions import Intervention, all_presets, make_method
+from vlmattn.interventions.base import Sizes
+from vlmattn.request import Plan
+
+FILE_NAME = "vlmattn_config.json"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Methods in the order in which they act.
+
+    ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+pai"``), ``"none"``, a
+    YAML or JSON file, a folder with ``vlmattn_config.json``, a method or a list of methods.
+    """
+
+    name: str
+    interventions: tuple[Intervention, ...] = ()
+
+    @classmethod
+    def of(cls, spec: Any, **options: Any) -> Recipe:
+        """A recipe from any of its forms; ``options`` change fields of the method, if it has exactly one.
+
+        Raises:
+            UnknownNameError: no such preset or option (names the nearest).
+            OptionError: a value out of range; options for a recipe of several methods.
+        """
+        recipe = cls._parse(spec)
+        if not options:
+            return recipe
+        if len(recipe.interventions) != 1:
+            raise OptionError(f"options {sorted(options)} need a recipe of one method; '{recipe.name}' has {len(recipe.interventions)}")
+        (method,) = recipe.interventions
+        changed = make_method(method.info.name, method.options() | options)
+        text = ",".join(f"{key}={value}" for key, value in sorted(options.items()))
+        return replace(recipe, name=f"{recipe.name}[{text}]", interventions=(changed,))
+
+    @classmethod
+    def _parse(cls, spec: Any) -> Recipe:
+        if isinstance(spec, Recipe):
+            return spec
+        if isinstance(spec, Intervention):
+            return cls(spec.info.name, (spec,))
+        if isinstance(spec, str) and spec and not any(mark in spec for mark in (os.sep, ".yaml", ".yml", ".json")):
+            if Path(spec).is_dir() and spec not in all_presets():
+                return cls.from_pretrained(spec)
+            return cls._from_names(spec)
+        if isinstance(spec, (str, os.PathLike)):
+            path = Path(spec)
+            return cls.from_pretrained(path) if path.is_dir() else cls.from_file(path)
+        if isinstance(spec, Iterable) and not isinstance(spec, (bytes, Mapping)):
+            methods = tuple(spec)
+            if all(isinstance(method, Intervention) for method in methods):
+                return cls("+".join(method.info.name for method in methods) or "none", methods)
+        raise OptionError(f"a recipe is a preset name, a file, a method or a list of methods; got {type(spec).__name__}")
+
+    @classmethod
+    def _from_names(cls, text: str) -> Recipe:
+        presets, methods = all_presets(), []
+        for name in (part.strip() for part in text.split("+")):
+            if name == "none":
+                continue
+            if name not in presets:
+                raise UnknownNameError("preset", name, [*presets, "none"])
+            methods.append(make_method(presets[name].method, presets[name].options))
+        return cls(text, tuple(methods))
+
+    def bind(self, sizes: Sizes) -> Plan:
+        """The recipe for one model: which method acts in which layer."""
+        bound = [method.bind(sizes) for method in self.interventions]
+        active = [set(method.active_layers(sizes)) for method in bound]
+        by_layer = tuple(
+            tuple(method for method, layers in zip(bound, active, strict=True) if layer in layers) for layer in range(sizes.layers)
+        )
+        observing = tuple(tuple(m for m in methods if _has(m, "observe")) for methods in by_layer)
+        return Plan(self.name, by_layer, tuple(m for m in bound if _has(m, "prepare")), observing)
+
+    def to_dict(self) -> dict[str, Any]:
+        methods = [{"method": method.info.name, **method.options()} for method in self.interventions]
+        return {"schema": _SCHEMA, "name": self.name, "interventions": methods}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA or not isinstance(data.get("interventions"), list):
+            raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
+        methods = []
+        for item in data["interventions"]:
+            if not isinstance(item, Mapping) or "method" not in item:
+                raise InputError("not a recipe: every intervention needs a 'method'")
+            methods.append(make_method(item["method"], {key: value for key, value in item.items() if key != "method"}))
+        return cls(str(data.get("name", "unnamed")), tuple(methods))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_yaml(self) -> str:
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_text(cls, text: str) -> Recipe:
+        """A recipe from YAML or JSON (which is YAML too)."""
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise InputError(f"not valid YAML or JSON: {' '.join(str(error).split())}") from None
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Recipe:
+        try:
+            return cls.from_text(Path(path).read_text())
+        except OSError as error:
+            raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``vlmattn_config.json`` into a model folder, where ``wrap(model)`` finds it again."""
+        target = Path(folder) / FILE_NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        partial.write_text(self.to_json())
+        partial.replace(target)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Recipe:
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise InputError(f"{folder} has no {FILE_NAME}; save one with recipe.save_pretrained(folder)")
+        return cls.from_file(path)
+
+
+def _has(method: Intervention, step: str) -> bool:
+    """Whether a method implements an optional step."""
+    return getattr(type(method), step) is not getattr(Intervention, step)
