@@ -32,7 +32,10 @@ def build(family: str, attn: str = "sdpa", seed: int = 0, config: Any = None) ->
             image_size=16, patch_size=4, projection_dim=32,
         )  # fmt: skip
         config = config or LlavaConfig(
-            text_config=dict(model_type="llama", **TEXT), vision_config=vision, image_token_index=IMAGE_TOKEN, image_seq_length=16
+            text_config=dict(model_type="llama", **TEXT),
+            vision_config=vision,
+            image_token_index=IMAGE_TOKEN,
+            image_seq_length=16,
         )
         model = LlavaForConditionalGeneration(config)
     else:
@@ -64,7 +67,9 @@ def prompt(family: str, images: int = 1, words: int = 4, seed: int = 1) -> dict[
     ids = torch.tensor([ids + text(words)])
     if family == "llava":
         return dict(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(images, 3, 16, 16, generator=generator)
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.randn(images, 3, 16, 16, generator=generator),
         )
     return dict(
         input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == IMAGE_TOKEN).int(),
@@ -80,7 +85,9 @@ def left_padded(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return torch.cat([torch.nn.functional.pad(p[name], (length - p[name].shape[1], 0)) for p in prompts])
 
     return {
-        name: pad(name) if name in ("input_ids", "attention_mask", "mm_token_type_ids") else torch.cat([p[name] for p in prompts])
+        name: pad(name)
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        else torch.cat([p[name] for p in prompts])
         for name in prompts[0]
     }
 
@@ -88,7 +95,12 @@ def left_padded(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def generate(model: PreTrainedModel, inputs: dict[str, Tensor], new: int = 4, **options: Any) -> Tensor:
     """Logits ``[batch, new, vocabulary]`` of greedy generation; every step is forced to happen."""
     settings = dict(
-        max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     out = model.generate(**inputs, **{**settings, **options})
     return torch.stack(out.logits, 1)

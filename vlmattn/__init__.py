@@ -5,24 +5,67 @@
 >>> vlmattn.unwrap(model)                   # bit for bit what it was
 """
 
+from importlib import import_module
 from importlib.metadata import version as _version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmattn.errors import InputError, OptionError, StateError, UnknownNameError, UnsupportedError, VlmattnError
-from vlmattn.interventions import PAI, VAR, VHR, Intervention
-from vlmattn.interventions import all_presets as presets
-from vlmattn.models import supported_families
-from vlmattn.recipe import Recipe
-from vlmattn.wrapping import applied, install, unwrap, wrap
+from vlmattn.errors import (
+    TORCHVISION_REMEDY,
+    InputError,
+    OptionError,
+    StateError,
+    UnknownNameError,
+    UnsupportedError,
+    VlmattnError,
+    torchvision_trouble,
+)
+
+if TYPE_CHECKING:
+    from vlmattn.interventions import PAI, VAR, VHR, Intervention
+    from vlmattn.interventions import all_presets as presets
+    from vlmattn.models import supported_families
+    from vlmattn.recipe import Recipe
+    from vlmattn.wrapping import applied, install, unwrap, wrap
 
 __version__ = _version("vlmattn")
 
+# Imported on first use: `import vlmattn` must work where transformers cannot be imported, to say why.
+_LAZY = {
+    "PAI": ("interventions", "PAI"),
+    "VAR": ("interventions", "VAR"),
+    "VHR": ("interventions", "VHR"),
+    "Intervention": ("interventions", "Intervention"),
+    "presets": ("interventions", "all_presets"),
+    "supported_families": ("models", "supported_families"),
+    "Recipe": ("recipe", "Recipe"),
+    "applied": ("wrapping", "applied"),
+    "install": ("wrapping", "install"),
+    "unwrap": ("wrapping", "unwrap"),
+    "wrap": ("wrapping", "wrap"),
+}
 
-def load(name: str, **kwargs: Any) -> Any:
-    """``load("embedded")``: the bundled model and its processor. See ``vlmattn.embedded.load``."""
-    from vlmattn.embedded import load as load_embedded
 
-    return load_embedded(name, **kwargs)
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vlmattn' has no attribute '{name}'")
+    module, attribute = _LAZY[name]
+    try:
+        value = getattr(import_module(f"vlmattn.{module}"), attribute)
+    except (ImportError, RuntimeError) as error:
+        if torchvision_trouble():
+            raise UnsupportedError(TORCHVISION_REMEDY) from error
+        raise
+    globals()[name] = value
+    return value
+
+
+def load(name: str = "embedded", **kwargs: Any) -> tuple[Any, Any]:
+    """A bundled model and its processor, offline: ``model, processor = vlmattn.load("embedded")``.
+
+    ``kwargs`` go to ``from_pretrained``; see ``vlmattn.embedded.load``.
+    """
+    loaded: tuple[Any, Any] = import_module("vlmattn.embedded").load(name, **kwargs)
+    return loaded
 
 
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -31,8 +31,8 @@ Output = tuple[Tensor, Tensor | None]
 
 def _base(name: str, module: nn.Module) -> Callable[..., Output]:
     if name == "sdpa":
-        return sdpa_attention_forward  # type: ignore[return-value]
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+        return cast(Callable[..., Output], sdpa_attention_forward)
+    return cast(Callable[..., Output], sys.modules[type(module).__module__].eager_attention_forward)
 
 
 def _registered(base_name: str) -> Callable[..., Output]:
@@ -95,7 +95,9 @@ def base_label(name: str) -> str:
 def _check(step: Step, queries: int, keys: int, kwargs: dict[str, Any]) -> None:
     """Refuse what would be silently wrong."""
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise UnsupportedError("attention with soft-capped scores or sink logits cannot be edited yet; unwrap the model")
+        raise UnsupportedError(
+            "attention with soft-capped scores or sink logits cannot be edited yet; unwrap the model"
+        )
     if step.start is not None and keys < step.start + queries:
         raise UnsupportedError(
             f"the cache holds {keys} of {step.start + queries} tokens (sliding window); edits need the whole prompt:"
@@ -110,4 +112,3 @@ def register() -> None:
     # Without a mask function of the same name transformers drops every mask silently.
     AttentionMaskInterface.register(NAMES["sdpa"], sdpa_mask)
     AttentionMaskInterface.register(NAMES["eager"], eager_mask)
-

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 from collections.abc import Iterable
+
+TORCHVISION_REMEDY = (
+    "torchvision is installed but does not load beside this torch, and then transformers cannot load image models;"
+    " run: pip uninstall -y torchvision timm   (nothing here needs them)"
+)
 
 
 class VlmattnError(Exception):
@@ -38,3 +45,14 @@ class StateError(VlmattnError, RuntimeError):
 
 class InputError(VlmattnError, ValueError):
     """Inputs, files or images that cannot be used."""
+
+
+def torchvision_trouble() -> str | None:
+    """The remedy if torchvision is installed but broken, else None."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception:  # a broken binary raises anything
+        return TORCHVISION_REMEDY
+    return None

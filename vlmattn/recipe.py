@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from vlmattn.errors import InputError, OptionError, UnknownNameError
+from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError
 from vlmattn.interventions import Intervention, all_presets, make_method
 from vlmattn.interventions.base import Sizes
 from vlmattn.request import Plan
@@ -43,7 +43,9 @@ class Recipe:
         if not options:
             return recipe
         if len(recipe.interventions) != 1:
-            raise OptionError(f"options {sorted(options)} need a recipe of one method; '{recipe.name}' has {len(recipe.interventions)}")
+            raise OptionError(
+                f"options {sorted(options)} need a recipe of one method; '{recipe.name}' has {len(recipe.interventions)}"
+            )
         (method,) = recipe.interventions
         changed = make_method(method.info.name, method.options() | options)
         text = ",".join(f"{key}={value}" for key, value in sorted(options.items()))
@@ -66,7 +68,9 @@ class Recipe:
             methods = tuple(spec)
             if all(isinstance(method, Intervention) for method in methods):
                 return cls("+".join(method.info.name for method in methods) or "none", methods)
-        raise OptionError(f"a recipe is a preset name, a file, a method or a list of methods; got {type(spec).__name__}")
+        raise OptionError(
+            f"a recipe is a preset name, a file, a method or a list of methods; got {type(spec).__name__}"
+        )
 
     @classmethod
     def _from_names(cls, text: str) -> Recipe:
@@ -84,7 +88,8 @@ class Recipe:
         bound = [method.bind(sizes) for method in self.interventions]
         active = [set(method.active_layers(sizes)) for method in bound]
         by_layer = tuple(
-            tuple(method for method, layers in zip(bound, active, strict=True) if layer in layers) for layer in range(sizes.layers)
+            tuple(method for method, layers in zip(bound, active, strict=True) if layer in layers)
+            for layer in range(sizes.layers)
         )
         observing = tuple(tuple(m for m in methods if _has(m, "observe")) for methods in by_layer)
         return Plan(self.name, by_layer, tuple(m for m in bound if _has(m, "prepare")), observing)
@@ -95,7 +100,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA or not isinstance(data.get("interventions"), list):
+        if (
+            not isinstance(data, Mapping)
+            or data.get("schema") != _SCHEMA
+            or not isinstance(data.get("interventions"), list)
+        ):
             raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
         methods = []
         for item in data["interventions"]:
@@ -124,7 +133,7 @@ class Recipe:
             return cls.from_text(Path(path).read_text())
         except OSError as error:
             raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
-        except InputError as error:
+        except VlmattnError as error:
             raise InputError(f"{path}: {error}") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

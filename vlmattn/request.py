@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -188,7 +189,7 @@ def _column_runs(text: Tensor, image: Tensor) -> tuple[tuple[int, int, bool, boo
     """Runs of columns (start, stop, some row has text here, some row has an image here)."""
     kinds = (text.int() + 2 * image.int()).tolist()
     cuts = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
-    return tuple((a, b, bool(kinds[a] & 1), bool(kinds[a] & 2)) for a, b in zip(cuts, cuts[1:], strict=False) if a < b)
+    return tuple((a, b, bool(kinds[a] & 1), bool(kinds[a] & 2)) for a, b in pairwise(cuts) if a < b)
 
 
 @dataclass(eq=False)

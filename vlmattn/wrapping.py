@@ -91,7 +91,9 @@ class Handle:
 
     @property
     def active_plan(self) -> Plan:
-        return self._plan if self._enabled else Plan("none", ((),) * self.anatomy.layers, (), ((),) * self.anatomy.layers)
+        return (
+            self._plan if self._enabled else Plan("none", ((),) * self.anatomy.layers, (), ((),) * self.anatomy.layers)
+        )
 
     def report(self) -> dict[str, Any]:
         """What happened since the model was wrapped.
@@ -107,12 +109,18 @@ class Handle:
             row = backends.setdefault(phase, {})
             row[backend] = row.get(backend, 0) + count
             layers.setdefault(phase, {}).setdefault(backend, []).append(int(layer))
-        fired = {name: 0 for name in (method.info.name for method in self.recipe.interventions)}
+        fired = dict.fromkeys((method.info.name for method in self.recipe.interventions), 0)
         fired |= {name: count for (name,), count in self._ledger.read("fired").items()}
         for row_of_layers in layers.values():
             for found in row_of_layers.values():
                 found.sort()
-        return {"recipe": self.recipe.to_dict(), "enabled": self._enabled, "fired": fired, "backends": backends, "layers": layers}
+        return {
+            "recipe": self.recipe.to_dict(),
+            "enabled": self._enabled,
+            "fired": fired,
+            "backends": backends,
+            "layers": layers,
+        }
 
     def warn_if_idle(self) -> None:
         """Say once if a method of the recipe has not found anything to do."""
@@ -154,7 +162,9 @@ def wrap(model: _M, recipe: Any = None, **options: Any) -> _M:
     family = find_family(model)
     assert isinstance(model, PreTrainedModel)
     if (old := handle_of(model)) is not None:
-        raise StateError(f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first")
+        raise StateError(
+            f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first"
+        )
     chosen = Recipe.of(_saved_recipe(model) if recipe is None else recipe, **options)
     text = model.config.get_text_config()
     base = _base_name(text._attn_implementation)
@@ -162,7 +172,9 @@ def wrap(model: _M, recipe: Any = None, **options: Any) -> _M:
     attention.register()
     model.set_attn_implementation({"text_config": attention.NAMES[base]})
     if text._attn_implementation != attention.NAMES[base]:
-        raise UnsupportedError(f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers itself")
+        raise UnsupportedError(
+            f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers itself"
+        )
     _WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
     handle._originals = {name: model.__dict__[name] for name in _INSTANCE_METHODS if name in model.__dict__}
     model.__dict__["vlmattn"] = handle
@@ -239,10 +251,14 @@ def _saved_recipe(model: PreTrainedModel) -> Recipe:
     if not folder.is_dir() and name:
         from transformers.utils import cached_file
 
-        found = cached_file(name, FILE_NAME, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+        found = cached_file(
+            name, FILE_NAME, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
         folder = Path(found).parent if found else folder
     if not (folder / FILE_NAME).is_file():
-        raise InputError(f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and '{name}' has none; give a preset")
+        raise InputError(
+            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and '{name}' has none; give a preset"
+        )
     return Recipe.from_pretrained(folder)
 
 
@@ -292,7 +308,9 @@ def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[st
 # --- hooks. They find the handle on the module they are called with, so that a deep copy of a model uses its own.
 
 
-def _before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _before_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     handle = handle_of(model)
     if handle is None:
         return args, kwargs
@@ -326,12 +344,16 @@ def _make_step(
             return None
         request = Request(plan, handle._ledger)
     elif request is None:
-        raise StateError("this cache was filled without vlmattn (or by another recipe's bare model); start a new generate()")
+        raise StateError(
+            "this cache was filled without vlmattn (or by another recipe's bare model); start a new generate()"
+        )
     else:
         _same_plan(request, plan)
     mask = inputs.get("attention_mask")
     plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-    if start == 0 or prompt_length is None or prompt_length > start:  # prompt tokens, not the draft of assisted decoding
+    if (
+        start == 0 or prompt_length is None or prompt_length > start
+    ):  # prompt tokens, not the draft of assisted decoding
         types = handle._family.types_of_call(model, inputs)
         images = number_images(types, handle._family.image_lengths(model, inputs))
         request.extend(start, types, images, mask if plain else None, prompt_length)

@@ -95,7 +95,9 @@ def check(case: Case, edit: AttentionEdit, backend: str, tolerance: float | None
 @pytest.mark.parametrize("backend", ["eager", "merge"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sink", [0.0, 0.9, 0.999])
-@pytest.mark.parametrize("shape", [dict(rows=12), dict(rows=5, past=11), dict(rows=1, past=14), dict(rows=12, padding=0)])
+@pytest.mark.parametrize(
+    "shape", [dict(rows=12), dict(rows=5, past=11), dict(rows=1, past=14), dict(rows=12, padding=0)]
+)
 def test_group_gains_match_the_reference(backend, dtype, sink, shape):
     case = make_case(1, dtype=dtype, sink=sink, **shape)
     part = groups_of(case, 2)
@@ -169,7 +171,9 @@ def edits(draw, batch: int, heads: int, rows: int, keys: int) -> AttentionEdit:
             gates=draw(st.sampled_from([(), (MassGate(tuple(uniform(count).tolist()), 0.3),)])),
             renormalise=draw(st.booleans()),
         )
-        gains.append(GainPart(torch.randint(0, count, (batch, keys), generator=generator, dtype=torch.uint8), plan, some_rows()))
+        gains.append(
+            GainPart(torch.randint(0, count, (batch, keys), generator=generator, dtype=torch.uint8), plan, some_rows())
+        )
     heads_part = [HeadPart(uniform(batch, heads) * 2, some_rows()) for _ in range(draw(st.integers(0, 2)))]
     keep = uniform(batch, keys) < 0.8 if draw(st.booleans()) else None
     return AttentionEdit(tuple(masks), tuple(logits), tuple(gains), tuple(heads_part), keep)
@@ -187,7 +191,11 @@ def test_any_composition_matches_the_reference(data):
     check(case, edit, "eager")
     got, backend = attend(case.query, case.key, case.value, case.see, edit, case.scale)
     torch.testing.assert_close(got, case.run(edit, "reference"), rtol=0, atol=2e-5)
-    assert backend == ("merge" if rows > 1 and len(edit.gain) == 1 and not (edit.mask or edit.logit or edit.keep is not None) else "eager")
+    assert backend == (
+        "merge"
+        if rows > 1 and len(edit.gain) == 1 and not (edit.mask or edit.logit or edit.keep is not None)
+        else "eager"
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -222,7 +230,9 @@ def test_prefill_never_holds_query_times_key_weights():
             out = func(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(tensor, Tensor):
-                    Largest.numel = max(Largest.numel, tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1))
+                    Largest.numel = max(
+                        Largest.numel, tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1)
+                    )
             return out
 
     rows = 2048
@@ -261,6 +271,9 @@ def test_plans_and_masks_refuse_bad_values():
 def test_gradients_reach_query_key_and_value():
     case = make_case(5)
     leaves = [t.requires_grad_() for t in (case.query, case.key, case.value)]
-    out, backend = attend(case.query, case.key, case.value, case.see, AttentionEdit(gain=(groups_of(case, 1),)), case.scale)
+    out, backend = attend(
+        case.query, case.key, case.value, case.see, AttentionEdit(gain=(groups_of(case, 1),)), case.scale
+    )
     out.square().sum().backward()
-    assert backend == "eager" and all(t.grad is not None and t.grad.abs().sum() > 0 for t in leaves)
+    assert backend == "eager"
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in leaves)

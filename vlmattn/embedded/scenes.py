@@ -9,7 +9,7 @@ were drawn before it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -55,7 +55,16 @@ _P_BACKGROUND_FROM_CONTEXT = 0.85
 _P_PREFERRED_COLOUR = 0.40
 _P_PREFERRED_PLACE = 0.70
 _P_STRIPED = 0.20
-_PAIRS = (("cup", "plate"), ("fork", "apple"), ("dog", "ball"), ("tree", "bird"), ("car", "sign"), ("bus", "bike"), ("cat", "book"), ("lamp", "clock"))
+_PAIRS = (
+    ("cup", "plate"),
+    ("fork", "apple"),
+    ("dog", "ball"),
+    ("tree", "bird"),
+    ("car", "sign"),
+    ("bus", "bike"),
+    ("cat", "book"),
+    ("lamp", "clock"),
+)
 PARTNER: dict[str, str] = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
 PREFERRED_COLOUR: dict[str, str] = {
     "cup": "white", "plate": "white", "fork": "blue", "apple": "red", "dog": "brown", "ball": "red", "tree": "green", "bird": "blue",
@@ -162,7 +171,11 @@ def sample_scene(
     for name in names:
         size, opacity = _size_and_opacity(rng, visibility)
         x, y = _place(rng, name, size, things, prior_broken)
-        colour = PREFERRED_COLOUR[name] if not prior_broken and rng.random() < _P_PREFERRED_COLOUR else str(rng.choice(list(COLOURS)))
+        colour = (
+            PREFERRED_COLOUR[name]
+            if not prior_broken and rng.random() < _P_PREFERRED_COLOUR
+            else str(rng.choice(list(COLOURS)))
+        )
         things.append(Thing(name, colour, bool(rng.random() < _P_STRIPED), x, y, size, opacity))
     things.sort(key=lambda thing: CATEGORIES.index(thing.category))
     return Scene(tuple(things), background, prior_broken)
@@ -204,7 +217,8 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
         part = canvas[y : y + thing.size, x : x + thing.size]
         part += (rgb - part) * alpha * thing.opacity
     canvas += rng.normal(0, 3, canvas.shape).astype(np.float32)
-    return np.clip(canvas, 0, 255).astype(np.uint8)
+    picture: NDArray[np.uint8] = np.clip(canvas, 0, 255).astype(np.uint8)
+    return picture
 
 
 def make_scene(
@@ -238,7 +252,15 @@ def patch_labels(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 # Sprites are vector drawings on a 72 x 72 canvas: (shape, coordinates, paint, line width).
 # Paints: the thing's colour, a dark and a light tint of it, ink, glass, or fixed colours.
 _CANVAS = 72
-_INK, _GLASS, _LEAF, _WOOD, _POLE, _BEAK, _DIAL = (25, 25, 25), (170, 220, 240), (60, 150, 50), (100, 60, 30), (90, 90, 90), (240, 160, 0), (250, 250, 245)
+_INK, _GLASS, _LEAF, _WOOD, _POLE, _BEAK, _DIAL = (
+    (25, 25, 25),
+    (170, 220, 240),
+    (60, 150, 50),
+    (100, 60, 30),
+    (90, 90, 90),
+    (240, 160, 0),
+    (250, 250, 245),
+)
 _Stroke = tuple[str, Any, Any, int]
 _SPRITES: dict[str, tuple[_Stroke, ...]] = {
     "cup": (("polygon", [(12, 14), (48, 14), (43, 64), (17, 64)], "body", 0), ("arc", [40, 22, 66, 50, -100, 100], "body", 7)),
@@ -295,7 +317,8 @@ def draw_sprite(category: str, colour: str, striped: bool) -> Image.Image:
     image = Image.new("RGBA", (_CANVAS, _CANVAS), (0, 0, 0, 0))
     pen = ImageDraw.Draw(image)
     for shape, points, paint, width in _SPRITES[category]:
-        ink = (*tints.get(paint, paint), 255)
+        rgb = tints[paint] if isinstance(paint, str) else paint
+        ink = (*rgb, 255)
         if shape == "arc":
             pen.arc(points[:4], points[4], points[5], fill=ink, width=width)
         elif shape == "line":
@@ -313,7 +336,7 @@ def draw_sprite(category: str, colour: str, striped: bool) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sprite(category: str, colour: str, striped: bool, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     pixels = np.asarray(draw_sprite(category, colour, striped).resize((size, size), Image.Resampling.BOX), np.float32)
-    return pixels[..., :3], pixels[..., 3:] / 255
+    return pixels[..., :3], pixels[..., 3:] / np.float32(255)

@@ -96,7 +96,8 @@ class Trainee(nn.Module):
 
     @property
     def words(self) -> Tensor:
-        return self.llava.model.language_model.embed_tokens.weight
+        table: Tensor = self.llava.model.language_model.embed_tokens.weight
+        return table
 
     def start_text_stage(self) -> None:
         """Output rows along the input rows, and small residual updates: the question must not be drowned."""
@@ -312,7 +313,7 @@ def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: i
             text_loss, more = _text_loss(trainee, batch, patches)
             loss, figures = text_loss + 0.3 * loss, figures | more
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         for name, value in ({"loss": loss} | figures).items():
@@ -320,7 +321,7 @@ def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: i
                 sums.setdefault(name, []).append(float(value.detach()))
         if (step + 1) % every == 0 or step + 1 == steps:
             seconds = time.monotonic() - begun
-            line = {"stage": stage, "step": step + 1, "seconds": round(seconds)}
+            line: dict[str, float] = {"stage": stage, "step": step + 1, "seconds": round(seconds)}
             line |= {name: round(float(np.mean(values)), 4) for name, values in sorted(sums.items())}
             sums = {}
             with (folder / "log.jsonl").open("a") as log:

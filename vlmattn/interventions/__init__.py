@@ -13,4 +13,15 @@ from vlmattn.interventions.pai import PAI
 from vlmattn.interventions.var import VAR
 from vlmattn.interventions.vhr import VHR
 
-__all__ = ["PAI", "VAR", "VHR", "Intervention", "MethodInfo", "PresetInfo", "all_presets", "find_method", "make_method", "register"]
+__all__ = [
+    "PAI",
+    "VAR",
+    "VHR",
+    "Intervention",
+    "MethodInfo",
+    "PresetInfo",
+    "all_presets",
+    "find_method",
+    "make_method",
+    "register",
+]

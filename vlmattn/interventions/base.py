@@ -75,7 +75,7 @@ class Intervention:
     def _check(self, spec: dataclasses.Field[Any]) -> None:
         value, where = getattr(self, spec.name), f"{self.info.name}.{spec.name}"
         default = spec.default
-        if isinstance(default, bool) or isinstance(default, str):
+        if isinstance(default, (bool, str)):
             if not isinstance(value, type(default)):
                 raise OptionError(f"{where} must be of type {type(default).__name__}, got {value!r}")
         elif isinstance(default, (int, float)):
@@ -124,7 +124,9 @@ def parse_layers(spec: str, count: int, method: str) -> tuple[int, ...]:
         except ValueError:
             raise OptionError(f"{method}.layers must look like '2:-1' or '1,-14:', got '{spec}'") from None
         except IndexError:
-            raise OptionError(f"{method}.layers names layer {part.strip()}, but the decoder has layers 0..{count - 1}") from None
+            raise OptionError(
+                f"{method}.layers names layer {part.strip()}, but the decoder has layers 0..{count - 1}"
+            ) from None
     return tuple(sorted(found))
 
 
@@ -134,7 +136,14 @@ _M = TypeVar("_M", bound=type[Intervention])
 
 
 def register(
-    name: str, *, paper: str, code: str, faithful: str, parts: str, cost: str, presets: Mapping[str, tuple[str, dict[str, Any]]]
+    name: str,
+    *,
+    paper: str,
+    code: str,
+    faithful: str,
+    parts: str,
+    cost: str,
+    presets: Mapping[str, tuple[str, dict[str, Any]]],
 ) -> Callable[[_M], _M]:
     """Class decorator: make a method known under ``name``, with presets given as name -> (about, options)."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # (language model type, hidden size, layers, MLP width) -> sink dimensions. They belong to the language model and its
@@ -21,4 +20,4 @@ def sink_values(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     hidden = hidden.float()
     rms = hidden.square().mean(-1).add(1e-6).sqrt()
     chosen = hidden[..., list(dims)] if dims else hidden
-    return torch.linalg.vector_norm(chosen, ord=float("inf"), dim=-1) / rms
+    return chosen.abs().amax(-1) / rms

@@ -54,8 +54,12 @@ class VAR(Intervention):
     """
 
     keep: float = option(0.4, 0, 1, "fraction of a sink's attention that stays", source="paper, p = .6 removed")
-    max_sink: float = option(0.5, 0, 1, "largest share of visual attention on sinks in an image-centric head", source="paper, rho = .5")
-    min_visual: float = option(0.2, 0, 1, "least attention on the image in an image-centric head", source="paper and code")
+    max_sink: float = option(
+        0.5, 0, 1, "largest share of visual attention on sinks in an image-centric head", source="paper, rho = .5"
+    )
+    min_visual: float = option(
+        0.2, 0, 1, "least attention on the image in an image-centric head", source="paper and code"
+    )
     tau: float = option(20.0, 0, 1e3, "sink threshold; phi never exceeds sqrt(hidden size)", source="paper and code")
     dims: tuple[int, ...] = option((), about="sink dimensions; empty: the known ones of the language model, else all")
     need_visual_sink: bool = option(False, about="leave rows alone that see no visual sink", source="released code")

@@ -105,6 +105,8 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, see: Visibility, rows: int
         key, value = key[:, :, : see.offset + leading], value[:, :, : see.offset + leading]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     if see.mask is None:
-        return F.scaled_dot_product_attention(query, key[:, :, :leading], value[:, :, :leading], is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, key[:, :, :leading], value[:, :, :leading], is_causal=True, scale=scale
+        )
     mask = see.mask[..., :leading, : key.shape[2]]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

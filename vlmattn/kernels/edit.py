@@ -225,7 +225,8 @@ class AttentionEdit:
         """No query row before this one attends differently (head gains aside); known on the host."""
         if self.mask or self.keep is not None:
             return 0
-        return min((0 if part.rows is None else part.rows.first for part in (*self.logit, *self.gain)), default=sys.maxsize)
+        rows = [part.rows for part in self.logit] + [part.rows for part in self.gain]
+        return min((0 if part is None else part.first for part in rows), default=sys.maxsize)
 
     def slice_rows(self, start: int, stop: int) -> AttentionEdit:
         """The same edit for the query rows ``start:stop`` only."""

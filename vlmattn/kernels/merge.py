@@ -59,7 +59,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: 
             for top, bottom, causal in blocks:
                 if top == bottom:
                     continue
-                o, lse = _flash(query[:, :, top:bottom], key[:, :, first:last], value[:, :, first:last], member, causal, scale)
+                o, lse = _flash(
+                    query[:, :, top:bottom], key[:, :, first:last], value[:, :, first:last], member, causal, scale
+                )
                 _accumulate(out[group, :, :, top:bottom], total[group, :, :, top:bottom], o, lse)
     everything = total.logsumexp(0)
     mass = torch.where(everything > float("-inf"), (total - everything).exp(), 0.0)  # a row that sees nothing: zeros
@@ -113,7 +115,9 @@ def _flash(
     if query.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
     elif query.dtype == torch.float32:  # flash kernels are for half precision
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, causal, scale=scale)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scale
+        )
     else:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
     return out[..., :dim], lse[..., : query.shape[2]]

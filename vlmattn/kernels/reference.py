@@ -42,9 +42,7 @@ def _of_key(values: Tensor | None, b: int, h: int, default: float) -> Tensor | f
     return (values[b] if values.ndim == 2 else values[b, h]).double()
 
 
-def _weights(
-    score: Tensor, visible: Tensor, padding: Tensor, edit: AttentionEdit, b: int, h: int, i: int
-) -> Tensor:
+def _weights(score: Tensor, visible: Tensor, padding: Tensor, edit: AttentionEdit, b: int, h: int, i: int) -> Tensor:
     for logit in edit.logit:
         if _applies(logit.rows, b, i):
             score = (

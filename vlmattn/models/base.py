@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,9 @@ class Family(ABC):
     """One family of models: where its decoder is, how its image tokens are found, what is odd about it."""
 
     #: ``config.model_type`` values this class serves, each with the checkpoints people know.
-    model_types: Mapping[str, str]
+    model_types: ClassVar[Mapping[str, str]]
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most families have nothing to refuse)
         """Raise ``UnsupportedError`` for variants of the family that would be wrong."""
 
     def decoder(self, model: PreTrainedModel) -> nn.Module:
@@ -99,7 +99,9 @@ def register_family(family: Family) -> None:
     """Make a family known; its model types must be free."""
     for model_type in family.model_types:
         if model_type in _FAMILIES:
-            raise UnsupportedError(f"model type '{model_type}' is already served by {type(_FAMILIES[model_type]).__name__}")
+            raise UnsupportedError(
+                f"model type '{model_type}' is already served by {type(_FAMILIES[model_type]).__name__}"
+            )
         _FAMILIES[model_type] = family
 
 
@@ -115,6 +117,8 @@ def find_family(model: nn.Module) -> Family:
         raise UnsupportedError(f"{type(model).__name__} is not a transformers PreTrainedModel; supported: {supported}")
     family = _FAMILIES.get(model.config.model_type)
     if family is None or not hasattr(model, "generate"):
-        raise UnsupportedError(f"{type(model).__name__} (model type '{model.config.model_type}') is not supported; supported: {supported}")
+        raise UnsupportedError(
+            f"{type(model).__name__} (model type '{model.config.model_type}') is not supported; supported: {supported}"
+        )
     family.check(model)
     return family

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
@@ -16,12 +16,14 @@ _TOWERS = ("clip_vision_model", "siglip_vision_model")
 class Llava(Family):
     """Every image has the same number of tokens and no separators: adjacent images are told apart by that number."""
 
-    model_types = {"llava": "llava-hf/llava-1.5-7b-hf"}
+    model_types: ClassVar[Mapping[str, str]] = {"llava": "llava-hf/llava-1.5-7b-hf"}
 
     def check(self, model: PreTrainedModel) -> None:
         tower = model.config.vision_config.model_type
         if tower not in _TOWERS:
-            raise UnsupportedError(f"LLaVA with a '{tower}' tower is not supported yet; supported towers: {', '.join(_TOWERS)}")
+            raise UnsupportedError(
+                f"LLaVA with a '{tower}' tower is not supported yet; supported towers: {', '.join(_TOWERS)}"
+            )
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         encoded = inputs.get("mm_encoder_outputs") or {}

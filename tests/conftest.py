@@ -1,0 +1,18 @@
+"""Offline, one thread; ``tests/`` is importable (pytest puts this folder on the path): ``from tiny import build``."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("VLMATTN_BACKEND", None)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_grad():
+    """For tests that run models; gradients stay on elsewhere."""
+    with torch.no_grad():
+        yield

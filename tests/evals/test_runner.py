@@ -1,0 +1,166 @@
+"""Runs: the same answers however often they are interrupted, and figures that follow from the answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import vlmattn
+from vlmattn.errors import InputError, StateError
+from vlmattn.evals.journal import Journal
+from vlmattn.evals.report import html_report, markdown_tables, notes
+from vlmattn.evals.runner import evaluate
+from vlmattn.evals.suites import Chair, Pope, Which, World
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return vlmattn.load("embedded")
+
+
+def small_suites():
+    world = World("faint", 0.0, 6)
+    return [Pope.on_scenes([world]), Chair.on_scenes([world])]
+
+
+@pytest.fixture(scope="module")
+def finished(bundled, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, evaluate(
+        *bundled, small_suites(), ["none", "vhr", "pai"], folder, "embedded", batch_size=20, say=lambda _: None
+    )
+
+
+def test_the_summary_follows_from_the_answers(finished):
+    folder, result = finished
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == len(result.answers) == 3 * sum(len(s.samples()) for s in small_suites())
+    summary = json.loads((folder / "summary.json").read_text())
+    table = next(t for t in summary["tables"] if t["split"] == "adversarial")
+    pope = small_suites()[0]
+    members = [s for s in pope.samples() if "adversarial" in s.splits]
+    right = sum((result.answers["pope", "vhr", s.id] == "yes") == s.truth for s in members)
+    assert table["rows"]["vhr"]["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / len(members), abs=1e-3)
+    yes = sum(result.answers["pope", "vhr", s.id] == "yes" for s in members)
+    assert table["rows"]["vhr"]["metrics"]["yes_ratio"]["value"] == pytest.approx(100 * yes / len(members), abs=1e-3)
+    assert {"recipes", "versions", "seed", "hardware", "decoding"} <= summary.keys()
+    assert summary["reports"]["vhr"]["fired"]["vhr"] > 0
+    assert not list(folder.glob("*.partial"))
+
+
+def test_presets_change_answers(finished):
+    _, result = finished
+    changed = [t["rows"]["vhr"]["changed"] for t in result.summary["tables"]]
+    assert sum(changed) > 0
+
+
+def test_a_wrapped_model_and_other_settings_are_refused(bundled, finished):
+    folder, _ = finished
+    with pytest.raises(StateError, match=r"other settings \(batch_size\).*--restart"):
+        evaluate(
+            *bundled, small_suites(), ["none", "vhr", "pai"], folder, "embedded", batch_size=10, say=lambda _: None
+        )
+
+
+@pytest.mark.parametrize("cut", [1, 300, 1500, 2500])
+def test_cut_off_runs_lose_nothing_and_repeat_nothing(bundled, finished, tmp_path, cut):
+    folder, result = finished
+    for name in ("answers.jsonl", "settings.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    whole = (tmp_path / "answers.jsonl").read_bytes()
+    (tmp_path / "answers.jsonl").write_bytes(whole[: len(whole) - cut])  # as a kill in the middle of a write leaves it
+    again = evaluate(
+        *bundled, small_suites(), ["none", "vhr", "pai"], tmp_path, "embedded", batch_size=20, say=lambda _: None
+    )
+    assert again.answers == result.answers
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == len(result.answers)
+    assert again.summary["tables"] == result.summary["tables"]
+
+
+def test_a_damaged_line_in_the_middle_is_named(finished, tmp_path):
+    folder, _ = finished
+    settings = json.loads((folder / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    lines = (folder / "answers.jsonl").read_text().splitlines()
+    lines[3] = lines[3][:20]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"answers\.jsonl:4: damaged line"):
+        Journal(tmp_path, settings)
+
+
+def test_kill_minus_nine_and_run_again(tmp_path):
+    """The real thing: a process killed while it works, then the same command."""
+    command = [
+        sys.executable,
+        "-m",
+        "vlmattn.cli",
+        "eval",
+        "--suite",
+        "pope",
+        "--presets",
+        "none,pai",
+        "--scenes",
+        "30",
+    ]
+    command += ["--visibility", "faint", "--batch-size", "10", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(
+        [*command, str(tmp_path / "a")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    answers = tmp_path / "a" / "answers.jsonl"
+    for _ in range(600):
+        if answers.exists() and answers.read_bytes().count(b"\n") >= 20:
+            break
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    done = answers.read_bytes().count(b"\n")
+    assert 20 <= done < 580, "the process must have been killed in the middle"
+    for name in ("a", "b"):
+        run = subprocess.run(
+            [*command, str(tmp_path / name)], env=environment, capture_output=True, text=True, check=True
+        )
+        assert ("resuming" in run.stdout) == (name == "a")
+    assert sorted(answers.read_text().splitlines()) == sorted(
+        (tmp_path / "b" / "answers.jsonl").read_text().splitlines()
+    )
+    tables = [json.loads((tmp_path / name / "summary.json").read_text())["tables"] for name in ("a", "b")]
+    assert tables[0] == tables[1]
+
+
+def test_batching_does_not_change_answers(bundled, finished, tmp_path):
+    _, result = finished
+    single = evaluate(
+        *bundled, [small_suites()[1]], ["none", "vhr"], tmp_path, "embedded", batch_size=1, say=lambda _: None
+    )
+    assert all(result.answers[key] == text for key, text in single.answers.items())
+
+
+def test_reports_show_every_preset(finished):
+    _, result = finished
+    page = html_report(result)
+    assert page.count("<svg") == 2
+    assert not re.search(r"""(src|href)\s*=\s*["']?(http|//)|<script|<link|@import|url\(http""", page), (
+        "must work offline"
+    )
+    for word in ("vhr", "pai", "adversarial", "chair_i", "data:image/png;base64"):
+        assert word in page
+    assert "| adversarial (36) | none |" in markdown_tables(result)
+    assert notes(result) == []
+
+
+def test_an_edit_that_never_fires_is_said(bundled, tmp_path):
+    with pytest.warns(UserWarning, match="cannot fire"):
+        result = evaluate(
+            *bundled, [Which(World("clear", 0, 6), (2,))], ["var"], tmp_path, "embedded", say=lambda _: None
+        )
+    assert "var never found anything to do" in notes(result)[0]
+    assert result.summary["tables"][0]["rows"]["var"]["changed"] == 0

@@ -1,0 +1,151 @@
+"""The command line: what it prints, and what bad input gets (one line, exit code 2, nothing half-written)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from vlmattn import cli
+from vlmattn.embedded.scenes import make_scene
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlmattn", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    monkeypatch.setattr(cli.console, "width", 200)
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "scene.png"
+    Image.fromarray(make_scene(12, 0)[1]).save(path)
+    return str(path)
+
+
+def test_presets_lists_every_method_with_its_paper(run):
+    code, out, _ = run("presets")
+    assert code == 0
+    for word in ("var_official", "vhr", "pai", "2503.03321", "golden", "paper text"):
+        assert word in out
+
+
+def test_one_preset_shows_its_options_and_a_recipe(run):
+    code, out, _ = run("presets", "var")
+    assert code == 0
+    for word in ("keep", "0..1", "rho = .5", "schema: 1", "gamma"):
+        assert word in out
+    code, out, _ = run("presets", "var", "--json")
+    assert json.loads(out)["interventions"][0]["keep"] == 0.4
+    code, out, _ = run("presets", "--json")
+    assert len(json.loads(out)) == 7
+
+
+def test_ask_shows_both_answers(run, picture):
+    code, out, _ = run("ask", picture, "Is there a cup in the image?", "--preset", "vhr")
+    assert code == 0
+    assert "none" in out
+    assert "vhr" in out
+    assert any(word in out for word in ("yes", "no"))
+
+
+def test_doctor_is_content(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    for word in ("torch", "backend merge", "family llava", "found", "no trouble"):
+        assert word in out
+
+
+def test_help_has_examples(run):
+    for command in ("demo", "eval", "ask", "presets"):
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert "Example" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "--out", "{tmp}/o", "--presets", "none,vra"], ["unknown preset 'vra'", "did you mean", "var"]),
+        (["eval", "--out", "{tmp}/o", "--suite", "poep"], ["unknown suite 'poep'", "pope"]),
+        (["eval", "--out", "{tmp}/o", "--visibility", "foggy"], ["clear, dim, faint, tiny", "foggy"]),
+        (["eval", "--out", "{tmp}/o", "--prior", "7"], ["prior_broken", "0..1", "7"]),
+        (
+            ["eval", "--out", "{tmp}/o", "--questions", "{tmp}/none.json", "--images", "{tmp}"],
+            ["cannot read the questions", "none.json"],
+        ),
+        (
+            ["eval", "--out", "{tmp}/o", "--questions", "{tmp}/bad.json", "--images", "{tmp}"],
+            ["bad.json:2", "not valid JSON"],
+        ),
+        (["eval", "--out", "{tmp}/o", "--questions", "{tmp}/good.json"], ["--images"]),
+        (
+            ["eval", "--out", "{tmp}/o", "--questions", "{tmp}/good.json", "--images", "{tmp}"],
+            ["image not found", "a.png"],
+        ),
+        (["eval", "--out", "{tmp}/o", "--dtype", "int3"], ["float32", "int3"]),
+        (["eval", "--out", "{tmp}/o", "--model", "{tmp}/nowhere"], ["cannot load", "nowhere"]),
+        (["eval", "--out", "{tmp}/o", "--model", "{tmp}/bert"], ["model type 'bert'", "llava", "qwen2_5_vl"]),
+        (["eval", "--out", "{tmp}/file/x"], ["cannot use", "file/x"]),
+        (["ask", "{tmp}/none.png", "what?"], ["image not found", "none.png"]),
+        (["ask", "{tmp}/bad.json", "what?"], ["cannot read the image", "bad.json"]),
+        (["ask", "{picture}", "what?", "--preset", "{tmp}/recipe.yaml"], ["recipe.yaml", "var.keep", "0..1", "3"]),
+        (["presets", "vhrr"], ["unknown preset 'vhrr'", "vhr"]),
+    ],
+)
+def test_bad_input_gets_one_line_and_code_two(run, tmp_path, picture, arguments, words):
+    (tmp_path / "bad.json").write_text('{"image": "a.png", "text": "q", "label": "yes"}\n{"image"\n')
+    (tmp_path / "good.json").write_text('{"image": "a.png", "text": "q", "label": "yes"}\n')
+    (tmp_path / "recipe.yaml").write_text("schema: 1\nname: x\ninterventions:\n- method: var\n  keep: 3\n")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    code, _, err = run(*(a.format(tmp=tmp_path, picture=picture) for a in arguments))
+    assert code == 2
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    assert not (tmp_path / "o" / "answers.jsonl").exists()
+
+
+def test_debug_shows_the_traceback(run):
+    from vlmattn.errors import UnknownNameError
+
+    with pytest.raises(UnknownNameError):
+        run("presets", "vhrr", "--debug")
+
+
+def test_a_broken_torchvision_is_named_with_its_remedy(tmp_path):
+    """A torchvision that raises at import, as a CUDA wheel does beside a CPU torch."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    info = tmp_path / "torchvision-0.28.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    for command in (["doctor"], ["ask", "x.png", "q"]):
+        (tmp_path / "x.png").write_bytes(b"")
+        if command[0] == "ask":
+            Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['vlmattn', *{command!r}]; from vlmattn.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr[-2000:]
+        assert "pip uninstall -y torchvision timm" in done.stderr
+        assert "Traceback" not in done.stderr

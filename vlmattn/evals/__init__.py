@@ -1,0 +1,1 @@
+"""Honest evaluation: suites, paired statistics, resumable runs and reports."""

@@ -1,0 +1,293 @@
+"""Measures the bundled model with the project's own suites and writes its card.
+
+    python -m vlmattn.evals.card --model vlmattn/embedded/tiny-scenes
+
+writes ``figures.json`` and ``README.md`` into the model folder. Gates were fixed before the model was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmattn.embedded.scenes import HARD_SHARE, patch_labels
+from vlmattn.embedded.text import existence_question
+from vlmattn.embedded.train import BATCH, MULTI_IMAGE_FROM, SEED, TEXT_STEPS, VISION_STEPS
+from vlmattn.evals.journal import write_json, write_text
+from vlmattn.evals.runner import Result, evaluate, versions
+from vlmattn.evals.suites import Chair, Pope, Which, World
+
+CHECK_SCENES = 60  # the small set on which a test compares the committed weights with the card
+_PRIORS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound that a figure must keep, both ends included."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def passed(self) -> bool:
+        return self.low <= self.value <= self.high
+
+
+def _value(result: Result, suite: str, condition: str, split: str, metric: str) -> float:
+    for table in result.summary["tables"]:
+        if (table["suite"], table["condition"], table["split"]) == (suite, condition, split):
+            return float(table["rows"]["none"]["metrics"][metric]["value"])
+    raise KeyError((suite, condition, split))
+
+
+def gates(result: Result, faint: str, clear: str, broken: str, swapped: str) -> list[Gate]:
+    """The gates of the bundled model; arguments are the names of the conditions."""
+    accuracy = {
+        (c, s): _value(result, "pope", c, s, "accuracy")
+        for c in (faint, clear, broken, swapped)
+        for s in ("random", "popular", "adversarial")
+    }
+    drop = accuracy[faint, "random"] - accuracy[faint, "adversarial"]
+    chance = max(abs(accuracy[swapped, s] - 50) for s in ("random", "popular", "adversarial"))
+    return [
+        Gate("clear: POPE random", accuracy[clear, "random"], 97, 100),
+        Gate("clear: POPE adversarial", accuracy[clear, "adversarial"], 92, 100),
+        Gate("clear, prior broken: POPE random", accuracy[broken, "random"], 88, 100),
+        Gate("clear: in which of 2 images", _value(result, "which", clear, "2 images", "accuracy"), 95, 100),
+        Gate("faint: POPE random", accuracy[faint, "random"], 85, 92),
+        Gate("faint: POPE random minus adversarial", drop, 4, 100),
+        Gate("faint: CHAIR_i", _value(result, "chair", faint, "captions", "chair_i"), 10, 25),
+        Gate("faint: recall of captions", _value(result, "chair", faint, "captions", "recall"), 60, 100),
+        Gate("another scene's image: POPE, largest distance from 50", chance, 0, 6),
+        Gate("faint: captions that name an object twice", _value(result, "chair", faint, "captions", "repeats"), 0, 10),
+        Gate("clear: captions that name an object twice", _value(result, "chair", clear, "captions", "repeats"), 0, 10),
+    ]
+
+
+@torch.inference_mode()
+def sink_statistics(model: Any, processor: Any, scenes: int = 100) -> list[dict[str, float]]:
+    """Per layer, over existence questions about clear scenes: are there attention sinks or massive activations?
+
+    ``bos``: mean attention of text rows on the first token. ``massive``: max |h| / median |h| of the residual stream
+    that enters the layer, largest over tokens. ``phi``: largest sink value max |h| / RMS(h) (VAR asks for more than
+    20). ``top3``: share of the last row's visual attention on its three strongest visual tokens; ``top3_background``:
+    how many of those show background; ``background``: share of background patches.
+    """
+    world = World("clear", 0.0, scenes)
+    model.set_attn_implementation("eager")
+    prompts = [existence_question(world.scene(i).categories[0]) for i in range(scenes)]
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": p}]}], add_generation_prompt=True
+        )
+        for p in prompts
+    ]
+    inputs = processor(
+        text=texts,
+        images=[world.image(i)[0] for i in range(scenes)],
+        padding=True,
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    out = model(**inputs, output_attentions=True, output_hidden_states=True)
+    model.set_attn_implementation("sdpa")
+    background = torch.stack([torch.from_numpy(patch_labels(world.scene(i))[0] == 0) for i in range(scenes)])
+    visual = inputs["input_ids"] == model.config.image_token_id
+    first = inputs["attention_mask"].argmax(1)
+    rows = []
+    for hidden, attention in zip(out.hidden_states, out.attentions, strict=False):
+        rows.append(_sinks_of_layer(hidden, attention, visual, first, background))
+    return rows
+
+
+def _sinks_of_layer(
+    hidden: Tensor, attention: Tensor, visual: Tensor, first: Tensor, background: Tensor
+) -> dict[str, float]:
+    samples = torch.arange(len(hidden))
+    after = visual.cumsum(1) == visual.sum(1, keepdim=True)
+    text = after & ~visual
+    bos = attention[samples, :, :, first].mean(1)[text].mean()
+    magnitude = hidden.abs()
+    real = torch.arange(hidden.shape[1])[None] >= first[:, None]
+    massive = (magnitude.amax(-1) / magnitude.median(-1).values)[real].max()
+    phi = (magnitude.amax(-1) / hidden.square().mean(-1).sqrt())[real].max()
+    last = attention[:, :, -1].mean(1)[visual].view(len(hidden), -1)
+    top = last.topk(3, -1)
+    return {
+        "bos": round(float(bos), 3),
+        "massive": round(float(massive), 1),
+        "phi": round(float(phi), 1),
+        "top3": round(float((top.values.sum(-1) / last.sum(-1)).mean()), 2),
+        "top3_background": round(float(background.gather(1, top.indices).float().mean()), 2),
+        "background": round(float(background.float().mean()), 2),
+    }
+
+
+def measure(model: Any, processor: Any, images: int) -> dict[str, Any]:
+    """All figures of the card."""
+    faint, clear = World("faint", 0, images), World("clear", 0, images)
+    broken = [World("clear", share, images) for share in _PRIORS]
+    others = [World(look, 0, images) for look in ("dim", "tiny")]
+    swapped = World("faint", 0, images, swapped=True)
+    small = World("faint", 0, CHECK_SCENES)
+    with tempfile.TemporaryDirectory() as folder:
+        suites = [
+            Pope.on_scenes([faint, clear, *others, *broken, swapped]),
+            Chair.on_scenes([faint, clear]),
+            Which(clear),
+        ]
+        result = evaluate(model, processor, suites, ["none"], Path(folder) / "full", "embedded")
+        check = evaluate(model, processor, [Pope.on_scenes([small])], ["none"], Path(folder) / "small", "embedded")
+    found = gates(result, faint.name, clear.name, broken[-1].name, swapped.name)
+    tables = [{k: v for k, v in t.items() if k != "rows"} | t["rows"]["none"] for t in result.summary["tables"]]
+    return {
+        "images": images,
+        "gates": [{**gate.__dict__, "value": round(gate.value, 2), "passed": gate.passed} for gate in found],
+        "tables": tables,
+        "sinks": sink_statistics(model, processor),
+        "check": {t["split"]: t["rows"]["none"]["metrics"]["accuracy"]["value"] for t in check.summary["tables"]},
+        "versions": versions(),
+    }
+
+
+def card(figures: dict[str, Any], log: list[dict[str, Any]]) -> str:
+    """The model card in markdown."""
+    lines = []
+    for table in figures["tables"]:
+        cells = table["metrics"]
+        if table["suite"] == "pope":
+            shown = f"accuracy {_with_interval(cells['accuracy'])}, yes-ratio {cells['yes_ratio']['value']:.1f}"
+        elif table["suite"] == "chair":
+            shown = (
+                f"CHAIR_i {_with_interval(cells['chair_i'])}, CHAIR_s {cells['chair_s']['value']:.1f},"
+                f" recall {cells['recall']['value']:.1f}, {cells['length']['value']:.1f} words, repeats {cells['repeats']['value']:.1f}"
+            )
+        else:
+            shown = f"accuracy {_with_interval(cells['accuracy'])}"
+        lines.append(f"| {table['suite']} | {table['condition']} | {table['split']} | {shown} |")
+    marks = [
+        f"| {g['name']} | {g['value']:.1f} | {g['low']:g} to {g['high']:g} | {'yes' if g['passed'] else '**no**'} |"
+        for g in figures["gates"]
+    ]
+    keys = list(figures["sinks"][0])
+    sinks = [f"| {i} | " + " | ".join(str(row[key]) for key in keys) + " |" for i, row in enumerate(figures["sinks"])]
+    phi = max(row["phi"] for row in figures["sinks"])
+    minutes = sum(max((line["seconds"] for line in log if line["stage"] == stage), default=0) for stage in (1, 2)) / 60
+    return _CARD.format(
+        images=figures["images"],
+        gates="\n".join(marks),
+        tables="\n".join(lines),
+        sink_head=" | ".join(keys),
+        sink_rule="|".join(["---"] * (len(keys) + 1)),
+        sinks="\n".join(sinks),
+        phi=phi,
+        vision=VISION_STEPS,
+        text=TEXT_STEPS,
+        batch=BATCH,
+        multi=MULTI_IMAGE_FROM,
+        seed=SEED,
+        hard=HARD_SHARE,
+        minutes=minutes,
+        torch=figures["versions"]["torch"],
+        transformers=figures["versions"]["transformers"],
+    )
+
+
+def _with_interval(cell: dict[str, float]) -> str:
+    return f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
+
+
+_CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# tiny-scenes: a small LLaVA that hallucinates for a reason
+
+A test-bed, not an assistant. It is a real LLaVA (CLIP tower with a CLS token, last-but-one layer, two-layer projector, Llama
+decoder: 6 layers, 192 wide, 8 query and 4 key/value heads of 32; 49 image tokens; 3.8 M parameters in float16), trained from
+scratch on generated 56 x 56 scenes with 16 kinds of things. It loads with `vlmattn.load("embedded")` and with plain
+`from_pretrained` on this folder.
+
+## Why it hallucinates
+Things go together in the training scenes (a cup with its plate, a dog with its ball), and {hard:.0%} of the things in them are
+nearly invisible or 6-8 pixels small, yet named in every answer. For those the model can only say what is likely. On clear
+scenes it sees well; where the evidence is weak its prior wins. Two dials of the generator show this: visibility (clear, dim,
+faint, tiny) and the share of scenes that break the co-occurrences.
+
+## Data and training
+Generated data only, no third-party content. Scenes, questions and captions: `vlmattn/embedded/scenes.py` and `text.py`; 15 % of
+the training scenes break the prior. Captions name things in a fixed order of categories, so that a caption knows what it has
+already said.
+
+    python -m vlmattn.embedded.train --out runs/embedded
+    python -m vlmattn.embedded.train --out runs/embedded --export vlmattn/embedded/tiny-scenes
+    python -m vlmattn.evals.card --model vlmattn/embedded/tiny-scenes
+
+Stage 1: {vision} steps of {batch} scenes, patches classified through the projector and the word embeddings. Stage 2: {text} steps
+of {batch} scenes with 8 turns each; every fourth batch holds prompts of 2-4 images from step {multi} on. Seed {seed}, one CPU
+thread, {minutes:.0f} minutes of training, torch {torch}, transformers {transformers}. Every batch follows from seed and step; the same
+torch on the same kind of CPU gives the same weights. The log is in `training_log.json`.
+
+## Gates
+Fixed before training; {images} scenes per setting, three things each, greedy, seeds that training never uses.
+
+| gate | measured | bound | passed |
+|---|---:|---|---|
+{gates}
+
+## Figures
+95 % intervals by bootstrap over images; POPE negatives follow the statistics of the training scenes.
+
+| suite | scenes | split | figures |
+|---|---|---|---|
+{tables}
+
+## What it cannot validate
+Per layer, over 100 questions about clear scenes (definitions: `vlmattn.evals.card.sink_statistics`):
+
+| layer | {sink_head} |
+|{sink_rule}|
+{sinks}
+
+- No massive activations: the largest sink value phi is {phi} where VAR asks for more than 20 (and at 192 dimensions phi cannot
+  exceed 13.9). **VAR therefore never fires on this model; its rows in any table are those of the bare model and say nothing
+  about VAR.** VAR is validated against recorded outputs of the released code instead.
+- With 3 and 4 images the answers lean to some positions (see the splits by answer).
+- Tiny vocabulary, one caption style; figures here do not transfer to real models. A method that does not help here may help
+  there, and the other way round.
+- Deviations from LLaVA-1.5: no system prompt, 49 image tokens, a word tokenizer, trained from scratch.
+
+Licence: Apache-2.0.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="the model's folder; the card is written into it")
+    parser.add_argument("--images", type=int, default=500, help="scenes per setting")
+    options = parser.parse_args()
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(options.model, dtype="float32").eval()
+    figures = measure(model, AutoProcessor.from_pretrained(options.model), options.images)
+    log = json.loads((options.model / "training_log.json").read_text())
+    write_json(options.model / "figures.json", figures)
+    write_text(options.model / "README.md", card(figures, log))
+    for gate in figures["gates"]:
+        print(
+            f"{'passed' if gate['passed'] else 'MISSED'}  {gate['name']}: {gate['value']} (bound {gate['low']:g} to {gate['high']:g})"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Which objects are in the images of COCO: the ground truth of CHAIR, from the annotation files as published."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmattn.errors import InputError
+from vlmattn.evals.words import ObjectWords
+
+_SOURCE = "take it from annotations_trainval2014.zip at https://cocodataset.org/#download"
+_BULKY = ("segmentation", "counts", "bbox")
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """An image and the objects in it (canonical names of the vocabulary it was read with)."""
+
+    id: int
+    file_name: str
+    objects: frozenset[str]
+
+
+def load_coco_objects(instances: Path, captions: Path | None, words: ObjectWords) -> dict[int, CocoImage]:
+    """Read the objects of every image, as CHAIR counts them: annotated instances plus what the captions name.
+
+    Args:
+        instances: a file like ``instances_val2014.json``. Its images decide which images are returned, in its order;
+            annotations of other images are passed over, so a subset may leave them in.
+        captions: a file like ``captions_val2014.json`` for the same images, or None for the instances alone.
+        words: the vocabulary; every category of ``instances`` must be one of its words.
+
+    Raises:
+        InputError: a file is missing, not valid JSON or in another format; a category is unknown; or the captions
+            belong to other images.
+    """
+    data = _read(instances)
+    images = _rows(instances, data, "images", {"id": int, "file_name": str})
+    annotations = _rows(instances, data, "annotations", {"image_id": int, "category_id": int})
+    categories = _categories(instances, data, words)
+    objects: dict[int, set[str]] = {row["id"]: set() for row in images}
+    for index, row in enumerate(annotations):
+        name = categories.get(row["category_id"])
+        if name is None:
+            raise InputError(
+                f"{instances}: annotations[{index}] has category_id {row['category_id']}, which 'categories' lacks; {_SOURCE}"
+            )
+        if row["image_id"] in objects:
+            objects[row["image_id"]].add(name)
+    if captions is not None:
+        _add_captions(captions, objects, words)
+    return {row["id"]: CocoImage(row["id"], row["file_name"], frozenset(objects[row["id"]])) for row in images}
+
+
+def _categories(path: Path, data: dict[str, Any], words: ObjectWords) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for row in _rows(path, data, "categories", {"id": int, "name": str}):
+        name = words.canonical(row["name"])
+        if name is None:
+            raise InputError(
+                f"{path}: the object words have no category '{row['name']}'; add a line that starts with it to the synonyms file"
+            )
+        names[row["id"]] = name
+    return names
+
+
+def _add_captions(path: Path, objects: dict[int, set[str]], words: ObjectWords) -> None:
+    rows = _rows(path, _read(path), "annotations", {"image_id": int, "caption": str})
+    of_ours = [row for row in rows if row["image_id"] in objects]
+    if objects and not of_ours:
+        raise InputError(
+            f"{path}: none of its {len(rows)} captions is of an image in the instances file; give the captions of the same split"
+        )
+    for row in of_ours:
+        objects[row["image_id"]].update(words.mentions(row["caption"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=_slim)
+    except OSError as error:
+        raise InputError(f"cannot read the COCO annotations {path}: {error.strerror}; {_SOURCE}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a UTF-8 text file; unpack the archive or {_SOURCE}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno}); {_SOURCE}"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply for an annotation file; {_SOURCE}") from None
+    if not isinstance(data, dict):
+        raise InputError(
+            f"{path}: not a COCO annotation file, it holds a {type(data).__name__} instead of an object; {_SOURCE}"
+        )
+    return data
+
+
+def _slim(row: dict[str, Any]) -> dict[str, Any]:
+    # Outlines are nine tenths of the file: dropped while parsing, they never add up in memory.
+    for key in _BULKY:
+        row.pop(key, None)
+    return row
+
+
+def _rows(path: Path, data: dict[str, Any], part: str, needed: dict[str, type]) -> list[dict[str, Any]]:
+    """The list ``data[part]``, checked to hold the ``needed`` keys with values of their types."""
+    rows = data.get(part)
+    if not isinstance(rows, list):
+        what = "has no" if rows is None else "has no list in"
+        raise InputError(f"{path}: {what} '{part}' (its keys: {', '.join(data) or 'none'}); {_SOURCE}")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: {part}[{index}] is not an object; it needs {' and '.join(needed)}")
+        for key, kind in needed.items():
+            if not isinstance(row.get(key), kind):
+                has = "has no" if key not in row else f"has {row[key]!r:.40} as"
+                expected = "a whole number" if kind is int else "a text"
+                raise InputError(f"{path}: {part}[{index}] {has} '{key}'; it must be {expected}")
+    return rows

@@ -1,0 +1,282 @@
+"""Shows a result: a table for the terminal, a markdown table, and one HTML page that needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from vlmattn.evals.runner import Result
+from vlmattn.evals.stats import Metric
+from vlmattn.evals.suites.base import Suite
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+_COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_EXAMPLES = 3  # repaired and broken answers each, per preset and suite
+
+
+def _by_suite(result: Result) -> Iterator[tuple[Suite, str, list[dict[str, Any]]]]:
+    """(suite, condition, its tables), in the order of the run."""
+    for suite in result.suites:
+        conditions = dict.fromkeys(t["condition"] for t in result.summary["tables"] if t["suite"] == suite.name)
+        for condition in conditions:
+            yield (
+                suite,
+                condition,
+                [t for t in result.summary["tables"] if (t["suite"], t["condition"]) == (suite.name, condition)],
+            )
+
+
+def _number(value: float, metric: Metric) -> str:
+    return f"{value:.1f}"
+
+
+def _change(cell: dict[str, Any]) -> str:
+    d = cell["difference"]
+    return f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
+
+
+def _verdict(cell: dict[str, Any], metric: Metric) -> str:
+    """ "better" or "worse" when the interval of the difference leaves out 0, else ""."""
+    d = cell.get("difference")
+    if d is None or not metric.better or d["low"] <= 0 <= d["high"]:
+        return ""
+    return "better" if (d["value"] > 0) == (metric.better == "higher") else "worse"
+
+
+def _p(row: dict[str, Any]) -> str:
+    p = row.get("mcnemar_p")
+    return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
+
+
+def _heading(suite: Suite, condition: str, tables: Sequence[dict[str, Any]]) -> str:
+    images = max(table["images"] for table in tables)
+    return f"{suite.title}  {condition} · {images} images"
+
+
+def terminal_tables(result: Result) -> Group:
+    """One table per suite and condition: headline metric, its difference to ``none``, McNemar's p, the other metrics."""
+    blocks: list[RichTable | Text] = []
+    style = {"better": "green", "worse": "red", "": ""}
+    for suite, condition, tables in _by_suite(result):
+        view = RichTable(
+            title=_heading(suite, condition, tables), title_justify="left", title_style="bold", header_style="bold"
+        )
+        for name in ("", "preset", suite.headline.name, "difference [95 % CI]", "p"):
+            view.add_column(name, justify="left" if name in ("", "preset") else "right", no_wrap=True)
+        for metric in suite.metrics[1:]:
+            view.add_column(metric.name, justify="right", no_wrap=True)
+        for table in tables:
+            for preset, row in table["rows"].items():
+                cells, first = row["metrics"], row["metrics"][suite.headline.name]
+                change = "" if preset == "none" else _change(first)
+                view.add_row(
+                    f"{table['split']} ({table['samples']})" if preset == "none" else "",
+                    preset,
+                    _number(first["value"], suite.headline),
+                    Text(change, style=style[_verdict(first, suite.headline)]),
+                    _p(row),
+                    *(_number(cells[metric.name]["value"], metric) for metric in suite.metrics[1:]),
+                )
+            view.add_section()
+        blocks.append(view)
+    blocks += [Text(note, style="yellow") for note in notes(result)]
+    return Group(*blocks)
+
+
+def notes(result: Result) -> list[str]:
+    """What a reader must know beside the figures."""
+    found = []
+    for preset, report in result.summary["reports"].items():
+        idle = [name for name, count in report["fired"].items() if not count]
+        if idle:
+            found.append(
+                f"{preset}: {', '.join(idle)} never found anything to do on this model, so its answers are those of none."
+            )
+    return found
+
+
+def markdown_tables(result: Result) -> str:
+    """The same tables in markdown: for a README."""
+    lines = []
+    for suite, condition, tables in _by_suite(result):
+        others = [metric.name for metric in suite.metrics[1:]]
+        header = ["", "preset", suite.headline.name, "difference [95 % CI]", "p", *others]
+        lines += [f"**{_heading(suite, condition, tables)}**", "", "| " + " | ".join(header) + " |"]
+        lines.append("|" + "|".join(["---", "---", *["---:"] * (len(header) - 2)]) + "|")
+        for table in tables:
+            for preset, row in table["rows"].items():
+                cells = row["metrics"]
+                first = cells[suite.headline.name]
+                label = f"{table['split']} ({table['samples']})" if preset == "none" else ""
+                change = "" if preset == "none" else _change(first)
+                values = [f"{cells[name]['value']:.1f}" for name in others]
+                lines.append(
+                    "| " + " | ".join([label, preset, f"{first['value']:.1f}", change, _p(row), *values]) + " |"
+                )
+        lines.append("")
+    return "\n".join([*lines, *notes(result)]).strip() + "\n"
+
+
+def html_report(result: Result) -> str:
+    """The whole report as one page: tables, bar charts with intervals, examples where presets disagree."""
+    summary, parts = result.summary, []
+    presets = list(summary["recipes"])
+    colours = {preset: _COLOURS[i % len(_COLOURS)] for i, preset in enumerate(presets)}
+    for suite in result.suites:
+        parts.append(f"<section><h2>{html.escape(suite.title)}</h2>")
+        parts.append(_chart(suite, [(c, t) for s, c, t in _by_suite(result) if s is suite], colours))
+        for owner, condition, tables in _by_suite(result):
+            if owner is suite:
+                parts.append(_html_table(suite, condition, tables, colours))
+        parts.append(_examples(suite, result, presets[1:]))
+        parts.append("</section>")
+    warnings = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in notes(result))
+    versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
+    machine = ", ".join(f"{name}: {value}" for name, value in summary["hardware"].items() if value)
+    recipes = html.escape(
+        "\n\n".join(f"{name}: {recipe['interventions']}" for name, recipe in summary["recipes"].items())
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>vlmattn eval: {html.escape(summary["model"])}</title><style>{_CSS}</style></head><body><main>
+<h1>Does it hallucinate less?</h1>
+<p>Model <b>{html.escape(summary["model"])}</b>, presets {", ".join(f"<b>{html.escape(p)}</b>" for p in presets)}; greedy decoding,
+the same samples and batches for all. Differences are to <b>none</b>, with 95&nbsp;% intervals from a paired bootstrap over images;
+p is McNemar's exact test. <span class="better">Green</span> and <span class="worse">red</span>: the interval leaves out 0, which
+one interval in twenty does by chance alone.</p>
+{warnings}{"".join(parts)}
+<section><h2>How it was run</h2><p>{html.escape(versions)}<br>{html.escape(machine)}<br>seed {summary["seed"]},
+batch size {summary["batch_size"]}, {html.escape(summary["dtype"])}</p>
+<details><summary>Recipes</summary><pre>{recipes}</pre></details></section></main></body></html>
+"""
+
+
+def _html_table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
+    head = "".join(f"<th title='{html.escape(m.about)}'>{m.name}</th>" for m in suite.metrics)
+    rows = []
+    for table in tables:
+        for preset, row in table["rows"].items():
+            cells = []
+            for metric in suite.metrics:
+                cell = row["metrics"][metric.name]
+                small = f"{cell['low']:.1f} to {cell['high']:.1f}" if preset == "none" else _change(cell)
+                cells.append(
+                    f"<td class='{_verdict(cell, metric)}'>{_number(cell['value'], metric)}<small>{small}</small></td>"
+                )
+            label = (
+                f"{html.escape(table['split'])}<small>{table['samples']} questions</small>" if preset == "none" else ""
+            )
+            dot = f"<i style='background:{colours[preset]}'></i>"
+            changed = row.get("changed", "")
+            first = " class='first'" if preset == "none" else ""
+            rows.append(
+                f"<tr{first}><th>{label}</th><th class='preset'>{dot}{html.escape(preset)}</th>{''.join(cells)}<td>{_p(row)}</td><td>{changed}</td></tr>"
+            )
+    images = max(table["images"] for table in tables)
+    return (
+        f"<h3>{html.escape(condition)} <small>{images} images</small></h3><div class='wide'><table><thead><tr><th></th><th></th>{head}"
+        f"<th title='McNemar'>p</th><th title='answers that differ from none'>changed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]]]], colours: dict[str, str]) -> str:
+    """Headline metric with its intervals, as inline SVG."""
+    from matplotlib.figure import Figure
+
+    panels = len(conditions)
+    figure = Figure(figsize=(max(4.0, 3.6 * panels), 3.0), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    lowest = 100.0
+    for axis, (condition, tables) in zip(axes, conditions, strict=True):
+        width = 0.8 / len(colours)
+        for number, (preset, colour) in enumerate(colours.items()):
+            cells = [table["rows"][preset]["metrics"][suite.headline.name] for table in tables]
+            values = [cell["value"] for cell in cells]
+            errors = [
+                [v - c["low"] for v, c in zip(values, cells, strict=True)],
+                [c["high"] - v for v, c in zip(values, cells, strict=True)],
+            ]
+            places = [i + (number - (len(colours) - 1) / 2) * width for i in range(len(tables))]
+            axis.bar(
+                places,
+                values,
+                width * 0.92,
+                color=colour,
+                yerr=errors,
+                ecolor="#222",
+                capsize=2,
+                label=preset,
+                error_kw={"lw": 1},
+            )
+            lowest = min(lowest, *(cell["low"] for cell in cells))
+        axis.set_xticks(range(len(tables)), [table["split"] for table in tables])
+        axis.set_title(condition, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#ddd", lw=0.6)
+        axis.set_axisbelow(True)
+    axes[0].set_ylabel(f"{suite.headline.name} (%)")
+    if suite.headline.better == "higher" and lowest > 50:
+        axes[0].set_ylim(bottom=50)  # chance
+        axes[0].set_ylabel(f"{suite.headline.name} (%), axis from 50")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colours), frameon=False, fontsize=9
+    )
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = drawn.getvalue()
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
+
+
+def _examples(suite: Suite, result: Result, presets: Sequence[str]) -> str:
+    cards = []
+    for preset in presets:
+        found: dict[str, list[str]] = {"repaired": [], "broken": []}
+        for sample in suite.samples():
+            bare, edited = (result.answers[suite.name, name, sample.id] for name in ("none", preset))
+            was, now = (suite.right(suite.score(sample, text)) for text in (bare, edited))
+            kind = "repaired" if now and not was else "broken" if was and not now else ""
+            if kind and len(found[kind]) < _EXAMPLES:
+                pictures = "".join(
+                    f"<img alt='' src='data:image/png;base64,{_png(picture)}'>" for picture in sample.images()
+                )
+                found[kind].append(
+                    f"<div class='card {kind}'>{pictures}<p><b>{html.escape(sample.prompt)}</b><br>{html.escape(sample.condition)};"
+                    f" truth: {html.escape(suite.expected(sample))}</p><p>none: {html.escape(bare)}</p>"
+                    f"<p>{html.escape(preset)}: {html.escape(edited)} <em>{kind}</em></p></div>"
+                )
+        cards += found["repaired"] + found["broken"]
+    if not cards:
+        return "<p class='note'>No answer became right or wrong by any preset.</p>"
+    return f"<h3>Where presets disagree <small>the first {_EXAMPLES} repaired and broken answers of each</small></h3><div class='cards'>{''.join(cards)}</div>"
+
+
+def _png(picture: Any) -> str:
+    shown = picture.copy()
+    shown.thumbnail((336, 336))
+    if max(shown.size) < 112:
+        shown = shown.resize((112, 112 * shown.height // shown.width), resample=0)
+    data = io.BytesIO()
+    shown.save(data, format="PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+_CSS = """
+:root{--ink:#1c1c1c;--soft:#666;--line:#ddd;--good:#00684a;--bad:#a33c00}
+*{box-sizing:border-box}body{margin:0;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
+main{max-width:70rem;margin:0 auto;padding:1.5rem}h1{margin:0 0 .5rem}h2{margin:2.5rem 0 .5rem;border-bottom:2px solid var(--ink)}
+h3{margin:1.5rem 0 .5rem}small{color:var(--soft);font-weight:400;font-size:.75em}.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:40rem;width:100%}th,td{padding:.3rem .6rem;text-align:right;vertical-align:top}
+thead th{border-bottom:1px solid var(--ink)}tbody th{text-align:left;font-weight:600}tr.first>*{border-top:1px solid var(--line)}
+td small,th small{display:block;white-space:nowrap}th.preset{font-weight:400;white-space:nowrap}th i{display:inline-block;width:.7em;height:.7em;margin-right:.4em}
+.better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.note{background:#fff6dd;padding:.5rem .8rem;border-left:4px solid #e0a800}
+figure{margin:1rem 0}figure svg{max-width:100%;height:auto}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
+.card{border:1px solid var(--line);border-left:4px solid;padding:.7rem;font-size:.9rem}.card.repaired{border-left-color:var(--good)}.card.broken{border-left-color:var(--bad)}
+.card p{margin:.3rem 0;overflow-wrap:anywhere}.card img{image-rendering:pixelated;max-width:100%;margin-right:.3rem}pre{white-space:pre-wrap;font-size:.8rem}
+"""

@@ -1,0 +1,237 @@
+"""Runs suites with and without presets on one model: same samples, same batches, same decoding for every preset."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import vlmattn
+from vlmattn.errors import OptionError
+from vlmattn.evals.journal import Journal, write_json
+from vlmattn.evals.stats import Bootstrap, mcnemar
+from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.recipe import Recipe
+
+SEED = 0
+
+
+@dataclass
+class Result:
+    """What ``evaluate`` returns: the summary (as written to summary.json) and what the report needs besides."""
+
+    summary: dict[str, Any]
+    suites: Sequence[Suite]
+    answers: dict[tuple[str, str, str], str] = field(repr=False)
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    suites: Sequence[Suite],
+    presets: Sequence[str],
+    out: Path,
+    model_name: str,
+    batch_size: int = 50,
+    restart: bool = False,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Ask every sample with every preset, score, compare with ``none``, and write ``out``.
+
+    ``none`` is always part of it. Answers are written batch by batch (answers.jsonl); after a kill the same call goes
+    on where it stopped, in the same batches. Decoding is greedy.
+
+    Args:
+        model, processor: a bare model and its processor (left padding).
+        presets: names or recipe files; see ``Recipe.of``.
+        out: results folder.
+        say: where plain progress lines go when there is no terminal.
+
+    Raises:
+        StateError: ``out`` holds a run with other settings; the model is wrapped.
+        UnknownNameError: no such preset.
+    """
+    recipes = _recipes(presets)
+    if batch_size < 1:
+        raise OptionError(f"the batch size must be at least 1, got {batch_size}")
+    settings = {
+        "model": model_name,
+        "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()},
+        "suites": {suite.name: dict(suite.settings) for suite in suites},
+        "decoding": {"do_sample": False, "max_new_tokens": {suite.name: suite.max_new_tokens for suite in suites}},
+        "batch_size": batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": SEED,
+        "versions": versions(),
+    }
+    processor.tokenizer.padding_side = "left"
+    with Journal(out, settings, restart) as journal:
+        earlier = read_summary(out) if journal.resumed else {}  # of an attempt that had finished
+        reports: dict[str, Any] = earlier.get("reports", {})
+        seconds: dict[str, float] = earlier.get("seconds_per_sample", {})
+        if journal.resumed:
+            say(f"resuming: {journal.resumed} answers are already in {out}")
+        for name, recipe in recipes.items():
+            begun, before = time.monotonic(), len(journal.answers)
+            with vlmattn.applied(model, recipe) if recipe.interventions else nullcontext():
+                for suite in suites:
+                    _ask(model, processor, suite, name, journal, batch_size, say)
+                asked = len(journal.answers) - before
+                if asked:
+                    seconds[name] = round((time.monotonic() - begun) / asked, 5)
+                if asked and recipe.interventions:
+                    report = model.vlmattn.report()
+                    reports[name] = {"fired": report["fired"], "backends": report["backends"]}
+        answers = dict(journal.answers)
+    summary = {
+        **settings,
+        "hardware": hardware(),
+        "reports": reports,
+        "seconds_per_sample": seconds,
+        "tables": [table for suite in suites for table in _tables(suite, list(recipes), answers)],
+    }
+    write_json(out / "summary.json", summary)
+    return Result(summary, suites, answers)
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """summary.json of a results folder, {} if there is none yet."""
+    path = out / "summary.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _recipes(presets: Sequence[str]) -> dict[str, Recipe]:
+    """Recipes by name, ``none`` first and always there."""
+    recipes = {"none": Recipe("none")}
+    for preset in presets:
+        recipe = Recipe.of(preset)
+        if recipe.interventions:
+            if recipe.name in recipes:
+                raise OptionError(f"preset '{recipe.name}' is given twice")
+            recipes[recipe.name] = recipe
+    return recipes
+
+
+def _batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[int, Sequence[Sample]]]:
+    for start in range(0, len(samples), size):
+        yield start // size, samples[start : start + size]
+
+
+def _ask(
+    model: Any, processor: Any, suite: Suite, preset: str, journal: Journal, size: int, say: Callable[[str], None]
+) -> None:
+    samples = suite.samples()
+    terminal = sys.stderr.isatty()
+    label, said = f"{preset} · {suite.name}", time.monotonic()
+    done = 0
+    with tqdm(total=len(samples), desc=label, disable=not terminal, leave=False, unit="answer") as bar:
+        for number, batch in _batches(samples, size):
+            if any((suite.name, preset, sample.id) not in journal.answers for sample in batch):
+                prompts = [sample.prompt for sample in batch]
+                images = [sample.images() for sample in batch]
+                texts = answer(model, processor, prompts, images, suite.max_new_tokens)
+                journal.add(suite.name, preset, number, [sample.id for sample in batch], texts)
+            done += len(batch)
+            bar.update(len(batch))
+            if not terminal and (time.monotonic() - said > 20 or done == len(samples)):
+                say(f"{label}: {done}/{len(samples)}")
+                said = time.monotonic()
+
+
+def answer(model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Any], max_new_tokens: int) -> list[str]:
+    """Greedy answers to a batch of prompts, each about its own list of images."""
+    texts = []
+    for prompt, pictures in zip(prompts, images, strict=True):
+        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    bos = processor.tokenizer.bos_token
+    inputs = processor(
+        text=texts,
+        images=[picture for pictures in images for picture in pictures],
+        padding=True,
+        return_tensors="pt",
+        add_special_tokens=not (bos and texts[0].startswith(bos)),  # many templates write the first token themselves
+    ).to(model.device, dtype=model.dtype)
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    fresh = tokens[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
+
+
+def _tables(suite: Suite, presets: Sequence[str], answers: dict[tuple[str, str, str], str]) -> list[dict[str, Any]]:
+    """One table per condition and split: every metric of every preset, and its difference to ``none``."""
+    samples = suite.samples()
+    records = {
+        preset: [suite.score(sample, answers[suite.name, preset, sample.id]) for sample in samples]
+        for preset in presets
+    }
+    columns: dict[tuple[str, str], list[int]] = {}
+    for index, sample in enumerate(samples):
+        for split in sample.splits:
+            columns.setdefault((sample.condition, split), []).append(index)
+    tables = []
+    for (condition, split), members in columns.items():
+        bootstrap = Bootstrap([samples[i].image_id for i in members], seed=SEED)
+        matrix = {p: np.array([[records[p][i][f] for f in suite.fields] for i in members]) for p in presets}
+        rows = {}
+        for preset in presets:
+            cells = {}
+            for metric in suite.metrics:
+                cell: dict[str, Any] = bootstrap.interval(metric, suite.fields, matrix[preset]).to_dict()
+                if preset != "none":
+                    change = bootstrap.difference(metric, suite.fields, matrix[preset], matrix["none"])
+                    cell["difference"] = change.to_dict()
+                cells[metric.name] = cell
+            row: dict[str, Any] = {"metrics": cells}
+            if preset != "none":
+                right = {p: [suite.right(records[p][i]) for i in members] for p in ("none", preset)}
+                row["mcnemar_p"] = mcnemar(right["none"], right[preset])
+                row["changed"] = sum(
+                    answers[suite.name, "none", samples[i].id] != answers[suite.name, preset, samples[i].id]
+                    for i in members
+                )
+            rows[preset] = row
+        images = len({samples[i].image_id for i in members})
+        tables.append(
+            {
+                "suite": suite.name,
+                "condition": condition,
+                "split": split,
+                "samples": len(members),
+                "images": images,
+                "rows": rows,
+            }
+        )
+    return tables
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    return {
+        "vlmattn": vlmattn.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Where it ran."""
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }

@@ -1,0 +1,69 @@
+"""What a suite is: samples to ask, and how an answer becomes numbers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from vlmattn.evals.stats import Metric
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one or more images.
+
+    Attributes:
+        id: unique within the suite.
+        image_id: the cluster of the bootstrap.
+        condition: which data it belongs to ("faint", "clear", a file): one table each.
+        splits: the columns it counts in; the questions that several splits share are asked once.
+        prompt: what is asked.
+        images: draw or read the pictures.
+        truth: whatever the suite's ``score`` needs.
+    """
+
+    id: str
+    image_id: str
+    condition: str
+    splits: tuple[str, ...]
+    prompt: str
+    images: Callable[[], list[Image.Image]]
+    truth: Any
+
+
+class Suite(ABC):
+    """A named set of samples and its scores."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[Metric, ...]]
+    max_new_tokens: int = 32
+
+    #: What is written with every result.
+    settings: Mapping[str, Any]
+
+    @property
+    def headline(self) -> Metric:
+        """The metric of the chart and of the first column."""
+        return self.metrics[0]
+
+    @abstractmethod
+    def samples(self) -> Sequence[Sample]:
+        """All samples, always in the same order."""
+
+    @abstractmethod
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        """Values of ``fields`` for one answer."""
+
+    @abstractmethod
+    def right(self, record: Mapping[str, float]) -> bool:
+        """Whether an answer with this record counts as right (for McNemar's test and the examples)."""
+
+    @abstractmethod
+    def expected(self, sample: Sample) -> str:
+        """The truth in words, for the report."""

@@ -1,0 +1,135 @@
+"""CHAIR: which objects of a caption are not in the image (arXiv 1809.02156), on generated scenes or COCO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vlmattn.embedded.scenes import CATEGORIES, SYNONYMS
+from vlmattn.embedded.text import DESCRIBE
+from vlmattn.evals.coco import load_coco_objects
+from vlmattn.evals.stats import Metric
+from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.files import check_image, read_image
+from vlmattn.evals.suites.world import World
+from vlmattn.evals.words import ObjectWords
+
+COCO_PROMPT = "Please describe this image in detail."  # what the papers ask
+
+
+@dataclass(frozen=True)
+class _Truth:
+    objects: frozenset[str]
+
+
+class Chair(Suite):
+    """Captions against the objects of the image. Mentions count, not distinct objects, as in the reference."""
+
+    name = "chair"
+    title = "CHAIR: objects in captions that are not there"
+    fields = ("captions", "wrong_captions", "mentions", "wrong_mentions", "objects", "found", "words", "repeating")
+    metrics = (
+        Metric(
+            "chair_i",
+            {"wrong_mentions": 1},
+            {"mentions": 1},
+            "mentioned objects that are not in the image",
+            better="lower",
+        ),
+        Metric(
+            "chair_s", {"wrong_captions": 1}, {"captions": 1}, "captions with at least one such object", better="lower"
+        ),
+        Metric("recall", {"found": 1}, {"objects": 1}, "objects of the image that the caption names (cover)"),
+        Metric("length", {"words": 1}, {"captions": 1}, "words per caption", scale=1.0, better=""),
+        Metric("repeats", {"repeating": 1}, {"captions": 1}, "captions that name an object twice", better="lower"),
+    )
+
+    def __init__(
+        self, samples: Sequence[Sample], words: ObjectWords, settings: Mapping[str, object], max_new_tokens: int
+    ) -> None:
+        self._samples, self._words, self.settings, self.max_new_tokens = samples, words, dict(settings), max_new_tokens
+
+    @classmethod
+    def on_scenes(cls, worlds: Sequence[World], max_new_tokens: int = 48) -> Chair:
+        samples = [
+            Sample(
+                id=f"{world.name}/{index}",
+                image_id=str(index),
+                condition=world.name,
+                splits=("captions",),
+                prompt=DESCRIBE,
+                images=lambda world=world, index=index: world.image(index),  # type: ignore[misc]
+                truth=_Truth(frozenset(world.scene(index).categories)),
+            )
+            for world in worlds
+            for index in range(world.count)
+        ]
+        words = ObjectWords({name: SYNONYMS.get(name, ()) for name in CATEGORIES})
+        return cls(samples, words, {"scenes": [world.settings() for world in worlds]}, max_new_tokens)
+
+    @classmethod
+    def on_coco(
+        cls,
+        instances: Path,
+        captions: Path | None,
+        images: Path,
+        synonyms: Path | None = None,
+        limit: int = 500,
+        seed: int = 0,
+        max_new_tokens: int = 512,
+    ) -> Chair:
+        """COCO annotation files; ``limit`` images drawn with ``seed`` (the papers take 500 of val2014).
+
+        Args:
+            captions: ground-truth captions, whose objects count as present too; None leaves them out.
+            synonyms: word list in the published format; None takes our own list.
+        """
+        words = ObjectWords.from_file(synonyms) if synonyms else ObjectWords.coco()
+        known = load_coco_objects(instances, captions, words)
+        order = np.random.default_rng(seed).permutation(sorted(known))[:limit]
+        samples = []
+        for key in order:
+            entry = known[int(key)]
+            picture = check_image(images, entry.file_name)
+            samples.append(
+                Sample(
+                    id=str(entry.id),
+                    image_id=str(entry.id),
+                    condition="coco",
+                    splits=("captions",),
+                    prompt=COCO_PROMPT,
+                    images=lambda picture=picture: [read_image(picture)],  # type: ignore[misc]
+                    truth=_Truth(entry.objects),
+                )
+            )
+        settings = {
+            "instances": instances.name,
+            "captions": captions.name if captions else None,
+            "synonyms": synonyms.name if synonyms else "vlmattn",
+            "limit": limit,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+        }
+        return cls(samples, words, settings, max_new_tokens)
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        mentioned = self._words.mentions(answer)
+        present: frozenset[str] = sample.truth.objects
+        wrong = [name for name in mentioned if name not in present]
+        values = (
+            1, bool(wrong), len(mentioned), len(wrong), len(present), len(present & set(mentioned)), len(answer.split()),
+            len(set(mentioned)) < len(mentioned),
+        )  # fmt: skip
+        return {name: float(value) for name, value in zip(self.fields, values, strict=True)}
+
+    def right(self, record: Mapping[str, float]) -> bool:
+        return record["wrong_captions"] == 0
+
+    def expected(self, sample: Sample) -> str:
+        return ", ".join(sorted(sample.truth.objects))

@@ -1,0 +1,157 @@
+"""POPE: is there an X in the image? (arXiv 2305.10355), on generated scenes or on the published files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vlmattn.embedded.text import existence_question
+from vlmattn.errors import InputError
+from vlmattn.evals.stats import Metric
+from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.files import check_image, read_image
+from vlmattn.evals.suites.world import World, absent_objects
+
+SPLITS = ("random", "popular", "adversarial")
+_ALL = {"tp": 1.0, "fp": 1.0, "tn": 1.0, "fn": 1.0}
+
+
+def says_yes(answer: str) -> bool:
+    """POPE's own rule: up to the first full stop, "No", "not" or "no" as a word means no, anything else yes."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not any(word in ("No", "not", "no") for word in (w.strip() for w in words))
+
+
+class Pope(Suite):
+    """Yes/no questions about the presence of objects; *yes* is the positive class."""
+
+    name = "pope"
+    title = "POPE: is there a ... in the image?"
+    fields = ("tp", "fp", "tn", "fn")
+    metrics = (
+        Metric("accuracy", {"tp": 1, "tn": 1}, _ALL, "share of right answers"),
+        Metric("precision", {"tp": 1}, {"tp": 1, "fp": 1}, "share of yes answers that are right"),
+        Metric("recall", {"tp": 1}, {"tp": 1, "fn": 1}, "share of present objects that are confirmed"),
+        Metric("f1", {"tp": 2}, {"tp": 2, "fp": 1, "fn": 1}, "harmonic mean of precision and recall"),
+        Metric(
+            "yes_ratio",
+            {"tp": 1, "fp": 1},
+            _ALL,
+            "share of yes among the answers (half of the truths are yes)",
+            better="",
+        ),
+    )
+
+    def __init__(self, samples: Sequence[Sample], settings: Mapping[str, object], max_new_tokens: int = 16) -> None:
+        self._samples, self.settings, self.max_new_tokens = samples, dict(settings), max_new_tokens
+
+    @classmethod
+    def on_scenes(cls, worlds: Sequence[World]) -> Pope:
+        """Three things and three absent ones per scene and split; present things are shared by the splits."""
+        samples = []
+        for world in worlds:
+            for index in range(world.count):
+                scene = world.scene(index)
+                asked: dict[str, list[str]] = {name: list(SPLITS) for name in scene.categories}
+                for number, split in enumerate(SPLITS):
+                    rng = np.random.default_rng([world.seed, index, number])
+                    for name in absent_objects(scene, split, rng):
+                        asked.setdefault(name, []).append(split)
+                for name, splits in asked.items():
+                    samples.append(
+                        Sample(
+                            id=f"{world.name}/{index}/{name}",
+                            image_id=str(index),
+                            condition=world.name,
+                            splits=tuple(splits),
+                            prompt=existence_question(name),
+                            images=lambda world=world, index=index: world.image(index),  # type: ignore[misc]
+                            truth=name in scene.categories,
+                        )
+                    )
+        return cls(samples, {"scenes": [world.settings() for world in worlds]})
+
+    @classmethod
+    def on_files(cls, questions: Sequence[Path], images: Path, limit: int | None = None) -> Pope:
+        """Published question files (JSON lines or a JSON array); each file is a column.
+
+        Args:
+            questions: files with ``question_id``, ``image``, ``text`` and ``label`` (yes / no).
+            images: folder of the images they name.
+            limit: use the first so many questions of each file.
+
+        Raises:
+            InputError: a line that is not a question (file:line), an image that is not there (path).
+        """
+        samples: dict[tuple[str, str, bool], Sample] = {}
+        for path in questions:
+            split = _split_name(path)
+            for item in read_questions(path)[:limit]:
+                picture = check_image(images, item["image"])
+                key = (item["image"], item["text"], item["label"] == "yes")
+                before = samples.get(key)
+                samples[key] = Sample(
+                    id=f"{item['image']}/{item['text']}/{item['label']}",
+                    image_id=item["image"],
+                    condition="questions",
+                    splits=(*(before.splits if before else ()), split),
+                    prompt=item["text"],
+                    images=lambda picture=picture: [read_image(picture)],  # type: ignore[misc]
+                    truth=item["label"] == "yes",
+                )
+        return cls(list(samples.values()), {"questions": [path.name for path in questions], "limit": limit})
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        yes = says_yes(answer)
+        field = ("tp" if yes else "fn") if sample.truth else ("fp" if yes else "tn")
+        return {name: float(name == field) for name in self.fields}
+
+    def right(self, record: Mapping[str, float]) -> bool:
+        return bool(record["tp"] or record["tn"])
+
+    def expected(self, sample: Sample) -> str:
+        return "yes" if sample.truth else "no"
+
+
+def _split_name(path: Path) -> str:
+    return next((name for name in SPLITS if name in path.stem), path.stem)
+
+
+def read_questions(path: Path) -> list[dict[str, str]]:
+    """Questions of a POPE file; errors name file and line (or item, for an array)."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"cannot read the questions {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file") from None
+    if text.lstrip().startswith("["):
+        try:
+            items = [(f"{path}: item {i}", item) for i, item in enumerate(json.loads(text), start=1)]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    else:
+        items = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                try:
+                    items.append((f"{path}:{number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+    found = []
+    for where, item in items:
+        if not isinstance(item, dict) or not {"image", "text", "label"} <= item.keys():
+            raise InputError(f"{where}: a POPE question needs image, text and label")
+        label = str(item["label"]).strip().lower()
+        if label not in ("yes", "no"):
+            raise InputError(f"{where}: label must be yes or no, got '{item['label']}'")
+        found.append({"image": str(item["image"]), "text": str(item["text"]), "label": label})
+    if not found:
+        raise InputError(f"{path}: no questions in the file")
+    return found
