@@ -698,9 +698,9 @@ def test_an_edit_that_fires_does_not_warn(family):
 
 @no_grad
 def test_layers_that_select_nothing_are_not_silent():
-    """A slice is clipped to the decoder; an empty one means that the edit never acts."""
-    with pytest.warns(UserWarning, match="pai"):
-        generate(vlmattn.wrap(build("llava"), PAI(layers="9:")), prompt("llava"))
+    """A slice is clipped to the decoder; an empty one would mean that the edit never acts."""
+    with pytest.raises(OptionError, match=r"pai.layers '9:' selects none of the layers 0..3"):
+        vlmattn.wrap(build("llava"), PAI(layers="9:"))
 
 
 @no_grad

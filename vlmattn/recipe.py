@@ -108,9 +108,11 @@ class Recipe:
             raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
         methods = []
         for item in data["interventions"]:
-            if not isinstance(item, Mapping) or "method" not in item:
+            if not isinstance(item, Mapping) or not isinstance(item.get("method"), str):
                 raise InputError("not a recipe: every intervention needs a 'method'")
-            methods.append(make_method(item["method"], {key: value for key, value in item.items() if key != "method"}))
+            methods.append(
+                make_method(item["method"], {str(key): value for key, value in item.items() if key != "method"})
+            )
         return cls(str(data.get("name", "unnamed")), tuple(methods))
 
     def to_json(self) -> str:
@@ -121,11 +123,15 @@ class Recipe:
 
     @classmethod
     def from_text(cls, text: str) -> Recipe:
-        """A recipe from YAML or JSON (which is YAML too)."""
+        """A recipe from JSON or YAML."""
         try:
-            return cls.from_dict(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise InputError(f"not valid YAML or JSON: {' '.join(str(error).split())}") from None
+            data = json.loads(text)  # not left to YAML, which takes 1e-5 for a word
+        except json.JSONDecodeError:
+            try:
+                data = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise InputError(f"not valid YAML or JSON: {' '.join(str(error).split())}") from None
+        return cls.from_dict(data)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -133,6 +139,8 @@ class Recipe:
             return cls.from_text(Path(path).read_text())
         except OSError as error:
             raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not a text file") from None
         except VlmattnError as error:
             raise InputError(f"{path}: {error}") from None
 

@@ -58,8 +58,11 @@ class Slots:
         return values
 
     def write(self, start: int, values: Tensor) -> None:
+        """Set the slots from ``start`` on, and forget those behind (a cache may have been cropped before)."""
         stop = start + values.shape[1]
-        self._grow(stop, values.shape[0], values.device)[:, start:stop] = values.to(self._dtype)
+        slots = self._grow(stop, values.shape[0], values.device)
+        slots[:, start:stop] = values.to(self._dtype)
+        slots[:, stop:] = self._fill
 
     def read(self, length: int, device: torch.device) -> Tensor:
         """The first ``length`` slots ``[batch, length]`` on ``device``."""
@@ -114,26 +117,29 @@ class Request:
         self._first_row_after_image = 0
         self._first_last_row = 0
 
-    def extend(
-        self, start: int, types: Tensor, images: Tensor, attention_mask: Tensor | None, prompt_length: int | None
-    ) -> None:
+    def extend(self, start: int, types: Tensor, images: Tensor, real: Tensor | None, prompt_length: int | None) -> None:
         """Read new prompt tokens that enter the cache at slot ``start``.
 
         Args:
             types: uint8 ``[batch, new]`` of TEXT, IMAGE, VIDEO.
             images: int ``[batch, new]``, which image of its row a token belongs to, -1 for text.
-            attention_mask: ``[batch, start + new]`` or None, 0 for padding.
+            real: bool ``[batch, start + new or more]``, False for padding; None = no padding.
             prompt_length: slots of the whole prompt when generate() said so, else all tokens given so far.
         """
         stop = start + types.shape[1]
-        self._types.write(start, types)
-        self._images.write(start, images)
-        self._real.write(start, torch.ones_like(types))
-        if attention_mask is not None:
-            self._real.write(0, attention_mask[:, :stop] != 0)
         self.prompt_length = min(prompt_length or stop, stop)
+        if start:  # a later turn: its images count on
+            earlier = self._images.read(start, images.device).amax(1, keepdim=True) + 1
+            images = torch.where(images >= 0, images + earlier, images)
+        generated = torch.arange(start, stop, device=types.device) >= self.prompt_length
+        self._types.write(start, types.masked_fill(generated, TEXT))
+        self._images.write(start, images.masked_fill(generated, -1))
+        self._real.write(start, torch.ones_like(types))
+        if real is not None:
+            self._real.write(0, real[:, :stop])
         # One look from the host per prompt: everything below decides shapes.
-        types, real = self._types.read(stop, torch.device("cpu")), self._real.read(stop, torch.device("cpu"))
+        host = torch.device("cpu")
+        types, real = self._types.read(stop, host), self._real.read(stop, host)
         self.has_padding = not bool(real.all())
         slots = torch.arange(stop)
         in_prompt = real & (slots < self.prompt_length)
@@ -309,7 +315,7 @@ def number_images(types: Tensor, lengths: Sequence[int] | None) -> Tensor:
     visual = types != TEXT
     previous = torch.nn.functional.pad(types, (1, 0))[:, :-1]
     starts = visual & (types != previous)
-    if lengths is not None and sum(lengths) == int(visual.sum()):
+    if lengths and sum(lengths) == int(visual.sum()):
         flat = torch.zeros(int(visual.sum()), dtype=torch.bool)
         flat[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
         starts = torch.zeros_like(visual).masked_scatter(visual, flat.to(visual.device))

@@ -7,6 +7,7 @@ its text config, forward hooks on the model, its decoder and the decoder's layer
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 import weakref
@@ -35,11 +36,12 @@ _INSTANCE_METHODS = ("generate", "save_pretrained")
 
 @dataclass(frozen=True)
 class _Call:
-    """One generate() call in progress: its recipe and the length of its prompt."""
+    """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding."""
 
     handle: Handle
     plan: Plan
     prompt_length: int | None
+    plain_mask: bool
 
 
 # Which generate() call of which model runs in this thread. Only the model's pre-hook reads it, to hand the plan and the
@@ -60,17 +62,17 @@ class Handle:
 
     def __init__(self, recipe: Recipe, anatomy: Anatomy, family: Family, base: str) -> None:
         self.anatomy, self._family, self._base = anatomy, family, base
-        self._enabled, self._warned = True, False
-        self._ledger = Ledger()
+        self._enabled = True
         self._plans: dict[Recipe, Plan] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[str, Any] = {}
         self.set(recipe)
 
     def set(self, recipe: Any, **options: Any) -> None:
-        """Put another recipe in force, from the next prompt on."""
+        """Put another recipe in force, from the next prompt on; ``report()`` starts anew."""
         self.recipe = Recipe.of(recipe, **options)
         self._plan = self.plan_of(self.recipe)
+        self._ledger, self._warned = Ledger(), False
 
     def plan_of(self, recipe: Recipe) -> Plan:
         if recipe not in self._plans:
@@ -96,7 +98,7 @@ class Handle:
         )
 
     def report(self) -> dict[str, Any]:
-        """What happened since the model was wrapped.
+        """What happened since the recipe was put in force.
 
         Returns:
             ``recipe``; ``fired``: how often each method found something to do (var: sink tokens, vhr: heads chosen,
@@ -247,8 +249,12 @@ def _base_name(implementation: str | None) -> str:
 def _saved_recipe(model: PreTrainedModel) -> Recipe:
     """The recipe that was saved beside the model, in its folder or on the hub."""
     name = model.name_or_path
+    if not name:
+        raise InputError(
+            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and this one is from no folder; give a preset"
+        )
     folder = Path(name)
-    if not folder.is_dir() and name:
+    if not folder.is_dir():
         from transformers.utils import cached_file
 
         found = cached_file(
@@ -270,7 +276,8 @@ def _generate(self: PreTrainedModel, *args: Any, preset: Any = None, **kwargs: A
     if not plan.is_identity:
         _refuse_chunks(self, kwargs)
     original = handle._originals.get("generate") or MethodType(type(self).generate, self)
-    token = _CALL.set(_Call(handle, plan, _prompt_length(args, kwargs)))
+    mask = kwargs.get("attention_mask")
+    token = _CALL.set(_Call(handle, plan, _prompt_length(args, kwargs), mask is None or mask.ndim == 2))
     try:
         out = original(*args, **kwargs)
     finally:
@@ -315,21 +322,20 @@ def _before_model(
     if handle is None:
         return args, kwargs
     assert isinstance(model, PreTrainedModel)
-    inputs = {**kwargs, "input_ids": args[0]} if args else kwargs
+    names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     call = _CALL.get()
-    if call is not None and call.handle is not handle:
-        call = None  # a model called from within another one's generate()
-    plan = call.plan if call is not None else handle.active_plan
-    step = _make_step(handle, model, plan, inputs, call.prompt_length if call is not None else None)
+    if call is None or call.handle is not handle:  # not in generate(), or called from within another model's
+        call = _Call(handle, handle.active_plan, None, False)
+    step = _make_step(handle, model, call, inputs)
     if step is not None:
         kwargs = {**kwargs, attention.STEP: step}
     return args, kwargs
 
 
-def _make_step(
-    handle: Handle, model: PreTrainedModel, plan: Plan, inputs: dict[str, Any], prompt_length: int | None
-) -> Step | None:
+def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict[str, Any]) -> Step | None:
     """The step of this forward; None when there is nothing to do in it."""
+    plan, prompt_length = call.plan, call.prompt_length
     cache = inputs.get("past_key_values")
     request: Request | None = getattr(cache, _REQUEST, None)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
@@ -349,14 +355,16 @@ def _make_step(
         )
     else:
         _same_plan(request, plan)
+    _check_registration(handle, model)
     mask = inputs.get("attention_mask")
-    plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-    if (
-        start == 0 or prompt_length is None or prompt_length > start
-    ):  # prompt tokens, not the draft of assisted decoding
+    if isinstance(mask, dict):  # one per kind of layer
+        mask = mask.get("full_attention")
+    plain = mask is None or mask.ndim == 2 or call.plain_mask
+    drafted = prompt_length is not None and start >= prompt_length  # by assisted decoding: not prompt tokens
+    if start == 0 or not drafted:
         types = handle._family.types_of_call(model, inputs)
         images = number_images(types, handle._family.image_lengths(model, inputs))
-        request.extend(start, types, images, mask if plain else None, prompt_length)
+        request.extend(start, types, images, None if mask is None else _real_keys(mask), prompt_length)
     if not request.has_images:
         raise InputError(
             "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
@@ -367,8 +375,27 @@ def _make_step(
     return Step(request, handle._base, start, plain)
 
 
+def _real_keys(mask: Tensor) -> Tensor:
+    """bool ``[batch, keys]``: which keys are not padding, from a 2D mask or one that is already 4D (static cache)."""
+    if mask.ndim == 2:
+        return mask != 0
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.any(dim=(1, 2))
+
+
+def _check_registration(handle: Handle, model: PreTrainedModel) -> None:
+    """The decoder must still call us; a deep copy of models that share a config becomes known here."""
+    text = model.config.get_text_config()
+    if text._attn_implementation != attention.NAMES[handle._base]:
+        raise StateError(
+            f"the attention implementation was set to '{text._attn_implementation}' while the model was wrapped;"
+            " unwrap it, set the implementation, and wrap again"
+        )
+    _WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
+
+
 def _same_plan(request: Request, plan: Plan) -> None:
-    if request.plan is not plan:
+    if request.plan != plan:
         raise StateError(
             f"this cache was filled with recipe '{request.plan.name}' and cannot go on with '{plan.name}'; start a new generate()"
         )

@@ -70,7 +70,7 @@ class Intervention:
             if isinstance(getattr(self, spec.name), list):  # as JSON and YAML have it
                 object.__setattr__(self, spec.name, tuple(getattr(self, spec.name)))
             self._check(spec)
-        parse_layers(self.layers, 10**6, self.info.name)
+        parse_layers(self.layers, _MANY, self.info.name)
 
     def _check(self, spec: dataclasses.Field[Any]) -> None:
         value, where = getattr(self, spec.name), f"{self.info.name}.{spec.name}"
@@ -78,6 +78,9 @@ class Intervention:
         if isinstance(default, (bool, str)):
             if not isinstance(value, type(default)):
                 raise OptionError(f"{where} must be of type {type(default).__name__}, got {value!r}")
+        elif isinstance(default, tuple):
+            if not isinstance(value, tuple) or any(type(item) is not int for item in value):
+                raise OptionError(f"{where} must be a list of whole numbers, got {value!r}")
         elif isinstance(default, (int, float)):
             low, high = spec.metadata["low"], spec.metadata["high"]
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -90,7 +93,13 @@ class Intervention:
         return self
 
     def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return parse_layers(self.layers, sizes.layers, self.info.name)
+        """Indices of the layers the method acts in; at least one."""
+        found = parse_layers(self.layers, sizes.layers, self.info.name)
+        if not found:
+            raise OptionError(
+                f"{self.info.name}.layers '{self.layers}' selects none of the layers 0..{sizes.layers - 1}"
+            )
+        return found
 
     def prepare(self, preparation: Preparation) -> None:
         """Before the prompt is read: run the decoder on other inputs, if the method needs to."""
@@ -106,6 +115,9 @@ class Intervention:
         """All fields with their values, as plain data."""
         values = ((spec.name, getattr(self, spec.name)) for spec in dataclasses.fields(self))
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+
+_MANY = 10**4  # more layers than any decoder has: checks the form of a layer range before there is a model
 
 
 def parse_layers(spec: str, count: int, method: str) -> tuple[int, ...]:

@@ -47,6 +47,7 @@ class VHR(Intervention):
         batch, length = real.shape
         device = preparation.embeds.device
         text = real & ~visual
+        with_image = (real & visual).any(1, keepdim=True)  # without one both streams differ by rounding only
         order = text.to(torch.uint8).argsort(dim=1, stable=True)  # the text tokens move to the right end, in order
         without = preparation.embeds.gather(1, order[..., None].expand_as(preparation.embeds))
         slots = torch.arange(length, device=device).expand(batch, length)
@@ -59,7 +60,7 @@ class VHR(Intervention):
             if layer not in active:
                 return None
             last = out[torch.arange(2 * batch, device=out.device), rows.to(out.device)].float()  # [2 batch, heads, dim]
-            gain = self.gains(last[:batch], last[batch:])
+            gain = torch.where(with_image.to(out.device), self.gains(last[:batch], last[batch:]), 1.0)
             request.state[(self, layer, "gain")] = gain
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
             return gain.repeat(2, 1)
