@@ -415,17 +415,31 @@ def test_a_copied_cache_goes_on_like_the_original(name):
 
 
 @no_grad
+@pytest.mark.parametrize("words", [[5, 6, 7], [5]], ids=["words", "one word"])
 @pytest.mark.parametrize("name", ["var", "pai"])
-def test_a_cropped_cache_forgets_what_was_behind_the_cut(name):
+def test_a_cropped_cache_forgets_what_was_behind_the_cut(name, words):
     """Prefix reuse: cut before the second image, go on with other words; new slots are not the image that was there."""
     model, inputs = vlmattn.wrap(build("llava"), RECIPES[name]), prompt("llava", images=2, words=3, seed=6)
     _, _, cache = turn(model, inputs)
     prefix = 19  # three words and the first image
     cache.crop(prefix - cache.get_seq_length())
-    ids = torch.cat([inputs["input_ids"][:, :prefix], torch.tensor([[5, 6, 7]])], 1)
+    ids = torch.cat([inputs["input_ids"][:, :prefix], torch.tensor([words])], 1)
     other = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     fresh = generate(model, dict(other, pixel_values=inputs["pixel_values"][:1]), new=8)
     close(generate(model, other, new=8, past_key_values=cache), fresh)
+
+
+@no_grad
+def test_a_second_turn_counts_for_the_recipe_in_force():
+    """Also when another recipe was set in between: the report must not say that nothing fired."""
+    model, inputs = vlmattn.wrap(build("llava"), RECIPES["pai"]), prompt("llava")
+    _, sequences, cache = turn(model, inputs)
+    model.vlmattn.set(RECIPES["vhr"])
+    model.vlmattn.set(RECIPES["pai"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turn(model, next_turn("llava", inputs, sequences, cache))
+    assert model.vlmattn.report()["fired"]["pai"] > 0
 
 
 @no_grad
@@ -840,18 +854,13 @@ def test_images_are_numbered_by_their_lengths(rows, tail):
 def layouts(draw):
     """Token types and padding of a prompt that is read in one or two pieces, with some drafted tokens behind it."""
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    types, real = [], []
+    kinds = st.lists(st.sampled_from([TEXT, IMAGE, VIDEO]), min_size=length, max_size=length)
+    types = [draw(kinds) for _ in range(batch)]  # padding may be an image that was masked out
+    real = []
     for _ in range(batch):
-        left, right = draw(st.integers(0, length - 1)), 0
-        if draw(st.booleans()):
-            right = draw(st.integers(0, length - 1 - left))
-        tokens = draw(
-            st.lists(
-                st.sampled_from([TEXT, IMAGE, VIDEO]), min_size=length - left - right, max_size=length - left - right
-            )
-        )
-        types.append([TEXT] * left + tokens + [TEXT] * right)
-        real.append([False] * left + [True] * len(tokens) + [False] * right)
+        left = draw(st.integers(0, length - 1))
+        right = draw(st.integers(0, length - 1 - left)) if draw(st.booleans()) else 0
+        real.append([left <= slot < length - right for slot in range(length)])
     drafted = draw(st.integers(0, 3))
     return types, real, drafted, draw(st.integers(0, length - 1)), draw(st.integers(0, 4))
 

@@ -284,8 +284,13 @@ def _load(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any]:
         raise InputError(trouble)
     placing = {"device_map": device_map} if device_map else {}
     if name == "embedded":
+        import torch
+
         import vlmattn
 
+        torch.set_num_threads(
+            1
+        )  # so small that threads would mostly wait for each other, ten times slower on a busy machine
         return tuple(vlmattn.load("embedded", **({} if dtype == "auto" else {"dtype": dtype}), **placing))  # type: ignore[return-value]
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 

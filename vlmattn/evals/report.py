@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -33,7 +34,7 @@ def _by_suite(result: Result) -> Iterator[tuple[Suite, str, list[dict[str, Any]]
             )
 
 
-def _number(value: float, metric: Metric) -> str:
+def _number(value: float) -> str:
     return f"{value:.1f}"
 
 
@@ -56,35 +57,45 @@ def _p(row: dict[str, Any]) -> str:
 
 
 def _heading(suite: Suite, condition: str, tables: Sequence[dict[str, Any]]) -> str:
-    images = max(table["images"] for table in tables)
-    return f"{suite.title}  {condition} · {images} images"
+    images, samples = (max(table[name] for table in tables) for name in ("images", "samples"))
+    return f"{suite.title}\n{condition} · {images} images, {samples} answers"
 
 
 def terminal_tables(result: Result) -> Group:
-    """One table per suite and condition: headline metric, its difference to ``none``, McNemar's p, the other metrics."""
+    """One table per suite and condition: headline metric, its difference to ``none``, McNemar's p, the other metrics.
+
+    Fits into 80 columns.
+    """
     blocks: list[RichTable | Text] = []
     style = {"better": "green", "worse": "red", "": ""}
     for suite, condition, tables in _by_suite(result):
         view = RichTable(
-            title=_heading(suite, condition, tables), title_justify="left", title_style="bold", header_style="bold"
+            title=_heading(suite, condition, tables),
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
-        for name in ("", "preset", suite.headline.name, "difference [95 % CI]", "p"):
-            view.add_column(name, justify="left" if name in ("", "preset") else "right", no_wrap=True)
-        for metric in suite.metrics[1:]:
-            view.add_column(metric.name, justify="right", no_wrap=True)
+        view.add_column("", no_wrap=True)
+        for name in (
+            suite.headline.short,
+            "difference [95 % CI]",
+            "p",
+            *(metric.short for metric in suite.metrics[1:]),
+        ):
+            view.add_column(name, justify="right", no_wrap=True)
         for table in tables:
+            view.add_row(Text(table["split"], style="bold"))
             for preset, row in table["rows"].items():
                 cells, first = row["metrics"], row["metrics"][suite.headline.name]
                 change = "" if preset == "none" else _change(first)
                 view.add_row(
-                    f"{table['split']} ({table['samples']})" if preset == "none" else "",
-                    preset,
-                    _number(first["value"], suite.headline),
+                    f" {preset}",
+                    _number(first["value"]),
                     Text(change, style=style[_verdict(first, suite.headline)]),
                     _p(row),
-                    *(_number(cells[metric.name]["value"], metric) for metric in suite.metrics[1:]),
+                    *(_number(cells[metric.name]["value"]) for metric in suite.metrics[1:]),
                 )
-            view.add_section()
         blocks.append(view)
     blocks += [Text(note, style="yellow") for note in notes(result)]
     return Group(*blocks)
@@ -108,7 +119,11 @@ def markdown_tables(result: Result) -> str:
     for suite, condition, tables in _by_suite(result):
         others = [metric.name for metric in suite.metrics[1:]]
         header = ["", "preset", suite.headline.name, "difference [95 % CI]", "p", *others]
-        lines += [f"**{_heading(suite, condition, tables)}**", "", "| " + " | ".join(header) + " |"]
+        lines += [
+            f"**{_heading(suite, condition, tables).replace(chr(10), chr(32))}**",
+            "",
+            "| " + " | ".join(header) + " |",
+        ]
         lines.append("|" + "|".join(["---", "---", *["---:"] * (len(header) - 2)]) + "|")
         for table in tables:
             for preset, row in table["rows"].items():
@@ -168,10 +183,10 @@ def _html_table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], 
                 cell = row["metrics"][metric.name]
                 small = f"{cell['low']:.1f} to {cell['high']:.1f}" if preset == "none" else _change(cell)
                 cells.append(
-                    f"<td class='{_verdict(cell, metric)}'>{_number(cell['value'], metric)}<small>{small}</small></td>"
+                    f"<td class='{_verdict(cell, metric)}'>{_number(cell['value'])}<small>{small}</small></td>"
                 )
             label = (
-                f"{html.escape(table['split'])}<small>{table['samples']} questions</small>" if preset == "none" else ""
+                f"{html.escape(table['split'])}<small>{table['samples']} answers</small>" if preset == "none" else ""
             )
             dot = f"<i style='background:{colours[preset]}'></i>"
             changed = row.get("changed", "")

@@ -26,6 +26,12 @@ class Metric:
     about: str
     scale: float = 100.0
     better: str = "higher"  # "higher", "lower" or "" where neither is good
+    label: str = ""
+
+    @property
+    def short(self) -> str:
+        """Name for narrow tables."""
+        return self.label or self.name
 
     def value(self, fields: Sequence[str], sums: Array) -> Array:
         """The metric for sums ``[..., fields]``."""

@@ -43,8 +43,15 @@ class Chair(Suite):
             "chair_s", {"wrong_captions": 1}, {"captions": 1}, "captions with at least one such object", better="lower"
         ),
         Metric("recall", {"found": 1}, {"objects": 1}, "objects of the image that the caption names (cover)"),
-        Metric("length", {"words": 1}, {"captions": 1}, "words per caption", scale=1.0, better=""),
-        Metric("repeats", {"repeating": 1}, {"captions": 1}, "captions that name an object twice", better="lower"),
+        Metric("length", {"words": 1}, {"captions": 1}, "words per caption", scale=1.0, better="", label="words"),
+        Metric(
+            "repeats",
+            {"repeating": 1},
+            {"captions": 1},
+            "captions that name an object twice",
+            better="lower",
+            label="twice",
+        ),
     )
 
     def __init__(

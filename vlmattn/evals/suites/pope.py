@@ -33,7 +33,7 @@ class Pope(Suite):
     fields = ("tp", "fp", "tn", "fn")
     metrics = (
         Metric("accuracy", {"tp": 1, "tn": 1}, _ALL, "share of right answers"),
-        Metric("precision", {"tp": 1}, {"tp": 1, "fp": 1}, "share of yes answers that are right"),
+        Metric("precision", {"tp": 1}, {"tp": 1, "fp": 1}, "share of yes answers that are right", label="prec"),
         Metric("recall", {"tp": 1}, {"tp": 1, "fn": 1}, "share of present objects that are confirmed"),
         Metric("f1", {"tp": 2}, {"tp": 2, "fp": 1, "fn": 1}, "harmonic mean of precision and recall"),
         Metric(
@@ -42,6 +42,7 @@ class Pope(Suite):
             _ALL,
             "share of yes among the answers (half of the truths are yes)",
             better="",
+            label="yes",
         ),
     )
 
