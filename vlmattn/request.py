@@ -101,11 +101,14 @@ class Request:
     Attributes:
         plan: the bound recipe that this request was born with.
         prompt_length: slots of the prompt (padding included); rows from there on are generated.
+        ledger: where counts go; that of the model the request runs on.
+        call: the generate() call that read the prompt, if one did.
         state: what methods keep, by (method, layer, name).
     """
 
-    def __init__(self, plan: Plan, ledger: Ledger) -> None:
-        self.plan, self.ledger = plan, ledger
+    def __init__(self, plan: Plan, ledger: Ledger | None = None) -> None:
+        self.plan, self.ledger = plan, ledger or Ledger()
+        self.call: object = None
         self.prompt_length = 0
         self.has_padding = False
         self.state: dict[Hashable, Any] = {}

@@ -335,36 +335,33 @@ def _before_model(
 
 def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict[str, Any]) -> Step | None:
     """The step of this forward; None when there is nothing to do in it."""
-    plan, prompt_length = call.plan, call.prompt_length
     cache = inputs.get("past_key_values")
     request: Request | None = getattr(cache, _REQUEST, None)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if tokens is None or (plan.is_identity and request is None):
+    if tokens is None or (call.plan.is_identity and request is None):
         return None
-    if tokens.shape[1] == 1 and request is not None:  # decoding: nothing here may wait for the device
-        _same_plan(request, plan)
-        return Step(request, handle._base, None)
+    if request is not None:
+        known = call.prompt_length is None or request.call is call  # else: the first forward of another generate()
+        if tokens.shape[1] == 1 and known:  # decoding: nothing here may wait for the device
+            _same_plan(request, call.plan)
+            return Step(request, handle._base, None)
     start = int(cache.get_seq_length()) if cache is not None else 0
     if start == 0:
-        if plan.is_identity:
+        if call.plan.is_identity:
             return None
-        request = Request(plan, handle._ledger)
+        request = Request(call.plan)
     elif request is None:
-        raise StateError(
-            "this cache was filled without vlmattn (or by another recipe's bare model); start a new generate()"
-        )
-    else:
-        _same_plan(request, plan)
+        raise StateError("this cache was filled without vlmattn; start a new generate()")
+    _same_plan(request, call.plan)
     _check_registration(handle, model)
+    request.ledger, request.call = handle._ledger, call
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one per kind of layer
         mask = mask.get("full_attention")
-    plain = mask is None or mask.ndim == 2 or call.plain_mask
-    drafted = prompt_length is not None and start >= prompt_length  # by assisted decoding: not prompt tokens
-    if start == 0 or not drafted:
+    if start == 0 or call.prompt_length is None or start < call.prompt_length:  # not the draft of assisted decoding
         types = handle._family.types_of_call(model, inputs)
         images = number_images(types, handle._family.image_lengths(model, inputs))
-        request.extend(start, types, images, None if mask is None else _real_keys(mask), prompt_length)
+        request.extend(start, types, images, None if mask is None else _real_keys(mask), call.prompt_length)
     if not request.has_images:
         raise InputError(
             "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
@@ -372,7 +369,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
         )
     if cache is not None:
         setattr(cache, _REQUEST, request)
-    return Step(request, handle._base, start, plain)
+    return Step(request, handle._base, start, mask is None or mask.ndim == 2 or call.plain_mask)
 
 
 def _real_keys(mask: Tensor) -> Tensor:

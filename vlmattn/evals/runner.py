@@ -18,7 +18,7 @@ import transformers
 from tqdm import tqdm
 
 import vlmattn
-from vlmattn.errors import OptionError
+from vlmattn.errors import InputError, OptionError
 from vlmattn.evals.journal import Journal, write_json
 from vlmattn.evals.stats import Bootstrap, mcnemar
 from vlmattn.evals.suites.base import Sample, Suite
@@ -151,6 +151,8 @@ def _ask(
 
 def answer(model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Any], max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of prompts, each about its own list of images."""
+    if not getattr(processor, "chat_template", None):
+        raise InputError("the model's processor has no chat template; use a checkpoint that comes with one")
     texts = []
     for prompt, pictures in zip(prompts, images, strict=True):
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
