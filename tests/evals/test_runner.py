@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import vlmattn
 from vlmattn.errors import InputError, StateError
@@ -66,6 +67,24 @@ def test_a_wrapped_model_and_other_settings_are_refused(bundled, finished):
     with pytest.raises(StateError, match=r"other settings \(batch_size\).*--restart"):
         evaluate(
             *bundled, small_suites(), ["none", "vhr", "pai"], folder, "embedded", batch_size=10, say=lambda _: None
+        )
+
+
+def test_answers_of_other_weights_are_not_resumed(finished):
+    folder, _ = finished
+    model, processor = vlmattn.load("embedded")
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    with pytest.raises(StateError, match=r"other settings \(weights\)"):
+        evaluate(
+            model,
+            processor,
+            small_suites(),
+            ["none", "vhr", "pai"],
+            folder,
+            "embedded",
+            batch_size=20,
+            say=lambda _: None,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
@@ -67,6 +68,7 @@ def evaluate(
         raise OptionError(f"the batch size must be at least 1, got {batch_size}")
     settings = {
         "model": model_name,
+        "weights": fingerprint(model),
         "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()},
         "suites": {suite.name: dict(suite.settings) for suite in suites},
         "decoding": {"do_sample": False, "max_new_tokens": {suite.name: suite.max_new_tokens for suite in suites}},
@@ -216,6 +218,16 @@ def _tables(suite: Suite, presets: Sequence[str], answers: dict[tuple[str, str, 
             }
         )
     return tables
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short hash of names, shapes and first values of all weights, so that answers of other weights are not resumed."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.device.type != "meta":
+            digest.update(str(weight.detach().flatten()[:8].tolist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:
