@@ -68,7 +68,7 @@ def _run(
     if methods:
         queries, keys = query.shape[2], key.shape[2]
         scope = Scope(step, layer, queries, keys, query.device)
-        _check(step, queries, keys, kwargs)
+        _refuse_what_would_be_wrong(step, queries, keys, kwargs)
         for method in methods:
             edit = edit.then(method.edit(scope))
     phase = "decode" if query.shape[2] == 1 else "prefill"
@@ -81,7 +81,7 @@ def _run(
         count(("calls", phase, base_label(step.base) + "+head_gain", str(layer)))
         return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), weights
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    see = scope.visibility(mask, kwargs.get("sliding_window"))
+    see = scope.visibility(mask)
     out, backend = attend(query, key, value, see, edit, scale, kwargs.get("dropout", 0.0))
     count(("calls", phase, backend, str(layer)))
     return out.transpose(1, 2).contiguous(), None
@@ -92,16 +92,16 @@ def base_label(name: str) -> str:
     return f"base:{name}"
 
 
-def _check(step: Step, queries: int, keys: int, kwargs: dict[str, Any]) -> None:
-    """Refuse what would be silently wrong."""
+def _refuse_what_would_be_wrong(step: Step, queries: int, keys: int, kwargs: dict[str, Any]) -> None:
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise UnsupportedError(
             "attention with soft-capped scores or sink logits cannot be edited yet; unwrap the model"
         )
-    if step.start is not None and keys < step.start + queries:
+    window = kwargs.get("sliding_window")
+    if (window is not None and keys >= window) or (step.start is not None and keys < step.start + queries):
         raise UnsupportedError(
-            f"the cache holds {keys} of {step.start + queries} tokens (sliding window); edits need the whole prompt:"
-            " use a model or cache without a sliding window"
+            f"the layer sees {keys} tokens through a sliding window ({window}); edits need the whole prompt: use shorter"
+            " prompts or a model without a sliding window"
         )
 
 

@@ -268,10 +268,9 @@ class Scope:
         rows: Rows = self.step.once((make.__name__, self.device), lambda: make(start, self.queries, self.device))
         return rows
 
-    def visibility(self, mask: Tensor | None, window: int | None) -> Visibility:
+    def visibility(self, mask: Tensor | None) -> Visibility:
         """What the unedited model sees in this call."""
-        plain = self.step.plain_mask and (window is None or window >= self.keys)
-        return Visibility(mask, self.step.start, self.request.real(self.keys, self.device), plain)
+        return Visibility(mask, self.step.start, self.request.real(self.keys, self.device), self.step.plain_mask)
 
     def state(self, method: Hashable, name: str, make: Callable[[], Any]) -> Any:
         """What ``method`` keeps under ``name`` for this layer and request; made by ``make`` at first."""

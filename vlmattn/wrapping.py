@@ -354,6 +354,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
         raise StateError("this cache was filled without vlmattn; start a new generate()")
     _same_plan(request, call.plan)
     _check_registration(handle, model)
+    _refuse_packing(inputs)
     request.ledger, request.call = handle._ledger, call
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one per kind of layer
@@ -378,6 +379,18 @@ def _real_keys(mask: Tensor) -> Tensor:
         return mask != 0
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     return seen.any(dim=(1, 2))
+
+
+def _refuse_packing(inputs: dict[str, Any]) -> None:
+    """Several sequences in one row would be edited as if they were one."""
+    if inputs.get("cache") is not None:
+        raise UnsupportedError("continuous batching cannot be edited; use generate()")
+    positions = inputs.get("position_ids")
+    alone = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None
+    if alone and isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
+        raise UnsupportedError(
+            "packed sequences (position_ids that start anew) cannot be edited; give them as a padded batch"
+        )
 
 
 def _check_registration(handle: Handle, model: PreTrainedModel) -> None:
