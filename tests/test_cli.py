@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vlmattn import cli
+from vlmattn.embedded import FOLDER
 from vlmattn.embedded.scenes import make_scene
 
 
@@ -76,6 +77,47 @@ def test_help_has_examples(run):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert "Example" in out
+
+
+def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
+    """POPE questions and COCO annotations about two pictures, on a model that is loaded from a folder."""
+    for i in range(2):
+        Image.fromarray(make_scene(12, i)[1]).save(tmp_path / f"{i}.png")
+    questions = [
+        {"image": f"{i}.png", "text": f"Is there a {thing} in the image?", "label": "no"}
+        for i in range(2)
+        for thing in ("cup", "dog")
+    ]
+    (tmp_path / "coco_pope_random.json").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "instances.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
+                "annotations": [{"image_id": i, "category_id": 1} for i in range(2)],
+                "categories": [{"id": 1, "name": "dog"}],
+            }
+        )
+    )
+    (tmp_path / "captions.json").write_text(
+        json.dumps({"annotations": [{"image_id": i, "caption": "a dog and a bus"} for i in range(2)]})
+    )
+    data = [f"--{name}={tmp_path / name}.json" for name in ("instances", "captions")]
+    data += [
+        "--questions",
+        str(tmp_path / "coco_pope_random.json"),
+        "--images",
+        str(tmp_path),
+        "--max-new-tokens",
+        "40",
+    ]
+    code, out, err = run("eval", "--out", str(tmp_path / "run"), "--model", str(FOLDER), "--presets", "pai,vhr", *data)
+    assert code == 0, err
+    assert "random" in out
+    assert "chair_i" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [(t["suite"], t["samples"]) for t in summary["tables"]] == [("pope", 4), ("chair", 2)]
+    assert list(summary["tables"][0]["rows"]) == ["none", "pai", "vhr"]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from vlmattn.request import Scope
     parts="logit",
     cost="one row of the prefill, one elementwise operation per decode step",
     presets={
-        "pai": ("alpha = .5 for LLaVA; the value is recalled from the paper, not verified", {}),
+        "pai": ("experimental constant: alpha = .5 for LLaVA, recalled from the paper, not verified", {}),
         "pai_official": ("defaults of the released code: alpha = .2", {"alpha": 0.2}),
     },
 )
