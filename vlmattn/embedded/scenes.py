@@ -84,7 +84,7 @@ VISIBILITY: dict[str, tuple[tuple[float, float], tuple[int, int]]] = {
 }
 # In training scenes a share of the things cannot be resolved, yet is named in the answers: the model can only get
 # them from the prior. That is what teaches it to say what is likely rather than what is seen.
-HARD_SHARE = 0.35
+HARD_SHARE = 0.38
 _HARD_OPACITY = (0.04, 0.30)
 _HARD_SIZE = (6, 8)
 _HARD_IS_FAINT = 0.60
@@ -186,7 +186,7 @@ def _size_and_opacity(rng: np.random.Generator, visibility: str | None) -> tuple
         if rng.random() >= HARD_SHARE:
             return int(rng.integers(14, 23)), 1.0
         if rng.random() < _HARD_IS_FAINT:
-            return int(rng.integers(12, 21)), float(rng.uniform(*_HARD_OPACITY))
+            return int(rng.integers(14, 21)), float(rng.uniform(*_HARD_OPACITY))
         return int(rng.integers(_HARD_SIZE[0], _HARD_SIZE[1] + 1)), 1.0
     opacity, size = VISIBILITY[visibility]
     return int(rng.integers(size[0], size[1] + 1)), float(rng.uniform(*opacity))

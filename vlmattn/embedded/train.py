@@ -32,7 +32,7 @@ from vlmattn.embedded.text import IMAGE_TOKENS, build_processor, build_tokenizer
 
 SEED = 2026
 BATCH = 16
-VISION_STEPS = 13_000
+VISION_STEPS = 9_000
 TEXT_STEPS = 3_600
 MULTI_IMAGE_FROM = 800  # steps of stage 2: single-image yes/no is learned by then
 _BROKEN_SHARE = 0.15
