@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -158,11 +159,7 @@ def ask(
             f"[bold]{escape(recipe.name)}[/bold]",
             escape(answer(loaded, processor, [question], [[picture]], max_new_tokens)[0]),
         )
-        fired = loaded.vlmattn.report()["fired"]
     console.print(table)
-    idle = [name for name, count in fired.items() if not count]
-    if idle:
-        console.print(f"[yellow]{', '.join(idle)} found nothing to do on this model[/yellow]")
 
 
 @app.command()
@@ -175,6 +172,7 @@ def presets(
     Example: [bold]vlmattn presets var[/bold]
     """
     import dataclasses
+    import inspect
 
     from vlmattn.interventions import all_presets, find_method
     from vlmattn.recipe import Recipe
@@ -184,10 +182,12 @@ def presets(
         if as_json:
             print("[" + ",\n".join(Recipe.of(preset).to_json().strip() for preset in known) + "]")
             return
-        table = Table("preset", "what", "parts", "faithful to", "paper", "cost")
+        table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
+        table.add_column(no_wrap=True, style="bold")
         for preset, info in known.items():
             method = find_method(info.method).info
-            table.add_row(preset, info.about, method.parts, method.faithful, method.paper, method.cost)
+            facts = f"{method.paper}, changes {method.parts}; checked against: {method.faithful}; cost: {method.cost}"
+            table.add_row(preset, f"{info.about}\n[dim]{facts}[/dim]")
         console.print(table)
         return
     recipe = Recipe.of(name)
@@ -197,7 +197,7 @@ def presets(
     for method_object in recipe.interventions:
         console.print(f"[bold]{name}[/bold]  {known[name].about if name in known else ''}")
         console.print(f"{method_object.info.paper}  {method_object.info.code}\n", highlight=False)
-        console.print(escape((type(method_object).__doc__ or "").strip()) + "\n", highlight=False)
+        console.print(escape(inspect.getdoc(type(method_object)) or "") + "\n", highlight=False)
         table = Table("option", "value", "range", "meaning", "default from")
         for spec in dataclasses.fields(method_object):
             meta = spec.metadata
@@ -282,6 +282,10 @@ def _load(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any]:
         raise OptionError(f"--dtype must be auto, float32, bfloat16 or float16, got '{dtype}'")
     if trouble := torchvision_trouble():
         raise InputError(trouble)
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     placing = {"device_map": device_map} if device_map else {}
     if name == "embedded":
         import torch
@@ -339,9 +343,23 @@ def _evaluate(
     console.print(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}", highlight=False, soft_wrap=True)
 
 
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Warnings as a line of text, without the place in the code."""
+    errors.print(f"note: {escape(str(message))}", style="yellow", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: one-line errors and exit code 2, unless ``--debug`` is given."""
     debug = "--debug" in sys.argv
+    if not debug:
+        warnings.showwarning = _note
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(args=arguments)

@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -86,7 +87,8 @@ def evaluate(
             say(f"resuming: {journal.resumed} answers are already in {out}")
         for name, recipe in recipes.items():
             begun, before = time.monotonic(), len(journal.answers)
-            with vlmattn.applied(model, recipe) if recipe.interventions else nullcontext():
+            with warnings.catch_warnings(), vlmattn.applied(model, recipe) if recipe.interventions else nullcontext():
+                warnings.filterwarnings("ignore", message="vlmattn: .* never fired")  # the report says so
                 for suite in suites:
                     _ask(model, processor, suite, name, journal, batch_size, say)
                 asked = len(journal.answers) - before
