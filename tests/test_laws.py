@@ -789,9 +789,9 @@ def test_gradients_go_through_an_edited_forward(family, attn, name):
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_gradients_are_those_of_the_edited_function(name):
-    """Along the gradient of the values' weights the loss changes as the gradient says."""
+    """Along the gradient of the keys' weights, which move the group masses, the loss changes as the gradient says."""
     model, inputs = vlmattn.wrap(build("llava"), RECIPES[name]), prompt("llava")
-    weight = model.model.language_model.layers[1].self_attn.v_proj.weight
+    weight = model.model.language_model.layers[1].self_attn.k_proj.weight
     loss = lambda: model(**inputs, labels=inputs["input_ids"]).loss  # noqa: E731
     loss().backward()
     slope = weight.grad.norm()
@@ -801,7 +801,7 @@ def test_gradients_are_those_of_the_edited_function(name):
         for sign in (1, -2):
             weight += sign * step
             losses.append(loss())
-    assert float((losses[0] - losses[1]) / 2e-2) == pytest.approx(float(slope), rel=2e-2)
+    assert float((losses[0] - losses[1]) / 2e-2) == pytest.approx(float(slope), rel=5e-3)
 
 
 # --- the request: images and rows against plain loops
