@@ -102,13 +102,15 @@ class Request:
         plan: the bound recipe that this request was born with.
         prompt_length: slots of the prompt (padding included); rows from there on are generated.
         ledger: where counts go; that of the model the request runs on.
-        call: the generate() call that read the prompt, if one did.
+        call: stands for the generate() call that read the prompt, if one did.
+        batch: sequences in the prompt; None before it is read.
         state: what methods keep, by (method, layer, name).
     """
 
     def __init__(self, plan: Plan, ledger: Ledger | None = None) -> None:
         self.plan, self.ledger = plan, ledger or Ledger()
         self.call: object = None
+        self.batch: int | None = None
         self.prompt_length = 0
         self.has_padding = False
         self.state: dict[Hashable, Any] = {}
@@ -129,7 +131,7 @@ class Request:
             real: bool ``[batch, start + new or more]``, False for padding; None = no padding.
             prompt_length: slots of the whole prompt when generate() said so, else all tokens given so far.
         """
-        stop = start + types.shape[1]
+        self.batch, stop = types.shape[0], start + types.shape[1]
         self.prompt_length = min(prompt_length or stop, stop)
         if start:  # a later turn: its images count on
             earlier = self._images.read(start, images.device).amax(1, keepdim=True) + 1

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -42,6 +42,9 @@ class _Call:
     plan: Plan
     prompt_length: int | None
     plain_mask: bool
+    token: object = field(
+        default_factory=object
+    )  # what a request remembers of the call (never the handle or the model)
 
 
 # Which generate() call of which model runs in this thread. Only the model's pre-hook reads it, to hand the plan and the
@@ -340,11 +343,11 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None or (call.plan.is_identity and request is None):
         return None
-    if request is not None:
-        known = call.prompt_length is None or request.call is call  # else: the first forward of another generate()
-        if tokens.shape[1] == 1 and known:  # decoding: nothing here may wait for the device
-            _same_plan(request, call.plan)
-            return Step(request, handle._base, None)
+    decoding = Step(request, handle._base, None) if request is not None and tokens.shape[1] == 1 else None
+    if (
+        request is not None and decoding is not None and request.call is call.token
+    ):  # nothing here may wait for the device
+        return decoding
     start = int(cache.get_seq_length()) if cache is not None else 0
     if start == 0:
         if call.plan.is_identity:
@@ -352,10 +355,12 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
         request = Request(call.plan)
     elif request is None:
         raise StateError("this cache was filled without vlmattn; start a new generate()")
-    _same_plan(request, call.plan)
+    _check_request(request, call.plan, tokens.shape[0])
     _check_registration(handle, model)
+    if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
+        return decoding
     _refuse_packing(inputs)
-    request.ledger, request.call = handle._ledger, call
+    request.ledger, request.call = handle._ledger, call.token
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one per kind of layer
         mask = mask.get("full_attention")
@@ -398,13 +403,18 @@ def _check_registration(handle: Handle, model: PreTrainedModel) -> None:
     text = model.config.get_text_config()
     if text._attn_implementation != attention.NAMES[handle._base]:
         raise StateError(
-            f"the attention implementation was set to '{text._attn_implementation}' while the model was wrapped;"
-            " unwrap it, set the implementation, and wrap again"
+            f"the attention implementation was set to '{text._attn_implementation}' while the model was wrapped, by you or"
+            " by unwrapping a copy that shares its config; unwrap the model and wrap it again"
         )
     _WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
 
 
-def _same_plan(request: Request, plan: Plan) -> None:
+def _check_request(request: Request, plan: Plan, batch: int) -> None:
+    """A cache belongs to the recipe and the batch that filled it."""
+    if request.batch not in (None, batch):
+        raise StateError(
+            f"this cache was filled by a batch of {request.batch} and now meets {batch}; start a new generate()"
+        )
     if request.plan != plan:
         raise StateError(
             f"this cache was filled with recipe '{request.plan.name}' and cannot go on with '{plan.name}'; start a new generate()"
