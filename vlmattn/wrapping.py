@@ -105,7 +105,7 @@ class Handle:
 
         Returns:
             ``recipe``; ``fired``: how often each method found something to do (var: sink tokens, vhr: heads chosen,
-            pai: rows edited); ``backends``: phase -> backend -> number of attention calls; ``layers``: phase -> backend
+            pai: attention calls edited); ``backends``: phase -> backend -> number of attention calls; ``layers``: phase -> backend
             -> the layers it ran in. ``base:`` names the model's own attention.
         """
         backends: dict[str, dict[str, int]] = {}
