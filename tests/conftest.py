@@ -7,8 +7,12 @@ os.environ.pop("VLMATTN_BACKEND", None)
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("ci", derandomize=True)  # CI checks a change; new examples are for people to find
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture

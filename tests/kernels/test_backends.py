@@ -126,6 +126,15 @@ def test_rows_that_see_nothing_are_zero(backend):
     assert case.run(edit, backend)[0, :, :4].abs().max() == 0
 
 
+@pytest.mark.parametrize("first", [0, 6, 12])
+def test_rows_that_see_nothing_are_zero_before_the_first_edited_row_too(first):
+    case = make_case(3, rows=12, padding=4, float_mask=True)
+    rows = Rows((torch.arange(12) >= first).expand(2, 12), first)
+    edit = AttentionEdit(logit=(LogitPart(lift=torch.ones(2, 12), rows=rows),))
+    check(case, edit, "eager")
+    assert case.run(edit, "eager")[0, :, :4].abs().max() == 0
+
+
 @pytest.mark.parametrize("backend", ["eager", "merge"])
 def test_empty_groups_leave_attention_alone(backend):
     case = make_case(4)

@@ -109,4 +109,8 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, see: Visibility, rows: int
             query, key[:, :, :leading], value[:, :, :leading], is_causal=True, scale=scale
         )
     mask = see.mask[..., :leading, : key.shape[2]]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if mask.dtype == torch.bool:
+        return out
+    sees = (mask > torch.finfo(mask.dtype).min / 2).any(-1, keepdim=True)
+    return out.masked_fill(~sees, 0.0)  # with a finite mask a row that sees nothing would average everything
