@@ -11,10 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, IMAGE_TOKEN, build, left_padded, prompt
+from tiny import FAMILIES, IMAGE_TOKEN, Largest, build, left_padded, prompt
 from tiny import generate as unrestricted
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, StaticCache
 
 import vlmattn
@@ -728,19 +727,6 @@ def test_every_recipe_that_is_set_may_warn():
 
 
 # --- Law 6: no S x S
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest storage that an operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1))
-        return out
 
 
 @no_grad

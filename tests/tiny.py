@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -104,3 +105,16 @@ def generate(model: PreTrainedModel, inputs: dict[str, Tensor], new: int = 4, **
     )
     out = model.generate(**inputs, **{**settings, **options})
     return torch.stack(out.logits, 1)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest storage that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1))
+        return out

@@ -119,8 +119,11 @@ def eval_command(
         if instances and "chair" in names:
             chosen.append(Chair.on_coco(instances, captions, images, synonyms, limit or 500, 0, max_new_tokens))
         missing = [name for name in names if name not in [s.name for s in chosen]]
+        lacking = f"no data for suite {', '.join(missing)}: pope needs --questions, chair needs --instances"
         if missing and suite != "pope,chair":
-            raise InputError(f"no data for suite {', '.join(missing)}: pope needs --questions, chair needs --instances")
+            raise InputError(lacking)
+        if missing:  # of the default suites
+            errors.print(f"note: {lacking}", highlight=False, soft_wrap=True)
     else:
         chosen = _generated(names, scenes, [name.strip() for name in visibility.split(",")], prior)
         if model != "embedded":

@@ -96,9 +96,7 @@ class Handle:
 
     @property
     def active_plan(self) -> Plan:
-        return (
-            self._plan if self._enabled else Plan("none", ((),) * self.anatomy.layers, (), ((),) * self.anatomy.layers)
-        )
+        return self._plan if self._enabled else Plan("none")
 
     def report(self) -> dict[str, Any]:
         """What happened since the recipe was put in force.
@@ -135,7 +133,7 @@ class Handle:
         idle = [name for name, count in self.report()["fired"].items() if not count]
         if idle:
             warnings.warn(
-                f"vlmattn: {', '.join(idle)} never fired in this generate() call, so the answer is the bare model's;"
+                f"vlmattn: {', '.join(idle)} never fired in this generate() call and had no part in the answer;"
                 " see model.vlmattn.report()",
                 stacklevel=3,
             )
@@ -343,11 +341,11 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None or (call.plan.is_identity and request is None):
         return None
-    decoding = Step(request, handle._base, None) if request is not None and tokens.shape[1] == 1 else None
-    if (
-        request is not None and decoding is not None and request.call is call.token
-    ):  # nothing here may wait for the device
-        return decoding
+    decoding = None
+    if request is not None and tokens.shape[1] == 1:
+        decoding = Step(request, handle._base, None)
+        if request.call is call.token:  # one token after another in generate(): nothing here may wait for the device
+            return decoding
     start = int(cache.get_seq_length()) if cache is not None else 0
     if start == 0:
         if call.plan.is_identity:

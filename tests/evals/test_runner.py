@@ -17,7 +17,7 @@ import vlmattn
 from vlmattn.errors import InputError, StateError
 from vlmattn.evals.journal import Journal
 from vlmattn.evals.report import html_report, markdown_tables, notes
-from vlmattn.evals.runner import evaluate
+from vlmattn.evals.runner import Result, evaluate
 from vlmattn.evals.suites import Chair, Pope, Which, World
 
 
@@ -62,7 +62,32 @@ def test_presets_change_answers(finished):
     assert sum(changed) > 0
 
 
-def test_a_wrapped_model_and_other_settings_are_refused(bundled, finished):
+def test_a_wrapped_model_is_refused_before_it_answers(tmp_path):
+    model, processor = vlmattn.load("embedded")
+    vlmattn.wrap(model, "vhr")
+    with pytest.raises(StateError, match="wrapped with 'vhr'"):
+        evaluate(model, processor, small_suites(), ["none"], tmp_path / "run", "embedded")
+    assert not (tmp_path / "run").exists()
+
+
+def test_restart_leaves_nothing_of_the_earlier_run(finished, tmp_path):
+    folder, _ = finished
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with Journal(tmp_path, {"other": True}, restart=True) as journal:
+        assert journal.answers == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "answers.jsonl"}
+
+
+def test_only_the_idle_method_of_a_composition_is_named(finished):
+    _, result = finished
+    summary = {**result.summary, "reports": {"var+pai": {"fired": {"var": 0, "pai": 3}}}}
+    assert notes(Result(summary, result.suites, result.answers)) == [
+        "var+pai: var never found anything to do on this model and had no part in the answers."
+    ]
+
+
+def test_other_settings_are_refused(bundled, finished):
     folder, _ = finished
     with pytest.raises(StateError, match=r"other settings \(batch_size\).*--restart"):
         evaluate(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Largest
 from torch import Tensor
 
 from vlmattn.errors import OptionError, UnsupportedError
@@ -230,27 +231,13 @@ def test_a_transfer_keeps_the_mass(masses, keep):
 
 def test_prefill_never_holds_query_times_key_weights():
     """Law 6: the largest tensor of a long prefill with group gains stays linear in the length."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, Tensor):
-                    Largest.numel = max(
-                        Largest.numel, tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1)
-                    )
-            return out
-
     rows = 2048
     case = make_case(0, rows, padding=0, kv_heads=2, repeat=1, batch=1)
     part = groups_of(case, 1)
-    with torch.no_grad(), Largest():
+    with torch.no_grad(), Largest() as largest:
         _, backend = attend(case.query, case.key, case.value, case.see, AttentionEdit(gain=(part,)), case.scale)
     assert backend == "merge"
-    assert Largest.numel < rows * rows / 8
+    assert 0 < largest.numel < rows * rows / 8
 
 
 def test_forced_backends_never_fall_back(monkeypatch):

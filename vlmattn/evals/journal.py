@@ -46,8 +46,8 @@ class Journal:
         except OSError as error:
             raise InputError(f"cannot use {folder} for results: {error.strerror}") from None
         if restart:
-            self._path.unlink(missing_ok=True)
-            self._settings.unlink(missing_ok=True)
+            for name in ("answers.jsonl", "settings.json", "summary.json", "table.md", "report.html"):
+                (folder / name).unlink(missing_ok=True)
         if self._settings.exists():
             before = json.loads(self._settings.read_text())
             if before != json.loads(json.dumps(settings)):

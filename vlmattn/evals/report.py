@@ -108,7 +108,7 @@ def notes(result: Result) -> list[str]:
         idle = [name for name, count in report["fired"].items() if not count]
         if idle:
             found.append(
-                f"{preset}: {', '.join(idle)} never found anything to do on this model, so its answers are those of none."
+                f"{preset}: {', '.join(idle)} never found anything to do on this model and had no part in the answers."
             )
     return found
 

@@ -20,11 +20,12 @@ import transformers
 from tqdm import tqdm
 
 import vlmattn
-from vlmattn.errors import InputError, OptionError
+from vlmattn.errors import InputError, OptionError, StateError
 from vlmattn.evals.journal import Journal, write_json
 from vlmattn.evals.stats import Bootstrap, mcnemar
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.recipe import Recipe
+from vlmattn.wrapping import handle_of
 
 SEED = 0
 
@@ -64,6 +65,10 @@ def evaluate(
         StateError: ``out`` holds a run with other settings; the model is wrapped.
         UnknownNameError: no such preset.
     """
+    if (handle := handle_of(model)) is not None:  # its edit would answer for none
+        raise StateError(
+            f"the model is wrapped with '{handle.recipe.name}'; give evaluate the bare model: vlmattn.unwrap(model)"
+        )
     recipes = _recipes(presets)
     if batch_size < 1:
         raise OptionError(f"the batch size must be at least 1, got {batch_size}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vlmattn.errors import InputError
 
@@ -20,5 +20,5 @@ def check_image(folder: Path, name: str) -> Path:
 def read_image(path: Path) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError):
+    except (OSError, SyntaxError, ValueError):  # Pillow raises any of them for a damaged file
         raise InputError(f"cannot read the image {path}; is it a picture file?") from None
