@@ -14,9 +14,11 @@ from torch import Tensor
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.kernels import (
     AttentionEdit,
+    BoostPlan,
     GainPart,
     GainPlan,
     HeadPart,
+    LevelPlan,
     LogitPart,
     MaskPart,
     MassGate,
@@ -163,12 +165,18 @@ def edits(draw, batch: int, heads: int, rows: int, keys: int) -> AttentionEdit:
         return torch.randint(-1, 3, (batch, n), generator=generator)
 
     masks = [
-        MaskPart(ids(rows), ids(keys), draw(st.sampled_from([0.0, 0.3, 1.0])), draw(st.sampled_from(["any", "same", "different"])))
+        MaskPart(
+            ids(rows), ids(keys), draw(st.sampled_from([0.0, 0.3, 1.0])), draw(st.sampled_from(["any", "same", "different"])),
+            draw(st.booleans()), draw(st.sampled_from([None, uniform(1, heads) < 0.5, uniform(batch, heads) < 0.5])),
+        )
         for _ in range(draw(st.integers(0, 2)))
     ]  # fmt: skip
     per_head = (batch, heads, keys) if draw(st.booleans()) else (batch, keys)
     logits = [
-        LogitPart(uniform(*per_head) + 0.5, uniform(batch, keys), uniform(*per_head) - 0.5, some_rows())
+        LogitPart(
+            uniform(*per_head) + 0.5, uniform(batch, keys), draw(st.sampled_from([None, uniform(batch, keys)])),
+            uniform(*per_head) - 0.5, some_rows(),
+        )
         for _ in range(draw(st.integers(0, 2)))
     ]
     gains = []
@@ -181,15 +189,20 @@ def edits(draw, batch: int, heads: int, rows: int, keys: int) -> AttentionEdit:
             gates=draw(st.sampled_from([(), (MassGate(tuple(uniform(count).tolist()), 0.3),)])),
             renormalise=draw(st.booleans()),
         )
-        gains.append(
-            GainPart(torch.randint(0, count, (batch, keys), generator=generator, dtype=torch.uint8), plan, some_rows())
-        )
-    heads_part = [HeadPart(uniform(batch, heads) * 2, some_rows()) for _ in range(draw(st.integers(0, 2)))]
+        weight = None
+        if draw(st.booleans()):
+            plan, weight = BoostPlan(draw(st.sampled_from([0.5, 0.25]))), uniform(batch, keys) * 3
+        elif draw(st.booleans()):
+            plan = LevelPlan(draw(st.integers(2, 5)), draw(st.floats(0, 1)))
+        groups = torch.randint(0, plan.groups, (batch, keys), generator=generator, dtype=torch.uint8)
+        gains.append(GainPart(groups, plan, some_rows(), weight=weight))
+    offset = draw(st.sampled_from([None, uniform(batch, heads, 16), uniform(1, heads, 16)]))
+    heads_part = [HeadPart(uniform(batch, heads) * 2, some_rows(), offset) for _ in range(draw(st.integers(0, 2)))]
     keep = uniform(batch, keys) < 0.8 if draw(st.booleans()) else None
     return AttentionEdit(tuple(masks), tuple(logits), tuple(gains), tuple(heads_part), keep)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_any_composition_matches_the_reference(data):
     rows, past = data.draw(st.sampled_from([(1, 8), (6, 0), (4, 5)]))
@@ -203,7 +216,8 @@ def test_any_composition_matches_the_reference(data):
     torch.testing.assert_close(got, case.run(edit, "reference"), rtol=0, atol=2e-5)
     assert backend == (
         "merge"
-        if rows > 1 and len(edit.gain) == 1 and not (edit.mask or edit.logit or edit.keep is not None)
+        if rows > 1 and len(edit.gain) == 1 and edit.gain[0].weight is None
+        and not (edit.mask or edit.logit or edit.keep is not None)
         else "eager"
     )
 
@@ -224,7 +238,7 @@ def test_a_transfer_keeps_the_mass(masses, keep):
     total = sum(masses) or 1.0
     mass = torch.tensor([m / total for m in masses], dtype=torch.float64)
     plan = GainPlan(taken=(0, 1 - keep, 0, 1 - keep), given=(0, 0, 1, 0))
-    gamma = plan.gamma(mass)
+    gamma = plan.gains(mass, None)[0]
     assert float((gamma * mass).sum()) == pytest.approx(float(mass.sum()), abs=1e-9)
     assert (gamma >= 0).all()
 

@@ -1,11 +1,13 @@
 """Attention kernels. They know tensors only: no models, no methods."""
 
-from vlmattn.kernels.dispatch import BACKENDS, attend
+from vlmattn.kernels.dispatch import BACKENDS, attend, weights
 from vlmattn.kernels.edit import (
     AttentionEdit,
+    BoostPlan,
     GainPart,
     GainPlan,
     HeadPart,
+    LevelPlan,
     LogitPart,
     MaskPart,
     MassGate,
@@ -17,9 +19,11 @@ from vlmattn.kernels.visibility import Visibility
 __all__ = [
     "BACKENDS",
     "AttentionEdit",
+    "BoostPlan",
     "GainPart",
     "GainPlan",
     "HeadPart",
+    "LevelPlan",
     "LogitPart",
     "MaskPart",
     "MassGate",
@@ -27,4 +31,5 @@ __all__ = [
     "Visibility",
     "attend",
     "scale_heads",
+    "weights",
 ]

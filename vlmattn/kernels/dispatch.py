@@ -57,6 +57,13 @@ def attend(
     return scale_heads(edit, run(query, key, value, see, replace(edit, head_gain=()), scale, dropout)), name
 
 
+def weights(query: Tensor, key: Tensor, see: Visibility, start: int, stop: int, scale: float) -> Tensor:
+    """Unedited attention weights, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
+    rows, keys = query.shape[2], key.shape[2]
+    mask = see.rows(start, stop, rows, keys, query.device)
+    return eager.weights(query[:, :, start:stop], key, mask, see.real, AttentionEdit(), scale)
+
+
 def _reference(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float) -> Tensor:
     rows, keys = query.shape[2], key.shape[2]
     mask = see.rows(0, rows, rows, keys, query.device)

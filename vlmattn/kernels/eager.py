@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vlmattn.kernels.edit import AttentionEdit, select_gamma
+from vlmattn.kernels.edit import AttentionEdit, select_gains
 
 
 def attention(
@@ -28,20 +28,26 @@ def attention(
         real: bool ``[batch, key]``, False for padding, which no mask part opens; None = no padding.
         dropout: probability of dropping an attention weight (training only).
     """
+    batch, heads, rows, _ = query.shape
+    kv_heads, keys = key.shape[1:3]
+    attended = _apply_gains(weights(query, key, mask, real, edit, scale), edit)
+    if dropout:
+        attended = torch.nn.functional.dropout(attended, dropout)
+    packed = attended.to(value.dtype).view(batch, kv_heads, heads // kv_heads * rows, keys)
+    return (packed @ value).view(batch, heads, rows, value.shape[-1])
+
+
+def weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, real: Tensor | None, edit: AttentionEdit, scale: float
+) -> Tensor:
+    """Attention weights ``[batch, heads, query, key]`` in float32 before group gains; arguments as in ``attention``."""
     batch, heads, rows, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     packed = query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
     score = (packed @ key.transpose(-1, -2)).view(batch, heads, rows, keys).float() * scale
-    score = _edit_scores(score, edit)
-    score, visible = _apply_masks(score, mask, real, edit)
-    weights = score.softmax(-1)
-    if visible is not None:
-        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # a row that sees nothing
-    weights = _apply_gains(weights, edit)
-    if dropout:
-        weights = torch.nn.functional.dropout(weights, dropout)
-    packed_weights = weights.to(value.dtype).view(batch, kv_heads, heads // kv_heads * rows, keys)
-    return (packed_weights @ value).view(batch, heads, rows, value.shape[-1])
+    score, visible = _apply_masks(_edit_scores(score, edit), mask, real, edit)
+    found = score.softmax(-1)
+    return found if visible is None else found.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # rows that see nothing
 
 
 def _per_head(values: Tensor) -> Tensor:
@@ -54,6 +60,8 @@ def _edit_scores(score: Tensor, edit: AttentionEdit) -> Tensor:
         new = score if part.scale is None else score * _per_head(part.scale)
         if part.lift is not None:
             new = new + _per_head(part.lift) * score.abs()
+        if part.guide is not None:
+            new = new + _per_head(part.guide) * score.abs().mean(1, keepdim=True)
         if part.bias is not None:
             new = new + _per_head(part.bias)
         score = new if part.rows is None else part.rows.where(new, score)
@@ -70,29 +78,47 @@ def _apply_masks(
     elif mask is not None:
         visible = mask > torch.finfo(mask.dtype).min / 2
         score = score + mask.float().masked_fill(~visible, 0.0)
+    openable = None if real is None else real[:, None, None]
+    if edit.keep is not None:
+        keep = edit.keep[:, None, None]
+        visible = keep if visible is None else visible & keep
+        openable = keep if openable is None else openable & keep
     for part in edit.mask:
         edges = part.edges()
         shown = torch.ones_like(edges) if visible is None else visible
         if part.weight == 0:
             visible = shown & ~edges
         else:
-            opened = edges & ~shown if real is None else edges & ~shown & real[:, None, None]
-            score = torch.where(opened, score + math.log(part.weight), score)
+            opened = edges & ~shown if openable is None else edges & ~shown & openable
+            if part.mix:
+                opened = opened & shown.any(-1, keepdim=True)
+                bias = _mix_bias(score, shown, opened, part.weight)
+            else:
+                bias = math.log(part.weight)
+            score = torch.where(opened, score + bias, score)
             visible = shown | opened
-    if edit.keep is not None:
-        keep = edit.keep[:, None, None]
-        visible = keep if visible is None else visible & keep
     return (score, None) if visible is None else (_hide(score, visible), visible)
+
+
+def _mix_bias(score: Tensor, shown: Tensor, opened: Tensor, weight: float) -> Tensor:
+    """log(weight Z / (Z + (1 - weight) Z_E)) of each row: the bias that makes one softmax the mixture of two."""
+    inside, outside = (_hide(score, shown).logsumexp(-1), _hide(score, opened).logsumexp(-1))
+    soft = torch.logaddexp(inside, outside + math.log(max(1 - weight, 1e-30)))
+    return (math.log(weight) + inside - soft)[..., None]
 
 
 def _hide(score: Tensor, visible: Tensor) -> Tensor:
     return score.masked_fill(~visible, torch.finfo(score.dtype).min)
 
 
-def _apply_gains(weights: Tensor, edit: AttentionEdit) -> Tensor:
+def _apply_gains(attended: Tensor, edit: AttentionEdit) -> Tensor:
     for part in edit.gain:
-        member = part.groups[:, None, :, None] == torch.arange(part.plan.groups, device=weights.device)
-        member = member.to(weights.dtype)  # [batch, 1, key, groups]
-        gamma = select_gamma(part, weights @ member)
-        weights = weights * (gamma @ member.transpose(-1, -2))
-    return weights
+        member = part.groups[:, None, :, None] == torch.arange(part.plan.groups, device=attended.device)
+        member = member.to(attended.dtype)  # [batch, 1, key, groups]
+        weighted = None if part.weight is None else (attended * part.weight[:, None, None]) @ member
+        gamma, delta = select_gains(part, attended @ member, weighted)
+        gain = gamma @ member.transpose(-1, -2)
+        if delta is not None and part.weight is not None:
+            gain = gain + (delta @ member.transpose(-1, -2)) * part.weight[:, None, None]
+        attended = attended * gain
+    return attended

@@ -3,10 +3,11 @@
 For query row i, head h and keys j with scaled scores s and group ids g(j), an edit means
 
     s'   = logit parts in order, applied to s
-    see  = ((causal and not padding) + opened edges - hidden edges) and keep
+    see  = (causal and not padding and keep) + opened edges - hidden edges, mask parts in order
     a    = softmax over see of s' (+ log weight on softly opened edges);  a row that sees nothing gives zeros
-    a'_j = gamma_{g(j)} a_j      for every gain part in order, gamma from the group masses M_g = sum_{j in g} a_j
-    out  = eta_h sum_j a'_j v_j  for every head-gain part
+    a'_j = (gamma_g + delta_g w_j) a_j      for every gain part in order, g = g(j), decided by the group masses
+                                            M_g = sum_{j in g} a_j and W_g = sum_{j in g} w_j a_j
+    out  = eta_h sum_j a'_j v_j + c_h       for every head-gain part
 
 All tensors are indexed ``[batch, query]``, ``[batch, key]`` or ``[batch, heads]``; nothing of size query x key is part
 of an edit. ``then`` composes; ``AttentionEdit()`` is the identity.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -53,27 +54,34 @@ class MaskPart:
     or any). ``weight`` 0 hides the edges; ``weight`` in (0, 1] opens those that were not visible, as if each such key
     counted ``weight`` times (a bias log(weight) before the softmax). Padding is never opened.
 
+    ``mix`` weighs two softmaxes instead: (1 - weight) softmax over what was visible + weight softmax over that and the
+    opened keys. With Z and Z_E the sums of exp(s) over both sets this is one softmax in which an opened key counts
+    weight Z / (Z + (1 - weight) Z_E) times; in a row that saw nothing it opens nothing.
+
     Attributes:
         rows: int ``[batch, query]``, -1 = row not concerned.
         keys: int ``[batch, key]``, -1 = key not concerned.
+        heads: bool ``[batch or 1, heads]``, the heads it acts on; None = all.
     """
 
     rows: Tensor
     keys: Tensor
     weight: float = 1.0
     relation: Relation = "any"
+    mix: bool = False
+    heads: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise OptionError(f"MaskPart.weight must be within 0..1, got {self.weight}")
 
     def edges(self) -> Tensor:
-        """bool ``[batch, 1, query, key]``."""
+        """bool ``[batch, heads or 1, query, key]``."""
         row, key = self.rows[:, :, None], self.keys[:, None, :]
         edges = (row >= 0) & (key >= 0)
         if self.relation != "any":
             edges = edges & ((row == key) == (self.relation == "same"))
-        return edges[:, None]
+        return edges[:, None] if self.heads is None else edges[:, None] & self.heads[:, :, None, None]
 
     def slice_rows(self, start: int, stop: int) -> MaskPart:
         return replace(self, rows=self.rows[:, start:stop])
@@ -81,15 +89,17 @@ class MaskPart:
 
 @dataclass(frozen=True, eq=False)
 class LogitPart:
-    """Elementwise change of the scaled score before the softmax: ``s' = scale_j s + lift_j |s| + bias_j``.
+    """Change of the scaled score before the softmax: ``s' = scale_j s + lift_j |s| + guide_j mean_h |s_h| + bias_j``.
 
     Attributes:
-        scale, lift, bias: float ``[batch, key]`` or ``[batch, heads, key]``; None means 1, 0 and 0.
+        scale, lift, guide, bias: float ``[batch, key]`` or ``[batch, heads, key]``; None means 1, 0, 0 and 0. The mean
+            that ``guide`` weighs is over all heads.
         rows: the query rows it applies to; None means all.
     """
 
     scale: Tensor | None = None
     lift: Tensor | None = None
+    guide: Tensor | None = None
     bias: Tensor | None = None
     rows: Rows | None = None
 
@@ -105,9 +115,20 @@ class MassGate:
     bound: float
 
 
+class Plan(Protocol):
+    """A rule from group masses to gains."""
+
+    @property
+    def groups(self) -> int: ...
+
+    def gains(self, mass: Tensor, weighted: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """gamma and delta (None = 0) from M_g and W_g (None without key weights), each ``[batch, heads, query, groups]``."""
+        ...
+
+
 @dataclass(frozen=True)
 class GainPlan:
-    """Group masses in, group gains out. With pool = sum_g taken_g M_g and room = sum_g given_g M_g:
+    """Move mass between groups. With pool = sum_g taken_g M_g and room = sum_g given_g M_g:
 
         gamma_g = 1 - taken_g + given_g pool / room      (taken and given cost no mass: the row sum stays)
 
@@ -132,25 +153,87 @@ class GainPlan:
     def groups(self) -> int:
         return len(self.taken)
 
-    def gamma(self, mass: Tensor) -> Tensor:
-        """Gains ``[..., groups]`` for masses ``[..., groups]``."""
+    def gains(self, mass: Tensor, weighted: Tensor | None) -> tuple[Tensor, None]:
+        """As ``Plan.gains``; any leading dimensions."""
 
         def weigh(weights: tuple[float, ...]) -> Tensor:
             return mass @ mass.new_tensor(weights)
 
         room = weigh(self.given)
-        on = room > 1e-20
+        on = room > _TINY
         for gate in self.gates:
             on = on & (weigh(gate.weights) >= gate.bound)
-        share = (weigh(self.taken) / room.clamp_min(1e-20))[..., None]
+        share = (weigh(self.taken) / room.clamp_min(_TINY))[..., None]
         gamma = 1 - mass.new_tensor(self.taken) + mass.new_tensor(self.given) * share
         gamma = torch.where(on[..., None], gamma, 1.0)
         if self.scale is not None:
             gamma = gamma * mass.new_tensor(self.scale)
         if self.renormalise:
-            after = (gamma * mass).sum(-1, keepdim=True)
-            gamma = torch.where(after > 0, gamma * (mass.sum(-1, keepdim=True) / after.clamp_min(1e-20)), gamma)
-        return gamma
+            gamma = gamma * _back_to(mass, gamma * mass)
+        return gamma, None
+
+
+@dataclass(frozen=True)
+class BoostPlan:
+    """Boost the weighted keys of group 1 in the heads that attend to it most, and group 2 by the same ratio in its own.
+
+    With H_1 and H_2 the floor(``share`` heads) heads of largest M_1 and M_2 in a row:
+
+        a_j <- w_j a_j in group 1 and heads H_1,   r = sum_{H_1} W_1 / sum_{H_1} M_1,   a_j <- r a_j in group 2, heads H_2
+
+    then every row gets back the mass it had. Groups: 0 the rest, 1, 2.
+    """
+
+    share: float = 0.5
+
+    @property
+    def groups(self) -> int:
+        return 3
+
+    def gains(self, mass: Tensor, weighted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As ``Plan.gains``; needs key weights."""
+        if weighted is None:
+            raise OptionError("BoostPlan needs GainPart.weight")
+        top = int(self.share * mass.shape[1])
+
+        def most(group: int) -> Tensor:  # [batch, heads, query]
+            index = mass[..., group].topk(top, dim=1).indices
+            return torch.zeros_like(mass[..., group]).scatter(1, index, 1.0)
+
+        first, second = most(1), most(2)
+        plain = (first * mass[..., 1]).sum(1, keepdim=True)
+        ratio = torch.where(plain > _TINY, (first * weighted[..., 1]).sum(1, keepdim=True) / plain.clamp_min(_TINY), 1.0)
+        one, zero = torch.ones_like(first), torch.zeros_like(first)
+        gamma = torch.stack([one, 1 - first, 1 + (ratio - 1) * second], -1)
+        delta = torch.stack([zero, first, zero], -1)
+        back = _back_to(mass, gamma * mass + delta * weighted)
+        return gamma * back, delta * back
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """Even out the mass of ``groups`` groups: gamma_g = 1 - strength + strength mean_g(M_g) / M_g.
+
+    Groups without mass are left out of the mean, so the row sum stays.
+    """
+
+    groups: int
+    strength: float
+
+    def gains(self, mass: Tensor, weighted: Tensor | None) -> tuple[Tensor, None]:
+        """As ``Plan.gains``; any leading dimensions."""
+        filled = mass > _TINY
+        mean = mass.sum(-1, keepdim=True) / filled.sum(-1, keepdim=True).clamp_min(1)
+        return torch.where(filled, 1 - self.strength + self.strength * mean / mass.clamp_min(_TINY), 1.0), None
+
+
+_TINY = 1e-20  # less mass than this is none
+
+
+def _back_to(mass: Tensor, changed: Tensor) -> Tensor:
+    """The factor ``[..., 1]`` that gives a row of masses ``changed`` the sum of ``mass``."""
+    after = changed.sum(-1, keepdim=True)
+    return torch.where(after > 0, mass.sum(-1, keepdim=True) / after.clamp_min(_TINY), 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +246,14 @@ class GainPart:
         rows: the query rows it applies to; None means all.
         present: for each contiguous run of keys ``(start, stop, groups)`` which groups may occur there. A hint for the
             prefill backend, known on the host; None means that any group may occur anywhere.
+        weight: float ``[batch, key]``, the key weights w_j, for plans that use them.
     """
 
     groups: Tensor
-    plan: GainPlan
+    plan: Plan
     rows: Rows | None = None
     present: tuple[tuple[int, int, tuple[int, ...]], ...] | None = None
+    weight: Tensor | None = None
 
     def slice_rows(self, start: int, stop: int) -> GainPart:
         return replace(self, rows=_slice_rows(self.rows, start, stop))
@@ -176,10 +261,17 @@ class GainPart:
 
 @dataclass(frozen=True, eq=False)
 class HeadPart:
-    """Scale of each head's output before ``o_proj``: float ``[batch, heads]``, on ``rows`` (None: all)."""
+    """Each head's output before ``o_proj`` becomes ``gain_h out_h + offset_h``.
+
+    Attributes:
+        gain: float ``[batch or 1, heads]``.
+        rows: the query rows it applies to; None means all.
+        offset: float ``[batch or 1, heads, dim]``; None means 0.
+    """
 
     gain: Tensor
     rows: Rows | None = None
+    offset: Tensor | None = None
 
     def slice_rows(self, start: int, stop: int) -> HeadPart:
         return replace(self, rows=_slice_rows(self.rows, start, stop))
@@ -189,7 +281,8 @@ class HeadPart:
 class AttentionEdit:
     """The five parts of an edit (module docstring); each part is a tuple applied in order.
 
-    ``keep`` (bool ``[batch, key]``) names the cache slots that go on from this layer: others are invisible here.
+    ``keep`` (bool ``[batch, key]``) names the cache slots that go on from this layer: others are invisible here and no
+    mask part opens them.
     """
 
     mask: tuple[MaskPart, ...] = ()
@@ -239,15 +332,20 @@ class AttentionEdit:
         )
 
 
-def select_gamma(part: GainPart, mass: Tensor) -> Tensor:
-    """Gains ``[batch, heads, query, groups]`` of one gain part: the plan's on its rows, 1 on the others."""
-    gamma = part.plan.gamma(mass)
-    return gamma if part.rows is None else part.rows.where(gamma, 1.0)
+def select_gains(part: GainPart, mass: Tensor, weighted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """gamma and delta ``[batch, heads, query, groups]`` of one gain part: the plan's on its rows, 1 and 0 elsewhere."""
+    gamma, delta = part.plan.gains(mass, weighted)
+    if part.rows is not None:
+        gamma = part.rows.where(gamma, 1.0)
+        delta = None if delta is None else part.rows.where(delta, 0.0)
+    return gamma, delta
 
 
 def scale_heads(edit: AttentionEdit, out: Tensor) -> Tensor:
     """Apply the head-gain parts to head outputs ``[batch, heads, query, dim]``."""
     for part in edit.head_gain:
-        gain = part.gain[:, :, None, None].to(out.dtype)
-        out = out * (gain if part.rows is None else part.rows.where(gain, 1.0))
+        new = out * part.gain[:, :, None, None].to(out.dtype)
+        if part.offset is not None:
+            new = new + part.offset[:, :, None].to(out.dtype)
+        out = new if part.rows is None else part.rows.where(new, out)
     return out

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vlmattn.kernels.edit import AttentionEdit, GainPart, select_gamma
+from vlmattn.kernels.edit import AttentionEdit, GainPart, select_gains
 from vlmattn.kernels.visibility import Visibility
 
 # Keys outside a group get an extra head dimension whose product with the query is _HIDDEN after scaling, so that any
@@ -28,6 +28,8 @@ def supports(edit: AttentionEdit, see: Visibility, device: torch.device) -> str 
         return "it runs group gains only; this edit has mask, logit or keep parts"
     if len(edit.gain) != 1:
         return f"it runs exactly one group gain, got {len(edit.gain)}"
+    if edit.gain[0].weight is not None:
+        return "it does not run key weights"
     if not see.plain or see.offset is None:
         return "it needs a causal mask (with padding) and a known cache length"
     if device.type not in ("cpu", "cuda"):
@@ -65,7 +67,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: 
                 _accumulate(out[group, :, :, top:bottom], total[group, :, :, top:bottom], o, lse)
     everything = total.logsumexp(0)
     mass = torch.where(everything > float("-inf"), (total - everything).exp(), 0.0)  # a row that sees nothing: zeros
-    gamma = select_gamma(part, mass.permute(1, 2, 3, 0))
+    gamma, _ = select_gains(part, mass.permute(1, 2, 3, 0))
     return torch.einsum("bhqg,gbhqd->bhqd", gamma * mass.permute(1, 2, 3, 0), out).to(query.dtype)
 
 

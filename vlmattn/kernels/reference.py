@@ -1,11 +1,14 @@
-"""The oracle: AttentionEdit by its definition, in float64, one row and one head at a time. Slow on purpose."""
+"""The oracle: AttentionEdit by its definition, in float64, one row after another. Slow on purpose.
+
+Nothing here is shared with the fast backends: gains are applied key by key and mixtures as two softmaxes.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vlmattn.kernels.edit import AttentionEdit, GainPlan, Rows
+from vlmattn.kernels.edit import AttentionEdit, BoostPlan, GainPart, GainPlan, LevelPlan, LogitPart, MaskPart, Rows
 
 
 def attention(
@@ -21,14 +24,31 @@ def attention(
     """
     batch, heads, rows, _ = query.shape
     repeat = heads // key.shape[1]
+    key, value = key.double().repeat_interleave(repeat, 1), value.double().repeat_interleave(repeat, 1)
     out = torch.zeros(batch, heads, rows, value.shape[-1], dtype=torch.float64)
     for b in range(batch):
-        padding = torch.zeros(key.shape[2], dtype=torch.bool) if real is None else ~real[b]
-        for h in range(heads):
-            k, v = key[b, h // repeat].double(), value[b, h // repeat].double()
-            for i in range(rows):
-                weights = _weights(query[b, h, i].double() @ k.T * scale, visible[b, i], padding, edit, b, h, i)
-                out[b, h, i] = weights @ v
+        real_keys = torch.ones(key.shape[2], dtype=torch.bool) if real is None else real[b]
+        if edit.keep is not None:
+            real_keys = real_keys & edit.keep[b]
+        for i in range(rows):
+            scores = torch.stack([key[b, h] @ query[b, h, i].double() * scale for h in range(heads)])
+            for logit in edit.logit:
+                if _applies(logit.rows, b, i):
+                    scores = _edit_scores(scores, logit, b)
+            weights = torch.stack(
+                [_softmax(scores[h], visible[b, i] & real_keys, real_keys, edit.mask, b, h, i) for h in range(heads)]
+            )
+            for gain in edit.gain:
+                if _applies(gain.rows, b, i):
+                    weights = _gains(weights, gain, b)
+            for h in range(heads):
+                result = weights[h] @ value[b, h]
+                for head in edit.head_gain:
+                    if _applies(head.rows, b, i):
+                        result = head.gain[b % len(head.gain), h].double() * result
+                        if head.offset is not None:
+                            result = result + head.offset[b % len(head.offset), h].double()
+                out[b, h, i] = result
     return out
 
 
@@ -36,46 +56,79 @@ def _applies(rows: Rows | None, b: int, i: int) -> bool:
     return rows is None or bool(rows.mask[b, i])
 
 
-def _of_key(values: Tensor | None, b: int, h: int, default: float) -> Tensor | float:
-    if values is None:
-        return default
-    return (values[b] if values.ndim == 2 else values[b, h]).double()
+def _edit_scores(scores: Tensor, part: LogitPart, b: int) -> Tensor:
+    """Scores ``[heads, keys]`` of one row after a logit part."""
+
+    def of_key(values: Tensor | None, h: int, default: float) -> Tensor | float:
+        if values is None:
+            return default
+        return (values[b] if values.ndim == 2 else values[b, h]).double()
+
+    mean = sum(abs(score) for score in scores) / len(scores)
+    return torch.stack(
+        [
+            of_key(part.scale, h, 1.0) * score
+            + of_key(part.lift, h, 0.0) * score.abs()
+            + of_key(part.guide, h, 0.0) * mean
+            + of_key(part.bias, h, 0.0)
+            for h, score in enumerate(scores)
+        ]
+    )
 
 
-def _weights(score: Tensor, visible: Tensor, padding: Tensor, edit: AttentionEdit, b: int, h: int, i: int) -> Tensor:
-    for logit in edit.logit:
-        if _applies(logit.rows, b, i):
-            score = (
-                _of_key(logit.scale, b, h, 1.0) * score
-                + _of_key(logit.lift, b, h, 0.0) * score.abs()
-                + _of_key(logit.bias, b, h, 0.0)
-            )
+def _softmax(
+    score: Tensor, visible: Tensor, real: Tensor, masks: tuple[MaskPart, ...], b: int, h: int, i: int
+) -> Tensor:
+    """Weights of one row and head; a key counts ``counts`` times."""
     visible, counts = visible.clone(), torch.ones_like(score)
-    for mask in edit.mask:
+    for mask in masks:
+        if mask.heads is not None and not mask.heads[b % len(mask.heads), h]:
+            continue
+        edge = torch.zeros_like(visible)
         for j in range(len(score)):
             row, key = int(mask.rows[b, i]), int(mask.keys[b, j])
-            edge = row >= 0 and key >= 0 and {"any": True, "same": row == key, "different": row != key}[mask.relation]
-            if edge and mask.weight == 0:
-                visible[j] = False
-            elif edge and not visible[j] and not padding[j]:
-                visible[j], counts[j] = True, mask.weight
-    if edit.keep is not None:
-        visible &= edit.keep[b]
+            edge[j] = row >= 0 and key >= 0 and {"any": True, "same": row == key, "different": row != key}[mask.relation]
+        if mask.weight == 0:
+            visible &= ~edge
+            continue
+        opened = edge & ~visible & real
+        if mask.mix and visible.any():
+            both = (1 - mask.weight) * _normal(score, visible, counts) + mask.weight * _normal(
+                score, visible | opened, counts
+            )
+            alone = _normal(score, visible | opened, counts)
+            seen = visible.nonzero()[0]
+            for j in opened.nonzero().flatten():  # how often the key counts beside those that were visible
+                counts[j] = (both[j] / alone[j]) / (both[seen] / alone[seen]) if alone[j] > 0 else 0.0
+        elif not mask.mix:
+            counts[opened] = mask.weight
+        else:
+            continue
+        visible |= opened
+    return _normal(score, visible, counts)
+
+
+def _normal(score: Tensor, visible: Tensor, counts: Tensor) -> Tensor:
     if not visible.any():
         return torch.zeros_like(score)
     weights = counts * torch.exp(score - score[visible].max()) * visible
-    weights = weights / weights.sum()
-    for gain in edit.gain:
-        if _applies(gain.rows, b, i):
-            weights = _move(weights, gain.groups[b], gain.plan)
-    for head in edit.head_gain:
-        if _applies(head.rows, b, i):
-            weights = weights * head.gain[b, h].double()
-    return weights
+    return weights / weights.sum()
+
+
+def _gains(weights: Tensor, part: GainPart, b: int) -> Tensor:
+    """Weights ``[heads, keys]`` of one row after a gain part."""
+    groups = part.groups[b]
+    if isinstance(part.plan, BoostPlan):
+        assert part.weight is not None
+        return _boost(weights, groups, part.weight[b].double(), part.plan)
+    if isinstance(part.plan, LevelPlan):
+        return torch.stack([_level(row, groups, part.plan.strength) for row in weights])
+    assert isinstance(part.plan, GainPlan)
+    return torch.stack([_move(row, groups, part.plan) for row in weights])
 
 
 def _move(weights: Tensor, groups: Tensor, plan: GainPlan) -> Tensor:
-    """Gains applied key by key: take from every key of a source, share out in proportion to attention."""
+    """Take from every key of a source, share out in proportion to attention."""
     mass = [float(weights[groups == g].sum()) for g in range(plan.groups)]
     before, moved = weights.sum(), weights.clone()
     room = sum(d * m for d, m in zip(plan.given, mass, strict=True))
@@ -90,3 +143,30 @@ def _move(weights: Tensor, groups: Tensor, plan: GainPlan) -> Tensor:
     if plan.renormalise and moved.sum() > 0:
         moved = moved * before / moved.sum()
     return moved
+
+
+def _boost(weights: Tensor, groups: Tensor, key_weight: Tensor, plan: BoostPlan) -> Tensor:
+    heads = len(weights)
+    top = int(heads * plan.share)
+    first = weights[:, groups == 1].sum(-1).argsort(descending=True)[:top].tolist()
+    second = weights[:, groups == 2].sum(-1).argsort(descending=True)[:top].tolist()
+    plain = sum(float(weights[h][groups == 1].sum()) for h in first)
+    boosted = sum(float((weights[h] * key_weight)[groups == 1].sum()) for h in first)
+    changed = weights.clone()
+    for h in range(heads):
+        if h in first:
+            changed[h][groups == 1] *= key_weight[groups == 1]
+        if h in second and plain > 1e-20:
+            changed[h][groups == 2] *= boosted / plain
+        if changed[h].sum() > 0:
+            changed[h] *= weights[h].sum() / changed[h].sum()
+    return changed
+
+
+def _level(weights: Tensor, groups: Tensor, strength: float) -> Tensor:
+    sums = {int(g): float(weights[groups == g].sum()) for g in groups.unique()}
+    filled = {g: total for g, total in sums.items() if total > 1e-20}
+    even = weights.clone()
+    for g, total in filled.items():
+        even[groups == g] *= float(weights.sum()) / len(filled) / total
+    return (1 - strength) * weights + strength * even
