@@ -254,9 +254,9 @@ def test_layer_indices_are_those_of_python(count, indices):
         assert parse_layers(",".join([*map(str, indices), "1:3"]), count, "m") == expected
 
 
-@pytest.mark.parametrize("text", ["", ",", "1,", "a", "1.5", "1:2:3", "2-3", "1;2", "a:b"])
+@pytest.mark.parametrize("text", ["", ",", "1,", "a", "1.5", "1:2:3:4", "2-3", "1;2", "a:b"])
 def test_other_texts_are_no_layers(text):
-    with pytest.raises(OptionError, match=r"pai\.layers must look like '2:-1' or '1,-14:', got"):
+    with pytest.raises(OptionError, match=r"pai\.layers must look like '2:-1', '1,-14:' or '0:-1:2', got"):
         PAI(layers=text)
 
 

@@ -17,8 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from vlmattn.errors import UnsupportedError
-from vlmattn.kernels import AttentionEdit, attend, scale_heads
-from vlmattn.request import Scope, Step
+from vlmattn.kernels import AttentionEdit, Visibility, attend, scale_heads
+from vlmattn.kernels import weights as attention_weights
+from vlmattn.request import Scope, Step, Weights
 
 STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
 
@@ -60,16 +61,19 @@ def _run(
 ) -> Output:
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if step.watch is not None:
-        out, weights = base(module, query, key, value, mask, **kwargs)
-        gain = step.watch(layer, out)
-        return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), weights
-    methods = step.request.plan.by_layer[layer]
+        out, attended = base(module, query, key, value, mask, **kwargs)
+        gain = step.watch(layer, out, _weights_of(Visibility(mask), query, key, kwargs))
+        return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), attended
+    plan = step.request.plan
+    scope = Scope(step, layer, query.shape[2], key.shape[2], query.device)
     edit = AttentionEdit()
-    if methods:
-        queries, keys = query.shape[2], key.shape[2]
-        scope = Scope(step, layer, queries, keys, query.device)
-        _refuse_what_would_be_wrong(step, queries, keys, kwargs)
-        for method in methods:
+    if step.is_prompt and plan.measuring[layer]:
+        look = _weights_of(scope.visibility(mask), query, key, kwargs)
+        for method in plan.measuring[layer]:
+            method.measure(scope, look)
+    if plan.by_layer[layer]:
+        _refuse_what_would_be_wrong(step, scope.queries, scope.keys, kwargs)
+        for method in plan.by_layer[layer]:
             edit = edit.then(method.edit(scope))
     phase = "decode" if query.shape[2] == 1 else "prefill"
     count = step.request.ledger.add
@@ -77,14 +81,22 @@ def _run(
         count(("calls", phase, base_label(step.base), str(layer)))
         return base(module, query, key, value, mask, **kwargs)
     if edit.only_head_gain:
-        out, weights = base(module, query, key, value, mask, **kwargs)
+        out, attended = base(module, query, key, value, mask, **kwargs)
         count(("calls", phase, base_label(step.base) + "+head_gain", str(layer)))
-        return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), weights
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), attended
     see = scope.visibility(mask)
-    out, backend = attend(query, key, value, see, edit, scale, kwargs.get("dropout", 0.0))
+    out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), kwargs.get("dropout", 0.0))
     count(("calls", phase, backend, str(layer)))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
+    return float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
+
+
+def _weights_of(see: Visibility, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Weights:
+    """Unedited attention of a few query rows, computed when a method asks."""
+    return lambda start, stop: attention_weights(query, key, see, start, stop, _scale(query, kwargs))
 
 
 def base_label(name: str) -> str:

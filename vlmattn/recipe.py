@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,45 @@ class Recipe:
         return cls(text, tuple(methods))
 
     def bind(self, sizes: Sizes) -> Plan:
-        """The recipe for one model: which method acts in which layer."""
+        """The recipe for one model: which method acts in which layer.
+
+        Raises:
+            OptionError: what does not fit the model; methods that conflict in some layer (named, with the reason).
+        """
         bound = [method.bind(sizes) for method in self.interventions]
-        active = [set(method.active_layers(sizes)) for method in bound]
-        by_layer = tuple(
-            tuple(method for method, layers in zip(bound, active, strict=True) if layer in layers)
-            for layer in range(sizes.layers)
+        active = [frozenset(method.active_layers(sizes)) for method in bound]
+        for (one, first), (other, second) in combinations(zip(bound, active, strict=True), 2):
+            if first & second:
+                _refuse_conflict(one, other)
+
+        def at(step: str | None, places: Sequence[Iterable[int]]) -> tuple[tuple[Intervention, ...], ...]:
+            """For each layer the methods that are there and implement the step."""
+            return tuple(
+                tuple(m for m, layers in zip(bound, places, strict=True) if layer in layers and (not step or _has(m, step)))
+                for layer in range(sizes.layers)
+            )
+
+        extending = [layers for m, layers in zip(bound, active, strict=True) if m.observes_generated]
+        directions = (
+            (layer, found)
+            for method, layers in zip(bound, active, strict=True)
+            for layer in sorted(layers)
+            if (found := method.directions(layer)) is not None
         )
-        observing = tuple(tuple(m for m in methods if _has(m, "observe")) for methods in by_layer)
-        return Plan(self.name, by_layer, tuple(m for m in bound if _has(m, "prepare")), observing)
+        seeing = tuple(m for m in bound if _has(m, "encoded"))
+        return Plan(
+            self.name,
+            by_layer=at(None, active),
+            preparing=tuple(m for m in bound if _has(m, "prepare")),
+            observing=at("observe", active),
+            measuring=at("measure", [m.measured_layers(sizes) for m in bound]),
+            seeing=seeing,
+            extending=frozenset().union(*extending),
+            directions=tuple(directions),
+            tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
+            turns=tuple(m.info.name for m in bound if m.needs_turns),
+            texts=bool(bound) and not any(m.needs_images for m in bound),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         methods = [{"method": method.info.name, **method.options()} for method in self.interventions]
@@ -163,3 +194,18 @@ class Recipe:
 def _has(method: Intervention, step: str) -> bool:
     """Whether a method implements an optional step."""
     return getattr(type(method), step) is not getattr(Intervention, step)
+
+
+def _refuse_conflict(one: Intervention, other: Intervention) -> None:
+    """Raise if two methods that act in the same layer undo each other."""
+    names = f"'{one.info.name}' and '{other.info.name}' conflict"
+    if type(one) is type(other):
+        raise OptionError(
+            f"'{one.info.name}' is in the recipe twice for the same layers; use one of them, or layer ranges that do not meet"
+        )
+    for opening, hiding in ((one, other), (other, one)):
+        if shared := sorted(opening.opens() & hiding.hides()):
+            raise OptionError(
+                f"{names}: '{opening.info.name}' opens edges that '{hiding.info.name}' hides ({', '.join(shared)}); use one of"
+                " them, or layer ranges that do not meet"
+            )

@@ -17,7 +17,8 @@ from torch import Tensor
 from vlmattn.errors import InputError
 from vlmattn.kernels import AttentionEdit, Rows, Visibility
 
-TEXT, IMAGE, VIDEO = 0, 1, 2
+TEXT, IMAGE, VIDEO = 0, 1, 2  # types of tokens
+SYSTEM, USER, MARKER, ANSWER = range(4)  # roles: outside of turns, a user's turn, the text that ends it, the answer
 
 
 class Ledger:
@@ -64,6 +65,19 @@ class Slots:
         slots[:, start:stop] = values.to(self._dtype)
         slots[:, stop:] = self._fill
 
+    def put(self, slot: int | Tensor, values: Tensor, length: int) -> None:
+        """Set one slot to ``values`` ``[batch]``, without knowing on the host which (static cache of ``length`` slots)."""
+        if isinstance(slot, int):
+            self.write(slot, values[:, None])
+        else:
+            slots = self._grow(length, len(values), values.device)
+            slots.index_copy_(1, slot.reshape(1).to(slots.device), values[:, None].to(self._dtype))
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let every row become what row ``rows`` ``[batch]`` was (beam search)."""
+        if self._values is not None:
+            self._values = self._values[rows.to(self._values.device)]
+
     def read(self, length: int, device: torch.device) -> Tensor:
         """The first ``length`` slots ``[batch, length]`` on ``device``."""
         if self._values is None:
@@ -71,24 +85,73 @@ class Slots:
         return self._grow(length, self._values.shape[0], self._values.device)[:, :length].to(device)
 
 
+Weights = Callable[[int, int], Tensor]
+"""``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
+
+Watch = Callable[[int, Tensor, Weights], Tensor | None]
+"""``watch(layer, out, weights)`` sees head outputs ``[batch, query, heads, dim]`` and may return head gains ``[batch, heads]``."""
+
+
 class Method(Protocol):
     """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
 
+    @property
+    def observes_generated(self) -> bool: ...
+
     def prepare(self, preparation: Preparation) -> None: ...
 
+    def encoded(self, sight: Sight) -> None: ...
+
     def observe(self, scope: Scope, hidden: Tensor) -> None: ...
+
+    def measure(self, scope: Scope, weights: Weights) -> None: ...
 
     def edit(self, scope: Scope) -> AttentionEdit: ...
 
 
+class RoleFinder(Protocol):
+    """Finds the turns of a prompt (``models.Turns`` is the real thing)."""
+
+    def roles(self, ids: Tensor, types: Tensor, real: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """What is added to a layer's projections before the rotation.
+
+    Attributes:
+        query: float ``[heads, dim]``; key: float ``[kv_heads, dim]``; None = nothing.
+    """
+
+    query: Tensor | None
+    key: Tensor | None
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A recipe bound to one model: which methods act in which layer."""
+    """A recipe bound to one model: which methods act in which layer, and which steps they take part in.
+
+    Attributes:
+        by_layer, observing, measuring: methods of each layer.
+        preparing, seeing: methods that run the decoder on other inputs, and that look at the vision tower.
+        extending: layers whose observers also see generated tokens.
+        directions: (layer, what is added to its projections).
+        tower_layers: layers of the vision tower that ``seeing`` methods look at.
+        turns: who needs to know where the user's turns are.
+        texts: prompts without images are welcome.
+    """
 
     name: str
     by_layer: tuple[tuple[Method, ...], ...] = ()
     preparing: tuple[Method, ...] = ()
     observing: tuple[tuple[Method, ...], ...] = ()
+    measuring: tuple[tuple[Method, ...], ...] = ()
+    seeing: tuple[Method, ...] = ()
+    extending: frozenset[int] = frozenset()
+    directions: tuple[tuple[int, Directions], ...] = ()
+    tower_layers: frozenset[int] = frozenset()
+    turns: tuple[str, ...] = ()
+    texts: bool = False
 
     @property
     def is_identity(self) -> bool:
@@ -114,6 +177,10 @@ class Request:
         self.prompt_length = 0
         self.has_padding = False
         self.state: dict[Hashable, Any] = {}
+        self._ids = Slots(-1, torch.int64)
+        self._roles = Slots(ANSWER, torch.uint8)
+        self._turns = Slots(-1, torch.int16)
+        self._knows_roles = False
         self._types = Slots(TEXT, torch.uint8)
         self._images = Slots(-1, torch.int16)
         self._real = Slots(True, torch.bool)
@@ -121,8 +188,18 @@ class Request:
         self._last_prompt_row: Tensor | None = None
         self._first_row_after_image = 0
         self._first_last_row = 0
+        self.images_per_row = 0
 
-    def extend(self, start: int, types: Tensor, images: Tensor, real: Tensor | None, prompt_length: int | None) -> None:
+    def extend(
+        self,
+        start: int,
+        types: Tensor,
+        images: Tensor,
+        real: Tensor | None,
+        prompt_length: int | None,
+        ids: Tensor | None = None,
+        finder: RoleFinder | None = None,
+    ) -> None:
         """Read new prompt tokens that enter the cache at slot ``start``.
 
         Args:
@@ -130,6 +207,11 @@ class Request:
             images: int ``[batch, new]``, which image of its row a token belongs to, -1 for text.
             real: bool ``[batch, start + new or more]``, False for padding; None = no padding.
             prompt_length: slots of the whole prompt when generate() said so, else all tokens given so far.
+            ids: token ids ``[batch, new]``; None when the model got embeddings.
+            finder: finds the turns, for plans that need them.
+
+        Raises:
+            InputError: turns are needed and there are no token ids, or a row without a user's turn.
         """
         self.batch, stop = types.shape[0], start + types.shape[1]
         self.prompt_length = min(prompt_length or stop, stop)
@@ -154,6 +236,27 @@ class Request:
         after = (types == TEXT) & (visual.cumsum(1) > 0)
         self._first_row_after_image = int(torch.where(after, slots, stop).min())
         self._runs = _column_runs((types == TEXT).any(0), (types != TEXT).any(0))
+        self.images_per_row = int(self._images.read(stop, host).max()) + 1
+        self._ids.write(start, torch.full_like(types[:, start:], -1, dtype=torch.int64) if ids is None else ids)
+        if finder is not None:
+            self._find_roles(finder, types, real, ids is not None)
+
+    def _find_roles(self, finder: RoleFinder, types: Tensor, real: Tensor, has_ids: bool) -> None:
+        needed_by = ", ".join(self.plan.turns)
+        if not has_ids:
+            raise InputError(f"{needed_by} must know the user's turns, which need input_ids; the model got inputs_embeds")
+        stop = types.shape[1]
+        roles, turns = finder.roles(self._ids.read(stop, torch.device("cpu")), types, real)
+        lost = (~(turns >= 0).any(1)).nonzero().flatten().tolist()
+        if lost:
+            raise InputError(
+                f"{needed_by} must know the user's turn, and row {lost[0]} of the prompt has none: {finder} not found; make"
+                " prompts with processor.apply_chat_template"
+            )
+        generated = torch.arange(stop) >= self.prompt_length
+        self._roles.write(0, roles.masked_fill(generated, ANSWER))
+        self._turns.write(0, turns.masked_fill(generated, -1))
+        self._knows_roles = True
 
     @property
     def has_images(self) -> bool:
@@ -166,6 +269,22 @@ class Request:
     def images(self, keys: int, device: torch.device) -> Tensor:
         """int16 ``[batch, keys]``: number of the image within its row, -1 for text."""
         return self._images.read(keys, device)
+
+    def ids(self, keys: int, device: torch.device) -> Tensor:
+        """int64 ``[batch, keys]``: token ids of the prompt, -1 where they are not known and for generated tokens."""
+        return self._ids.read(keys, device)
+
+    def roles(self, keys: int, device: torch.device) -> Tensor:
+        """uint8 ``[batch, keys]``: SYSTEM, USER, MARKER or ANSWER; for methods that ask for turns."""
+        return self._roles.read(keys, device)
+
+    def turns(self, keys: int, device: torch.device) -> Tensor:
+        """int16 ``[batch, keys]``: number of the user's turn that a token belongs to, -1 elsewhere."""
+        return self._turns.read(keys, device)
+
+    @property
+    def knows_roles(self) -> bool:
+        return self._knows_roles
 
     def real(self, keys: int, device: torch.device) -> Tensor | None:
         """bool ``[batch, keys]``, False for padding; None when there is none."""
@@ -211,15 +330,22 @@ class Step:
         base: name of the attention implementation the model had before it was wrapped.
         start: cache slot of the first query row; None in single-token decoding, where nothing needs it.
         plain_mask: the mask can only be causal and padding (no mask from the user).
-        watch: for preparation passes: sees the head outputs ``[batch, query, heads, dim]`` of each layer and may return
-            head gains ``[batch, heads]``; no edit runs then.
+        watch: for preparation passes, where no edit runs.
+        slot, capacity: where the one new token goes (a tensor with a static cache of that many slots), for methods that
+            observe generated tokens too.
+        sight: tower layer -> what was seen there of each encoded image, ``[heads, tokens]``.
+        order: which encoded image each image of the prompt is (beams repeat them); None = one after another.
     """
 
     request: Request
     base: str
     start: int | None
     plain_mask: bool = True
-    watch: Callable[[int, Tensor], Tensor | None] | None = None
+    watch: Watch | None = None
+    slot: int | Tensor | None = None
+    capacity: int = 0
+    sight: dict[int, list[Tensor]] = field(default_factory=dict)
+    order: list[int] | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -251,9 +377,47 @@ class Scope:
     @property
     def visual(self) -> Tensor:
         """bool ``[batch, keys]``: image and video tokens."""
-        key = ("visual", self.keys, self.device)
-        value: Tensor = self.step.once(key, lambda: self.request.types(self.keys, self.device) != TEXT)
+        return self._once("visual", lambda keys, device: self.request.types(keys, device) != TEXT)
+
+    @property
+    def images(self) -> Tensor:
+        """int16 ``[batch, keys]``: number of the image within its row, -1 for text."""
+        return self._once("images", self.request.images)
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 ``[batch, keys]``: token ids, -1 for generated tokens."""
+        return self._once("ids", self.request.ids)
+
+    @property
+    def roles(self) -> Tensor:
+        """uint8 ``[batch, keys]``: SYSTEM, USER, MARKER, ANSWER."""
+        return self._once("roles", self.request.roles)
+
+    @property
+    def turns(self) -> Tensor:
+        """int16 ``[batch, keys]``: number of the user's turn, -1 outside."""
+        return self._once("turns", self.request.turns)
+
+    @property
+    def real(self) -> Tensor | None:
+        """bool ``[batch, keys]``, False for padding; None when there is none."""
+        return self.request.real(self.keys, self.device)
+
+    def _once(self, name: str, read: Callable[[int, torch.device], Tensor]) -> Tensor:
+        value: Tensor = self.step.once((name, self.keys, self.device), lambda: read(self.keys, self.device))
         return value
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A value that all layers of this step on this device share."""
+        return self.step.once((key, self.keys, self.device), make)
+
+    def of_rows(self, values: Tensor, generated: int | bool) -> Tensor:
+        """The query rows' part ``[batch, query]`` of ``values`` ``[batch, keys]``; ``generated`` while decoding."""
+        start = self.step.start
+        if start is None:
+            return values.new_full((values.shape[0], self.queries), generated)
+        return values[:, start : start + self.queries]
 
     def rows_after_image(self) -> Rows | None:
         """Text rows that follow an image; None (all rows) while decoding one token."""
@@ -288,6 +452,40 @@ class Scope:
 
 
 @dataclass(frozen=True, eq=False)
+class Sight:
+    """The images that new prompt tokens stand for, as the vision tower saw them.
+
+    Attributes:
+        start: cache slot of the first new token.
+        types: uint8 ``[batch, new]``.
+        patches: tower layer -> for each image (then each video) how much its summary token attends to each of its
+            tokens, float32 ``[heads, tokens]``.
+    """
+
+    request: Request
+    start: int
+    types: Tensor
+    patches: dict[int, list[Tensor]]
+
+    def place(self, values: list[Tensor]) -> Tensor:
+        """One value per image token, given image by image, at the slots of the new tokens: ``[batch, new]``, 0 for text.
+
+        Raises:
+            InputError: not as many values as image tokens.
+        """
+        flat = torch.cat(values).to(self.types.device)
+        images, videos = self.types == IMAGE, self.types == VIDEO
+        split = int(images.sum())
+        if split + int(videos.sum()) != len(flat):
+            raise InputError(
+                f"the vision tower saw {len(flat)} image tokens and the prompt has {split + int(videos.sum())}; give the"
+                " images with the prompt, not features that were computed before"
+            )
+        out = torch.zeros(self.types.shape, dtype=flat.dtype, device=flat.device)
+        return out.masked_scatter(images, flat[:split]).masked_scatter(videos, flat[split:])
+
+
+@dataclass(frozen=True, eq=False)
 class Preparation:
     """The decoder's inputs before a prompt is read, and a way to run the decoder on others.
 
@@ -305,7 +503,7 @@ class Preparation:
     real: Tensor
     visual: Tensor
     positions: Tensor | None
-    run: Callable[[Tensor, Tensor, Tensor | None, Callable[[int, Tensor], Tensor | None]], None]
+    run: Callable[[Tensor, Tensor, Tensor | None, Watch], None]
 
 
 def number_images(types: Tensor, lengths: Sequence[int] | None) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -24,10 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn import attention
-from vlmattn.errors import InputError, StateError, UnsupportedError
-from vlmattn.models import Anatomy, Family, find_family
+from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
+from vlmattn.models import Anatomy, Family, Turns, find_family
 from vlmattn.recipe import FILE_NAME, Recipe
-from vlmattn.request import Ledger, Plan, Preparation, Request, Scope, Step, number_images
+from vlmattn.request import TEXT, Ledger, Plan, Preparation, Request, Scope, Sight, Slots, Step, number_images
 
 _M = TypeVar("_M", bound=nn.Module)
 _REQUEST = "_vlmattn_request"  # where a request rides on its cache
@@ -36,20 +37,36 @@ _INSTANCE_METHODS = ("generate", "save_pretrained")
 
 @dataclass(frozen=True)
 class _Call:
-    """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding."""
+    """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding.
+
+    ``token`` is what a request remembers of it (never the handle or the model); ``direct`` marks a forward outside of
+    generate(), which is only noted while the vision tower is looked at.
+    """
 
     handle: Handle
+    model: PreTrainedModel
     plan: Plan
     prompt_length: int | None
     plain_mask: bool
-    token: object = field(
-        default_factory=object
-    )  # what a request remembers of the call (never the handle or the model)
+    direct: bool = False
+    token: object = field(default_factory=object)
+    sight: _TowerView = field(default_factory=lambda: _TowerView())
+
+
+@dataclass
+class _TowerView:
+    """What was seen of the vision tower in one call: layer -> for each image ``[heads, tokens]``."""
+
+    patches: dict[int, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 # Which generate() call of which model runs in this thread. Only the model's pre-hook reads it, to hand the plan and the
 # prompt length to the request; without a cache (use_cache=False) every forward makes a request of its own from it.
 _CALL: ContextVar[_Call | None] = ContextVar("vlmattn_call", default=None)
+
+# The step whose attention module runs in this thread: projections get no keyword arguments.
+_STEP: ContextVar[Step | None] = ContextVar("vlmattn_step", default=None)
 
 # Wrapped models by text config: two models may share one config object, and the last one out restores its setting.
 _WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
@@ -61,11 +78,13 @@ class Handle:
     Attributes:
         recipe: the recipe in force.
         anatomy: sizes of the decoder.
+        turns: the chat template's markers, for recipes that need them.
     """
 
-    def __init__(self, recipe: Recipe, anatomy: Anatomy, family: Family, base: str) -> None:
+    def __init__(self, recipe: Recipe, anatomy: Anatomy, family: Family, base: str, processor: Any = None) -> None:
         self.anatomy, self._family, self._base = anatomy, family, base
-        self._enabled = True
+        self._processor, self.turns = processor, None if processor is None else Turns.of(processor)
+        self._enabled, self._projecting = True, False
         self._plans: dict[Recipe, Plan] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[str, Any] = {}
@@ -79,7 +98,10 @@ class Handle:
 
     def plan_of(self, recipe: Recipe) -> Plan:
         if recipe not in self._plans:
-            self._plans[recipe] = recipe.bind(self.anatomy)
+            plan = recipe.bind(self.anatomy)
+            if plan.turns and self.turns is None:
+                self.turns = _turns_beside(self.anatomy.source, plan.turns)
+            self._plans[recipe] = plan
         return self._plans[recipe]
 
     def enable(self) -> None:
@@ -102,8 +124,8 @@ class Handle:
         """What happened since the recipe was put in force.
 
         Returns:
-            ``recipe``; ``fired``: how often each method found something to do (var: sink tokens, vhr: heads chosen,
-            pai: attention calls edited); ``backends``: phase -> backend -> number of attention calls; ``layers``: phase -> backend
+            ``recipe``; ``fired``: how often each method found something to do (each method's docstring says what it
+            counts); ``backends``: phase -> backend -> number of attention calls; ``layers``: phase -> backend
             -> the layers it ran in. ``base:`` names the model's own attention.
         """
         backends: dict[str, dict[str, int]] = {}
@@ -148,13 +170,15 @@ def handle_of(model: nn.Module) -> Handle | None:
     return handle if isinstance(handle, Handle) else None
 
 
-def wrap(model: _M, recipe: Any = None, **options: Any) -> _M:
+def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any) -> _M:
     """Put a recipe on a model, in place, and return the model.
 
     Args:
         model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), with sdpa or eager attention.
         recipe: a preset (``"var"``), presets joined by ``+``, a recipe file, a method, or a list of methods. None
             looks for the recipe that was saved beside the model.
+        processor: the model's processor or tokenizer, for methods that must know where the user's turn ends (``mma``,
+            ``gift``, ...); None looks for it in the folder that the model came from, when a method needs it.
         options: fields of the method, e.g. ``wrap(model, "pai", alpha=.3)``.
 
     Raises:
@@ -171,7 +195,7 @@ def wrap(model: _M, recipe: Any = None, **options: Any) -> _M:
     chosen = Recipe.of(_saved_recipe(model) if recipe is None else recipe, **options)
     text = model.config.get_text_config()
     base = _base_name(text._attn_implementation)
-    handle = Handle(chosen, family.anatomy(model), family, base)  # every check of the recipe is before the first change
+    handle = Handle(chosen, family.anatomy(model), family, base, processor)  # every check of the recipe is before the first change
     attention.register()
     model.set_attn_implementation({"text_config": attention.NAMES[base]})
     if text._attn_implementation != attention.NAMES[base]:
@@ -188,7 +212,10 @@ def wrap(model: _M, recipe: Any = None, **options: Any) -> _M:
         model.register_forward_pre_hook(_before_model, with_kwargs=True),
         model.register_forward_hook(_after_model, with_kwargs=True),
         decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True),
+        family.tower(model).register_forward_pre_hook(_before_tower, with_kwargs=True),
     ]
+    for number, module in enumerate(family.tower_attention(model)):
+        hooks.append(module.register_forward_pre_hook(partial(_before_tower_attention, number), with_kwargs=True))
     hooks += [layer.register_forward_pre_hook(_before_layer, with_kwargs=True) for layer in family.layers(model)]
     handle._hooks = hooks
     return model
@@ -221,9 +248,9 @@ def unwrap(model: _M) -> _M:
 
 
 @contextmanager
-def applied(model: _M, recipe: Any, **options: Any) -> Iterator[_M]:
+def applied(model: _M, recipe: Any, *, processor: Any = None, **options: Any) -> Iterator[_M]:
     """``with applied(model, "var"): ...`` wraps for the block and unwraps after it, also when it raises."""
-    wrap(model, recipe, **options)
+    wrap(model, recipe, processor=processor, **options)
     try:
         yield model
     finally:
@@ -245,6 +272,19 @@ def _base_name(implementation: str | None) -> str:
         f"attention implementation '{implementation}' cannot be edited; load the model with attn_implementation='sdpa'"
         " (which runs flash kernels on a GPU) or 'eager'"
     )
+
+
+def _turns_beside(source: str, needed_by: tuple[str, ...]) -> Turns:
+    """Markers from the processor in the folder that the model came from."""
+    from transformers import AutoProcessor
+
+    names = ", ".join(needed_by)
+    try:
+        return Turns.of(AutoProcessor.from_pretrained(source, local_files_only=True))
+    except Exception as error:  # no folder, no processor in it, one that cannot be read: the remedy is the same
+        raise OptionError(
+            f"{names} must know where the user's turn ends; give the processor: wrap(model, ..., processor=processor)"
+        ) from error
 
 
 def _saved_recipe(model: PreTrainedModel) -> Recipe:
@@ -278,7 +318,7 @@ def _generate(self: PreTrainedModel, *args: Any, preset: Any = None, **kwargs: A
         _refuse_chunks(self, kwargs)
     original = handle._originals.get("generate") or MethodType(type(self).generate, self)
     mask = kwargs.get("attention_mask")
-    token = _CALL.set(_Call(handle, plan, _prompt_length(args, kwargs), mask is None or mask.ndim == 2))
+    token = _CALL.set(_Call(handle, self, plan, _prompt_length(args, kwargs), mask is None or mask.ndim == 2))
     try:
         out = original(*args, **kwargs)
     finally:
@@ -326,8 +366,10 @@ def _before_model(
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     call = _CALL.get()
-    if call is None or call.handle is not handle:  # not in generate(), or called from within another model's
-        call = _Call(handle, handle.active_plan, None, False)
+    if call is None or call.handle is not handle or call.direct:  # not in generate(), or within another model's
+        call = _Call(handle, model, handle.active_plan, None, False, direct=True)
+        if call.plan.tower_layers:
+            _CALL.set(call)
     step = _make_step(handle, model, call, inputs)
     if step is not None:
         kwargs = {**kwargs, attention.STEP: step}
@@ -344,6 +386,8 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
     decoding = None
     if request is not None and tokens.shape[1] == 1:
         decoding = Step(request, handle._base, None)
+        if request.plan.extending:
+            decoding.slot, decoding.capacity = cache.get_seq_length(), cache.get_max_cache_shape()
         if request.call is call.token:  # one token after another in generate(): nothing here may wait for the device
             return decoding
     start = int(cache.get_seq_length()) if cache is not None else 0
@@ -365,15 +409,49 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
     if start == 0 or call.prompt_length is None or start < call.prompt_length:  # not the draft of assisted decoding
         types = handle._family.types_of_call(model, inputs)
         images = number_images(types, handle._family.image_lengths(model, inputs))
-        request.extend(start, types, images, None if mask is None else _real_keys(mask), call.prompt_length)
-    if not request.has_images:
+        real, finder = None if mask is None else _real_keys(mask), handle.turns if call.plan.turns else None
+        request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
+    if not request.has_images and not call.plan.texts:
         raise InputError(
             "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
             " call model.vlmattn.disable() for prompts without images"
         )
+    if request.plan.directions and not handle._projecting:
+        handle._projecting = True
+        handle._hooks += _hook_projections(handle._family, model)
     if cache is not None:
         setattr(cache, _REQUEST, request)
-    return Step(request, handle._base, start, mask is None or mask.ndim == 2 or call.plain_mask)
+        if request.plan.extending:
+            _follow_beams(cache, request)
+    plain = mask is None or mask.ndim == 2 or call.plain_mask
+    return Step(request, handle._base, start, plain, sight=call.sight.patches, order=_image_order(inputs))
+
+
+def _image_order(inputs: dict[str, Any]) -> list[int] | None:
+    """Which encoded image each image of the prompt is: beams get the same tensors again. None = one after another."""
+    encoded = inputs.get("mm_encoder_outputs") or {}
+    seen: dict[int, int] = {}
+    for kind in ("image", "video"):
+        if kind in encoded:
+            for features in encoded[kind].pooler_output:
+                seen.setdefault(features.data_ptr(), len(seen))
+    every = [f for kind in ("image", "video") if kind in encoded for f in encoded[kind].pooler_output]
+    return [seen[features.data_ptr()] for features in every] or None
+
+
+def _follow_beams(cache: Any, request: Request) -> None:
+    """What is kept about generated tokens changes its row when beam search reorders the cache."""
+    if "reorder_cache" in cache.__dict__:
+        return
+    original = cache.reorder_cache
+
+    def reorder_cache(beams: Tensor) -> None:
+        original(beams)
+        for kept in request.state.values():
+            if isinstance(kept, Slots):
+                kept.reorder(beams)
+
+    cache.reorder_cache = reorder_cache
 
 
 def _real_keys(mask: Tensor) -> Tensor:
@@ -429,8 +507,35 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _before_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     step: Step | None = kwargs.get(attention.STEP)
-    if step is None or step.watch is not None or step.start != 0 or not step.request.plan.preparing:
+    if step is None or step.watch is not None or not step.is_prompt:
         return
+    plan = step.request.plan
+    if plan.seeing:
+        _show_images(step, step.start or 0, kwargs["inputs_embeds"])
+    if plan.preparing and step.start == 0:
+        _prepare(step, decoder, kwargs)
+
+
+def _show_images(step: Step, start: int, embeds: Tensor) -> None:
+    """Tell methods what the vision tower saw."""
+    request = step.request
+    stop = min(start + embeds.shape[1], request.prompt_length)
+    types = request.types(stop, embeds.device)[:, start:]
+    if not bool((types != TEXT).any()):
+        return
+    patches = {layer: [seen[i] for i in step.order or range(len(seen))] for layer, seen in step.sight.items()}
+    if not patches:
+        raise InputError(
+            f"{', '.join(m.info.name for m in request.plan.seeing)} must see the vision tower at work; give pixel_values,"  # type: ignore[attr-defined]
+            " not features that were computed before"
+        )
+    sight = Sight(request, start, types, patches)
+    for method in request.plan.seeing:
+        method.encoded(sight)
+
+
+def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Let methods run the decoder on other inputs."""
     request, length = step.request, step.request.prompt_length
     embeds = kwargs["inputs_embeds"][:, :length]
     positions = kwargs.get("position_ids")
@@ -463,14 +568,68 @@ def _before_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     step: Step | None = kwargs.get(attention.STEP)
-    if step is None or step.watch is not None or not step.is_prompt:
+    if step is None or step.watch is not None:
         return
     index = int(layer.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
-    observers = step.request.plan.observing[index]
-    if observers:
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        start = step.start or 0
-        queries = min(hidden.shape[1], step.request.prompt_length - start)  # not what was generated (no cache)
-        scope = Scope(step, index, queries, start + queries, hidden.device)
-        for method in observers:
-            method.observe(scope, hidden[:, :queries])
+    plan = step.request.plan
+    observers = plan.observing[index]
+    if not observers or not (step.is_prompt or index in plan.extending):
+        return
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    if step.start is None:  # one generated token
+        scope = Scope(step, index, 1, step.capacity, hidden.device)
+    else:
+        extended = index in plan.extending
+        queries = hidden.shape[1] if extended else min(hidden.shape[1], step.request.prompt_length - step.start)
+        scope = Scope(step, index, queries, step.start + queries, hidden.device)
+    for method in observers:
+        if step.is_prompt or method.observes_generated:
+            method.observe(scope, hidden[:, : scope.queries])
+
+
+def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    call = _CALL.get()
+    if call is not None and call.plan.tower_layers:
+        names = list(inspect.signature(type(tower).forward).parameters)[1:] if args else []
+        call.sight.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _before_tower_attention(
+    number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    call = _CALL.get()
+    if call is None or number not in call.plan.tower_layers:
+        return
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    with torch.no_grad():
+        seen = call.handle._family.summary_attention(call.model, module, hidden, call.sight.inputs)
+    call.sight.patches.setdefault(number, []).extend(seen)
+
+
+def _hook_projections(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that add directions to queries and keys; only models whose recipe has some get them."""
+    hooks = []
+    for index, layer in enumerate(family.layers(model)):
+        module, query, key = family.projections(layer)
+        hooks += [
+            module.register_forward_pre_hook(_before_attention, with_kwargs=True),
+            query.register_forward_hook(partial(_add_direction, index, "query")),
+            key.register_forward_hook(partial(_add_direction, index, "key")),
+        ]
+    return hooks
+
+
+def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _STEP.set(kwargs.get(attention.STEP))
+
+
+def _add_direction(index: int, side: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+    step = _STEP.get()
+    if step is None or step.watch is not None:
+        return None
+    for layer, found in step.request.plan.directions:
+        added = getattr(found, side)
+        if layer == index and added is not None:
+            key = ("direction", layer, side, out.device, out.dtype)
+            out = out + step.request.state.setdefault(key, added.flatten().to(out))
+    return out

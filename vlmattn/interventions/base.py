@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmattn.errors import OptionError, UnknownNameError
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Preparation, Scope
+from vlmattn.request import Directions, Preparation, Scope, Sight, Weights
 
 
 class Sizes(Protocol):
@@ -25,10 +25,25 @@ class Sizes(Protocol):
     def heads(self) -> int: ...
 
     @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
     def hidden_size(self) -> int: ...
 
     @property
+    def tower_layers(self) -> int: ...
+
+    @property
     def backbone(self) -> tuple[str, int, int, int]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -53,9 +68,17 @@ class PresetInfo:
     options: Mapping[str, Any]
 
 
-def option(default: Any, low: float | None = None, high: float | None = None, about: str = "", source: str = "") -> Any:
-    """A dataclass field with its range (both ends included), meaning and the source of its default."""
-    return field(default=default, metadata={"low": low, "high": high, "about": about, "source": source})
+def option(
+    default: Any,
+    low: float | None = None,
+    high: float | None = None,
+    about: str = "",
+    source: str = "",
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its range (both ends included) or choices, meaning and the source of its default."""
+    facts = {"low": low, "high": high, "about": about, "source": source, "choices": choices}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +86,10 @@ class Intervention:
     """Base of all methods. Instances are immutable; what a request needs to remember is kept on the request."""
 
     info: ClassVar[MethodInfo]
+    #: The method must know where the user's turns are (``wrap(..., processor=...)``).
+    needs_turns: ClassVar[bool] = False
+    #: Without image tokens in the prompt there is nothing for the method to do.
+    needs_images: ClassVar[bool] = True
     layers: str = option("0:", about="decoder layers, as Python slices or indices joined by commas")
 
     def __post_init__(self) -> None:
@@ -78,6 +105,8 @@ class Intervention:
         if isinstance(default, (bool, str)):
             if not isinstance(value, type(default)):
                 raise OptionError(f"{where} must be of type {type(default).__name__}, got {value!r}")
+            if spec.metadata["choices"] and value not in spec.metadata["choices"]:
+                raise OptionError(f"{where} must be one of {', '.join(spec.metadata['choices'])}; got {value!r}")
         elif isinstance(default, tuple):
             if not isinstance(value, tuple) or any(type(item) is not int for item in value):
                 raise OptionError(f"{where} must be a list of whole numbers, got {value!r}")
@@ -101,11 +130,42 @@ class Intervention:
             )
         return found
 
+    def opens(self) -> frozenset[str]:
+        """Kinds of edges that the method makes visible (``EDGES``)."""
+        return frozenset()
+
+    def hides(self) -> frozenset[str]:
+        """Kinds of edges that the method takes away (``EDGES``)."""
+        return frozenset()
+
+    @property
+    def observes_generated(self) -> bool:
+        """``observe`` is also called for every generated token."""
+        return False
+
+    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        """Layers whose attention ``measure`` looks at."""
+        return ()
+
+    def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        """Layers of the vision tower that ``encoded`` looks at."""
+        return ()
+
+    def directions(self, layer: int) -> Directions | None:
+        """What to add to the query and key projections of a layer, before the rotation."""
+        return None
+
     def prepare(self, preparation: Preparation) -> None:
         """Before the prompt is read: run the decoder on other inputs, if the method needs to."""
 
+    def encoded(self, sight: Sight) -> None:
+        """Once the images of new prompt tokens are encoded, before the decoder."""
+
     def observe(self, scope: Scope, hidden: Tensor) -> None:
         """While the prompt is read: the residual stream ``[batch, query, hidden]`` that enters an active layer."""
+
+    def measure(self, scope: Scope, weights: Weights) -> None:
+        """While the prompt is read: unedited attention of a measured layer."""
 
     def edit(self, scope: Scope) -> AttentionEdit:
         """What to do with the attention of this layer; ``AttentionEdit()`` for nothing."""
@@ -117,11 +177,14 @@ class Intervention:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
 
+#: Kinds of edges, named row first: which text rows and image rows see which keys that come later or earlier.
+EDGES = ("image-same image", "image-other image", "image-text", "text-image", "text-text", "between documents")
+
 _MANY = 10**4  # more layers than any decoder has: checks the form of a layer range before there is a model
 
 
 def parse_layers(spec: str, count: int, method: str) -> tuple[int, ...]:
-    """Layer indices of ``"2:-1"`` or ``"1,-14:"`` in a decoder of ``count`` layers; slices are clipped as in Python."""
+    """Layer indices of ``"2:-1"``, ``"1,-14:"`` or ``"0:-1:2"`` in ``count`` layers; slices are clipped as in Python."""
     found: set[int] = set()
     for part in spec.split(","):
         ends = part.strip().split(":")
@@ -129,12 +192,12 @@ def parse_layers(spec: str, count: int, method: str) -> tuple[int, ...]:
             numbers = [int(end) if end.strip() else None for end in ends]
             if len(ends) == 1 and numbers[0] is not None:
                 found.add(range(count)[numbers[0]])
-            elif len(ends) == 2:
+            elif 2 <= len(ends) <= 3:
                 found.update(range(count)[slice(*numbers)])
             else:
                 raise ValueError(part)
         except ValueError:
-            raise OptionError(f"{method}.layers must look like '2:-1' or '1,-14:', got '{spec}'") from None
+            raise OptionError(f"{method}.layers must look like '2:-1', '1,-14:' or '0:-1:2', got '{spec}'") from None
         except IndexError:
             raise OptionError(
                 f"{method}.layers names layer {part.strip()}, but the decoder has layers 0..{count - 1}"

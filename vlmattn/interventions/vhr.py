@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmattn.interventions.base import Intervention, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, HeadPart
-from vlmattn.request import Preparation, Scope
+from vlmattn.request import Preparation, Scope, Weights
 
 
 @register(
@@ -56,7 +56,7 @@ class VHR(Intervention):
         rows = torch.cat([request.last_prompt_row(device), slots[:, -1]])
         active = set(parse_layers(self.layers, preparation.layers, self.info.name))
 
-        def watch(layer: int, out: Tensor) -> Tensor | None:
+        def watch(layer: int, out: Tensor, weights: Weights) -> Tensor | None:
             if layer not in active:
                 return None
             last = out[torch.arange(2 * batch, device=out.device), rows.to(out.device)].float()  # [2 batch, heads, dim]

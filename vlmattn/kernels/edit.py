@@ -181,7 +181,7 @@ class BoostPlan:
 
         a_j <- w_j a_j in group 1 and heads H_1,   r = sum_{H_1} W_1 / sum_{H_1} M_1,   a_j <- r a_j in group 2, heads H_2
 
-    then every row gets back the mass it had. Groups: 0 the rest, 1, 2.
+    then every row gets back the mass it had. Groups: 0 the rest, 1, 2. Of equal heads (to 1e-5) the first count.
     """
 
     share: float = 0.5
@@ -197,7 +197,8 @@ class BoostPlan:
         top = int(self.share * mass.shape[1])
 
         def most(group: int) -> Tensor:  # [batch, heads, query]
-            index = mass[..., group].topk(top, dim=1).indices
+            rounded = (mass[..., group] * 1e5).round()  # rounding errors must not choose between equal heads
+            index = rounded.sort(dim=1, descending=True, stable=True).indices[:, :top]
             return torch.zeros_like(mass[..., group]).scatter(1, index, 1.0)
 
         first, second = most(1), most(2)

@@ -148,8 +148,12 @@ def _move(weights: Tensor, groups: Tensor, plan: GainPlan) -> Tensor:
 def _boost(weights: Tensor, groups: Tensor, key_weight: Tensor, plan: BoostPlan) -> Tensor:
     heads = len(weights)
     top = int(heads * plan.share)
-    first = weights[:, groups == 1].sum(-1).argsort(descending=True)[:top].tolist()
-    second = weights[:, groups == 2].sum(-1).argsort(descending=True)[:top].tolist()
+
+    def most(group: int) -> list[int]:
+        mass = [round(float(row[groups == group].sum()), 5) for row in weights]
+        return sorted(range(heads), key=lambda h: (-mass[h], h))[:top]
+
+    first, second = most(1), most(2)
     plain = sum(float(weights[h][groups == 1].sum()) for h in first)
     boosted = sum(float((weights[h] * key_weight)[groups == 1].sum()) for h in first)
     changed = weights.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ class Anatomy:
     """Sizes of a decoder that methods may need, and which pretrained language model it looks like.
 
     ``backbone`` is (model type of the language model, hidden size, layers, MLP width): enough to recognise the
-    language models of the published sink tables, whatever vision tower is in front of them.
+    language models of the published sink tables, whatever vision tower is in front of them. ``tower_layers`` counts the
+    attention layers of the vision tower, ``source`` is the folder or hub name that the model came from.
     """
 
     family: str
@@ -30,6 +32,14 @@ class Anatomy:
     head_dim: int
     hidden_size: int
     backbone: tuple[str, int, int, int]
+    tower_layers: int = 0
+    source: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all sizes: profiles of heads, sinks and directions belong to models that share it."""
+        sizes = (self.backbone, self.heads, self.kv_heads, self.head_dim)
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
 
 
 class Family(ABC):
@@ -62,6 +72,34 @@ class Family(ABC):
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         """Tokens of each image of a forward call, in (row, token) order; None when the inputs do not tell."""
 
+    def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Attention module of a decoder layer, its query and its key projection (before the rotation)."""
+        attn = layer.self_attn
+        return attn, attn.q_proj, attn.k_proj  # type: ignore[return-value, union-attr]
+
+    @abstractmethod
+    def tower(self, model: PreTrainedModel) -> nn.Module:
+        """The vision tower."""
+
+    @abstractmethod
+    def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        """Attention modules of the vision tower, in order."""
+
+    @abstractmethod
+    def summary_attention(
+        self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """How much each image's summary query attends to its tokens in one attention module of the tower.
+
+        The summary query is the CLS token's where the tower has one, else the mean query (ours).
+
+        Args:
+            hidden: what the attention module gets.
+            inputs: what the whole tower got.
+
+        Returns:
+            For each image float32 ``[heads, tokens]``, in the order of its tokens in the prompt.
+        """
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         text = model.config.get_text_config()
         heads = text.num_attention_heads
@@ -73,6 +111,8 @@ class Family(ABC):
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             hidden_size=text.hidden_size,
             backbone=(text.model_type, text.hidden_size, text.num_hidden_layers, text.intermediate_size),
+            tower_layers=len(self.tower_attention(model)),
+            source=model.name_or_path,
         )
 
     def types_of_call(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import UnsupportedError
@@ -31,6 +33,23 @@ class Llava(Family):
             return [len(features) for features in images.pooler_output]
         pixels = inputs.get("pixel_values")
         return None if pixels is None else [model.config.image_seq_length] * len(pixels)
+
+    def tower(self, model: PreTrainedModel) -> nn.Module:
+        return model.model.vision_tower  # type: ignore[no-any-return, union-attr]
+
+    def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        return [module.self_attn for module in self.tower(model).modules() if hasattr(module, "self_attn")]
+
+    def summary_attention(
+        self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        images, tokens, _ = hidden.shape
+        has_cls = model.config.vision_config.model_type == "clip_vision_model"
+        query = module.q_proj(hidden[:, :1] if has_cls else hidden).mean(1)  # type: ignore[operator]
+        query = query.view(images, module.num_heads, 1, -1).float()
+        key = module.k_proj(hidden).view(images, tokens, module.num_heads, -1).transpose(1, 2).float()  # type: ignore[operator]
+        attention = torch.softmax(query @ key.transpose(-1, -2) * module.scale, -1)[:, :, 0]
+        return list(attention[..., 1:] if model.config.vision_feature_select_strategy == "default" else attention)
 
 
 register_family(Llava())

@@ -1,0 +1,124 @@
+"""Where the user's turn begins and ends in a prompt: the chat template's markers, found in the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import InputError
+from vlmattn.request import ANSWER, MARKER, SYSTEM, TEXT, USER
+
+_SAID = ("QZFIRSTZQ", "QZSECONDZQ", "QZTHIRDZQ")  # what the speakers of the trial conversation say
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The text that opens a user's turn and the text between it and the answer, white space left out.
+
+    Tokens are compared by their decoded text without white space, so that it does not matter how a tokenizer cuts a
+    marker beside other text.
+
+    Attributes:
+        user: e.g. ``USER:`` (LLaVA-1.5) or ``<|im_start|>user`` (Qwen).
+        answer: e.g. ``ASSISTANT:`` or ``<|im_end|><|im_start|>assistant``.
+        tokenizer: decodes single ids.
+    """
+
+    user: str
+    answer: str
+    tokenizer: Any = field(repr=False, compare=False)
+    _words: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, processor: Any) -> Turns:
+        """The markers of a processor or tokenizer, read off its chat template.
+
+        Raises:
+            InputError: no chat template, or one in which the speakers cannot be told apart.
+        """
+        if not getattr(processor, "chat_template", None):
+            raise InputError(f"{type(processor).__name__} has no chat template, so user turns cannot be found in prompts")
+        text = _trial(processor)
+        places = [text.find(said) for said in _SAID]
+        if min(places) < 0 or sorted(places) != places:
+            raise InputError("the chat template does not show a user, an answer and a user in turn")
+        ends = [place + len(said) for place, said in zip(places, _SAID, strict=True)]
+        opening, answering, again, closing = (
+            _squeeze(text[a:b]) for a, b in ((0, places[0]), (ends[0], places[1]), (ends[1], places[2]), (ends[2], None))
+        )
+        user = commonprefix([opening[::-1], again[::-1]])[::-1]
+        answer = commonprefix([answering, closing]) if closing else answering
+        if not user or not answer:
+            raise InputError("the chat template does not mark where a user's turn begins and ends")
+        return cls(user, answer, getattr(processor, "tokenizer", processor))
+
+    def roles(self, ids: Tensor, types: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Role and turn of every token, on the host.
+
+        Args:
+            ids: int ``[batch, tokens]``; types: TEXT, IMAGE, VIDEO; real: False for padding. All on the CPU.
+
+        Returns:
+            uint8 ``[batch, tokens]`` of SYSTEM (everything outside turns, headers of speakers too), USER, MARKER (the
+            text that ends a user's turn) and ANSWER; int16 ``[batch, tokens]``, the number of the user's turn that a
+            USER or MARKER token belongs to, -1 elsewhere.
+        """
+        roles = torch.full(ids.shape, SYSTEM, dtype=torch.uint8)
+        turns = torch.full(ids.shape, -1, dtype=torch.int16)
+        for row in range(len(ids)):
+            slots = real[row].nonzero().flatten().tolist()
+            pieces = [self._word(int(ids[row, s])) if types[row, s] == TEXT else "\ufffc" for s in slots]
+            for first, last, role, turn in self._spans("".join(pieces)):
+                at = 0
+                for slot, piece in zip(slots, pieces, strict=True):
+                    if first <= at < last and (piece or at > first):
+                        roles[row, slot], turns[row, slot] = role, turn
+                    at += len(piece)
+        return roles, turns
+
+    def _spans(self, text: str) -> list[tuple[int, int, int, int]]:
+        """(first, last, role, turn) of stretches of characters, in order."""
+        spans, turn, at = [], 0, text.find(self.user)
+        while at >= 0:
+            begin = at + len(self.user)
+            end = text.find(self.answer, begin)
+            if end < 0:  # the prompt stops within the user's turn
+                spans.append((begin, len(text), USER, turn))
+                break
+            answer = end + len(self.answer)
+            following = text.find(self.user, answer)
+            spans += [
+                (begin, end, USER, turn),
+                (end, answer, MARKER, turn),
+                (answer, len(text) if following < 0 else following, ANSWER, -1),
+            ]
+            turn, at = turn + 1, following
+        return spans
+
+    def _word(self, token: int) -> str:
+        if token not in self._words:
+            self._words[token] = _squeeze(self.tokenizer.decode([token]))
+        return self._words[token]
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _trial(processor: Any) -> str:
+    """A conversation of user, answer and user through the template, up to the next answer."""
+    speakers = ("user", "assistant", "user")
+    for as_parts in (True, False):  # processors take parts, many tokenizers only text
+        content = [[{"type": "text", "text": said}] if as_parts else said for said in _SAID]
+        chat = [{"role": who, "content": what} for who, what in zip(speakers, content, strict=True)]
+        try:
+            text = str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        except Exception:  # a template may raise anything; the other form may do
+            continue
+        if all(said in text for said in _SAID) and "'text'" not in text:
+            return text
+    return ""
