@@ -256,7 +256,7 @@ def test_layer_indices_are_those_of_python(count, indices):
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "a", "1.5", "1:2:3:4", "2-3", "1;2", "a:b"])
 def test_other_texts_are_no_layers(text):
-    with pytest.raises(OptionError, match=r"pai\.layers must look like '2:-1', '1,-14:' or '0:-1:2', got"):
+    with pytest.raises(OptionError, match=r"pai\.layers must look like '2:-1', '1,-14:', '0:-1:2' or '9/32:15/32', got"):
         PAI(layers=text)
 
 

@@ -21,7 +21,26 @@ from vlmattn.errors import (
 )
 
 if TYPE_CHECKING:
-    from vlmattn.interventions import PAI, VAR, VHR, Intervention
+    from vlmattn.interventions import (
+        GIFT,
+        MMA,
+        PAI,
+        PAINT,
+        VAF,
+        VAR,
+        VHR,
+        Bidirectional,
+        Calibration,
+        FocusDirections,
+        HeadProfile,
+        Heads,
+        HeadsGuided,
+        Intervention,
+        Isolation,
+        Knockout,
+        SinkProfile,
+        SoFA,
+    )
     from vlmattn.interventions import all_presets as presets
     from vlmattn.models import supported_families
     from vlmattn.recipe import Recipe
@@ -30,11 +49,27 @@ if TYPE_CHECKING:
 __version__ = _version("vlmattn")
 
 # Imported on first use: `import vlmattn` must work where transformers cannot be imported, to say why.
-_LAZY = {
-    "PAI": ("interventions", "PAI"),
-    "VAR": ("interventions", "VAR"),
-    "VHR": ("interventions", "VHR"),
-    "Intervention": ("interventions", "Intervention"),
+_METHODS = (
+    "GIFT",
+    "MMA",
+    "PAI",
+    "PAINT",
+    "VAF",
+    "VAR",
+    "VHR",
+    "Bidirectional",
+    "Calibration",
+    "FocusDirections",
+    "HeadProfile",
+    "Heads",
+    "HeadsGuided",
+    "Intervention",
+    "Isolation",
+    "Knockout",
+    "SinkProfile",
+    "SoFA",
+)
+_LAZY = {name: ("interventions", name) for name in _METHODS} | {
     "presets": ("interventions", "all_presets"),
     "supported_families": ("models", "supported_families"),
     "Recipe": ("recipe", "Recipe"),
@@ -69,13 +104,27 @@ def load(name: str = "embedded", **kwargs: Any) -> tuple[Any, Any]:
 
 
 __all__ = [
+    "GIFT",
+    "MMA",
     "PAI",
+    "PAINT",
+    "VAF",
     "VAR",
     "VHR",
+    "Bidirectional",
+    "Calibration",
+    "FocusDirections",
+    "HeadProfile",
+    "Heads",
+    "HeadsGuided",
     "InputError",
     "Intervention",
+    "Isolation",
+    "Knockout",
     "OptionError",
     "Recipe",
+    "SinkProfile",
+    "SoFA",
     "StateError",
     "UnknownNameError",
     "UnsupportedError",

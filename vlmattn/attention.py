@@ -65,7 +65,7 @@ def _run(
         gain = step.watch(layer, out, _weights_of(Visibility(mask), query, key, kwargs))
         return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), attended
     plan = step.request.plan
-    scope = Scope(step, layer, query.shape[2], key.shape[2], query.device)
+    scope = Scope(step, layer, query.shape[2], key.shape[2], query.device, query.shape[1])
     edit = AttentionEdit()
     if step.is_prompt and plan.measuring[layer]:
         look = _weights_of(scope.visibility(mask), query, key, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,6 +26,9 @@ from vlmattn.errors import (
 
 if TYPE_CHECKING:
     from vlmattn.evals.suites import Suite
+    from vlmattn.evals.tune import Tuned
+    from vlmattn.interventions import Intervention, PresetInfo
+    from vlmattn.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +43,16 @@ errors = Console(stderr=True)
 Model = Annotated[str, typer.Option(help="'embedded', a folder, or a hub name such as llava-hf/llava-1.5-7b-hf.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="For accelerate: auto, cuda, cpu.")]
+Visibility = Annotated[str, typer.Option(help="Of generated scenes: clear, dim, faint, tiny; comma-separated.")]
+Prior = Annotated[float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")]
+Questions = Annotated[list[Path] | None, typer.Option(help="POPE question file; repeat for several splits.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images that --questions or --instances name.")]
+Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")]
+Captions = Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")]
+Synonyms = Annotated[Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")]
+Limit = Annotated[int | None, typer.Option(help="Questions per file, or COCO images (500).", min=1)]
+CaptionLength = Annotated[int, typer.Option(help="Length of COCO captions.", min=1)]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away earlier answers in --out.")]
 DEMO_PRESETS = "none,var,vhr,pai"
 
 
@@ -50,7 +65,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 def demo(
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("runs/demo"),
     scenes: Annotated[int, typer.Option(help="Generated scenes per condition.")] = 100,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away earlier answers in --out.")] = False,
+    restart: Restart = False,
 ) -> None:
     """Run the hallucination eval with several presets on the bundled model.
 
@@ -77,27 +92,19 @@ def eval_command(
         str, typer.Option(help="Presets or recipe files, comma-separated; none is always included.")
     ] = DEMO_PRESETS,
     scenes: Annotated[int, typer.Option(help="Generated scenes per condition.")] = 200,
-    visibility: Annotated[
-        str, typer.Option(help="Of generated scenes: clear, dim, faint, tiny; comma-separated.")
-    ] = "faint,clear",
-    prior: Annotated[
-        float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")
-    ] = 0.0,
-    questions: Annotated[list[Path] | None, typer.Option(help="POPE question file; repeat for several splits.")] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Folder of the images that --questions or --instances name.")
-    ] = None,
-    instances: Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")] = None,
-    captions: Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")] = None,
-    synonyms: Annotated[
-        Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions per file, or COCO images (500).", min=1)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of COCO captions.", min=1)] = 512,
+    visibility: Visibility = "faint,clear",
+    prior: Prior = 0.0,
+    questions: Questions = None,
+    images: Images = None,
+    instances: Instances = None,
+    captions: Captions = None,
+    synonyms: Synonyms = None,
+    limit: Limit = None,
+    max_new_tokens: CaptionLength = 512,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away earlier answers in --out.")] = False,
+    restart: Restart = False,
 ) -> None:
     """Ask a model the same questions with and without presets, and say whether they helped.
 
@@ -108,29 +115,113 @@ def eval_command(
       [bold]vlmattn eval --out runs/y --suite pope --model llava-hf/llava-1.5-7b-hf --questions coco_pope_random.json --images val2014[/bold]
     """
     names = [name.strip() for name in suite.split(",")]
-    chosen: list[Suite] = []
     if questions or instances:
-        from vlmattn.evals.suites import Chair, Pope
-
-        if images is None:
-            raise InputError("--questions and --instances need --images DIR, the folder of the images they name")
-        if questions and "pope" in names:
-            chosen.append(Pope.on_files(questions, images, limit))
-        if instances and "chair" in names:
-            chosen.append(Chair.on_coco(instances, captions, images, synonyms, limit or 500, 0, max_new_tokens))
+        chosen = _on_files(names, questions, images, instances, captions, synonyms, limit, max_new_tokens)
         missing = [name for name in names if name not in [s.name for s in chosen]]
-        lacking = f"no data for suite {', '.join(missing)}: pope needs --questions, chair needs --instances"
         if missing and suite != "pope,chair":
-            raise InputError(lacking)
+            raise InputError(_lacking(missing))
         if missing:  # of the default suites
-            errors.print(f"note: {lacking}", highlight=False, soft_wrap=True)
+            errors.print(f"note: {_lacking(missing)}", highlight=False, soft_wrap=True)
     else:
         chosen = _generated(names, scenes, [name.strip() for name in visibility.split(",")], prior)
-        if model != "embedded":
-            errors.print(
-                "note: generated scenes were made for the bundled model; give --questions and --images for real data"
-            )
+        _note_scenes(model)
     _evaluate(model, dtype, device_map, chosen, presets, out, batch_size, restart)
+
+
+@app.command()
+def tune(
+    preset: Annotated[str, typer.Option(help="Preset or recipe file of one method.")],
+    grid: Annotated[
+        list[str],
+        typer.Option(help="Option and values: sigma=0.25,0.5, or sigma=0:1:.1 (start:stop:step); repeat to combine."),
+    ],
+    out: Annotated[Path, typer.Option(help="Results folder; the same command resumes an interrupted run.")],
+    suite: Annotated[str, typer.Option(help="One of pope, chair, which (several images).")] = "pope",
+    shots: Annotated[int, typer.Option(help="Validation samples.", min=1)] = 32,
+    seed: Annotated[
+        int, typer.Option(help="Which samples, and which generated scenes; 12 is taken by eval.", min=0)
+    ] = 13,
+    model: Model = "embedded",
+    scenes: Annotated[int, typer.Option(help="Generated scenes per condition to draw samples from.")] = 200,
+    visibility: Visibility = "faint,clear",
+    prior: Prior = 0.0,
+    questions: Questions = None,
+    images: Images = None,
+    instances: Instances = None,
+    captions: Captions = None,
+    synonyms: Synonyms = None,
+    limit: Limit = None,
+    max_new_tokens: CaptionLength = 512,
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    restart: Restart = False,
+) -> None:
+    """Choose options of a method on a few validation samples; test the result on others.
+
+    Writes tuned.yaml, a recipe that eval, ask and wrap take, and tune.json, all that was tried.
+
+    Examples:
+
+      [bold]vlmattn tune --preset pai --grid alpha=0:.9:.3 --suite which --shots 32 --out runs/tune[/bold]
+
+      [bold]vlmattn eval --suite which --presets pai,runs/tune/tuned.yaml --out runs/test[/bold]
+    """
+    from vlmattn.evals.suites.world import EVAL_SEED
+    from vlmattn.evals.tune import parse_grid, settings_of
+    from vlmattn.evals.tune import tune as tune_recipe
+    from vlmattn.recipe import Recipe
+
+    recipe = Recipe.of(preset)
+    values = parse_grid(recipe, grid)
+    settings_of(recipe, values)  # before a model of many gigabytes is loaded
+    generated = not (questions or instances)
+    if generated:
+        if seed == EVAL_SEED:
+            raise OptionError(f"--seed {seed} draws the scenes that vlmattn eval tests on; take another")
+        chosen = _generated([suite], scenes, [name.strip() for name in visibility.split(",")], prior, seed)
+        _note_scenes(model)
+    else:
+        chosen = _on_files([suite], questions, images, instances, captions, synonyms, limit, max_new_tokens)
+        if not chosen:
+            raise InputError(_lacking([suite]))
+    loaded, processor = _load(model, dtype, device_map)
+    tuned = tune_recipe(
+        loaded, processor, chosen[0], recipe, values, out, model, shots, seed, batch_size, restart, _say, _typed()
+    )
+    _show_tuned(tuned, chosen[0])
+    _plain(f"recipe: {out / 'tuned.yaml'}\nfigures: {out / 'tune.json'}")
+    rest = f"its scenes are of seed {EVAL_SEED}, not {seed}" if generated else "give it other files"
+    test = ["vlmattn", "eval", "--suite", suite, "--model", model, "--presets", f"{preset},{out / 'tuned.yaml'}"]
+    _plain(f"to test it on other samples ({rest}): {shlex.join(test)} --out DIR")
+
+
+def _show_tuned(tuned: Tuned, suite: Suite) -> None:
+    table = Table(
+        title=f"{suite.title}\n{len(tuned.samples)} validation samples; {tuned.better} {tuned.metric} is better",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("setting")
+    for name in (tuned.metric, "95 % CI", "changed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_row("none", f"{tuned.none:.1f}")
+    for setting in tuned.settings:
+        best = setting is tuned.chosen
+        table.add_row(
+            escape(setting.name),
+            f"{setting.value:.1f}",
+            f"{setting.low:.1f} to {setting.high:.1f}",
+            str(setting.changed),
+            "<- chosen" if best else "",
+            style="bold" if best else "",
+        )
+    console.print(table)
+    for note in tuned.notes():
+        _plain(note, style="yellow")
 
 
 @app.command()
@@ -157,7 +248,7 @@ def ask(
     loaded, processor = _load(model, dtype, device_map)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("[bold]none[/bold]", escape(answer(loaded, processor, [question], [[picture]], max_new_tokens)[0]))
-    with vlmattn.applied(loaded, recipe):
+    with vlmattn.applied(loaded, recipe, processor=processor):
         table.add_row(
             f"[bold]{escape(recipe.name)}[/bold]",
             escape(answer(loaded, processor, [question], [[picture]], max_new_tokens)[0]),
@@ -174,40 +265,70 @@ def presets(
 
     Example: [bold]vlmattn presets var[/bold]
     """
-    import dataclasses
-    import inspect
-
-    from vlmattn.interventions import all_presets, find_method
+    from vlmattn.interventions import all_presets
     from vlmattn.recipe import Recipe
 
     known = all_presets()
     if name is None:
         if as_json:
             print("[" + ",\n".join(Recipe.of(preset).to_json().strip() for preset in known) + "]")
-            return
-        table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
-        table.add_column(no_wrap=True, style="bold")
-        for preset, info in known.items():
-            method = find_method(info.method).info
-            facts = f"{method.paper}, changes {method.parts}; checked against: {method.faithful}; cost: {method.cost}"
-            table.add_row(preset, f"{info.about}\n[dim]{facts}[/dim]")
-        console.print(table)
+        else:
+            _list_presets(known)
         return
     recipe = Recipe.of(name)
     if as_json:
         print(recipe.to_json(), end="")
         return
-    for method_object in recipe.interventions:
-        console.print(f"[bold]{name}[/bold]  {known[name].about if name in known else ''}")
-        console.print(f"{method_object.info.paper}  {method_object.info.code}\n", highlight=False)
-        console.print(escape(inspect.getdoc(type(method_object)) or "") + "\n", highlight=False)
-        table = Table("option", "value", "range", "meaning", "default from")
-        for spec in dataclasses.fields(method_object):
-            meta = spec.metadata
-            span = "" if meta["low"] is None else f"{meta['low']:g}..{meta['high']:g}"
-            table.add_row(spec.name, str(getattr(method_object, spec.name)), span, meta["about"], meta["source"])
+    _show_recipe(recipe, known.get(name))
+
+
+def _list_presets(known: dict[str, PresetInfo]) -> None:
+    """A table as wide as the terminal, or one line per preset where there is none (for grep)."""
+    from vlmattn.evals.survey import checked_against, paper_id
+    from vlmattn.interventions import find_method
+
+    table = Table(box=None if not console.is_terminal else SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("preset", "about", "parts", "checked against", "paper", "cost"):
+        table.add_column(column, no_wrap=column in ("preset", "paper"), style="bold" if column == "preset" else "")
+    for preset, info in known.items():
+        method = find_method(info.method).info
+        checked, paper = checked_against(info.about, method.faithful), paper_id(method.paper)
+        table.add_row(*map(escape, (preset, info.about, method.parts, checked, paper, method.cost)))
+    if console.is_terminal:
         console.print(table)
-    console.print(recipe.to_yaml(), highlight=False)
+        console.print("vlmattn presets NAME shows one with all its options", style="dim")
+    else:
+        wide = Console(width=10_000)
+        wide.width = wide.measure(table).maximum
+        wide.print(table)
+
+
+def _show_recipe(recipe: Recipe, info: PresetInfo | None) -> None:
+    """Methods with all their options, and the recipe as a file holds it."""
+    import inspect
+
+    _plain(f"{recipe.name}  {info.about}" if info else recipe.name, style="bold")
+    for method in recipe.interventions:
+        facts = method.info
+        _plain(f"{facts.paper}  {facts.code}")
+        _plain(f"changes: {facts.parts}\nchecked against: {facts.faithful}\ncost: {facts.cost}\n")
+        _plain((inspect.getdoc(type(method)) or "") + "\n")
+        console.print(_options_of(method))
+    _plain(recipe.to_yaml())
+
+
+def _options_of(method: Intervention) -> Table:
+    import dataclasses
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("option", "value", "range or choices", "meaning", "default from"):
+        table.add_column(column, no_wrap=column == "option")
+    for spec in dataclasses.fields(method):
+        meta = spec.metadata
+        span = " | ".join(meta["choices"]) or ("" if meta["low"] is None else f"{meta['low']:g}..{meta['high']:g}")
+        value = getattr(method, spec.name)
+        table.add_row(*map(escape, (spec.name, str(value), span, meta["about"], meta["source"])))
+    return table
 
 
 _PACKAGES = (
@@ -263,11 +384,14 @@ def doctor() -> None:
     console.print("[green]no trouble found[/green]")
 
 
-def _generated(names: list[str], scenes: int, visibility: list[str], prior: float) -> list[Suite]:
-    """Suites on generated scenes."""
+def _generated(
+    names: list[str], scenes: int, visibility: list[str], prior: float, seed: int | None = None
+) -> list[Suite]:
+    """Suites on generated scenes; without a seed on those of every evaluation."""
     from vlmattn.evals.suites import Chair, Pope, Which, World
+    from vlmattn.evals.suites.world import EVAL_SEED
 
-    worlds = [World(look, prior, scenes) for look in visibility]
+    worlds = [World(look, prior, scenes, EVAL_SEED if seed is None else seed) for look in visibility]
     makers: dict[str, Callable[[], Suite]] = {
         "pope": lambda: Pope.on_scenes(worlds),
         "chair": lambda: Chair.on_scenes(worlds),
@@ -277,6 +401,54 @@ def _generated(names: list[str], scenes: int, visibility: list[str], prior: floa
         if name not in makers:
             raise UnknownNameError("suite", name, makers)
     return [makers[name]() for name in names]
+
+
+def _on_files(
+    names: list[str],
+    questions: list[Path] | None,
+    images: Path | None,
+    instances: Path | None,
+    captions: Path | None,
+    synonyms: Path | None,
+    limit: int | None,
+    max_new_tokens: int,
+) -> list[Suite]:
+    """Those of the named suites that there are files for."""
+    from vlmattn.evals.suites import Chair, Pope
+
+    if images is None:
+        raise InputError("--questions and --instances need --images DIR, the folder of the images they name")
+    chosen: list[Suite] = []
+    if questions and "pope" in names:
+        chosen.append(Pope.on_files(questions, images, limit))
+    if instances and "chair" in names:
+        chosen.append(Chair.on_coco(instances, captions, images, synonyms, limit or 500, 0, max_new_tokens))
+    return chosen
+
+
+def _lacking(names: list[str]) -> str:
+    return f"no data for suite {', '.join(names)}: pope needs --questions, chair needs --instances"
+
+
+def _note_scenes(model: str) -> None:
+    if model != "embedded":
+        errors.print(
+            "note: generated scenes were made for the bundled model; give --questions and --images for real data"
+        )
+
+
+def _plain(text: str, style: str | None = None) -> None:
+    """Text as it is: no markup, and no line breaks that it does not have."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _typed() -> str:
+    """The command line as it was typed, for the record."""
+    return shlex.join(["vlmattn", *sys.argv[1:]])
 
 
 def _load(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any]:
@@ -337,13 +509,11 @@ def _evaluate(
     for preset in chosen:  # before a model of many gigabytes is loaded
         Recipe.of(preset)
     model, processor = _load(name, dtype, device_map)
-    result = evaluate(
-        model, processor, suites, chosen, out, name, batch_size, restart, say=lambda line: print(line, flush=True)
-    )
+    result = evaluate(model, processor, suites, chosen, out, name, batch_size, restart, _say, _typed())
     write_text(out / "table.md", markdown_tables(result))
     write_text(out / "report.html", html_report(result))
     console.print(terminal_tables(result))
-    console.print(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}", highlight=False, soft_wrap=True)
+    _plain(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")
 
 
 def _note(

@@ -99,7 +99,11 @@ class Recipe:
         def at(step: str | None, places: Sequence[Iterable[int]]) -> tuple[tuple[Intervention, ...], ...]:
             """For each layer the methods that are there and implement the step."""
             return tuple(
-                tuple(m for m, layers in zip(bound, places, strict=True) if layer in layers and (not step or _has(m, step)))
+                tuple(
+                    m
+                    for m, layers in zip(bound, places, strict=True)
+                    if layer in layers and (not step or _has(m, step))
+                )
                 for layer in range(sizes.layers)
             )
 

@@ -188,7 +188,6 @@ class Request:
         self._last_prompt_row: Tensor | None = None
         self._first_row_after_image = 0
         self._first_last_row = 0
-        self.images_per_row = 0
 
     def extend(
         self,
@@ -236,7 +235,6 @@ class Request:
         after = (types == TEXT) & (visual.cumsum(1) > 0)
         self._first_row_after_image = int(torch.where(after, slots, stop).min())
         self._runs = _column_runs((types == TEXT).any(0), (types != TEXT).any(0))
-        self.images_per_row = int(self._images.read(stop, host).max()) + 1
         self._ids.write(start, torch.full_like(types[:, start:], -1, dtype=torch.int64) if ids is None else ids)
         if finder is not None:
             self._find_roles(finder, types, real, ids is not None)
@@ -244,7 +242,9 @@ class Request:
     def _find_roles(self, finder: RoleFinder, types: Tensor, real: Tensor, has_ids: bool) -> None:
         needed_by = ", ".join(self.plan.turns)
         if not has_ids:
-            raise InputError(f"{needed_by} must know the user's turns, which need input_ids; the model got inputs_embeds")
+            raise InputError(
+                f"{needed_by} must know the user's turns, which need input_ids; the model got inputs_embeds"
+            )
         stop = types.shape[1]
         roles, turns = finder.roles(self._ids.read(stop, torch.device("cpu")), types, real)
         lost = (~(turns >= 0).any(1)).nonzero().flatten().tolist()
@@ -362,13 +362,17 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """One layer of one step: what a method is asked about."""
+    """One layer of one step: what a method is asked about.
+
+    ``queries`` are the last of ``keys`` slots; ``heads`` is 0 before the layer's attention (``observe``).
+    """
 
     step: Step
     layer: int
     queries: int
     keys: int
     device: torch.device
+    heads: int = 0
 
     @property
     def request(self) -> Request:
@@ -412,6 +416,14 @@ class Scope:
         """A value that all layers of this step on this device share."""
         return self.step.once((key, self.keys, self.device), make)
 
+    def first_token(self, hidden: Tensor) -> Tensor:
+        """``hidden`` ``[batch, query, ...]`` of each row's first real token, float32, of a prompt read from its beginning."""
+        real = self.real
+        first = (
+            torch.zeros(len(hidden), dtype=torch.long, device=hidden.device) if real is None else real.int().argmax(1)
+        )
+        return hidden[torch.arange(len(hidden), device=hidden.device), first].float()
+
     def of_rows(self, values: Tensor, generated: int | bool) -> Tensor:
         """The query rows' part ``[batch, query]`` of ``values`` ``[batch, keys]``; ``generated`` while decoding."""
         start = self.step.start
@@ -440,7 +452,10 @@ class Scope:
 
     def state(self, method: Hashable, name: str, make: Callable[[], Any]) -> Any:
         """What ``method`` keeps under ``name`` for this layer and request; made by ``make`` at first."""
-        return self.request.state.setdefault((method, self.layer, name), make())
+        key = (method, self.layer, name)
+        if key not in self.request.state:
+            self.request.state[key] = make()
+        return self.request.state[key]
 
     def find(self, method: Hashable, name: str) -> Any | None:
         """What ``method`` has kept under ``name`` for this layer, or None."""

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 
 from vlmattn import attention
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
+from vlmattn.interventions.profiles import beside
 from vlmattn.models import Anatomy, Family, Turns, find_family
 from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import TEXT, Ledger, Plan, Preparation, Request, Scope, Sight, Slots, Step, number_images
@@ -195,7 +195,9 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     chosen = Recipe.of(_saved_recipe(model) if recipe is None else recipe, **options)
     text = model.config.get_text_config()
     base = _base_name(text._attn_implementation)
-    handle = Handle(chosen, family.anatomy(model), family, base, processor)  # every check of the recipe is before the first change
+    handle = Handle(
+        chosen, family.anatomy(model), family, base, processor
+    )  # every check of the recipe is before the first change
     attention.register()
     model.set_attn_implementation({"text_config": attention.NAMES[base]})
     if text._attn_implementation != attention.NAMES[base]:
@@ -294,19 +296,12 @@ def _saved_recipe(model: PreTrainedModel) -> Recipe:
         raise InputError(
             f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and this one is from no folder; give a preset"
         )
-    folder = Path(name)
-    if not folder.is_dir():
-        from transformers.utils import cached_file
-
-        found = cached_file(
-            name, FILE_NAME, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-        folder = Path(found).parent if found else folder
-    if not (folder / FILE_NAME).is_file():
+    found = beside(name, FILE_NAME)
+    if found is None:
         raise InputError(
             f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and '{name}' has none; give a preset"
         )
-    return Recipe.from_pretrained(folder)
+    return Recipe.from_pretrained(found.parent)
 
 
 def _generate(self: PreTrainedModel, *args: Any, preset: Any = None, **kwargs: Any) -> Any:
@@ -386,7 +381,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
     decoding = None
     if request is not None and tokens.shape[1] == 1:
         decoding = Step(request, handle._base, None)
-        if request.plan.extending:
+        if cache is not None and request.plan.extending:
             decoding.slot, decoding.capacity = cache.get_seq_length(), cache.get_max_cache_shape()
         if request.call is call.token:  # one token after another in generate(): nothing here may wait for the device
             return decoding
@@ -594,9 +589,7 @@ def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         call.sight.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _before_tower_attention(
-    number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _before_tower_attention(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     call = _CALL.get()
     if call is None or number not in call.plan.tower_layers:
         return

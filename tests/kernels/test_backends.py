@@ -174,8 +174,11 @@ def edits(draw, batch: int, heads: int, rows: int, keys: int) -> AttentionEdit:
     per_head = (batch, heads, keys) if draw(st.booleans()) else (batch, keys)
     logits = [
         LogitPart(
-            uniform(*per_head) + 0.5, uniform(batch, keys), draw(st.sampled_from([None, uniform(batch, keys)])),
-            uniform(*per_head) - 0.5, some_rows(),
+            uniform(*per_head) + 0.5,
+            uniform(batch, keys),
+            draw(st.sampled_from([None, uniform(batch, keys)])),
+            uniform(*per_head) - 0.5,
+            some_rows(),
         )
         for _ in range(draw(st.integers(0, 2)))
     ]
@@ -216,7 +219,9 @@ def test_any_composition_matches_the_reference(data):
     torch.testing.assert_close(got, case.run(edit, "reference"), rtol=0, atol=2e-5)
     assert backend == (
         "merge"
-        if rows > 1 and len(edit.gain) == 1 and edit.gain[0].weight is None
+        if rows > 1
+        and len(edit.gain) == 1
+        and edit.gain[0].weight is None
         and not (edit.mask or edit.logit or edit.keep is not None)
         else "eager"
     )

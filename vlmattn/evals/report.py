@@ -6,16 +6,16 @@ import base64
 import html
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from vlmattn.evals.runner import Result
-from vlmattn.evals.stats import Metric
-from vlmattn.evals.suites.base import Suite
+if TYPE_CHECKING:
+    from vlmattn.evals.runner import Result
+    from vlmattn.evals.suites.base import Suite
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 _COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -38,20 +38,22 @@ def _number(value: float) -> str:
     return f"{value:.1f}"
 
 
-def _change(cell: dict[str, Any]) -> str:
+def change(cell: dict[str, Any]) -> str:
+    """A difference to ``none`` with its interval."""
     d = cell["difference"]
     return f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
 
 
-def _verdict(cell: dict[str, Any], metric: Metric) -> str:
-    """ "better" or "worse" when the interval of the difference leaves out 0, else ""."""
+def verdict(cell: dict[str, Any], better: str) -> str:
+    """ "better" or "worse" when the interval of the difference leaves out 0, else ""; ``better`` is the metric's."""
     d = cell.get("difference")
-    if d is None or not metric.better or d["low"] <= 0 <= d["high"]:
+    if d is None or not better or d["low"] <= 0 <= d["high"]:
         return ""
-    return "better" if (d["value"] > 0) == (metric.better == "higher") else "worse"
+    return "better" if (d["value"] > 0) == (better == "higher") else "worse"
 
 
-def _p(row: dict[str, Any]) -> str:
+def p_value(row: dict[str, Any]) -> str:
+    """McNemar's p as papers print it, "" for ``none``."""
     p = row.get("mcnemar_p")
     return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 
@@ -88,12 +90,12 @@ def terminal_tables(result: Result) -> Group:
             view.add_row(Text(table["split"], style="bold"))
             for preset, row in table["rows"].items():
                 cells, first = row["metrics"], row["metrics"][suite.headline.name]
-                change = "" if preset == "none" else _change(first)
+                difference = "" if preset == "none" else change(first)
                 view.add_row(
-                    f" {preset}",
+                    Text(f" {preset}"),  # names such as pai[alpha=0.3] are no markup
                     _number(first["value"]),
-                    Text(change, style=style[_verdict(first, suite.headline)]),
-                    _p(row),
+                    Text(difference, style=style[verdict(first, suite.headline.better)]),
+                    p_value(row),
                     *(_number(cells[metric.name]["value"]) for metric in suite.metrics[1:]),
                 )
         blocks.append(view)
@@ -130,10 +132,10 @@ def markdown_tables(result: Result) -> str:
                 cells = row["metrics"]
                 first = cells[suite.headline.name]
                 label = f"{table['split']} ({table['samples']})" if preset == "none" else ""
-                change = "" if preset == "none" else _change(first)
+                difference = "" if preset == "none" else change(first)
                 values = [f"{cells[name]['value']:.1f}" for name in others]
                 lines.append(
-                    "| " + " | ".join([label, preset, f"{first['value']:.1f}", change, _p(row), *values]) + " |"
+                    "| " + " | ".join([label, preset, f"{first['value']:.1f}", difference, p_value(row), *values]) + " |"
                 )
         lines.append("")
     return "\n".join([*lines, *notes(result)]).strip() + "\n"
@@ -181,9 +183,9 @@ def _html_table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], 
             cells = []
             for metric in suite.metrics:
                 cell = row["metrics"][metric.name]
-                small = f"{cell['low']:.1f} to {cell['high']:.1f}" if preset == "none" else _change(cell)
+                small = f"{cell['low']:.1f} to {cell['high']:.1f}" if preset == "none" else change(cell)
                 cells.append(
-                    f"<td class='{_verdict(cell, metric)}'>{_number(cell['value'])}<small>{small}</small></td>"
+                    f"<td class='{verdict(cell, metric.better)}'>{_number(cell['value'])}<small>{small}</small></td>"
                 )
             label = (
                 f"{html.escape(table['split'])}<small>{table['samples']} answers</small>" if preset == "none" else ""
@@ -192,7 +194,7 @@ def _html_table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], 
             changed = row.get("changed", "")
             first = " class='first'" if preset == "none" else ""
             rows.append(
-                f"<tr{first}><th>{label}</th><th class='preset'>{dot}{html.escape(preset)}</th>{''.join(cells)}<td>{_p(row)}</td><td>{changed}</td></tr>"
+                f"<tr{first}><th>{label}</th><th class='preset'>{dot}{html.escape(preset)}</th>{''.join(cells)}<td>{p_value(row)}</td><td>{changed}</td></tr>"
             )
     images = max(table["images"] for table in tables)
     return (
@@ -241,7 +243,11 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
         axes[0].set_ylim(bottom=50)  # chance
         axes[0].set_ylabel(f"{suite.headline.name} (%), axis from 50")
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(colours), frameon=False, fontsize=9
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(colours), len(_COLOURS)),
+        frameon=False,
+        fontsize=9,
     )
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -8,8 +8,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from tqdm import tqdm
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError
 from vlmattn.evals.journal import Journal, write_json
-from vlmattn.evals.stats import Bootstrap, mcnemar
+from vlmattn.evals.stats import Bootstrap, Metric, mcnemar
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.recipe import Recipe
 from vlmattn.wrapping import handle_of
 
 SEED = 0
+_RUNNING = "reports.json"  # of the presets done so far; once all are, the summary has it
 
 
 @dataclass
@@ -43,12 +44,13 @@ def evaluate(
     model: Any,
     processor: Any,
     suites: Sequence[Suite],
-    presets: Sequence[str],
+    presets: Sequence[str | Recipe],
     out: Path,
     model_name: str,
     batch_size: int = 50,
     restart: bool = False,
     say: Callable[[str], None] = print,
+    command: str = "",
 ) -> Result:
     """Ask every sample with every preset, score, compare with ``none``, and write ``out``.
 
@@ -57,13 +59,15 @@ def evaluate(
 
     Args:
         model, processor: a bare model and its processor (left padding).
-        presets: names or recipe files; see ``Recipe.of``.
+        presets: names, recipe files or recipes; see ``Recipe.of``.
         out: results folder.
         say: where plain progress lines go when there is no terminal.
+        command: what was typed, for the record.
 
     Raises:
         StateError: ``out`` holds a run with other settings; the model is wrapped.
         UnknownNameError: no such preset.
+        OptionError: a recipe name is given twice; a batch size below 1.
     """
     if (handle := handle_of(model)) is not None:  # its edit would answer for none
         raise StateError(
@@ -85,14 +89,15 @@ def evaluate(
     }
     processor.tokenizer.padding_side = "left"
     with Journal(out, settings, restart) as journal:
-        earlier = read_summary(out) if journal.resumed else {}  # of an attempt that had finished
+        earlier = _earlier(out) if journal.resumed else {}
+        (out / _RUNNING).unlink(missing_ok=True)
         reports: dict[str, Any] = earlier.get("reports", {})
         seconds: dict[str, float] = earlier.get("seconds_per_sample", {})
         if journal.resumed:
             say(f"resuming: {journal.resumed} answers are already in {out}")
         for name, recipe in recipes.items():
             begun, before = time.monotonic(), len(journal.answers)
-            with warnings.catch_warnings(), vlmattn.applied(model, recipe) if recipe.interventions else nullcontext():
+            with warnings.catch_warnings(), _applied(model, recipe, processor):
                 warnings.filterwarnings("ignore", message="vlmattn: .* never fired")  # the report says so
                 for suite in suites:
                     _ask(model, processor, suite, name, journal, batch_size, say)
@@ -102,15 +107,26 @@ def evaluate(
                 if asked and recipe.interventions:
                     report = model.vlmattn.report()
                     reports[name] = {"fired": report["fired"], "backends": report["backends"]}
+            write_json(out / _RUNNING, {"reports": reports, "seconds_per_sample": seconds})
         answers = dict(journal.answers)
+    tables, overall = [], []
+    for suite in suites:
+        by_split, of_all = _tables(suite, list(recipes), answers)
+        tables += by_split
+        overall += of_all
     summary = {
         **settings,
+        "command": command,
         "hardware": hardware(),
         "reports": reports,
         "seconds_per_sample": seconds,
-        "tables": [table for suite in suites for table in _tables(suite, list(recipes), answers)],
+        "titles": {suite.name: suite.title for suite in suites},
+        "metrics": {suite.name: [_about(metric) for metric in suite.metrics] for suite in suites},
+        "tables": tables,
+        "overall": overall,
     }
     write_json(out / "summary.json", summary)
+    (out / _RUNNING).unlink()
     return Result(summary, suites, answers)
 
 
@@ -120,7 +136,22 @@ def read_summary(out: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def _recipes(presets: Sequence[str]) -> dict[str, Recipe]:
+def _earlier(out: Path) -> dict[str, Any]:
+    """Reports and seconds of the presets that an earlier attempt went through, whether or not it came to its end."""
+    path = out / _RUNNING
+    return dict(json.loads(path.read_text())) if path.exists() else read_summary(out)
+
+
+def _about(metric: Metric) -> dict[str, str]:
+    """What a reader of summary.json must know of a metric; the first one of a suite is its headline."""
+    return {"name": metric.name, "better": metric.better, "about": metric.about}
+
+
+def _applied(model: Any, recipe: Recipe, processor: Any) -> AbstractContextManager[Any]:
+    return vlmattn.applied(model, recipe, processor=processor) if recipe.interventions else nullcontext()
+
+
+def _recipes(presets: Sequence[str | Recipe]) -> dict[str, Recipe]:
     """Recipes by name, ``none`` first and always there."""
     recipes = {"none": Recipe("none")}
     for preset in presets:
@@ -180,8 +211,16 @@ def answer(model: Any, processor: Any, prompts: Sequence[str], images: Sequence[
     return [text.strip() for text in processor.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
 
 
-def _tables(suite: Suite, presets: Sequence[str], answers: dict[tuple[str, str, str], str]) -> list[dict[str, Any]]:
-    """One table per condition and split: every metric of every preset, and its difference to ``none``."""
+_Answers = dict[tuple[str, str, str], str]
+_Table = dict[str, Any]
+
+
+def _tables(suite: Suite, presets: Sequence[str], answers: _Answers) -> tuple[list[_Table], list[_Table]]:
+    """One table per condition and split, and one per condition over all of its splits.
+
+    The latter counts an answer once for each split it belongs to: for POPE it is the mean over the splits, as papers
+    report it.
+    """
     samples = suite.samples()
     records = {
         preset: [suite.score(sample, answers[suite.name, preset, sample.id]) for sample in samples]
@@ -191,40 +230,48 @@ def _tables(suite: Suite, presets: Sequence[str], answers: dict[tuple[str, str, 
     for index, sample in enumerate(samples):
         for split in sample.splits:
             columns.setdefault((sample.condition, split), []).append(index)
-    tables = []
-    for (condition, split), members in columns.items():
-        bootstrap = Bootstrap([samples[i].image_id for i in members], seed=SEED)
-        matrix = {p: np.array([[records[p][i][f] for f in suite.fields] for i in members]) for p in presets}
-        rows = {}
-        for preset in presets:
-            cells = {}
-            for metric in suite.metrics:
-                cell: dict[str, Any] = bootstrap.interval(metric, suite.fields, matrix[preset]).to_dict()
-                if preset != "none":
-                    change = bootstrap.difference(metric, suite.fields, matrix[preset], matrix["none"])
-                    cell["difference"] = change.to_dict()
-                cells[metric.name] = cell
-            row: dict[str, Any] = {"metrics": cells}
+    whole: dict[str, list[int]] = {}
+    for (condition, _), members in columns.items():
+        whole.setdefault(condition, []).extend(members)
+
+    def table(condition: str, split: str, members: Sequence[int]) -> _Table:
+        rows = _rows(suite, records, answers, members)
+        count, images = len(set(members)), len({samples[i].image_id for i in members})
+        facts = {"suite": suite.name, "condition": condition, "split": split, "samples": count, "images": images}
+        return {**facts, "rows": rows}
+
+    return (
+        [table(condition, split, members) for (condition, split), members in columns.items()],
+        [table(condition, "all", members) for condition, members in whole.items()],
+    )
+
+
+def _rows(
+    suite: Suite, records: Mapping[str, Sequence[dict[str, float]]], answers: _Answers, members: Sequence[int]
+) -> dict[str, Any]:
+    """Every metric of every preset over some samples, and its difference to ``none``; a sample may count repeatedly."""
+    samples = suite.samples()
+    bootstrap = Bootstrap([samples[i].image_id for i in members], seed=SEED)
+    matrix = {p: np.array([[of[i][f] for f in suite.fields] for i in members]) for p, of in records.items()}
+    once = list(dict.fromkeys(members))
+    rows = {}
+    for preset in records:
+        cells = {}
+        for metric in suite.metrics:
+            cell: dict[str, Any] = bootstrap.interval(metric, suite.fields, matrix[preset]).to_dict()
             if preset != "none":
-                right = {p: [suite.right(records[p][i]) for i in members] for p in ("none", preset)}
-                row["mcnemar_p"] = mcnemar(right["none"], right[preset])
-                row["changed"] = sum(
-                    answers[suite.name, "none", samples[i].id] != answers[suite.name, preset, samples[i].id]
-                    for i in members
-                )
-            rows[preset] = row
-        images = len({samples[i].image_id for i in members})
-        tables.append(
-            {
-                "suite": suite.name,
-                "condition": condition,
-                "split": split,
-                "samples": len(members),
-                "images": images,
-                "rows": rows,
-            }
-        )
-    return tables
+                change = bootstrap.difference(metric, suite.fields, matrix[preset], matrix["none"])
+                cell["difference"] = change.to_dict()
+            cells[metric.name] = cell
+        row: dict[str, Any] = {"metrics": cells}
+        if preset != "none":
+            right = {p: [suite.right(records[p][i]) for i in once] for p in ("none", preset)}
+            row["mcnemar_p"] = mcnemar(right["none"], right[preset])
+            row["changed"] = sum(
+                answers[suite.name, "none", samples[i].id] != answers[suite.name, preset, samples[i].id] for i in once
+            )
+        rows[preset] = row
+    return rows
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -9,17 +9,44 @@ from vlmattn.interventions.base import (
     make_method,
     register,
 )
+from vlmattn.interventions.bidirectional import Bidirectional
+from vlmattn.interventions.calibration import Calibration
+from vlmattn.interventions.focus import FocusDirections
+from vlmattn.interventions.gift import GIFT
+from vlmattn.interventions.guided import HeadsGuided
+from vlmattn.interventions.heads import Heads
+from vlmattn.interventions.isolation import Isolation
+from vlmattn.interventions.knockout import Knockout
+from vlmattn.interventions.mma import MMA
 from vlmattn.interventions.pai import PAI
+from vlmattn.interventions.paint import PAINT
+from vlmattn.interventions.profiles import HeadProfile, SinkProfile
+from vlmattn.interventions.sofa import SoFA
+from vlmattn.interventions.vaf import VAF
 from vlmattn.interventions.var import VAR
 from vlmattn.interventions.vhr import VHR
 
 __all__ = [
+    "GIFT",
+    "MMA",
     "PAI",
+    "PAINT",
+    "VAF",
     "VAR",
     "VHR",
+    "Bidirectional",
+    "Calibration",
+    "FocusDirections",
+    "HeadProfile",
+    "Heads",
+    "HeadsGuided",
     "Intervention",
+    "Isolation",
+    "Knockout",
     "MethodInfo",
     "PresetInfo",
+    "SinkProfile",
+    "SoFA",
     "all_presets",
     "find_method",
     "make_method",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -90,7 +91,7 @@ class Intervention:
     needs_turns: ClassVar[bool] = False
     #: Without image tokens in the prompt there is nothing for the method to do.
     needs_images: ClassVar[bool] = True
-    layers: str = option("0:", about="decoder layers, as Python slices or indices joined by commas")
+    layers: str = option("0:", about="decoder layers: slices or indices joined by commas; a/b is a share of the depth")
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -184,25 +185,39 @@ _MANY = 10**4  # more layers than any decoder has: checks the form of a layer ra
 
 
 def parse_layers(spec: str, count: int, method: str) -> tuple[int, ...]:
-    """Layer indices of ``"2:-1"``, ``"1,-14:"`` or ``"0:-1:2"`` in ``count`` layers; slices are clipped as in Python."""
+    """Layer indices of a range in a decoder of ``count`` layers.
+
+    ``"2:-1"``, ``"1,-14:"`` and ``"0:-1:2"`` are Python slices (clipped) and indices. A fraction is a share of the depth,
+    rounded down: ``"9/32:15/32"`` is 9:15 in 32 layers and 2:3 in 8; ``"1/2+2"`` adds two layers.
+    """
     found: set[int] = set()
     for part in spec.split(","):
         ends = part.strip().split(":")
         try:
-            numbers = [int(end) if end.strip() else None for end in ends]
+            numbers = [_layer_number(end.strip(), count) for end in ends]
             if len(ends) == 1 and numbers[0] is not None:
                 found.add(range(count)[numbers[0]])
             elif 2 <= len(ends) <= 3:
                 found.update(range(count)[slice(*numbers)])
             else:
                 raise ValueError(part)
-        except ValueError:
-            raise OptionError(f"{method}.layers must look like '2:-1', '1,-14:' or '0:-1:2', got '{spec}'") from None
+        except (ValueError, ZeroDivisionError):
+            raise OptionError(
+                f"{method}.layers must look like '2:-1', '1,-14:', '0:-1:2' or '9/32:15/32', got '{spec}'"
+            ) from None
         except IndexError:
             raise OptionError(
                 f"{method}.layers names layer {part.strip()}, but the decoder has layers 0..{count - 1}"
             ) from None
     return tuple(sorted(found))
+
+
+def _layer_number(text: str, count: int) -> int | None:
+    if not text:
+        return None
+    if (share := re.fullmatch(r"(\d+)/(\d+)([+-]\d+)?", text)) is not None:
+        return int(share[1]) * count // int(share[2]) + int(share[3] or 0)
+    return int(text)
 
 
 _METHODS: dict[str, type[Intervention]] = {}

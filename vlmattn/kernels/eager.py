@@ -92,10 +92,10 @@ def _apply_masks(
             opened = edges & ~shown if openable is None else edges & ~shown & openable
             if part.mix:
                 opened = opened & shown.any(-1, keepdim=True)
-                bias = _mix_bias(score, shown, opened, part.weight)
+                softer = score + _mix_bias(score, shown, opened, part.weight)
             else:
-                bias = math.log(part.weight)
-            score = torch.where(opened, score + bias, score)
+                softer = score + math.log(part.weight)
+            score = torch.where(opened, softer, score)
             visible = shown | opened
     return (score, None) if visible is None else (_hide(score, visible), visible)
 

@@ -203,7 +203,9 @@ class BoostPlan:
 
         first, second = most(1), most(2)
         plain = (first * mass[..., 1]).sum(1, keepdim=True)
-        ratio = torch.where(plain > _TINY, (first * weighted[..., 1]).sum(1, keepdim=True) / plain.clamp_min(_TINY), 1.0)
+        ratio = torch.where(
+            plain > _TINY, (first * weighted[..., 1]).sum(1, keepdim=True) / plain.clamp_min(_TINY), 1.0
+        )
         one, zero = torch.ones_like(first), torch.zeros_like(first)
         gamma = torch.stack([one, 1 - first, 1 + (ratio - 1) * second], -1)
         delta = torch.stack([zero, first, zero], -1)

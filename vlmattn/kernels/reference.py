@@ -87,7 +87,9 @@ def _softmax(
         edge = torch.zeros_like(visible)
         for j in range(len(score)):
             row, key = int(mask.rows[b, i]), int(mask.keys[b, j])
-            edge[j] = row >= 0 and key >= 0 and {"any": True, "same": row == key, "different": row != key}[mask.relation]
+            edge[j] = (
+                row >= 0 and key >= 0 and {"any": True, "same": row == key, "different": row != key}[mask.relation]
+            )
         if mask.weight == 0:
             visible &= ~edge
             continue
@@ -168,7 +170,7 @@ def _boost(weights: Tensor, groups: Tensor, key_weight: Tensor, plan: BoostPlan)
 
 
 def _level(weights: Tensor, groups: Tensor, strength: float) -> Tensor:
-    sums = {int(g): float(weights[groups == g].sum()) for g in groups.unique()}
+    sums = {int(g): float(weights[groups == g].sum()) for g in set(groups.tolist())}
     filled = {g: total for g, total in sums.items() if total > 1e-20}
     even = weights.clone()
     for g, total in filled.items():

@@ -100,6 +100,7 @@ class Family(ABC):
         Returns:
             For each image float32 ``[heads, tokens]``, in the order of its tokens in the prompt.
         """
+
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         text = model.config.get_text_config()
         heads = text.num_attention_heads

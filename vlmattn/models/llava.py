@@ -38,17 +38,19 @@ class Llava(Family):
         return model.model.vision_tower  # type: ignore[no-any-return, union-attr]
 
     def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
-        return [module.self_attn for module in self.tower(model).modules() if hasattr(module, "self_attn")]
+        found: list[Any] = [module.self_attn for module in self.tower(model).modules() if hasattr(module, "self_attn")]
+        return found
 
     def summary_attention(
         self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
     ) -> list[Tensor]:
         images, tokens, _ = hidden.shape
+        attn: Any = module
         has_cls = model.config.vision_config.model_type == "clip_vision_model"
-        query = module.q_proj(hidden[:, :1] if has_cls else hidden).mean(1)  # type: ignore[operator]
-        query = query.view(images, module.num_heads, 1, -1).float()
-        key = module.k_proj(hidden).view(images, tokens, module.num_heads, -1).transpose(1, 2).float()  # type: ignore[operator]
-        attention = torch.softmax(query @ key.transpose(-1, -2) * module.scale, -1)[:, :, 0]
+        query = attn.q_proj(hidden[:, :1] if has_cls else hidden).mean(1)
+        query = query.view(images, attn.num_heads, 1, -1).float()
+        key = attn.k_proj(hidden).view(images, tokens, attn.num_heads, -1).transpose(1, 2).float()
+        attention = torch.softmax(query @ key.transpose(-1, -2) * attn.scale, -1)[:, :, 0]
         return list(attention[..., 1:] if model.config.vision_feature_select_strategy == "default" else attention)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -41,20 +42,25 @@ class Turns:
             InputError: no chat template, or one in which the speakers cannot be told apart.
         """
         if not getattr(processor, "chat_template", None):
-            raise InputError(f"{type(processor).__name__} has no chat template, so user turns cannot be found in prompts")
+            raise InputError(
+                f"{type(processor).__name__} has no chat template, so user turns cannot be found in prompts"
+            )
         text = _trial(processor)
         places = [text.find(said) for said in _SAID]
         if min(places) < 0 or sorted(places) != places:
             raise InputError("the chat template does not show a user, an answer and a user in turn")
         ends = [place + len(said) for place, said in zip(places, _SAID, strict=True)]
         opening, answering, again, closing = (
-            _squeeze(text[a:b]) for a, b in ((0, places[0]), (ends[0], places[1]), (ends[1], places[2]), (ends[2], None))
+            _squeeze(text[a:b])
+            for a, b in ((0, places[0]), (ends[0], places[1]), (ends[1], places[2]), (ends[2], None))
         )
-        user = commonprefix([opening[::-1], again[::-1]])[::-1]
-        answer = commonprefix([answering, closing]) if closing else answering
+        tokenizer = getattr(processor, "tokenizer", processor)
+        special = [_squeeze(token) for token in getattr(tokenizer, "all_special_tokens", [])]
+        user = "".join(_common_start(_units(opening, special)[::-1], _units(again, special)[::-1])[::-1])
+        answer = "".join(_common_start(_units(answering, special), _units(closing, special))) if closing else answering
         if not user or not answer:
             raise InputError("the chat template does not mark where a user's turn begins and ends")
-        return cls(user, answer, getattr(processor, "tokenizer", processor))
+        return cls(user, answer, tokenizer)
 
     def roles(self, ids: Tensor, types: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Role and turn of every token, on the host.
@@ -103,6 +109,16 @@ class Turns:
         if token not in self._words:
             self._words[token] = _squeeze(self.tokenizer.decode([token]))
         return self._words[token]
+
+
+def _common_start(one: list[str], other: list[str]) -> list[str]:
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+
+def _units(text: str, special: list[str]) -> list[str]:
+    """Characters, with special tokens in one piece: '<s>USER:' and '</s>USER:' have 'USER:' in common, not 's>USER:'."""
+    whole = [re.escape(token) for token in sorted(special, key=len, reverse=True) if token]
+    return re.findall("|".join([*whole, "."]), text, re.DOTALL)
 
 
 def _squeeze(text: str) -> str:

@@ -1,0 +1,64 @@
+"""A few samples of another suite, as one set: what a setting is chosen on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vlmattn.errors import InputError, OptionError
+from vlmattn.evals.suites.base import Sample, Suite
+
+
+class Subset(Suite):
+    """Some samples of a suite, in its order and with its scores, but without its conditions and splits.
+
+    Each question counts once, so there is one figure per metric.
+
+    Args:
+        suite: where the samples come from.
+        ids: of the samples that stay.
+        label: stands where condition and split stand otherwise.
+
+    Raises:
+        InputError: the suite has no sample of that id.
+    """
+
+    def __init__(self, suite: Suite, ids: Sequence[str], label: str = "validation") -> None:
+        wanted = set(ids)
+        self._suite = suite
+        self._samples = [
+            replace(sample, condition=label, splits=(label,)) for sample in suite.samples() if sample.id in wanted
+        ]
+        if missing := sorted(wanted - {sample.id for sample in self._samples}):
+            raise InputError(f"the suite '{suite.name}' has no sample '{missing[0]}' ({len(missing)} of {len(wanted)})")
+        for name in ("name", "title", "fields", "metrics"):  # of the class elsewhere
+            self.__dict__[name] = getattr(suite, name)
+        self.max_new_tokens = suite.max_new_tokens
+        self.settings = {**suite.settings, label: [sample.id for sample in self._samples]}
+
+    @classmethod
+    def draw(cls, suite: Suite, count: int, seed: int, label: str = "validation") -> Subset:
+        """The first ``count`` samples of the suite in an order shuffled by ``seed``.
+
+        Raises:
+            OptionError: the suite has fewer samples, or a count below 1.
+        """
+        samples = suite.samples()
+        if not 1 <= count <= len(samples):
+            raise OptionError(f"the number of samples must be within 1..{len(samples)}, as many as '{suite.name}' has; got {count}")
+        order = np.random.default_rng(seed).permutation(len(samples))
+        return cls(suite, [samples[int(i)].id for i in order[:count]], label)
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        return self._suite.score(sample, answer)
+
+    def right(self, record: Mapping[str, float]) -> bool:
+        return self._suite.right(record)
+
+    def expected(self, sample: Sample) -> str:
+        return self._suite.expected(sample)

@@ -1,0 +1,272 @@
+"""A page on many presets: one row each, from the summary of a finished ``vlmattn eval``.
+
+    python -m vlmattn.evals.survey --run runs/all --out docs/results-embedded.md
+
+Every figure on the page is read from ``summary.json`` or counted from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmattn.errors import InputError, VlmattnError
+from vlmattn.evals.journal import write_text
+from vlmattn.evals.report import change, p_value, verdict
+from vlmattn.interventions import all_presets, find_method
+
+_LEVEL = 0.05  # of the 95 % intervals in the summary
+_NEEDED = {"overall", "metrics", "titles", "recipes", "reports", "seconds_per_sample"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of one preset against ``none``, over all samples of a suite's condition.
+
+    ``verdict`` is "better" or "worse" when the interval of the difference leaves out 0, else "".
+    """
+
+    preset: str
+    where: str
+    metric: str
+    headline: bool
+    verdict: str
+    changed: int
+    p: float
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        InputError: there is none, or it is of a version that did not write what the page needs.
+    """
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; finish the run with vlmattn eval first") from None
+    except ValueError:
+        raise InputError(f"{path}: not valid JSON; run vlmattn eval again, it keeps the answers") from None
+    if not isinstance(summary, dict) or (missing := sorted(_NEEDED - summary.keys())):
+        lacking = "" if not isinstance(summary, dict) else f" ({', '.join(missing)} missing)"
+        raise InputError(f"{path}: not of this version{lacking}; run vlmattn eval again, it keeps the answers")
+    return summary
+
+
+def checked_against(about: str, faithful: str) -> str:
+    """What a preset was checked against, in short: golden, paper text, ..., or experimental where nothing vouches."""
+    return "experimental" if "experimental" in (about + faithful).lower() else re.split(r"[(,;]", faithful)[0].strip()
+
+
+def paper_id(paper: str) -> str:
+    """The arXiv number of a citation, or the citation."""
+    found = re.search(r"\d{4}\.\d{4,5}", paper)
+    return found[0] if found else paper
+
+
+def comparisons(summary: Mapping[str, Any]) -> list[Comparison]:
+    """All metrics that have a better side, of all presets and conditions."""
+    return [
+        Comparison(
+            preset,
+            where,
+            metric["name"],
+            number == 0,
+            verdict(row["metrics"][metric["name"]], metric["better"]),
+            row["changed"],
+            row["mcnemar_p"],
+        )
+        for table, where in _columns(summary)
+        for preset, row in table["rows"].items()
+        if preset != "none"
+        for number, metric in enumerate(summary["metrics"][table["suite"]])
+        if metric["better"]
+    ]
+
+
+def _columns(summary: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    for table in summary["overall"]:
+        yield table, f"{table['suite']} {table['condition']}"
+
+
+def table_of_presets(summary: Mapping[str, Any]) -> str:
+    """One row per preset: where it is from, the headline metrics and their differences, whether it fired, its cost."""
+    header = ["preset", "method", "paper", "checked against"]
+    header += [f"{where}: {_headline(summary, table['suite'])}" for table, where in _columns(summary)]
+    header += ["fired", "time"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * len(header)) + "|"]
+    for preset in summary["recipes"]:
+        cells = [f"`{preset}`", *_origin(preset, summary["recipes"][preset])]
+        cells += [_figures(summary, table, preset) for table, _ in _columns(summary)]
+        cells += ["" if preset == "none" else _fired(summary, preset), _time(summary, preset)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _headline(summary: Mapping[str, Any], suite: str) -> str:
+    first = summary["metrics"][suite][0]
+    return str(first["name"]) + (f" ({first['better']} is better)" if first["better"] else "")
+
+
+def _figures(summary: Mapping[str, Any], table: Mapping[str, Any], preset: str) -> str:
+    metric, row = summary["metrics"][table["suite"]][0], table["rows"][preset]
+    cell = row["metrics"][metric["name"]]
+    if preset == "none":
+        return f"{cell['value']:.1f}"
+    found = verdict(cell, metric["better"])
+    difference = f"**{change(cell)}** {found}" if found else change(cell)
+    return f"{cell['value']:.1f}<br>{difference}<br>p {p_value(row)}"
+
+
+def _origin(preset: str, recipe: Mapping[str, Any]) -> list[str]:
+    """Cells: methods, papers, what the preset was checked against."""
+    methods = [item["method"] for item in recipe["interventions"]]
+    if not methods:
+        return ["the bare model", "", ""]
+    infos = [find_method(name).info for name in methods]
+    papers = []
+    for info in infos:
+        number = paper_id(info.paper)
+        papers.append(info.paper if number == info.paper else f"[{number}](https://arxiv.org/abs/{number})")
+    known, parts = all_presets(), preset.split("+")
+    checked = ["own settings"]
+    if len(parts) == len(infos) and all(part in known for part in parts):
+        checked = [checked_against(known[part].about, info.faithful) for part, info in zip(parts, infos, strict=True)]
+    return [" + ".join(dict.fromkeys(cells)) for cells in (methods, papers, checked)]
+
+
+def _fired(summary: Mapping[str, Any], preset: str) -> str:
+    report = summary["reports"].get(preset)
+    if report is None:
+        return "not recorded"
+    counts = {name: str(count) if count else "never fired" for name, count in report["fired"].items()}
+    return next(iter(counts.values())) if len(counts) == 1 else ", ".join(f"{k}: {v}" for k, v in counts.items())
+
+
+def _time(summary: Mapping[str, Any], preset: str) -> str:
+    seconds = summary["seconds_per_sample"]
+    if preset not in seconds or not seconds.get("none"):
+        return "not recorded"
+    if preset == "none":
+        return f"{seconds['none']:.3g} s a sample"
+    return f"{seconds[preset] / seconds['none']:.2f}x"
+
+
+def _idle(summary: Mapping[str, Any], preset: str) -> bool:
+    """Whether no method of the preset ever found anything to do."""
+    report = summary["reports"].get(preset)
+    return report is not None and not any(report["fired"].values())
+
+
+def findings(summary: Mapping[str, Any]) -> str:
+    """Which presets help or hurt where, how many comparisons that took, and what chance alone would give."""
+    made = comparisons(summary)
+    first = [c for c in made if c.headline]
+    parts = ["By the headline metrics (the interval of the difference leaves out 0):", "", *_list(summary, first)]
+    rest = [c for c in made if not c.headline]
+    if rest:
+        parts += ["", "By the other metrics of the same answers:", "", *_list(summary, rest)]
+    return "\n".join([*parts, "", _chance(first, rest)])
+
+
+def _list(summary: Mapping[str, Any], made: list[Comparison]) -> list[str]:
+    presets = list(dict.fromkeys(c.preset for c in made))
+    lines = []
+    for label, kind in (("helps", "better"), ("hurts", "worse")):
+        named = []
+        for preset in presets:
+            where = [f"{c.where}: {c.metric}" for c in made if c.preset == preset and c.verdict == kind]
+            if where:
+                named.append(f"`{preset}` ({', '.join(where)})")
+        lines.append(f"- {label}: {'; '.join(named) or 'none of them'}")
+    decided = {c.preset for c in made if c.verdict}
+    neither = [p for p in presets if p not in decided and not _idle(summary, p)]
+    idle = [p for p in presets if _idle(summary, p)]
+    lines.append(f"- neither: {', '.join(f'`{p}`' for p in neither) or 'none of them'}")
+    if idle:
+        names = ", ".join(f"`{p}`" for p in idle)
+        lines.append(f"- never fired, so the figures are those of the bare model and say nothing about it: {names}")
+    return lines
+
+
+def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
+    """The warning about many comparisons."""
+    tested = [c for c in first if c.changed]
+    bound = _LEVEL / max(len(first), 1)
+    left = "; ".join(f"`{c.preset}` ({c.where}, {c.verdict or 'no verdict'})" for c in first if c.p < bound)
+    others = f" and {len(rest)} of other metrics, {sum(bool(c.verdict) for c in rest)} intervals of which do" if rest else ""
+    return (
+        f"**Many comparisons.** These are {len(first)} comparisons of headline metrics with `none`, {len(tested)} of them with at"
+        f" least one answer changed; {sum(bool(c.verdict) for c in first)} intervals leave out 0{others}. If no preset changed"
+        f" anything but by chance, about {_LEVEL * len(tested):.1f} of the {len(tested)} would still leave out 0. Presets of one"
+        " method, metrics of one suite and suites on the same images are not independent. Take a single finding for a hint,"
+        " not for proof. McNemar's tests of right and wrong answers that stay below"
+        f" {_LEVEL:g} / {len(first)} = {bound:.1g} (Bonferroni): {left or 'none of them'}."
+    )
+
+
+def page(summary: Mapping[str, Any], command: str) -> str:
+    """The whole page; ``command`` made it."""
+    versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
+    machine = ", ".join(f"{name}: {value}" for name, value in summary["hardware"].items() if value)
+    typed = summary.get("command")
+    lines = [
+        f"# Presets on {summary['model']}",
+        "",
+        f"Written by `{command}`; do not edit it by hand.",
+        "",
+        "## How it was made",
+        f"- answers: {f'`{typed}`' if typed else 'from Python, not from the command line'}",
+        f"- model: {summary['model']}, {summary['dtype']}, weights {summary['weights']}; greedy decoding, batches of"
+        f" {summary['batch_size']}, the same samples and batches for every preset",
+        f"- versions: {versions}",
+        f"- hardware: {machine}",
+        f"- seed of the bootstrap: {summary['seed']}",
+    ]
+    for table, where in _columns(summary):
+        title = summary["titles"][table["suite"]]
+        lines.append(f"- {where}: {title}; {table['samples']} questions about {table['images']} images or sets of images")
+    for suite, settings in summary["suites"].items():
+        lines.append(f"- data of {suite}: `{json.dumps(settings)}`")
+    lines += [
+        "",
+        "## Figures",
+        "Under each value: the difference to `none` with its 95 % interval (paired bootstrap over images), bold where the",
+        "interval leaves out 0, and p of McNemar's exact test on right and wrong answers. A question counts once for each split",
+        "that it belongs to, so a figure is the mean over splits of one size. Fired: how often the method found something to",
+        "do, in its own count. Time: seconds per sample relative to `none`, taken once on this machine; not a benchmark.",
+        "",
+        table_of_presets(summary),
+        "",
+        "## What helps here",
+        findings(summary),
+        "",
+        f"All of this is about {summary['model']} and these samples; other models and data may say otherwise.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="results folder of vlmattn eval")
+    parser.add_argument("--out", type=Path, required=True, help="the page, in markdown")
+    options = parser.parse_args()
+    try:
+        text = page(read_run(options.run), shlex.join(["python", "-m", "vlmattn.evals.survey", *sys.argv[1:]]))
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.out, text)
+    except VlmattnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Running a model as it is, for measurements: nothing in force but what measures, and inputs in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmattn.errors import InputError
+from vlmattn.interventions import Intervention
+from vlmattn.wrapping import applied, handle_of
+
+Inputs = Mapping[str, Any]
+"""What a processor returns with ``return_tensors="pt"``: one prompt, or a padded batch of prompts."""
+
+
+@contextmanager
+def bare(model: PreTrainedModel) -> Iterator[None]:
+    """No edit acts within the block, whether the model is wrapped or not; after it, all is as before."""
+    handle = handle_of(model)
+    was_enabled = handle is not None and handle.enabled
+    if handle is not None:
+        handle.disable()
+    try:
+        yield
+    finally:
+        if handle is not None and was_enabled:
+            handle.enable()
+
+
+@contextmanager
+def only(model: PreTrainedModel, *methods: Intervention) -> Iterator[None]:
+    """Nothing but ``methods`` acts within the block; after it, the recipe and the report of a wrapped model are back."""
+    handle = handle_of(model)
+    if handle is None:
+        with applied(model, methods):
+            yield
+        return
+    other = copy(handle)
+    other._plans = {}  # what measures must not stay in the plans of the handle
+    other.set(methods)
+    other.enable()
+    model.__dict__["vlmattn"] = other
+    try:
+        yield
+    finally:
+        model.__dict__["vlmattn"] = handle
+
+
+def prepared(model: PreTrainedModel, inputs: Sequence[Inputs]) -> list[dict[str, Any]]:
+    """Each input on the model's device, in its dtype, with padding on the left.
+
+    Raises:
+        InputError: no inputs, one processor output instead of a list, token ids are missing.
+    """
+    if isinstance(inputs, Mapping):
+        raise InputError("inputs must be a list of processor outputs, not one of them; put it in a list")
+    if not inputs:
+        raise InputError("there is nothing to measure; give at least one processor output")
+    return [_prepare(model, item) for item in inputs]
+
+
+def prepared_one(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+    """As ``prepared``, for the output of a processor that must hold exactly one prompt, without padding."""
+    (found,) = prepared(model, [inputs])
+    mask = found.get("attention_mask")
+    if len(found["input_ids"]) != 1 or (mask is not None and not bool(mask.all())):
+        raise InputError("each sample must be one prompt without padding; run the processor on one prompt at a time")
+    return found
+
+
+def _prepare(model: PreTrainedModel, inputs: Inputs) -> dict[str, Any]:
+    found = {name: _moved(value, model) for name, value in inputs.items()}
+    ids = found.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise InputError('inputs need input_ids of shape [batch, tokens]; run the processor with return_tensors="pt"')
+    mask = found.get("attention_mask")
+    if mask is None or bool(mask.all()):
+        return found
+    order = (mask != 0).int().argsort(dim=1, stable=True)  # padding first, then the tokens as they are
+    return {
+        name: value.gather(1, order) if isinstance(value, Tensor) and value.shape == ids.shape else value
+        for name, value in found.items()
+    }
+
+
+def _moved(value: Any, model: PreTrainedModel) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(model.device, dtype=model.dtype if value.is_floating_point() else value.dtype)

@@ -1,0 +1,183 @@
+"""Which hidden dimensions give the attention sinks of a language model away."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlmattn.errors import OptionError
+from vlmattn.inspection.measuring import Inputs, bare, prepared
+from vlmattn.interventions.profiles import SinkProfile
+from vlmattn.interventions.sinks import sink_values
+from vlmattn.models import Family, find_family
+
+_MIDDLE = (0.15, 0.85)  # share of the depth in which massive activations neither come nor go (ours)
+_TOP, _MOST = 4, 4  # dimensions looked at in each token, dimensions in a profile (ours)
+_AGREE = 0.8  # share of (layer, prompt) in which a dimension must be massive (ours)
+_NEAR = 0.9  # |cos| to the first token from which a token is a sink: released code of arXiv 2512.22213
+_PRIMARY, _SECONDARY = 0.6, 0.12  # least share of the layers a sink lives (its code has fixed counts for deep models)
+
+
+@torch.no_grad()
+def find_sinks(
+    model: PreTrainedModel,
+    inputs: Sequence[Inputs],
+    *,
+    tau: float = 20.0,
+    seed: int = 0,
+    prompts: Sequence[str] = (),
+) -> SinkProfile:
+    """Find the sink dimensions of a language model on a few prompts (the rule is ours; VAR's authors give a table).
+
+    With x a token's residual stream as it enters a layer, a token is massive when max_d |x_d| / RMS(x) > tau. A layer of
+    the middle and a prompt vote for a dimension d that is among the 4 largest of a massive token and has |x_d| / RMS(x)
+    > tau; dimensions with at least 80% of the votes are sink dimensions, the 4 largest of them if there are more.
+
+    ``levels`` are by direction instead (arXiv 2512.22213): token j is a sink of layer l when |cos(x_j, x_first)| > .9
+    and l lies between the largest rise and the largest fall of the first token's norm; primary when that holds in at
+    least 60% of the layers, secondary in at least 12%. The first token itself is not counted.
+
+    Edits of a wrapped model do not act meanwhile. Whatever the padding, the first real token counts as the first.
+
+    Args:
+        inputs: processor outputs, one prompt or one padded batch each; four varied prompts are enough.
+        tau: threshold of phi, as in VAR; no token exceeds sqrt(hidden size).
+        seed: recorded in the profile; nothing here is random.
+        prompts: recorded in the profile.
+
+    Returns:
+        A profile; without dimensions (and with a warning) if nothing is massive.
+
+    Raises:
+        OptionError: tau that no token can exceed.
+        InputError: no inputs, or inputs without token ids.
+        UnsupportedError: a family that is not supported.
+    """
+    family = find_family(model)
+    anatomy = family.anatomy(model)
+    bound = anatomy.hidden_size**0.5
+    if not 0 < tau < bound:
+        raise OptionError(
+            f"tau must be above 0 and below {bound:.1f}, the square root of the hidden size {anatomy.hidden_size}: no"
+            f" token's phi exceeds it; got {tau:g}"
+        )
+    looks = []
+    with bare(model):
+        for batch in prepared(model, inputs):
+            looks.append(_look(model, family, batch, tau))
+    dims = _agreed([row for look in looks for row in look.leading], anatomy.layers)
+    rows = [row for look in looks for row in look.massive]
+    hit = [layer for layer in range(anatomy.layers) if any(dims & row[layer] for row in rows)]
+    if not dims:
+        warnings.warn(
+            f"no sink dimensions: no dimension of the residual stream exceeds tau = {tau:g} in most layers and prompts; give"
+            " a smaller tau, or more varied prompts",
+            stacklevel=3,  # above no_grad
+        )
+    levels = torch.stack([look.levels() for look in looks]).sum(0) / len(rows)
+    return SinkProfile(
+        fingerprint=anatomy.fingerprint,
+        source=anatomy.source,
+        prompts=tuple(prompts),
+        seed=seed,
+        dims=tuple(sorted(dims)),
+        tau=tau,
+        layers=(hit[0], hit[-1] + 1) if hit else (0, 0),
+        levels=tuple((float(primary), float(secondary)) for primary, secondary in levels.tolist()),
+    )
+
+
+class _Look:
+    """What one forward shows of the residual stream.
+
+    Attributes:
+        massive: for each prompt and layer the dimensions in which some token exceeds tau.
+        leading: those among the ``_TOP`` largest of such a token, with the largest |x_d| / RMS(x) of any.
+    """
+
+    def __init__(self, real: Tensor, layers: int, tau: float) -> None:
+        self.real, self.tau = real, tau
+        self.massive: list[list[set[int]]] = [[set() for _ in range(layers)] for _ in real]
+        self.leading: list[list[dict[int, float]]] = [[{} for _ in range(layers)] for _ in real]
+        self._first = real.int().argmax(1)
+        self._norms: list[Tensor] = []
+        self._near: list[Tensor] = []
+
+    def enter(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the stream that enters a layer (a forward pre-hook)."""
+        hidden = (args[0] if args else kwargs["hidden_states"]).float()
+        self._find_massive(layer, hidden)
+        first = self._follow(hidden)
+        cos = torch.cosine_similarity(hidden, first[:, None], dim=-1).abs()
+        near = (cos > _NEAR).cpu() & self.real
+        near[torch.arange(len(near)), self._first] = False
+        self._near.append(near)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        """Look at what the decoder returns (a forward hook); it is normed, so a sink falls here at the latest."""
+        self._follow(out[0].float())
+
+    def _find_massive(self, layer: int, hidden: Tensor) -> None:
+        phi = sink_values(hidden, ())
+        row, token = ((phi > self.tau) & self.real.to(phi.device)).nonzero(as_tuple=True)
+        fit = int(hidden.shape[-1] / self.tau**2)  # the squares of all ratios sum to the hidden size
+        top = hidden[row, token].abs().topk(min(max(fit, 1), hidden.shape[-1]))
+        ratios = phi[row, token][:, None] * top.values / top.values[:, :1]
+        for number, dims, values in zip(row.tolist(), top.indices.tolist(), ratios.tolist(), strict=True):
+            above = [(dim, ratio) for dim, ratio in zip(dims, values, strict=True) if ratio > self.tau]
+            self.massive[number][layer].update(dim for dim, _ in above)
+            leading = self.leading[number][layer]
+            leading.update((dim, max(ratio, leading.get(dim, 0.0))) for dim, ratio in above[:_TOP])
+
+    def _follow(self, hidden: Tensor) -> Tensor:
+        first = hidden[torch.arange(len(hidden)), self._first.to(hidden.device)]
+        self._norms.append(first.norm(dim=-1).cpu())
+        return first
+
+    def levels(self) -> Tensor:
+        """Primary and secondary sinks of each layer ``[layers, 2]``, summed over the prompts."""
+        rise = torch.stack(self._norms, 1).diff(dim=1)  # [prompts, layers]
+        layer = torch.arange(rise.shape[1])
+        start = rise.argmax(1, keepdim=True) + 1
+        stop = rise.masked_fill(layer < start, torch.inf).argmin(1, keepdim=True) + 1
+        high = ((layer >= start) & (layer < stop)).T
+        sinks = torch.stack(self._near) & high[..., None]  # [layers, prompts, tokens]
+        life = sinks.sum(0) / len(sinks)
+        primary, secondary = life >= _PRIMARY, (life >= _SECONDARY) & (life < _PRIMARY)
+        return torch.stack([(sinks & kind).sum((1, 2)) for kind in (primary, secondary)], -1).float()
+
+
+def _look(model: PreTrainedModel, family: Family, batch: dict[str, Any], tau: float) -> _Look:
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(batch["input_ids"]) if mask is None else mask
+    layers = family.layers(model)
+    look = _Look((real != 0).cpu(), len(layers), tau)
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            hook = layer.register_forward_pre_hook(partial(look.enter, number), with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.callback(family.decoder(model).register_forward_hook(look.leave).remove)
+        model(**batch, use_cache=False, logits_to_keep=1)
+    return look
+
+
+def _agreed(rows: list[list[dict[int, float]]], layers: int) -> frozenset[int]:
+    """Dimensions with enough votes of the middle layers of all prompts, the largest ones."""
+    middle = [n for n in range(layers) if _MIDDLE[0] * layers <= n <= _MIDDLE[1] * layers]
+    votes: Counter[int] = Counter()
+    sizes: dict[int, float] = defaultdict(float)
+    for row in rows:
+        for layer in middle:
+            for dim, ratio in row[layer].items():
+                votes[dim] += 1
+                sizes[dim] += ratio
+    agreed = [dim for dim, count in votes.items() if count >= _AGREE * len(rows) * len(middle)]
+    return frozenset(sorted(agreed, key=lambda dim: -sizes[dim])[:_MOST])

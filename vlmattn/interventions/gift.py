@@ -1,0 +1,146 @@
+"""GIFT: gaze shift-guided intervention (arXiv 2510.22067)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import OptionError
+from vlmattn.interventions.base import Intervention, Sizes, option, parse_layers, register
+from vlmattn.kernels import AttentionEdit, BoostPlan, GainPart
+from vlmattn.request import TEXT, USER, Preparation, Request, Scope, Weights
+
+_ROWS = 64  # question rows looked at together
+
+
+@register(
+    "gift",
+    paper="arXiv:2510.22067 (ICML 2026)",
+    code="github.com/amazon-science/GIFT (not used: non-commercial)",
+    faithful="paper text; experimental (all words of the question count)",
+    parts="groups + gain with key weights",
+    cost="prefill: attention of the question's rows in one layer (one more decoder pass if earlier layers are edited);"
+    " decode: group masses of one row, a sort over heads",
+    presets={
+        "gift": ("constants for LLaVA-1.5-7B", {}),
+        "gift_13b": ("constants for LLaVA-1.5-13B", {"saliency": "10/40", "layers": "14/40:21/40"}),
+        "gift_qwen2_vl": ("constants for Qwen2-VL-7B", {"saliency": "14/28", "layers": "5/28:19/28", "alpha": 4.0}),
+    },
+)
+@dataclass(frozen=True, kw_only=True)
+class GIFT(Intervention):
+    """Boost the image tokens that the model's gaze moves to while it reads the question.
+
+    In layer ``saliency``, for the rows i of the question and image keys j, with A the unedited attention:
+
+        D_hij = max(A_hij - A_h(i-1)j, 0);  S_j = mean over i and the floor(H/2) heads of largest sum of D
+        w_j = exp(alpha S_j),  S clamped to its mean +- 3 std and scaled to 0..1 over the image tokens
+
+    Then, in ``layers`` and in the row that predicts the next token, with H_V and H_Q the floor(H/2) heads of largest mass
+    on the image and on the question:
+
+        a_j <- w_j a_j for image keys in H_V;   r = sum_{H_V} sum_j w_j a_j / sum_{H_V} sum_j a_j
+        a_j <- r a_j for question keys in H_Q;  rows are renormalised
+
+    The question is the text of the last user's turn in rows that follow an image. The paper keeps the rows of content
+    words only (by a tagger); here all rows of the question count. Counts samples with a question.
+
+    Raises:
+        OptionError: the turns cannot be known, as there is no processor; ``saliency`` is not one layer.
+        InputError: a prompt without a user's turn.
+    """
+
+    needs_turns = True
+    alpha: float = option(
+        5.0, 0, 20, "strength: weights lie within 1..e^alpha", source="paper: 5 for LLaVA, 4 for Qwen2-VL"
+    )
+    saliency: str = option("11/32", about="the layer whose gaze is followed", source="paper: 11 of 32")
+    layers: str = option("12/32:23/32", about="decoder layers that are edited", source="paper: 12..22 of 32")
+
+    def bind(self, sizes: Sizes) -> GIFT:
+        self.active_layers(sizes)
+        found = parse_layers(self.saliency, sizes.layers, "gift.saliency")
+        if len(found) != 1:
+            raise OptionError(f"gift.saliency must name one layer, got '{self.saliency}'")
+        return replace(self, saliency=str(found[0]))
+
+    def _looks_ahead(self, layers: int) -> bool:
+        """Whether layers are edited before the saliency is known, so that it takes a pass of its own."""
+        return parse_layers(self.layers, layers, "gift")[0] <= int(self.saliency)
+
+    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        number = parse_layers(self.saliency, sizes.layers, "gift.saliency")
+        return () if self._looks_ahead(sizes.layers) else number
+
+    def prepare(self, preparation: Preparation) -> None:
+        if not self._looks_ahead(preparation.layers):
+            return
+
+        def watch(layer: int, out: Tensor, weights: Weights) -> None:
+            if layer == int(self.saliency):
+                self._follow(preparation.request, 0, out.shape[1], out.device, weights)
+
+        preparation.run(preparation.embeds, preparation.real, preparation.positions, watch)
+
+    def measure(self, scope: Scope, weights: Weights) -> None:
+        self._follow(scope.request, scope.keys - scope.queries, scope.keys, scope.device, weights)
+
+    def _follow(self, request: Request, start: int, stop: int, device: torch.device, weights: Weights) -> None:
+        """Find the key weights from the rows of the question among the slots ``start:stop``."""
+        visual = request.types(stop, device) != TEXT
+        turns = request.turns(stop, device)
+        question = ~visual & (request.roles(stop, device) == USER) & (turns == turns.amax(1, keepdim=True))
+        question = question & (visual.cumsum(1) > 0)
+        places = question[:, start:].any(0).nonzero().flatten()
+        if not len(places):
+            return
+        first, last = int(places[0]), int(places[-1]) + 1
+        per_head = torch.zeros(())  # summed over rows: [batch, heads, keys]
+        for a in range(first, last, _ROWS):
+            b = min(a + _ROWS, last)
+            shift = self._shift(weights(max(a - 1, 0), b), a == 0)
+            per_head = per_head.to(device) + (shift * question[:, None, start + a : start + b, None]).sum(2)
+        per_head = per_head * visual[:, None]
+        top = max(1, per_head.shape[1] // 2)
+        heads = per_head.sum(-1).topk(top, dim=1).indices
+        saliency = per_head.gather(1, heads[..., None].expand(-1, -1, stop)).mean(1)  # its scale does not matter
+        asked = question.any(1)
+        weight = torch.where(asked[:, None] & visual, torch.exp(self.alpha * _scaled(saliency, visual)), 1.0)
+        groups = torch.where(visual, 1, torch.where(question, 2, 0)).to(torch.uint8)
+        request.state[(self, "gaze")] = (weight, groups)
+        request.ledger.add(("fired", "gift"), asked.sum())
+
+    def _shift(self, attended: Tensor, from_start: bool) -> Tensor:
+        """Positive change of attention from each row to the next, ``[batch, heads, rows - 1, keys]``."""
+        if from_start:  # the first row of the prompt has none before it
+            attended = torch.cat([attended[:, :, :1], attended], 2)
+        return attended.diff(dim=2).clamp_min(0)
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        gaze: tuple[Tensor, Tensor] | None = scope.request.state.get((self, "gaze"))
+        if gaze is None:
+            return AttentionEdit()
+        weight, groups = scope.once(("gift", self), lambda: self._padded(scope, gaze))
+        return AttentionEdit(gain=(GainPart(groups, BoostPlan(), scope.rows_that_predict(), weight=weight),))
+
+    def _padded(self, scope: Scope, gaze: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Key weights and groups for all keys: those that came since weigh 1 and belong to the rest."""
+        weight, groups = gaze
+        new = scope.keys - weight.shape[1]
+        pad = torch.nn.functional.pad
+        if new < 0:
+            return weight[:, : scope.keys].to(scope.device), groups[:, : scope.keys].to(scope.device)
+        return pad(weight, (0, new), value=1.0).to(scope.device), pad(groups, (0, new)).to(scope.device)
+
+
+def _scaled(saliency: Tensor, visual: Tensor) -> Tensor:
+    """Saliency ``[batch, keys]`` clamped to mean +- 3 std over the image tokens (unbiased) and scaled to 0..1 there."""
+    count = visual.sum(1, keepdim=True)
+    mean = (saliency * visual).sum(1, keepdim=True) / count.clamp_min(1)
+    std = (((saliency - mean) * visual).square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+    clamped = torch.minimum(torch.maximum(saliency, mean - 3 * std), mean + 3 * std)
+    low = clamped.masked_fill(~visual, float("inf")).amin(1, keepdim=True)
+    high = clamped.masked_fill(~visual, float("-inf")).amax(1, keepdim=True)
+    return torch.where(visual, (clamped - low) / (high - low).clamp_min(1e-12), 0.0)

@@ -1,0 +1,39 @@
+"""Heads-guided image attention in the middle layers (arXiv 2411.16724)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlmattn.interventions.base import Intervention, option, register
+from vlmattn.kernels import AttentionEdit, LogitPart
+from vlmattn.request import Scope
+
+
+@register(
+    "heads_guided",
+    paper="arXiv:2411.16724 (CVPR 2025)",
+    code="github.com/ZhangqiJiang07/middle_layers_indicating_hallucinations",
+    faithful="paper text",
+    parts="logit",
+    cost="one row of the prefill; decode: a mean over heads per key",
+    presets={"heads_guided": ("constants of the released code", {})},
+)
+@dataclass(frozen=True, kw_only=True)
+class HeadsGuided(Intervention):
+    """Raise the score of every image key by how much all heads care for it.
+
+        s'_{h,j} = s_{h,j} + alpha mean_{h'} |s_{h',j}|    for image keys j
+
+    Scores are the scaled dot products before the mask; the mean is over all heads of the layer. Rows: the one that
+    predicts the next token. Counts attention calls edited.
+    """
+
+    alpha: float = option(0.5, 0, 10, "strength", source="released code")
+    layers: str = option("1/6:1/2+2", about="decoder layers", source="released code: 5..17 of 32")
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        guide: Tensor = scope.once(("heads_guided", self.alpha), lambda: self.alpha * scope.visual.float())
+        scope.count("heads_guided", 1)
+        return AttentionEdit(logit=(LogitPart(guide=guide, rows=scope.rows_that_predict()),))

@@ -1,0 +1,140 @@
+"""Head steering: block or amplify the heads that decide which modality an answer follows (arXiv 2602.03677)."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import OptionError
+from vlmattn.interventions.base import Intervention, Sizes, option, parse_layers, register
+from vlmattn.interventions.profiles import HeadProfile, beside
+from vlmattn.kernels import AttentionEdit, HeadPart, MaskPart, Rows
+from vlmattn.request import Scope
+
+
+@register(
+    "heads",
+    paper="arXiv:2602.03677",
+    code="not available",
+    faithful="experimental",
+    parts="head gain or mask",
+    cost="one multiplication (cut: dense rows in prefill)",
+    presets={
+        "heads_block": ("silence the 5 % of heads with the largest causal effect", {"operation": "block"}),
+        "heads_amplify": ("double the 5 % of heads with the largest causal effect", {"operation": "amplify"}),
+        "heads_cut": ("the same heads do not see the image any more", {"operation": "cut"}),
+    },
+)
+@dataclass(frozen=True, kw_only=True)
+class Heads(Intervention):
+    """Silence, replace or amplify single heads, or blind them to the image.
+
+        operation "block":    out_h <- 0 (``ablation`` "zero") or out_h <- mean output of the head ("mean")
+        operation "amplify":  out_h <- gain out_h
+        operation "cut":      head h does not see image keys
+
+    on text rows after an image and all generated rows (``rows`` "instruction"), or on all rows. Which heads: ``heads``, or
+    the top ``share`` of a score in a HeadProfile; ``vlmattn.inspection.find_heads`` ranks heads by their causal effect on
+    which modality the answer follows. The paper's operator and scale are not known to us: experimental. Counts heads.
+
+    Raises:
+        OptionError: no heads given and no profile beside the model; a profile of another model; a head or layer that the
+            model does not have; mean ablation without a profile that has means.
+    """
+
+    operation: str = option("block", about="what happens to the heads", choices=("block", "amplify", "cut"))
+    heads: str = option("", about="layer.head pairs such as '12.3,14.7'; empty: the top share of the profile")
+    profile: str = option("", about="HeadProfile file; empty: vlmattn_heads.json beside the model")
+    score: str = option("causal", about="score of the profile that ranks heads")
+    share: float = option(0.05, 0, 1, "share of all heads", source="paper: 5 %")
+    gain: float = option(2.0, 0, 10, "factor of amplified heads", source="ours: middle of 1.5..3")
+    ablation: str = option("zero", about="what a blocked head says instead", choices=("zero", "mean"))
+    rows: str = option("instruction", about="rows that are steered", choices=("instruction", "all"))
+
+    def bind(self, sizes: Sizes) -> Heads:
+        path = self.profile or str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
+        mean = self.operation == "block" and self.ablation == "mean"
+        if (not self.heads or mean) and not path:
+            raise OptionError(
+                "heads: which heads? Give heads='12.3,14.7', or measure them: find_heads(model, samples).save(folder of the"
+                " model), and name the file with profile=..."
+            )
+        chosen = _pairs(self.heads)
+        if path:
+            found = _load(path)
+            found.check(sizes, "heads.profile")
+            if mean and not found.means:
+                raise OptionError(f"heads: {path} has no mean outputs, which mean ablation needs; use ablation='zero'")
+            chosen = chosen or found.top(self.score, self.share)
+        for layer, head in chosen:
+            if layer >= sizes.layers or head >= sizes.heads:
+                raise OptionError(
+                    f"heads names head {head} of layer {layer}, but the model has {sizes.layers} layers of {sizes.heads} heads"
+                )
+        bound = replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
+        bound.active_layers(sizes)
+        return bound
+
+    def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        inside = parse_layers(self.layers, sizes.layers, "heads")
+        found = tuple(sorted({layer for layer, _ in _pairs(self.heads)} & set(inside)))
+        if not found:
+            raise OptionError(f"heads.layers '{self.layers}' has none of the heads {self.heads}")
+        return found
+
+    def hides(self) -> frozenset[str]:
+        return frozenset({"text-image"} if self.operation == "cut" else ())
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        mine = [head for layer, head in _pairs(self.heads) if layer == scope.layer]
+        rows = None if self.rows == "all" else scope.rows_after_image()
+        scope.count("heads", len(mine))
+        if self.operation == "cut":
+            return AttentionEdit(mask=(self._cut(scope, mine, rows),))
+        return AttentionEdit(head_gain=(self._scaled(scope, mine, rows),))
+
+    def _scaled(self, scope: Scope, mine: list[int], rows: Rows | None) -> HeadPart:
+        def make() -> tuple[Tensor, Tensor | None]:
+            gain = torch.ones(1, scope.heads, device=scope.device)
+            gain[:, mine] = self.gain if self.operation == "amplify" else 0.0
+            if self.operation == "amplify" or self.ablation == "zero":
+                return gain, None
+            means = torch.tensor(_load(self.profile).means[scope.layer], device=scope.device)[None]
+            return gain, means * (gain == 0)[..., None]
+
+        gain, offset = scope.state(self, "gain", make)
+        return HeadPart(gain, rows, offset)
+
+    def _cut(self, scope: Scope, mine: list[int], rows: Rows | None) -> MaskPart:
+        def make() -> Tensor:
+            heads = torch.zeros(1, scope.heads, dtype=torch.bool, device=scope.device)
+            heads[:, mine] = True
+            return heads
+
+        ids = torch.where(scope.visual, 0, -1)
+        inside = scope.of_rows(~scope.visual, True) if rows is None else rows.mask
+        return MaskPart(torch.where(inside, 0, -1), ids, 0.0, heads=scope.state(self, "heads", make))
+
+
+def _load(path: str) -> HeadProfile:
+    try:
+        return _load_version(path, os.stat(path).st_mtime_ns)
+    except OSError:
+        return HeadProfile.load(path)  # says what is wrong
+
+
+@lru_cache(maxsize=8)
+def _load_version(path: str, changed: int) -> HeadProfile:
+    return HeadProfile.load(path)
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    """``"12.3,14.7"`` as (layer, head) pairs."""
+    if text and not re.fullmatch(r"\s*\d+\.\d+\s*(,\s*\d+\.\d+\s*)*", text):
+        raise OptionError(f"heads.heads must look like '12.3,14.7' (layer.head), got '{text}'")
+    return tuple((int(a), int(b)) for a, b in (pair.split(".") for pair in text.split(",") if pair.strip()))

@@ -1,0 +1,151 @@
+"""What was measured about one language model: its sinks and its heads, as JSON files beside the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from vlmattn.errors import InputError, OptionError
+from vlmattn.interventions.base import Sizes
+
+_P = TypeVar("_P", bound="_Profile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Profile:
+    """Facts that hold for one language model.
+
+    Attributes:
+        fingerprint: hash of the sizes of the model (``Anatomy.fingerprint``).
+        source: folder or hub name of the model.
+        prompts: what was asked to measure this; images by name.
+        seed: of everything random in it.
+    """
+
+    FILE_NAME: ClassVar[str]
+    fingerprint: str
+    source: str = ""
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the profile to a file, or under its usual name into a folder, where methods look for it."""
+        target = Path(path)
+        if target.suffix != ".json":
+            target = target / self.FILE_NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        partial.replace(target)
+        return target
+
+    @classmethod
+    def load(cls: type[_P], path: str | os.PathLike[str]) -> _P:
+        """Read a profile from a file or a folder.
+
+        Raises:
+            InputError: no such file, or not a profile of this kind.
+        """
+        source = Path(path)
+        if source.is_dir():
+            source = source / cls.FILE_NAME
+        try:
+            data = json.loads(source.read_text())
+        except OSError as error:
+            raise InputError(f"cannot read the profile {source}: {error.strerror}") from None
+        except ValueError:
+            raise InputError(f"{source}: not a {cls.__name__} (not JSON)") from None
+        names = {spec.name for spec in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or not isinstance(data.get("fingerprint"), str) or set(data) - names:
+            raise InputError(f"{source}: not a {cls.__name__}")
+        try:
+            return cls(**{key: _frozen(value) for key, value in data.items()})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{source}: not a {cls.__name__}: {error}") from None
+
+    def check(self, sizes: Sizes, where: str) -> None:
+        """Raise ``OptionError`` if this was measured on a model of other sizes."""
+        if self.fingerprint != sizes.fingerprint:
+            raise OptionError(
+                f"{where}: this {type(self).__name__} belongs to another language model (measured on"
+                f" '{self.source or 'unknown'}', config hash {self.fingerprint}; the model's is {sizes.fingerprint}); measure it"
+                " again on this one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkProfile(_Profile):
+    """Sinks of a language model.
+
+    Attributes:
+        dims: hidden dimensions in which sinks are massive.
+        tau: threshold of phi = max_{d in dims} |x_d| / RMS(x) that separates sinks from other tokens.
+        layers: first layer that sinks enter, and the layer after the last one; (0, 0) if there are none.
+        levels: for each layer the mean number of (primary, secondary) sinks in a prompt.
+    """
+
+    FILE_NAME: ClassVar[str] = "vlmattn_sinks.json"
+    dims: tuple[int, ...]
+    tau: float
+    layers: tuple[int, int] = (0, 0)
+    levels: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(d, int) for d in self.dims) or not self.tau > 0:
+            raise ValueError("dims must be whole numbers and tau positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadProfile(_Profile):
+    """Scores of every attention head of a language model.
+
+    Attributes:
+        scores: name of a score -> ``[layers][heads]``; larger means more.
+        means: mean output of each head at the last prompt row, ``[layers][heads][dim]``, for mean ablation.
+    """
+
+    FILE_NAME: ClassVar[str] = "vlmattn_heads.json"
+    scores: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    means: tuple[tuple[tuple[float, ...], ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        widths = {len(row) for table in self.scores.values() for row in table}
+        if len(widths) != 1 or len({len(table) for table in self.scores.values()}) != 1:
+            raise ValueError("scores must be one number for each layer and head")
+
+    def top(self, score: str, share: float) -> tuple[tuple[int, int], ...]:
+        """The ``share`` of all (layer, head) pairs with the largest score, at least one; best first."""
+        if score not in self.scores:
+            raise OptionError(f"the profile has no score '{score}'; it has {', '.join(sorted(self.scores))}")
+        table = self.scores[score]
+        ranked = sorted(
+            ((layer, head) for layer, row in enumerate(table) for head in range(len(row))),
+            key=lambda place: -table[place[0]][place[1]],
+        )
+        return tuple(ranked[: max(1, round(share * len(ranked)))])
+
+
+def beside(source: str, file_name: str) -> Path | None:
+    """A file in the folder, or in the downloaded hub repository, that a model came from; None if there is none."""
+    if not source:
+        return None
+    if Path(source).is_dir():
+        found = Path(source) / file_name
+        return found if found.is_file() else None
+    from transformers.utils import cached_file
+
+    cached = cached_file(
+        source, file_name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if cached is None else Path(cached)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+    return {key: _frozen(item) for key, item in value.items()} if isinstance(value, dict) else value
