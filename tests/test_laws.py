@@ -583,7 +583,7 @@ def test_a_preset_for_one_call(family):
     ("error", "match", "recipe", "options"),
     [
         (UnknownNameError, r"unknown preset 'vaar'; did you mean var", "vaar", {}),
-        (UnknownNameError, r"unknown preset 'zzz'; known: none, pai", "zzz", {}),
+        (UnknownNameError, r"unknown preset 'zzz'; known: bidirectional_image, .* more", "zzz", {}),
         (UnknownNameError, r"unknown option of 'pai' 'alhpa'; did you mean alpha", "pai", {"alhpa": 1}),
         (OptionError, r"pai\.alpha must be a number within 0\.\.0\.999, got 1\.5", "pai", {"alpha": 1.5}),
         (OptionError, r"var\.keep must be a number within 0\.\.1, got nan", "var", {"keep": float("nan")}),
@@ -696,7 +696,7 @@ def test_an_edit_that_cannot_fire_warns_at_wrap_and_once_after_generate():
 
 @no_grad
 def test_unknown_sink_dimensions_warn():
-    with pytest.warns(UserWarning, match=r"sink dimensions .* are not known.*give dims="):
+    with pytest.warns(UserWarning, match=r"sink dimensions .* not known.*find_sinks.*dims="):
         vlmattn.wrap(build("llava"), VAR(tau=2.0))
 
 

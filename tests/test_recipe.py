@@ -17,8 +17,14 @@ from vlmattn.interventions.base import parse_layers
 from vlmattn.models import Anatomy
 from vlmattn.recipe import FILE_NAME
 
-SIZES = Anatomy("llava", 32, 32, 32, 128, 4096, ("llama", 4096, 32, 11008))
+SIZES = Anatomy("llava", 32, 32, 32, 128, 4096, ("llama", 4096, 32, 11008), tower_layers=24)
 PRESETS = sorted(vlmattn.presets())
+MEASURED = {
+    "focus": "fit_directions",
+    "heads_amplify": "find_heads",
+    "heads_block": "find_heads",
+    "heads_cut": "find_heads",
+}
 
 
 # --- what people write
@@ -70,7 +76,7 @@ def test_other_things_are_no_recipes(spec):
 def test_unknown_names_come_with_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown preset 'var_offical'; did you mean var_official"):
         Recipe.of("vhr+var_offical")
-    with pytest.raises(UnknownNameError, match="unknown preset 'qqq'; known: none, pai, pai_official"):
+    with pytest.raises(UnknownNameError, match="unknown preset 'qqq'; known: bidirectional_image, .* and [0-9]+ more"):
         Recipe.of("qqq")
     with pytest.raises(UnknownNameError, match="unknown preset ''"):
         Recipe.of("pai+")
@@ -118,7 +124,26 @@ def test_presets_are_inside_their_own_ranges(name):
     assert method.info.name == info.method
     assert {key: method.options()[key] for key in info.options} == dict(info.options)
     assert info.about
-    assert Recipe.of(name).bind(SIZES).by_layer[20], "acts in the middle of a 7B model"
+    if name in MEASURED:  # these act on what was measured on a model
+        with pytest.raises(OptionError, match=MEASURED[name]):
+            Recipe.of(name).bind(SIZES)
+    else:
+        assert any(Recipe.of(name).bind(SIZES).by_layer), "acts in a 7B model"
+
+
+@pytest.mark.parametrize(
+    ("preset", "layers"),
+    [
+        ("vaf", range(9, 15)),
+        ("heads_guided", range(5, 18)),
+        ("gift", range(12, 23)),
+        ("sofa", range(0, 31, 2)),
+        ("vhr", [1, *range(18, 32)]),
+    ],
+)
+def test_shares_of_the_depth_are_the_papers_layers_in_7b(preset, layers):
+    (method,) = Recipe.of(preset).interventions
+    assert method.active_layers(SIZES) == tuple(layers)
 
 
 # --- value semantics
@@ -256,7 +281,9 @@ def test_layer_indices_are_those_of_python(count, indices):
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "a", "1.5", "1:2:3:4", "2-3", "1;2", "a:b"])
 def test_other_texts_are_no_layers(text):
-    with pytest.raises(OptionError, match=r"pai\.layers must look like '2:-1', '1,-14:', '0:-1:2' or '9/32:15/32', got"):
+    with pytest.raises(
+        OptionError, match=r"pai\.layers must look like '2:-1', '1,-14:', '0:-1:2' or '9/32:15/32', got"
+    ):
         PAI(layers=text)
 
 

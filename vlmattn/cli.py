@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vlmattn.errors import (
     TORCHVISION_REMEDY,
@@ -283,24 +284,40 @@ def presets(
 
 
 def _list_presets(known: dict[str, PresetInfo]) -> None:
-    """A table as wide as the terminal, or one line per preset where there is none (for grep)."""
+    """One line per preset for other programs; on a terminal a table that fits, with what its method costs said once."""
     from vlmattn.evals.survey import checked_against, paper_id
     from vlmattn.interventions import find_method
 
-    table = Table(box=None if not console.is_terminal else SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    terminal = console.is_terminal
+    table = Table(box=SIMPLE_HEAD if terminal else None, padding=(0, 1 if terminal else 2, 0, 0), pad_edge=False)
+    widest = {"parts": 13, "checked against": 12} if terminal else {}
     for column in ("preset", "about", "parts", "checked against", "paper", "cost"):
-        table.add_column(column, no_wrap=column in ("preset", "paper"), style="bold" if column == "preset" else "")
-    for preset, info in known.items():
-        method = find_method(info.method).info
-        checked, paper = checked_against(info.about, method.faithful), paper_id(method.paper)
-        table.add_row(*map(escape, (preset, info.about, method.parts, checked, paper, method.cost)))
-    if console.is_terminal:
+        header = "about, and what the method costs" if terminal and column == "about" else column
+        if not terminal or column != "cost":
+            table.add_column(
+                header, no_wrap=not terminal or column in ("preset", "paper"), max_width=widest.get(column)
+            )
+    told = ""
+    for preset in sorted(known, key=lambda name: (known[name].method, name)):
+        about, method = known[preset].about, find_method(known[preset].method).info
+        checked, paper = checked_against(about, method.faithful), paper_id(method.paper)
+        cells = [Text(text) for text in (preset, about, method.parts, checked, paper)]
+        if not terminal:
+            cells.append(Text(method.cost))
+        elif method.name != told:
+            table.add_section()
+            cells[1].append(f"\n{method.cost}", style="dim")
+        cells[0].stylize("bold")
+        table.add_row(*cells)
+        told = method.name
+    if terminal:
         console.print(table)
-        console.print("vlmattn presets NAME shows one with all its options", style="dim")
+        _plain("vlmattn presets NAME shows one with all its options", style="dim")
     else:
-        wide = Console(width=10_000)
-        wide.width = wide.measure(table).maximum
-        wide.print(table)
+        wide = Console(width=10_000)  # a narrower one would fold
+        with wide.capture() as lines:
+            wide.print(table)
+        print("\n".join(line.rstrip() for line in lines.get().splitlines()))
 
 
 def _show_recipe(recipe: Recipe, info: PresetInfo | None) -> None:

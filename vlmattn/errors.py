@@ -21,13 +21,17 @@ class OptionError(VlmattnError, ValueError):
     """An option has a value it may not have."""
 
 
+_FEW = 12  # names that fit a line
+
+
 class UnknownNameError(VlmattnError, KeyError):
     """A preset, method or suite that does not exist."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+        few = known if len(known) <= _FEW else [*known[:_FEW], f"and {len(known) - _FEW} more"]
+        hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(few)}"
         self.message = f"unknown {kind} '{name}'; {hint}"
         super().__init__(self.message)
 

@@ -15,6 +15,7 @@ import yaml
 from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError
 from vlmattn.interventions import Intervention, all_presets, make_method
 from vlmattn.interventions.base import Sizes
+from vlmattn.interventions.files import copy_whole, write_whole
 from vlmattn.request import Plan
 
 FILE_NAME = "vlmattn_config.json"
@@ -59,7 +60,7 @@ class Recipe:
         if isinstance(spec, Intervention):
             return cls(spec.info.name, (spec,))
         if isinstance(spec, str) and spec and not any(mark in spec for mark in (os.sep, ".yaml", ".yml", ".json")):
-            if Path(spec).is_dir() and spec not in all_presets():
+            if "+" not in spec and spec not in all_presets() and Path(spec).is_dir():
                 return cls.from_pretrained(spec)
             return cls._from_names(spec)
         if isinstance(spec, (str, os.PathLike)):
@@ -171,7 +172,7 @@ class Recipe:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Recipe:
         try:
-            return cls.from_text(Path(path).read_text())
+            return cls.from_text(Path(path).read_text())._at(Path(path).parent)
         except OSError as error:
             raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -179,13 +180,25 @@ class Recipe:
         except VlmattnError as error:
             raise InputError(f"{path}: {error}") from None
 
+    def _at(self, folder: Path) -> Recipe:
+        """With the files that lie in ``folder`` named by their whole path."""
+        placed = []
+        for method in self.interventions:
+            names = {key: str(folder / getattr(method, key)) for key in method.files if getattr(method, key)}
+            placed.append(replace(method, **{key: path for key, path in names.items() if Path(path).is_file()}))
+        return replace(self, interventions=tuple(placed))
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``vlmattn_config.json`` into a model folder, where ``wrap(model)`` finds it again."""
+        """Write ``vlmattn_config.json`` into a model folder, where ``wrap(model)`` finds it again, and the files it names."""
         target = Path(folder) / FILE_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        partial.write_text(self.to_json())
-        partial.replace(target)
+        moved = []
+        for method in self.interventions:
+            named = {key: name for key, name in method.files.items() if getattr(method, key)}
+            for key, name in named.items():
+                copy_whole(getattr(method, key), target.parent / name)
+            moved.append(replace(method, **named))
+        write_whole(target, replace(self, interventions=tuple(moved)).to_json())
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Recipe:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 
 from vlmattn import attention
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
-from vlmattn.interventions.profiles import beside
+from vlmattn.interventions.files import beside, copy_whole
 from vlmattn.models import Anatomy, Family, Turns, find_family
 from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import TEXT, Ledger, Plan, Preparation, Request, Scope, Sight, Slots, Step, number_images
@@ -344,6 +345,10 @@ def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[st
     assert handle is not None
     original = handle._originals.get("save_pretrained") or MethodType(type(self).save_pretrained, self)
     out = original(save_directory, *args, **kwargs)
+    for method in {method for methods in handle._plan.by_layer for method in methods}:
+        for key, name in getattr(method, "files", {}).items():  # what was found beside this model goes with it
+            if getattr(method, key):
+                copy_whole(getattr(method, key), Path(save_directory) / name)
     handle.recipe.save_pretrained(save_directory)
     return out
 

@@ -135,7 +135,9 @@ def markdown_tables(result: Result) -> str:
                 difference = "" if preset == "none" else change(first)
                 values = [f"{cells[name]['value']:.1f}" for name in others]
                 lines.append(
-                    "| " + " | ".join([label, preset, f"{first['value']:.1f}", difference, p_value(row), *values]) + " |"
+                    "| "
+                    + " | ".join([label, preset, f"{first['value']:.1f}", difference, p_value(row), *values])
+                    + " |"
                 )
         lines.append("")
     return "\n".join([*lines, *notes(result)]).strip() + "\n"

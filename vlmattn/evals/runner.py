@@ -67,7 +67,7 @@ def evaluate(
     Raises:
         StateError: ``out`` holds a run with other settings; the model is wrapped.
         UnknownNameError: no such preset.
-        OptionError: a recipe name is given twice; a batch size below 1.
+        OptionError: a recipe that does not fit the model, or is given twice; a batch size below 1.
     """
     if (handle := handle_of(model)) is not None:  # its edit would answer for none
         raise StateError(
@@ -87,6 +87,11 @@ def evaluate(
         "seed": SEED,
         "versions": versions(),
     }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said again when it answers
+        for recipe in recipes.values():  # what does not fit the model is an error now, not hours later
+            with _applied(model, recipe, processor):
+                pass
     processor.tokenizer.padding_side = "left"
     with Journal(out, settings, restart) as journal:
         earlier = _earlier(out) if journal.resumed else {}

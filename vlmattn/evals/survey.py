@@ -199,17 +199,21 @@ def _list(summary: Mapping[str, Any], made: list[Comparison]) -> list[str]:
 
 def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
     """The warning about many comparisons."""
-    tested = [c for c in first if c.changed]
+
+    def count(made: list[Comparison]) -> str:
+        tested, found = sum(bool(c.changed) for c in made), sum(bool(c.verdict) for c in made)
+        return (
+            f"{len(made)} comparisons with `none`, {tested} of them with an answer changed; {found} intervals leave out 0, and"
+            f" about {_LEVEL * tested:.1f} would by chance alone if no preset did anything"
+        )
+
+    others = f" Other metrics: {count(rest)}." if rest else ""
     bound = _LEVEL / max(len(first), 1)
-    left = "; ".join(f"`{c.preset}` ({c.where}, {c.verdict or 'no verdict'})" for c in first if c.p < bound)
-    others = f" and {len(rest)} of other metrics, {sum(bool(c.verdict) for c in rest)} intervals of which do" if rest else ""
+    left = "; ".join(f"`{c.preset}` ({c.where}, {c.verdict or 'interval with 0'})" for c in first if c.p < bound)
     return (
-        f"**Many comparisons.** These are {len(first)} comparisons of headline metrics with `none`, {len(tested)} of them with at"
-        f" least one answer changed; {sum(bool(c.verdict) for c in first)} intervals leave out 0{others}. If no preset changed"
-        f" anything but by chance, about {_LEVEL * len(tested):.1f} of the {len(tested)} would still leave out 0. Presets of one"
-        " method, metrics of one suite and suites on the same images are not independent. Take a single finding for a hint,"
-        " not for proof. McNemar's tests of right and wrong answers that stay below"
-        f" {_LEVEL:g} / {len(first)} = {bound:.1g} (Bonferroni): {left or 'none of them'}."
+        f"**Many comparisons.** Headline metrics: {count(first)}.{others} Presets of one method, metrics of one suite and"
+        " suites on the same images are not independent. Take a single finding for a hint, not for proof. McNemar's tests of"
+        f" right and wrong answers with p below {_LEVEL:g} / {len(first)} = {bound:.2g} (Bonferroni): {left or 'none of them'}."
     )
 
 
@@ -233,7 +237,9 @@ def page(summary: Mapping[str, Any], command: str) -> str:
     ]
     for table, where in _columns(summary):
         title = summary["titles"][table["suite"]]
-        lines.append(f"- {where}: {title}; {table['samples']} questions about {table['images']} images or sets of images")
+        lines.append(
+            f"- {where}: {title}; {table['samples']} questions about {table['images']} images or sets of images"
+        )
     for suite, settings in summary["suites"].items():
         lines.append(f"- data of {suite}: `{json.dumps(settings)}`")
     lines += [
@@ -241,8 +247,9 @@ def page(summary: Mapping[str, Any], command: str) -> str:
         "## Figures",
         "Under each value: the difference to `none` with its 95 % interval (paired bootstrap over images), bold where the",
         "interval leaves out 0, and p of McNemar's exact test on right and wrong answers. A question counts once for each split",
-        "that it belongs to, so a figure is the mean over splits of one size. Fired: how often the method found something to",
-        "do, in its own count. Time: seconds per sample relative to `none`, taken once on this machine; not a benchmark.",
+        "of its suite that it belongs to (POPE: the mean over random, popular and adversarial), and once in McNemar's test.",
+        "Fired: how often the method found something to do, in its own count. Time: seconds per sample relative to `none`,",
+        "taken once on this machine; not a benchmark.",
         "",
         table_of_presets(summary),
         "",

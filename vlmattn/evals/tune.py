@@ -126,7 +126,9 @@ def parse_grid(recipe: Recipe, texts: Sequence[str]) -> dict[str, list[Any]]:
         if not (name and equals and values):
             raise InputError(f"--grid must look like sigma=0.25,0.5 or sigma=0:1:.1 (start:stop:step), got '{text}'")
         if name in pairs:
-            raise InputError(f"--grid names '{name}' twice; give all its values at once, as in {name}={pairs[name]},...")
+            raise InputError(
+                f"--grid names '{name}' twice; give all its values at once, as in {name}={pairs[name]},..."
+            )
         pairs[name] = values
     defaults = _options(recipe, pairs)
     return {name: _values(name, values, defaults[name]) for name, values in pairs.items()}
@@ -135,9 +137,7 @@ def parse_grid(recipe: Recipe, texts: Sequence[str]) -> dict[str, list[Any]]:
 def _options(recipe: Recipe, names: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the recipe's method with their defaults, once ``names`` are all among them."""
     if len(recipe.interventions) != 1:
-        raise OptionError(
-            f"only a recipe of one method can be tuned; '{recipe.name}' has {len(recipe.interventions)}"
-        )
+        raise OptionError(f"only a recipe of one method can be tuned; '{recipe.name}' has {len(recipe.interventions)}")
     (method,) = recipe.interventions
     known = {spec.name: spec.default for spec in dataclasses.fields(method)}
     for name in names:
@@ -156,7 +156,9 @@ def _values(name: str, text: str, default: Any) -> list[Any]:
             raise InputError(f"--grid {name} takes true and false, got '{text}'")
         return [word.lower() == "true" for word in words]
     if not isinstance(default, (int, float)):
-        raise InputError(f"--grid cannot hold values of '{name}', which are lists; use vlmattn.evals.tune.tune in Python")
+        raise InputError(
+            f"--grid cannot hold values of '{name}', which are lists; use vlmattn.evals.tune.tune in Python"
+        )
     numbers: list[Decimal] = []
     for word in words:
         try:

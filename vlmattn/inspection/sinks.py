@@ -40,6 +40,7 @@ def find_sinks(
     With x a token's residual stream as it enters a layer, a token is massive when max_d |x_d| / RMS(x) > tau. A layer of
     the middle and a prompt vote for a dimension d that is among the 4 largest of a massive token and has |x_d| / RMS(x)
     > tau; dimensions with at least 80% of the votes are sink dimensions, the 4 largest of them if there are more.
+    ``layers`` spans those in which at least half of the prompts have a token with phi > tau over these dimensions.
 
     ``levels`` are by direction instead (arXiv 2512.22213): token j is a sink of layer l when |cos(x_j, x_first)| > .9
     and l lies between the largest rise and the largest fall of the first token's norm; primary when that holds in at
@@ -75,7 +76,7 @@ def find_sinks(
             looks.append(_look(model, family, batch, tau))
     dims = _agreed([row for look in looks for row in look.leading], anatomy.layers)
     rows = [row for look in looks for row in look.massive]
-    hit = [layer for layer in range(anatomy.layers) if any(dims & row[layer] for row in rows)]
+    hit = [layer for layer in range(anatomy.layers) if 2 * sum(bool(dims & row[layer]) for row in rows) >= len(rows)]
     if not dims:
         warnings.warn(
             f"no sink dimensions: no dimension of the residual stream exceeds tau = {tau:g} in most layers and prompts; give"

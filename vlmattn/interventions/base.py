@@ -91,6 +91,8 @@ class Intervention:
     needs_turns: ClassVar[bool] = False
     #: Without image tokens in the prompt there is nothing for the method to do.
     needs_images: ClassVar[bool] = True
+    #: Options that name a file, and the usual name of that file beside a model.
+    files: ClassVar[Mapping[str, str]] = {}
     layers: str = option("0:", about="decoder layers: slices or indices joined by commas; a/b is a share of the depth")
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vlmattn.errors import InputError, OptionError
 from vlmattn.interventions.base import Intervention, Sizes, option, parse_layers, register
-from vlmattn.interventions.profiles import beside
+from vlmattn.interventions.files import beside
 from vlmattn.kernels import AttentionEdit
 from vlmattn.request import Directions, Scope
 
@@ -45,6 +46,7 @@ class FocusDirections(Intervention):
     """
 
     needs_images = False
+    files: ClassVar[Mapping[str, str]] = {"file": FILE_NAME}
     alpha: float = option(1.0, -100, 100, "strength", source="paper: tuned per model")
     file: str = option("", about=f"safetensors file of directions; empty: {FILE_NAME} beside the model")
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmattn.errors import OptionError
 from vlmattn.interventions.base import Intervention, Sizes, option, parse_layers, register
-from vlmattn.interventions.profiles import HeadProfile, beside
+from vlmattn.interventions.files import beside
+from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.kernels import AttentionEdit, HeadPart, MaskPart, Rows
 from vlmattn.request import Scope
 
@@ -47,6 +50,7 @@ class Heads(Intervention):
             model does not have; mean ablation without a profile that has means.
     """
 
+    files: ClassVar[Mapping[str, str]] = {"profile": HeadProfile.FILE_NAME}
     operation: str = option("block", about="what happens to the heads", choices=("block", "amplify", "cut"))
     heads: str = option("", about="layer.head pairs such as '12.3,14.7'; empty: the top share of the profile")
     profile: str = option("", about="HeadProfile file; empty: vlmattn_heads.json beside the model")

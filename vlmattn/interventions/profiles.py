@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from vlmattn.errors import InputError, OptionError
 from vlmattn.interventions.base import Sizes
+from vlmattn.interventions.files import write_whole
 
 _P = TypeVar("_P", bound="_Profile")
 
@@ -39,9 +40,7 @@ class _Profile:
         if target.suffix != ".json":
             target = target / self.FILE_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        partial.replace(target)
+        write_whole(target, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         return target
 
     @classmethod
@@ -128,21 +127,6 @@ class HeadProfile(_Profile):
             key=lambda place: -table[place[0]][place[1]],
         )
         return tuple(ranked[: max(1, round(share * len(ranked)))])
-
-
-def beside(source: str, file_name: str) -> Path | None:
-    """A file in the folder, or in the downloaded hub repository, that a model came from; None if there is none."""
-    if not source:
-        return None
-    if Path(source).is_dir():
-        found = Path(source) / file_name
-        return found if found.is_file() else None
-    from transformers.utils import cached_file
-
-    cached = cached_file(
-        source, file_name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
-    return None if cached is None else Path(cached)
 
 
 def _frozen(value: Any) -> Any:

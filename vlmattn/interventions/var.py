@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmattn.errors import OptionError
 from vlmattn.interventions.base import Intervention, Sizes, option, register
-from vlmattn.interventions.profiles import SinkProfile, beside
+from vlmattn.interventions.files import beside
+from vlmattn.interventions.profiles import SinkProfile
 from vlmattn.interventions.sinks import SINK_DIMS, UNVERIFIED_SINK_DIMS, sink_values
 from vlmattn.kernels import AttentionEdit, GainPart, GainPlan, MassGate
 from vlmattn.request import Scope, Slots
@@ -61,6 +64,7 @@ class VAR(Intervention):
             profile, a profile of another model.
     """
 
+    files: ClassVar[Mapping[str, str]] = {"profile": SinkProfile.FILE_NAME}
     keep: float = option(0.4, 0, 1, "fraction of a sink's attention that stays", source="paper, p = .6 removed")
     max_sink: float = option(
         0.5, 0, 1, "largest share of visual attention on sinks in an image-centric head", source="paper, rho = .5"

@@ -49,15 +49,20 @@ class Turns:
         places = [text.find(said) for said in _SAID]
         if min(places) < 0 or sorted(places) != places:
             raise InputError("the chat template does not show a user, an answer and a user in turn")
-        ends = [place + len(said) for place, said in zip(places, _SAID, strict=True)]
+        after = [place + len(said) for place, said in zip(places, _SAID, strict=True)]
         opening, answering, again, closing = (
             _squeeze(text[a:b])
-            for a, b in ((0, places[0]), (ends[0], places[1]), (ends[1], places[2]), (ends[2], None))
+            for a, b in ((0, places[0]), (after[0], places[1]), (after[1], places[2]), (after[2], None))
         )
         tokenizer = getattr(processor, "tokenizer", processor)
         special = [_squeeze(token) for token in getattr(tokenizer, "all_special_tokens", [])]
-        user = "".join(_common_start(_units(opening, special)[::-1], _units(again, special)[::-1])[::-1])
-        answer = "".join(_common_start(_units(answering, special), _units(closing, special))) if closing else answering
+        begins = _common_start(_units(opening, special)[::-1], _units(again, special)[::-1])[::-1]
+        ends = _units(answering, special)
+        if closing:
+            ends = _common_start(ends, _units(closing, special))
+        while len(begins) > 1 and begins[:1] == ends[:1] and begins[1] in special:
+            begins = begins[1:]  # what ends any turn does not belong to the beginning of this one
+        user, answer = "".join(begins), "".join(ends)
         if not user or not answer:
             raise InputError("the chat template does not mark where a user's turn begins and ends")
         return cls(user, answer, tokenizer)

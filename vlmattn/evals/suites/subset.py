@@ -47,7 +47,9 @@ class Subset(Suite):
         """
         samples = suite.samples()
         if not 1 <= count <= len(samples):
-            raise OptionError(f"the number of samples must be within 1..{len(samples)}, as many as '{suite.name}' has; got {count}")
+            raise OptionError(
+                f"the number of samples must be within 1..{len(samples)}, as many as '{suite.name}' has; got {count}"
+            )
         order = np.random.default_rng(seed).permutation(len(samples))
         return cls(suite, [samples[int(i)].id for i in order[:count]], label)
 
