@@ -12,6 +12,7 @@ from vlmattn.evals import runner
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites import Chair, Pope, Which, World
+from vlmattn.evals.suites.pope import says_yes
 from vlmattn.evals.suites.subset import Subset
 from vlmattn.evals.suites.world import EVAL_SEED
 from vlmattn.evals.tune import TUNE_SEED, parse_grid, settings_of, tune
@@ -199,14 +200,14 @@ def test_the_record_follows_from_the_answers(finished):
     folder, found = finished
     record = json.loads((folder / "tune.json").read_text())
     suite = Pope.on_scenes([WORLD])
-    truth = {sample.id: "yes" if sample.truth else "no" for sample in suite.samples()}
+    truth = {sample.id: sample.truth for sample in suite.samples()}
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert record["samples"] == list(found.samples)
     assert len(record["samples"]) == len(set(record["samples"])) == 24
     for setting in record["settings"]:
         said = {line["id"]: line["answer"] for line in lines if line["preset"] == setting["name"]}
         assert set(said) == set(record["samples"]), "every setting sees the same samples"
-        right = sum(truth[i] == answer for i, answer in said.items())
+        right = sum(truth[i] == says_yes(answer) for i, answer in said.items())
         assert setting["value"] == pytest.approx(100 * right / 24, abs=1e-3)
         assert setting["n"] == 24
         assert setting["fired"] > 0 or setting["options"]["alpha"] == 1
@@ -223,9 +224,7 @@ def test_the_recipe_can_be_evaluated(bundled, finished, tmp_path):
     folder, found = finished
     assert Recipe.of(str(folder / "tuned.yaml")) == found.recipe
     suite = Pope.on_scenes([World("clear", 0.0, 2)])
-    result = evaluate(
-        *bundled, [suite], [str(folder / "tuned.yaml"), PAI], tmp_path, "embedded", say=lambda _: None
-    )
+    result = evaluate(*bundled, [suite], [str(folder / "tuned.yaml"), PAI], tmp_path, "embedded", say=lambda _: None)
     assert list(result.summary["tables"][0]["rows"]) == ["none", "vhr[alpha=1.0]", "pai"]
 
 

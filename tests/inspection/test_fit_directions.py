@@ -51,10 +51,9 @@ def hooks(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_moves_to_the_span_on_other_prompts(family):
-    tensors = fit_directions(
-        build(family), [span(family, s) for s in range(12)], CHOSEN, steps=60, lr=3e-2, progress=False
-    )
-    eager, others = build(family, "eager"), [span(family, s, words=8) for s in range(100, 106)]
+    examples = [span(family, s) for s in range(40)]
+    tensors = fit_directions(build(family), examples, CHOSEN, steps=150, lr=3e-2, progress=False)
+    eager, others = build(family, "eager"), [span(family, s) for s in range(100, 120)]
     before = torch.stack([mass(eager, other) for other in others])
     with added(eager, tensors):
         after = torch.stack([mass(eager, other) for other in others])

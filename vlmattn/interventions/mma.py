@@ -13,7 +13,7 @@ from vlmattn.request import MARKER, USER, Scope
 
 @register(
     "mma",
-    paper="arXiv:2503.02597",
+    paper="arXiv:2503.02597 (ICML 2026)",
     code="github.com/sony/aki",
     faithful="experimental",
     parts="mask",

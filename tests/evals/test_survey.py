@@ -1,0 +1,211 @@
+"""The page on many presets: every figure is the summary's, and words follow from figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+
+import pytest
+
+import vlmattn
+from vlmattn.errors import InputError
+from vlmattn.evals import survey
+from vlmattn.evals.runner import evaluate
+from vlmattn.evals.suites import Chair, Pope, Which, World
+from vlmattn.evals.survey import checked_against, comparisons, findings, page, paper_id, read_run, table_of_presets
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    world = World("faint", 0.0, 8)
+    suites = [Pope.on_scenes([world]), Chair.on_scenes([world]), Which(world, (2, 3))]
+    evaluate(
+        *vlmattn.load("embedded"), suites, ["vhr", "pai"], folder, "embedded", say=lambda _: None, command="typed this"
+    )
+    return folder
+
+
+@pytest.fixture
+def summary(run):
+    return copy.deepcopy(read_run(run))
+
+
+def cell(summary, column, preset):
+    table = summary["overall"][column]
+    return table["rows"][preset]["metrics"][summary["metrics"][table["suite"]][0]["name"]]
+
+
+def set_difference(summary, column, preset, value, low, high):
+    cell(summary, column, preset)["difference"] = {"value": value, "low": low, "high": high}
+
+
+def rows_of(summary):
+    lines = table_of_presets(summary).splitlines()
+    assert len({line.count("|") for line in lines}) == 1, "a table that renders"
+    return {line.split("|")[1].strip().strip("`"): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:]}
+
+
+def test_overall_figures_are_means_over_splits(summary):
+    by_split = {t["split"]: t for t in summary["tables"] if t["suite"] == "pope"}
+    (whole,) = (t for t in summary["overall"] if t["suite"] == "pope")
+    for preset in ("none", "vhr", "pai"):
+        values = [t["rows"][preset]["metrics"]["accuracy"]["value"] for t in by_split.values()]
+        assert whole["rows"][preset]["metrics"]["accuracy"]["value"] == pytest.approx(sum(values) / 3, abs=1e-3)
+    assert whole["samples"] < sum(t["samples"] for t in by_split.values()), "shared questions are asked once"
+    assert whole["rows"]["vhr"]["changed"] <= whole["samples"]
+    (captions,) = (t for t in summary["tables"] if t["suite"] == "chair")
+    assert {**summary["overall"][1], "split": "captions"} == captions
+
+
+def test_each_preset_has_a_row_with_its_figures(summary):
+    rows = rows_of(summary)
+    assert list(rows) == ["none", "vhr", "pai"]
+    assert rows["vhr"][:3] == ["vhr", "[2412.13949](https://arxiv.org/abs/2412.13949)", "paper text"]
+    for column in range(3):
+        shown, found = rows["vhr"][3 + column], cell(summary, column, "vhr")
+        d = found["difference"]
+        assert shown.startswith(f"{found['value']:.1f}<br>")
+        assert f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" in shown
+        assert rows["none"][3 + column] == f"{cell(summary, column, 'none')['value']:.1f}"
+    assert rows["vhr"][6] == str(summary["reports"]["vhr"]["fired"]["vhr"])
+    seconds = summary["seconds_per_sample"]
+    assert rows["vhr"][7] == f"{seconds['vhr'] / seconds['none']:.2f}x"
+
+
+def test_bold_and_verdict_follow_the_interval_and_the_metrics_side(summary):
+    for column, better in ((0, "better"), (1, "worse")):  # accuracy, chair_i
+        set_difference(summary, column, "vhr", 3.0, 0.1, 6.0)
+        assert f"**+3.0 [+0.1, +6.0]** {better}" in rows_of(summary)["vhr"][3 + column]
+        set_difference(summary, column, "vhr", 3.0, 0.0, 6.0)
+        assert "<br>+3.0 [+0.0, +6.0]<br>" in rows_of(summary)["vhr"][3 + column]
+
+
+def test_findings_name_who_helps_and_who_hurts(summary):
+    for column in range(3):
+        for preset in ("vhr", "pai"):
+            set_difference(summary, column, preset, 1.0, -1.0, 3.0)
+    plain = findings(summary).split("By the other")[0]
+    assert "- helps: none of them" in plain
+    assert "- hurts: none of them" in plain
+    assert "- neither: `vhr`, `pai`" in plain
+    set_difference(summary, 0, "vhr", 3.0, 0.1, 6.0)
+    set_difference(summary, 1, "vhr", 3.0, 0.1, 6.0)
+    text = findings(summary).split("By the other")[0]
+    assert "- helps: `vhr` (pope faint: accuracy)" in text
+    assert "- hurts: `vhr` (chair faint: chair_i)" in text
+    assert "- neither: `pai`\n" in text
+
+
+def test_comparisons_are_counted_and_chance_is_said(summary):
+    made = comparisons(summary)
+    sided = sum(bool(m["better"]) for table in summary["overall"] for m in summary["metrics"][table["suite"]])
+    assert len(made) == 2 * sided
+    assert sum(c.headline for c in made) == 6
+    for column in range(3):
+        for preset in ("vhr", "pai"):
+            set_difference(summary, column, preset, 1.0, -1.0, 3.0)
+            summary["overall"][column]["rows"][preset] |= {"changed": 2, "mcnemar_p": 0.02}
+    text = findings(summary)
+    assert "Headline metrics: 6 comparisons with `none`, 6 of them with an answer changed; 0 intervals" in text
+    assert "about 0.3 would by chance alone" in text
+    assert "0.05 / 6 = 0.0083 (Bonferroni): none of them." in text
+    summary["overall"][2]["rows"]["pai"] |= {"mcnemar_p": 0.001}
+    assert "(Bonferroni): `pai` (which faint, interval with 0)." in findings(summary)
+
+
+def test_what_never_fired_is_said_and_not_called_neutral(summary):
+    summary["reports"]["vhr"]["fired"]["vhr"] = 0
+    assert rows_of(summary)["vhr"][6] == "never fired"
+    text = findings(summary)
+    assert "say nothing about it: `vhr`" in text
+    assert not re.search(r"neither: .*vhr", text)
+    summary["reports"]["vhr"]["fired"] = {"var": 0, "pai": 4}
+    assert rows_of(summary)["vhr"][6] == "var: never fired, pai: 4"
+    del summary["reports"]["vhr"], summary["seconds_per_sample"]["vhr"]
+    assert rows_of(summary)["vhr"][6:] == ["not recorded", "not recorded"]
+
+
+def test_own_settings_and_compositions_have_origins(summary):
+    for name, methods in (("vhr+pai", ["vhr", "pai"]), ("pai[alpha=0.3]", ["pai"])):
+        recipe = {"interventions": [{"method": method} for method in methods]}
+        summary["recipes"][name] = recipe
+        for table in summary["overall"]:
+            table["rows"][name] = table["rows"]["pai"]
+    rows = rows_of(summary)
+    assert rows["vhr+pai"][0] == "vhr + pai"
+    assert rows["vhr+pai"][2] == "paper text + experimental"
+    assert rows["pai[alpha=0.3]"][2] == "own settings"
+
+
+def test_the_page_says_how_it_was_made(run, tmp_path, monkeypatch):
+    out = tmp_path / "docs" / "results.md"
+    monkeypatch.setattr(sys, "argv", ["survey", "--run", str(run), "--out", str(out)])
+    survey.main()
+    text = out.read_text()
+    assert not list(out.parent.glob("*.partial"))
+    summary = read_run(run)
+    for word in (
+        "`typed this`",
+        f"--run {run}",
+        summary["weights"],
+        f"torch {summary['versions']['torch']}",
+        "seed of the bootstrap: 0",
+        '"seed": 12',
+        f"{summary['overall'][0]['samples']} questions about 8 images",
+        table_of_presets(summary),
+        findings(summary),
+        "Many comparisons",
+    ):
+        assert word in text
+    assert page(summary, "x") == page(summary, "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["cannot read", "vlmattn eval first"]),
+        ("{", ["not valid JSON"]),
+        ("[]", ["not of this version"]),
+        ('{"tables": []}', ["overall", "run vlmattn eval again"]),
+    ],
+)
+def test_runs_without_figures_are_refused(tmp_path, monkeypatch, capsys, content, words):
+    if content is not None:
+        (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        read_run(tmp_path)
+    assert all(word in str(caught.value) for word in words)
+    monkeypatch.setattr(sys, "argv", ["survey", "--run", str(tmp_path), "--out", str(tmp_path / "page.md")])
+    with pytest.raises(SystemExit) as stop:
+        survey.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("about", "faithful", "short"),
+    [
+        ("paper constants", "golden", "golden"),
+        ("defaults", "golden (attention part)", "golden"),
+        ("experimental constant", "golden (attention part)", "experimental"),
+        ("constants", "Experimental: no code was released", "experimental"),
+        ("constants", "paper text, no code", "paper text"),
+    ],
+)
+def test_what_vouches_for_a_preset_in_short(about, faithful, short):
+    assert checked_against(about, faithful) == short
+
+
+def test_papers_in_short():
+    assert paper_id("arXiv:2412.13949 (ACL 2025)") == "2412.13949"
+    assert paper_id("none") == "none"
+
+
+def test_old_answers_give_a_new_summary(run):
+    """A run of an earlier version needs no new answers: the same call writes what the page needs."""
+    assert {"titles", "metrics", "overall", "command"} <= json.loads((run / "summary.json").read_text()).keys()
+    assert not {"titles", "metrics", "overall", "command"} & json.loads((run / "settings.json").read_text()).keys()
