@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+import vlmattn
 from vlmattn import cli
 from vlmattn.embedded import FOLDER
 from vlmattn.embedded.scenes import make_scene
+from vlmattn.evals.suites.world import EVAL_SEED
+from vlmattn.evals.survey import checked_against, paper_id
+from vlmattn.evals.tune import TUNE_SEED
+from vlmattn.interventions import find_method
+
+TUNE = ["tune", "--out", "{tmp}/o"]
 
 
 @pytest.fixture
@@ -39,11 +48,38 @@ def picture(tmp_path):
     return str(path)
 
 
-def test_presets_lists_every_method_with_its_paper(run):
+def test_presets_lists_every_preset_on_one_line_for_other_programs(run):
     code, out, _ = run("presets")
     assert code == 0
-    for word in ("var_official", "vhr", "pai", "2503.03321", "golden", "paper text"):
-        assert word in out
+    head, *lines = out.splitlines()
+    assert head.split()[:4] == ["preset", "about", "parts", "checked"]
+    known = vlmattn.presets()
+    assert sorted(line.split()[0] for line in lines) == sorted(known)
+    for line in lines:
+        info = known[line.split()[0]]
+        method = find_method(info.method).info
+        assert all(text in line for text in (info.about, method.parts, paper_id(method.paper), method.cost))
+    (line,) = (line for line in lines if line.startswith("var_official "))
+    assert all(word in line for word in ("2503.03321", "golden"))
+    assert "experimental" in next(line for line in lines if line.startswith("pai "))
+
+
+def test_presets_fit_a_terminal(run, monkeypatch):
+    """At 100 columns names, papers and what vouches for a preset are whole."""
+    monkeypatch.setattr(cli, "console", Console(force_terminal=True, width=100, color_system=None))
+    code, out, _ = run("presets")
+    assert code == 0
+    monkeypatch.undo()
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "…" not in out
+    for name, info in vlmattn.presets().items():
+        method = find_method(info.method).info
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        assert paper_id(method.paper) in line
+        assert checked_against(info.about, method.faithful) in line
+        assert info.about.split()[0] in line
+    assert find_method("vhr").info.cost.split()[0] in out
 
 
 def test_one_preset_shows_its_options_and_a_recipe(run):
@@ -54,7 +90,21 @@ def test_one_preset_shows_its_options_and_a_recipe(run):
     code, out, _ = run("presets", "var", "--json")
     assert json.loads(out)["interventions"][0]["keep"] == 0.4
     code, out, _ = run("presets", "--json")
-    assert len(json.loads(out)) == 7
+    assert [recipe["name"] for recipe in json.loads(out)] == list(vlmattn.presets())
+
+
+def test_one_preset_shows_the_choices_of_its_options(run):
+    found = [
+        (preset, spec.metadata["choices"])
+        for preset, info in vlmattn.presets().items()
+        for spec in dataclasses.fields(find_method(info.method))
+        if spec.metadata["choices"]
+    ]
+    for preset, choices in found[:3]:
+        code, out, _ = run("presets", preset)
+        assert code == 0
+        assert "range or choices" in out
+        assert all(choice in out for choice in choices)
 
 
 def test_ask_shows_both_answers(run, picture):
@@ -65,6 +115,67 @@ def test_ask_shows_both_answers(run, picture):
     assert any(word in out for word in ("yes", "no"))
 
 
+def test_ask_gives_the_processor_to_methods(run, picture, monkeypatch):
+    seen = []
+    applied = vlmattn.applied
+
+    def spy(*arguments, **options):
+        seen.append(options.get("processor"))
+        return applied(*arguments, **options)
+
+    monkeypatch.setattr(vlmattn, "applied", spy)
+    assert run("ask", picture, "Is there a cup in the image?", "--preset", "pai")[0] == 0
+    assert len(seen) == 1
+    assert hasattr(seen[0], "chat_template")
+
+
+def test_tune_chooses_a_recipe_that_eval_takes(run, tmp_path):
+    """Two values of which one breaks the model; then the winner on the scenes of eval."""
+    tuning = ["tune", "--preset", "vhr", "--grid", "alpha=1:10:9", "--grid", "drop_outliers=true,false"]
+    tuning += ["--suite", "which", "--shots", "9", "--scenes", "8", "--out", str(tmp_path / "t")]
+    code, out, err = run(*tuning)
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines() if line.startswith(" vhr[")]
+    assert [row[0] for row in rows] == [
+        f"vhr[alpha={alpha},drop_outliers={outliers}]" for alpha in ("1.0", "10.0") for outliers in ("True", "False")
+    ]
+    marked = [row for row in rows if row[-2:] == ["<-", "chosen"]]
+    record = json.loads((tmp_path / "t" / "tune.json").read_text())
+    assert [row[0] for row in marked] == [record["chosen"]] == ["vhr[alpha=1.0,drop_outliers=True]"]
+    figures = {setting["name"]: f"{setting['value']:.1f}" for setting in record["settings"]}
+    assert figures == {row[0]: row[1] for row in rows}
+    assert len(set(figures.values())) > 1
+    for words in ("9 validation samples", "test it on others", "equally good", "seed 12, not 13", "tuned.yaml"):
+        assert words in out
+    assert record["suite_settings"]["scenes"]["seed"] == TUNE_SEED == 13
+    assert record["command"].startswith("vlmattn tune --preset vhr")
+    recipe = str(tmp_path / "t" / "tuned.yaml")
+    options = ["--suite", "which", "--scenes", "4", "--presets", recipe, "--out", str(tmp_path / "e")]
+    code, out, err = run("eval", *options)
+    assert code == 0, err
+    assert "vhr[alpha=1.0,drop_outliers=True]" in out, "a name with brackets is no markup"
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["suites"]["which"]["scenes"]["seed"] == EVAL_SEED
+    assert summary["command"].endswith(f"--out {tmp_path / 'e'}")
+
+
+def test_tune_on_published_files(run, tmp_path):
+    for i in range(3):
+        Image.fromarray(make_scene(12, i)[1]).save(tmp_path / f"{i}.png")
+    questions = [
+        {"image": f"{i}.png", "text": f"Is there a {thing} in the image?", "label": "no"}
+        for i in range(3)
+        for thing in ("cup", "dog")
+    ]
+    path = tmp_path / "questions.json"
+    path.write_text("\n".join(map(json.dumps, questions)))
+    options = ["--preset", "pai", "--grid", "alpha=.1,.2", "--questions", str(path), "--images", str(tmp_path)]
+    code, out, err = run("tune", *options, "--shots", "4", "--out", str(tmp_path / "t"))
+    assert code == 0, err
+    assert "give it other files" in out
+    assert len(json.loads((tmp_path / "t" / "tune.json").read_text())["samples"]) == 4
+
+
 def test_doctor_is_content(run):
     code, out, _ = run("doctor")
     assert code == 0
@@ -73,7 +184,7 @@ def test_doctor_is_content(run):
 
 
 def test_help_has_examples(run):
-    for command in ("demo", "eval", "ask", "presets"):
+    for command in ("demo", "eval", "tune", "ask", "presets"):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert "Example" in out
@@ -148,6 +259,31 @@ def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
         (["ask", "{tmp}/bad.json", "what?"], ["cannot read the image", "bad.json"]),
         (["ask", "{picture}", "what?", "--preset", "{tmp}/recipe.yaml"], ["recipe.yaml", "var.keep", "0..1", "3"]),
         (["presets", "vhrr"], ["unknown preset 'vhrr'", "vhr"]),
+        ([*TUNE, "--preset", "pai", "--grid", "alpa=.1"], ["unknown option of 'pai' 'alpa'", "alpha"]),
+        ([*TUNE, "--preset", "pai", "--grid", "alpha=.1,3"], ["pai.alpha", "0..0.999", "3"]),
+        ([*TUNE, "--preset", "pai", "--grid", "alpha"], ["--grid", "sigma=0.25,0.5", "'alpha'"]),
+        ([*TUNE, "--preset", "pai", "--grid", "alpha=0:1"], ["--grid alpha", "start:stop:step", "'0:1'"]),
+        ([*TUNE, "--preset", "vhr+pai", "--grid", "alpha=.1"], ["one method", "'vhr+pai' has 2"]),
+        ([*TUNE, "--preset", "vhrr", "--grid", "alpha=.1"], ["unknown preset 'vhrr'", "vhr"]),
+        ([*TUNE, "--preset", "pai", "--grid", "alpha=.1", "--suite", "pope,chair"], ["unknown suite 'pope,chair'"]),
+        ([*TUNE, "--preset", "pai", "--grid", "alpha=.1", "--seed", "12"], ["--seed 12", "eval"]),
+        ([*TUNE, "--preset", "pai", "--grid", "alpha=.1", "--scenes", "2", "--shots", "99"], ["within 1..", "99"]),
+        (
+            [
+                *TUNE,
+                "--preset",
+                "pai",
+                "--grid",
+                "alpha=.1",
+                "--questions",
+                "{tmp}/good.json",
+                "--suite",
+                "chair",
+                "--images",
+                "{tmp}",
+            ],
+            ["no data for suite chair", "--instances"],
+        ),
     ],
 )
 def test_bad_input_gets_one_line_and_code_two(run, tmp_path, picture, arguments, words):

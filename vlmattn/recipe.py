@@ -126,7 +126,8 @@ class Recipe:
             extending=frozenset().union(*extending),
             directions=tuple(directions),
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
-            turns=tuple(m.info.name for m in bound if m.needs_turns),
+            turns=tuple(m.info.name for m in bound if m.turns == "needed"),
+            uses_turns=any(m.turns != "unused" for m in bound),
             texts=bool(bound) and not any(m.needs_images for m in bound),
         )
 

@@ -137,7 +137,7 @@ class Plan:
         extending: layers whose observers also see generated tokens.
         directions: (layer, what is added to its projections).
         tower_layers: layers of the vision tower that ``seeing`` methods look at.
-        turns: who needs to know where the user's turns are.
+        turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
         texts: prompts without images are welcome.
     """
 
@@ -151,6 +151,7 @@ class Plan:
     directions: tuple[tuple[int, Directions], ...] = ()
     tower_layers: frozenset[int] = frozenset()
     turns: tuple[str, ...] = ()
+    uses_turns: bool = False
     texts: bool = False
 
     @property
@@ -164,6 +165,7 @@ class Request:
     Attributes:
         plan: the bound recipe that this request was born with.
         prompt_length: slots of the prompt (padding included); rows from there on are generated.
+        turns_known: roles and turns of the prompt were found.
         ledger: where counts go; that of the model the request runs on.
         call: stands for the generate() call that read the prompt, if one did.
         batch: sequences in the prompt; None before it is read.
@@ -180,7 +182,7 @@ class Request:
         self._ids = Slots(-1, torch.int64)
         self._roles = Slots(ANSWER, torch.uint8)
         self._turns = Slots(-1, torch.int16)
-        self._knows_roles = False
+        self.turns_known = False
         self._types = Slots(TEXT, torch.uint8)
         self._images = Slots(-1, torch.int16)
         self._real = Slots(True, torch.bool)
@@ -242,13 +244,15 @@ class Request:
     def _find_roles(self, finder: RoleFinder, types: Tensor, real: Tensor, has_ids: bool) -> None:
         needed_by = ", ".join(self.plan.turns)
         if not has_ids:
+            if not needed_by:
+                return
             raise InputError(
                 f"{needed_by} must know the user's turns, which need input_ids; the model got inputs_embeds"
             )
         stop = types.shape[1]
         roles, turns = finder.roles(self._ids.read(stop, torch.device("cpu")), types, real)
         lost = (~(turns >= 0).any(1)).nonzero().flatten().tolist()
-        if lost:
+        if lost and needed_by:
             raise InputError(
                 f"{needed_by} must know the user's turn, and row {lost[0]} of the prompt has none: {finder} not found; make"
                 " prompts with processor.apply_chat_template"
@@ -256,7 +260,7 @@ class Request:
         generated = torch.arange(stop) >= self.prompt_length
         self._roles.write(0, roles.masked_fill(generated, ANSWER))
         self._turns.write(0, turns.masked_fill(generated, -1))
-        self._knows_roles = True
+        self.turns_known = True
 
     @property
     def has_images(self) -> bool:
@@ -281,10 +285,6 @@ class Request:
     def turns(self, keys: int, device: torch.device) -> Tensor:
         """int16 ``[batch, keys]``: number of the user's turn that a token belongs to, -1 elsewhere."""
         return self._turns.read(keys, device)
-
-    @property
-    def knows_roles(self) -> bool:
-        return self._knows_roles
 
     def real(self, keys: int, device: torch.device) -> Tensor | None:
         """bool ``[batch, keys]``, False for padding; None when there is none."""

@@ -84,7 +84,8 @@ class Handle:
 
     def __init__(self, recipe: Recipe, anatomy: Anatomy, family: Family, base: str, processor: Any = None) -> None:
         self.anatomy, self._family, self._base = anatomy, family, base
-        self._processor, self.turns = processor, None if processor is None else Turns.of(processor)
+        self._processor = processor
+        self.turns: Turns | None = None
         self._enabled, self._projecting = True, False
         self._plans: dict[Recipe, Plan] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -100,8 +101,8 @@ class Handle:
     def plan_of(self, recipe: Recipe) -> Plan:
         if recipe not in self._plans:
             plan = recipe.bind(self.anatomy)
-            if plan.turns and self.turns is None:
-                self.turns = _turns_beside(self.anatomy.source, plan.turns)
+            if plan.uses_turns and self.turns is None:
+                self.turns = _turns(self._processor, self.anatomy.source, plan.turns)
             self._plans[recipe] = plan
         return self._plans[recipe]
 
@@ -277,14 +278,21 @@ def _base_name(implementation: str | None) -> str:
     )
 
 
-def _turns_beside(source: str, needed_by: tuple[str, ...]) -> Turns:
-    """Markers from the processor in the folder that the model came from."""
+def _turns(processor: Any, source: str, needed_by: tuple[str, ...]) -> Turns | None:
+    """Markers from the processor that was given, else from the one in the folder that the model came from.
+
+    Without either None, or an error if a method needs them.
+    """
+    if processor is not None:
+        return Turns.of(processor)
     from transformers import AutoProcessor
 
     names = ", ".join(needed_by)
     try:
         return Turns.of(AutoProcessor.from_pretrained(source, local_files_only=True))
     except Exception as error:  # no folder, no processor in it, one that cannot be read: the remedy is the same
+        if not needed_by:
+            return None
         raise OptionError(
             f"{names} must know where the user's turn ends; give the processor: wrap(model, ..., processor=processor)"
         ) from error
@@ -409,7 +417,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict
     if start == 0 or call.prompt_length is None or start < call.prompt_length:  # not the draft of assisted decoding
         types = handle._family.types_of_call(model, inputs)
         images = number_images(types, handle._family.image_lengths(model, inputs))
-        real, finder = None if mask is None else _real_keys(mask), handle.turns if call.plan.turns else None
+        real, finder = None if mask is None else _real_keys(mask), handle.turns if call.plan.uses_turns else None
         request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
     if not request.has_images and not call.plan.texts:
         raise InputError(

@@ -14,6 +14,8 @@ from vlmattn.inspection import find_sinks
 from vlmattn.models import find_family
 
 LAYERS, DIMS, ENTER, LEAVE, TAU = 8, (3, 17), 2, 7, 8.0
+OTHER = 9  # a dimension in which only padding is massive
+EARLY = 95  # a token that is massive from layer 1 on
 
 
 def deep(family):
@@ -27,23 +29,27 @@ def deep(family):
 
 
 def plant(model, enter=ENTER, leave=LEAVE, brief=ENTER + 2, dims=DIMS, size=1e5, first=True):
-    """From layer ``enter`` to ``leave`` token 1 and the third image token are massive; the fourth only until ``brief``."""
+    """Token 1 and the third image token are massive from layer ``enter`` to ``leave``, the fourth until ``brief``."""
     seen = {}
 
     def read(module, args, kwargs):
         ids = kwargs["input_ids"]
         image = ids == IMAGE_TOKEN
-        seen["long"] = ((ids == 1) & first) | (image & (image.cumsum(1) == 3))
+        even = torch.arange(ids.shape[1]) % 2 == 0
+        seen["long"] = ((ids == 1) & first) | (image & (image.cumsum(1) == 3)) | ((ids == 0) & even)
+        seen["early"] = ids == EARLY
+        seen["other"] = (ids == 0) & ~even
         seen["brief"] = image & (image.cumsum(1) == 4)
 
     def change(layer):
         def hook(module, args, out):
             out = out.clone()
-            for name, stop in (("long", leave), ("brief", brief)):
-                if layer + 1 == enter:
+            for name, start, stop in (("long", enter, leave), ("brief", enter, brief), ("early", 1, leave)):
+                if layer + 1 == start:
                     out[..., dims] += size * seen[name][..., None]
                 if layer + 1 == stop:
                     out[..., dims] -= size * seen[name][..., None]
+            out[..., OTHER] += 1e5 * seen["other"]
             return out
 
         return hook
@@ -76,12 +82,13 @@ def test_exactly_the_planted_dimensions_layers_and_levels(planted):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_invisible(planted, side):
     family, model = planted
-    prompts = [prompt(family, words=3, seed=1), prompt(family, words=9, seed=2)]
+    prompts = [prompt(family, words=3 if s else 9, seed=s) for s in range(6)]
     batch = left_padded(prompts)
     if side == "right":
         order = batch["attention_mask"].argsort(dim=1, descending=True, stable=True)
         batch = {k: v.gather(1, order) if v.shape == order.shape else v for k, v in batch.items()}
-        assert batch["attention_mask"][0, 0] == 1 and batch["attention_mask"][0, -1] == 0
+        assert batch["attention_mask"][1, 0] == 1
+        assert batch["attention_mask"][1, -1] == 0
     assert find_sinks(model, [batch], tau=TAU) == find_sinks(model, prompts, tau=TAU)
 
 
@@ -92,6 +99,14 @@ def test_massive_dimensions_must_agree_in_most_layers_and_prompts():
     with pytest.warns(UserWarning, match=r"no sink dimensions.*tau = 8"):
         found = find_sinks(plant(deep(family), leave=5), inputs, tau=TAU)  # 3 of them
     assert (found.dims, found.layers) == ((), (0, 0))
+
+
+def test_a_layer_belongs_to_the_sinks_of_half_of_the_prompts():
+    model, inputs = plant(deep("llava")), [prompt("llava", seed=s) for s in range(3)]
+    inputs[0]["input_ids"][0, 1] = EARLY
+    assert find_sinks(model, inputs, tau=TAU).layers == (ENTER, LEAVE)
+    inputs[1]["input_ids"][0, 1] = EARLY
+    assert find_sinks(model, inputs, tau=TAU).layers == (1, LEAVE)
 
 
 def test_at_most_four_dimensions_the_largest():
@@ -119,7 +134,9 @@ def test_a_wrapped_model_is_measured_bare(planted):
                 model.vlmattn.disable()
             wrapped, handle = hooks(model), model.vlmattn
             assert find_sinks(model, inputs, tau=TAU) == before
-            assert model.vlmattn is handle and handle.enabled is enabled and hooks(model) == wrapped
+            assert model.vlmattn is handle
+            assert handle.enabled is enabled
+            assert hooks(model) == wrapped
             assert not handle.report()["backends"]
     assert hooks(model) == count
 
@@ -132,7 +149,8 @@ def test_nothing_is_left_behind_by_an_exception(planted):
         wrapped = hooks(model)
         with pytest.raises(Exception):  # noqa: B017, PT011 (whatever the model says)
             find_sinks(model, [broken], tau=TAU)
-        assert hooks(model) == wrapped and model.vlmattn.enabled
+        assert hooks(model) == wrapped
+        assert model.vlmattn.enabled
     assert hooks(model) == count
 
 

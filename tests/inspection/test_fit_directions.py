@@ -75,8 +75,10 @@ def test_only_what_is_chosen_is_fitted():
     assert set(tensors) == {"query.1", "query.3", "key.1", "key.3"}
     assert all(t.dtype == torch.float32 and not t.requires_grad and t.device.type == "cpu" for t in tensors.values())
     moved = {name: value.ne(0).any(-1).tolist() for name, value in tensors.items()}
-    assert moved["query.1"] == [True, True, False, False] and moved["query.3"] == [False, False, True, False]
-    assert moved["key.1"] == [True, False] and moved["key.3"] == [False, True]  # two heads share a key head
+    assert moved["query.1"] == [True, True, False, False]
+    assert moved["query.3"] == [False, False, True, False]
+    assert moved["key.1"] == [True, False]
+    assert moved["key.3"] == [False, True]
 
 
 def test_the_seed_decides_the_draw():
@@ -98,17 +100,20 @@ def test_the_model_stays_as_it_was(family):
     with torch.inference_mode():
         inside = fit_directions(model, [example], CHOSEN, steps=3, progress=False)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert wanted == [p.requires_grad for p in model.parameters()] and all(p.grad is None for p in model.parameters())
+    assert wanted == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
     assert torch.equal(model(**example.inputs).logits, logits)
     with pytest.raises(InputError):
         fit_directions(model, [example, Span(example.inputs, 0, 10**6)], CHOSEN, progress=False)
     with pytest.raises(Exception):  # noqa: B017, PT011 (whatever the model says)
         fit_directions(model, [Span({**example.inputs, "pixel_values": torch.zeros(1, 2)}, 0, 2)], CHOSEN)
-    assert hooks(model) == count and "vlmattn" not in model.__dict__
+    assert hooks(model) == count
+    assert "vlmattn" not in model.__dict__
     with vlmattn.applied(model, "vhr", alpha=5.0):
         handle = model.vlmattn
         wrapped = fit_directions(model, [example], CHOSEN, steps=3, progress=False)
-        assert model.vlmattn is handle and not handle.report()["backends"]
+        assert model.vlmattn is handle
+        assert not handle.report()["backends"]
     assert all(torch.equal(inside[name], wrapped[name]) for name in inside)
     assert hooks(model) == count
 

@@ -1,4 +1,4 @@
-"""Head scores against oracles that share none of their mechanism: hooks on ``o_proj``, the eager implementation, loops."""
+"""Head scores against oracles that share none of their mechanism: hooks on ``o_proj``, eager attention, loops."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ def test_retrieval_by_hand(family):
             current["input_ids"] = torch.cat([current["input_ids"], torch.tensor([[token]])], 1)
     found = score_heads(model, inputs, answer_tokens=5)
     torch.testing.assert_close(table(found.scores["retrieval"]), hits / steps)
-    assert hits.max() > 0 and hits.min() < steps and steps == 15
+    assert hits.max() > 0
+    assert hits.min() < steps
+    assert steps == 15
 
 
 def test_nothing_copied_and_nothing_said():
@@ -181,7 +183,8 @@ def test_causal_equals_one_head_at_a_time(family, ablation):
         found = find_heads(model, samples, ablation=ablation, batch_size=size, progress=False)
         torch.testing.assert_close(table(found.scores["causal"]), expected, rtol=1e-3, atol=2e-5)
     torch.testing.assert_close(table(found.means), means, rtol=1e-4, atol=1e-5)
-    assert expected.std() > 0.01 and expected.amax() > 10 * expected.amin()
+    assert expected.std() > 0.01
+    assert expected.amax() > 10 * expected.amin()
 
 
 def test_a_planted_decisive_head_comes_first():
@@ -204,14 +207,17 @@ def test_a_wrapped_model_is_measured_bare_and_stays_as_it_was(family):
     head_outputs(model, inputs[0])  # transformers adds hooks of its own in a first forward
     count = hooks(model)
     before = score_heads(model, inputs), find_heads(model, samples, progress=False)
-    assert hooks(model) == count and "vlmattn" not in model.__dict__
+    assert hooks(model) == count
+    assert "vlmattn" not in model.__dict__
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     with vlmattn.applied(model, "vhr", alpha=5.0):
         with torch.no_grad():
             edited = model(**inputs[0]).logits
         handle, report = model.vlmattn, model.vlmattn.report()
         assert before == (score_heads(model, inputs), find_heads(model, samples, progress=False))
-        assert model.vlmattn is handle and handle.report() == report and handle.enabled
+        assert model.vlmattn is handle
+        assert handle.report() == report
+        assert handle.enabled
         broken = {**inputs[0], "pixel_values": torch.zeros(1, 2)}
         for measure in (lambda: score_heads(model, [broken]), lambda: find_heads(model, [Conflict(broken, 1, 2)])):
             with pytest.raises(Exception):  # noqa: B017, PT011 (whatever the model says)
@@ -220,7 +226,8 @@ def test_a_wrapped_model_is_measured_bare_and_stays_as_it_was(family):
         with torch.no_grad():
             assert torch.equal(model(**inputs[0]).logits, edited)
         handle.disable()
-        assert score_heads(model, inputs) == before[0] and not handle.enabled
+        assert score_heads(model, inputs) == before[0]
+        assert not handle.enabled
     assert hooks(model) == count
 
 

@@ -94,8 +94,9 @@ def evaluate(
                 pass
     processor.tokenizer.padding_side = "left"
     with Journal(out, settings, restart) as journal:
+        if not journal.resumed:
+            (out / _RUNNING).unlink(missing_ok=True)
         earlier = _earlier(out) if journal.resumed else {}
-        (out / _RUNNING).unlink(missing_ok=True)
         reports: dict[str, Any] = earlier.get("reports", {})
         seconds: dict[str, float] = earlier.get("seconds_per_sample", {})
         if journal.resumed:

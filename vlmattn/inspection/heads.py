@@ -1,4 +1,4 @@
-"""What every attention head does: how much it depends on the image, looks at it, copies from the prompt, and decides."""
+"""What every attention head does: whether it depends on the image, looks at it, copies from the prompt, decides."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def score_heads(
         retrieval  share of the tokens of the greedy answers that stand at argmax_{j in prompt text} a_j of the row
                    that predicts them, over all prompts                          (copying, after arXiv 2404.15574)
 
-    A and B are those of the unedited model (VHR itself reinforces the layers below). Edits of a wrapped model do not act
-    meanwhile. An answer ends before the end-of-sequence token.
+    A and B are those of the unedited model (VHR itself reinforces the layers below); edits of a wrapped model do not
+    act meanwhile. An answer ends before the end-of-sequence token.
 
     Args:
         inputs: processor outputs, one prompt or one padded batch each.

@@ -34,7 +34,7 @@ def bare(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def only(model: PreTrainedModel, *methods: Intervention) -> Iterator[None]:
-    """Nothing but ``methods`` acts within the block; after it, the recipe and the report of a wrapped model are back."""
+    """Nothing but ``methods`` acts within the block; after it, the recipe and the report of the model are back."""
     handle = handle_of(model)
     if handle is None:
         with applied(model, methods):

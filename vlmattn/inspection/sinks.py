@@ -37,9 +37,10 @@ def find_sinks(
 ) -> SinkProfile:
     """Find the sink dimensions of a language model on a few prompts (the rule is ours; VAR's authors give a table).
 
-    With x a token's residual stream as it enters a layer, a token is massive when max_d |x_d| / RMS(x) > tau. A layer of
-    the middle and a prompt vote for a dimension d that is among the 4 largest of a massive token and has |x_d| / RMS(x)
-    > tau; dimensions with at least 80% of the votes are sink dimensions, the 4 largest of them if there are more.
+    With x a token's residual stream as it enters a layer, a token is massive when max_d |x_d| / RMS(x) > tau. Each
+    layer between 15% and 85% of the depth and each prompt votes for the dimensions that are among the 4 largest of a
+    massive token and have |x_d| / RMS(x) > tau; those with at least 80% of the votes are sink dimensions, the 4 largest
+    of them if there are more.
     ``layers`` spans those in which at least half of the prompts have a token with phi > tau over these dimensions.
 
     ``levels`` are by direction instead (arXiv 2512.22213): token j is a sink of layer l when |cos(x_j, x_first)| > .9
@@ -79,8 +80,8 @@ def find_sinks(
     hit = [layer for layer in range(anatomy.layers) if 2 * sum(bool(dims & row[layer]) for row in rows) >= len(rows)]
     if not dims:
         warnings.warn(
-            f"no sink dimensions: no dimension of the residual stream exceeds tau = {tau:g} in most layers and prompts; give"
-            " a smaller tau, or more varied prompts",
+            f"no sink dimensions: no dimension of the residual stream exceeds tau = {tau:g} in most layers and prompts;"
+            " give a smaller tau, or more varied prompts",
             stacklevel=3,  # above no_grad
         )
     levels = torch.stack([look.levels() for look in looks]).sum(0) / len(rows)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -87,8 +87,8 @@ class Intervention:
     """Base of all methods. Instances are immutable; what a request needs to remember is kept on the request."""
 
     info: ClassVar[MethodInfo]
-    #: The method must know where the user's turns are (``wrap(..., processor=...)``).
-    needs_turns: ClassVar[bool] = False
+    #: Whether the method must know the user's turns (``wrap(..., processor=...)``), or uses them where they are known.
+    turns: ClassVar[Literal["unused", "used", "needed"]] = "unused"
     #: Without image tokens in the prompt there is nothing for the method to do.
     needs_images: ClassVar[bool] = True
     #: Options that name a file, and the usual name of that file beside a model.

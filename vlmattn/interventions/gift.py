@@ -52,7 +52,7 @@ class GIFT(Intervention):
         InputError: a prompt without a user's turn.
     """
 
-    needs_turns = True
+    turns = "needed"
     alpha: float = option(
         5.0, 0, 20, "strength: weights lie within 1..e^alpha", source="paper: 5 for LLaVA, 4 for Qwen2-VL"
     )

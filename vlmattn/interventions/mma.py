@@ -36,7 +36,7 @@ class MMA(Intervention):
         InputError: a prompt without a user's turn.
     """
 
-    needs_turns = True
+    turns = "needed"
     sigma: float = option(1.0, 0, 1, "how much an opened key counts", source="released code: 1")
     layers: str = option("0:-1", about="decoder layers", source="all; the last would have no effect")
 

@@ -37,6 +37,7 @@ class VAF(Intervention):
     released code edits all heads: so is the default. Counts attention calls edited.
     """
 
+    turns = "used"
     enhance: float = option(1.15, 1, 10, "factor of image scores", source="released script")
     suppress: float = option(0.95, 0, 1, "factor of system prompt scores", source="released script")
     heads: float = option(
@@ -69,6 +70,6 @@ class VAF(Intervention):
 
     def _scale(self, scope: Scope) -> Tensor:
         before = scope.visual.cumsum(1) == 0  # the first image is still to come
-        if scope.request.knows_roles:
+        if scope.request.turns_known:
             before = before & (scope.roles == SYSTEM) & (scope.turns.cummax(1).values < 0)
         return torch.where(scope.visual, self.enhance, torch.where(before, self.suppress, 1.0))

@@ -34,6 +34,9 @@ class Turns:
     tokenizer: Any = field(repr=False, compare=False)
     _words: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        return f"'{self.user}' ... '{self.answer}'"
+
     @classmethod
     def of(cls, processor: Any) -> Turns:
         """The markers of a processor or tokenizer, read off its chat template.

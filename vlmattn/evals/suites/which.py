@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vlmattn.errors import OptionError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.world import World
@@ -21,6 +22,8 @@ class Which(Suite):
     max_new_tokens = 4
 
     def __init__(self, world: World, images: Sequence[int] = (2, 3, 4)) -> None:
+        if world.count < max(images):
+            raise OptionError(f"which asks about up to {max(images)} scenes at once, so it needs as many; got {world.count}")
         self.settings = {"scenes": world.settings(), "images": list(images)}
         self._samples: list[Sample] = []
         for count in images:
