@@ -40,8 +40,8 @@ _INSTANCE_METHODS = ("generate", "save_pretrained")
 class _Call:
     """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding.
 
-    ``token`` is what a request remembers of it (never the handle or the model); ``direct`` marks a forward outside of
-    generate(), which is only noted while the vision tower is looked at.
+    ``token`` is what a request remembers of it (never the handle or the model). ``direct`` marks a forward outside of
+    generate(), which is only noted while the vision tower is looked at; ``outer`` is the call it may lie in.
     """
 
     handle: Handle
@@ -50,6 +50,7 @@ class _Call:
     prompt_length: int | None
     plain_mask: bool
     direct: bool = False
+    outer: _Call | None = None
     token: object = field(default_factory=object)
     sight: _TowerView = field(default_factory=lambda: _TowerView())
 
@@ -94,9 +95,21 @@ class Handle:
 
     def set(self, recipe: Any, **options: Any) -> None:
         """Put another recipe in force, from the next prompt on; ``report()`` starts anew."""
-        self.recipe = Recipe.of(recipe, **options)
-        self._plan = self.plan_of(self.recipe)
+        chosen = Recipe.of(recipe, **options)
+        self._plan, self.recipe = self.plan_of(chosen), chosen
         self._ledger, self._warned = Ledger(), False
+
+    @contextmanager
+    def lent(self, recipe: Any) -> Iterator[None]:
+        """Another recipe in force for the block; after it recipe, report and state are as before."""
+        before = (self.recipe, self._plan, self._ledger, self._warned, self._enabled)
+        self.set(recipe)
+        lent, self._enabled = self.recipe, True
+        try:
+            yield
+        finally:
+            self._plans.pop(lent, None)  # what measures keeps what it has seen
+            self.recipe, self._plan, self._ledger, self._warned, self._enabled = before
 
     def plan_of(self, recipe: Recipe) -> Plan:
         if recipe not in self._plans:
@@ -375,7 +388,7 @@ def _before_model(
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     call = _CALL.get()
     if call is None or call.handle is not handle or call.direct:  # not in generate(), or within another model's
-        call = _Call(handle, model, handle.active_plan, None, False, direct=True)
+        call = _Call(handle, model, handle.active_plan, None, False, direct=True, outer=call)
         if call.plan.tower_layers:
             _CALL.set(call)
     step = _make_step(handle, model, call, inputs)
@@ -508,6 +521,9 @@ def _check_request(request: Request, plan: Plan, batch: int) -> None:
 def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the forward made itself gets the request, so that the next call finds it."""
     step: Step | None = kwargs.get(attention.STEP)
+    call = _CALL.get()
+    if call is not None and call.direct and call.model is model:
+        _CALL.set(call.outer)
     cache = getattr(output, "past_key_values", None)
     if step is not None and cache is not None:
         setattr(cache, _REQUEST, step.request)
@@ -597,7 +613,7 @@ def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     call = _CALL.get()
-    if call is not None and call.plan.tower_layers:
+    if call is not None and call.plan.tower_layers and call.handle._family.tower(call.model) is tower:
         names = list(inspect.signature(type(tower).forward).parameters)[1:] if args else []
         call.sight.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -605,6 +621,8 @@ def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _before_tower_attention(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     call = _CALL.get()
     if call is None or number not in call.plan.tower_layers:
+        return
+    if call.handle._family.tower_attention(call.model)[number] is not module:  # another model, in or after this call
         return
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     with torch.no_grad():

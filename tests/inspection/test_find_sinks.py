@@ -11,6 +11,7 @@ from tiny import FAMILIES, IMAGE_TOKEN, build, left_padded, prompt
 import vlmattn
 from vlmattn import InputError, OptionError, SinkProfile
 from vlmattn.inspection import find_sinks
+from vlmattn.inspection.sinks import _agreed
 from vlmattn.models import find_family
 
 LAYERS, DIMS, ENTER, LEAVE, TAU = 8, (3, 17), 2, 7, 8.0
@@ -112,6 +113,8 @@ def test_a_layer_belongs_to_the_sinks_of_half_of_the_prompts():
 def test_at_most_four_dimensions_the_largest():
     model = plant(deep("llava"), dims=(1, 2, 3, 4, 5, 6), size=1e4 * torch.tensor([5.0, 9, 8, 2, 7, 6]))
     assert find_sinks(model, [prompt("llava")], tau=4.0).dims == (2, 3, 5, 6)
+    votes = {dim: 10.0 + dim for dim in range(6)}  # of different tokens
+    assert _agreed([[votes] * LAYERS], LAYERS) == {2, 3, 4, 5}
 
 
 def test_sinks_other_than_the_first_token_count():

@@ -18,7 +18,7 @@ from methods import BETWEEN_IMAGES, IDENTITIES, SETTINGS, STOP, Speech, dialogue
 from methods import picture as _picture
 from tiny import FAMILIES, build, left_padded
 from tiny import generate as unrestricted
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import vlmattn
@@ -256,6 +256,68 @@ def test_videos_are_edited_like_images(image, name):
         assert apart(edited, plain) > ACTS
 
 
+def odd(family: str) -> list[dict[str, Tensor]]:
+    """Prompts that begin or end with an image, that stop in the middle of a turn, that are short."""
+    image = _picture(family)
+    return [
+        inputs_of(family, [*image, 10, 30, 31, STOP, 11], 1),
+        inputs_of(family, [1, 10, 30, STOP, *image, *image], 2),
+        inputs_of(family, [1, 10, *image, 30, STOP, 31, 32], 3),
+        inputs_of(family, [10, *image, 11], 4),
+    ]
+
+
+@setting_matrix
+@family_matrix
+def test_odd_prompts(family, name):
+    prompts = odd(family)
+    with wrapped(family, name) as model:
+        alone = [generate(model, inputs)[0] for inputs in prompts]
+        wrong = [
+            f"{cache}, row {row}: {apart(found, right):.1e}"
+            for cache, options in CACHES.items()
+            for row, (found, right) in enumerate(zip(generate(model, left_padded(prompts), **options), alone, strict=True))
+            if apart(found, right) > TOLERANCE
+        ]
+    assert wrong == []
+
+
+@setting_matrix
+@family_matrix
+def test_right_padding_is_invisible(family, name):
+    prompts = dialogues(family)
+    length = max(inputs["input_ids"].shape[1] for inputs in prompts)
+    batch = left_padded(prompts)
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in batch:
+            rows = [nn.functional.pad(inputs[key], (0, length - inputs[key].shape[1])) for inputs in prompts]
+            batch[key] = torch.cat(rows)
+    with wrapped(family, name) as model:
+        together = model(**batch).logits
+        for row, inputs in zip(together, prompts, strict=True):
+            alone = model(**inputs).logits[0]
+            assert apart(row[: len(alone)], alone) < TOLERANCE
+
+
+@functools.cache
+def half_model(family: str) -> PreTrainedModel:
+    return build(family).to(torch.bfloat16)
+
+
+@setting_matrix
+@family_matrix
+def test_half_precision(family, name):
+    """Runs in bfloat16, near the truth: what methods compute in float32 is brought back."""
+    model, inputs = half_model(family), dialogues(family)[2]
+    inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+    with wrapped(family, name) as full:
+        expected = generate(full, dialogues(family)[2], new=1)
+    with vlmattn.applied(model, fitted(SETTINGS[name], family), processor=Speech()):
+        found = generate(model, inputs)
+        assert found.isfinite().all()
+        assert apart(found[:, :1], expected) < 0.15
+
+
 # --- what is generated is not prompt
 
 
@@ -321,7 +383,7 @@ IN_TURNS = [
     "bidirectional_image", "knockout_image_text", "knockout_image_image", "knockout_text_text", "knockout_text_image",
     "isolate_images", "focus",
 ]  # fmt: skip
-# These differ from one recompute by the one row that ended the first turn, edited only when it was the last.
+# These differ from one recompute by the row that ended the first turn, which was edited when it was the last.
 LAST_ROW = ["pai", "paint", "heads_guided"]
 
 
@@ -337,16 +399,11 @@ def test_a_second_turn_with_an_image_equals_recomputing(family, name):
 @pytest.mark.parametrize("name", LAST_ROW)
 @family_matrix
 def test_a_second_turn_edits_its_own_last_row(family, name):
-    """In one layer, so that the row that ended the first turn cannot be told from its keys and values."""
-    method = replace(SETTINGS[name], layers="0")
-    with wrapped(family, method) as model:
+    """In the last layer, where the row that ended the first turn does not reach the second one."""
+    with wrapped(family, replace(SETTINGS[name], layers="-1")) as model:
         after, again = told(model, family)
-    with wrapped(family, replace(method, layers="3")) as model:
-        late_after, late_again = told(model, family)
-    assert apart(late_after[:, -1], late_again[:, -1]) < TOLERANCE
-    assert apart(late_after, told(model_of(family), family)[1]) > ACTS
-    assert after.isfinite().all()
-    assert again.isfinite().all()
+    assert apart(after, again) < TOLERANCE
+    assert apart(after[:, -1], told(model_of(family), family)[1][:, -1]) > ACTS
 
 
 @setting_matrix
@@ -373,35 +430,21 @@ def test_a_second_turn_in_a_batch_is_what_it_is_alone(family, name):
 
 @pytest.mark.parametrize("name", ["gift", "gift_ahead"])
 def test_gift_follows_the_question_of_the_second_turn(name):
-    """Not that of the first: what is asked there must not decide."""
+    """Not that of the first: another question, another gaze."""
+    first, cache = dialogue("llava", seed=3), DynamicCache()
 
-    def after(question: list[int]) -> Tensor:
-        ids = torch.cat([first["input_ids"], torch.tensor([[10, *question, 11]])], 1)
-        cache = DynamicCache()
-        model(**first, past_key_values=cache)
-        request = cache._vlmattn_request
-        gaze = lambda: next(value for key, value in request.state.items() if key[1] == "gaze")[0]  # noqa: E731
-        before = gaze().clone()
-        model(input_ids=ids[:, first["input_ids"].shape[1] :], past_key_values=cache)
-        return before, gaze()[:, : before.shape[1]]
+    def gaze() -> Tensor:
+        (found,) = [value[0] for key, value in cache._vlmattn_request.state.items() if key[-1] == "gaze"]
+        return found[:, : first["input_ids"].shape[1]]
 
-    first = dialogue("llava", seed=3)
     with wrapped("llava", name) as model:
-        before, now = after([70, 71, 72])
-    assert apart(before, now) > ACTS
+        model(**first, past_key_values=cache)
+        before = gaze()
+        model(input_ids=torch.tensor([[10, 70, 71, 72, 11]]), past_key_values=cache)
+    assert apart(before, gaze()) > ACTS
 
 
 # --- state
-
-
-def continued(model: PreTrainedModel, cache: DynamicCache, sequences: Tensor) -> Tensor:
-    more = torch.cat([sequences, torch.tensor([[50, 51]]).expand(len(sequences), 2)], 1)
-    out = model.generate(
-        input_ids=more, attention_mask=torch.ones_like(more), past_key_values=cache, num_beams=3, max_new_tokens=8,
-        min_new_tokens=8, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_scores=True,
-        suppress_tokens=PLACEHOLDERS,
-    )  # fmt: skip
-    return out.sequences_scores
 
 
 @pytest.mark.parametrize("name", ["var_extend", "var_either"])
@@ -428,14 +471,9 @@ def test_a_copied_cache_follows_its_own_beams(name):
         one = dialogue("llava", seed=3)
         model(**{key: torch.cat([value] * 3) for key, value in one.items()}, past_key_values=cache)
         copied = copy.deepcopy(cache)
-        keys = [layer.keys.clone() for layer in cache.layers]
-        copied.reorder_cache(torch.tensor([1, 1, 0]))
-        copied.layers[0].keys[:, :, :2] = 0.0
-        assert all(torch.equal(a, b.keys) for a, b in zip(keys, cache.layers, strict=True))
-        marked = copy.deepcopy(cache)
-        marked.layers[0].keys[0] = 7.0
-        marked.reorder_cache(torch.tensor([1, 0, 0]))
-        assert float(marked.layers[0].keys[1].min()) == 7.0, "the copy was not reordered"
+        copied.layers[0].keys[0] = 7.0
+        copied.reorder_cache(torch.tensor([1, 0, 0]))
+        assert float(copied.layers[0].keys[1].min()) == 7.0, "the copy was not reordered"
 
 
 def test_a_direct_forward_with_paint_leaves_nothing_for_other_models():

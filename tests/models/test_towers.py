@@ -218,6 +218,7 @@ def test_qwen_saliency_moves_with_the_content():
 # --- What a wrapped model sees is that
 
 
+@pytest.mark.filterwarnings("ignore:vlmattn")  # encoded does nothing here
 def test_sights_of_a_wrapped_model(monkeypatch):
     """Through generate() and a direct forward, image by image."""
     model, grids = qwen(), [[1, 8, 8], [1, 4, 4]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -40,15 +39,8 @@ def only(model: PreTrainedModel, *methods: Intervention) -> Iterator[None]:
         with applied(model, methods):
             yield
         return
-    other = copy(handle)
-    other._plans = {}  # what measures must not stay in the plans of the handle
-    other.set(methods)
-    other.enable()
-    model.__dict__["vlmattn"] = other
-    try:
+    with handle.lent(methods):
         yield
-    finally:
-        model.__dict__["vlmattn"] = handle
 
 
 def prepared(model: PreTrainedModel, inputs: Sequence[Inputs]) -> list[dict[str, Any]]:

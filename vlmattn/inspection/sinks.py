@@ -16,13 +16,12 @@ from transformers import PreTrainedModel
 from vlmattn.errors import OptionError
 from vlmattn.inspection.measuring import Inputs, bare, prepared
 from vlmattn.interventions.profiles import SinkProfile
-from vlmattn.interventions.sinks import sink_values
+from vlmattn.interventions.sinks import LIKE_FIRST, sink_values
 from vlmattn.models import Family, find_family
 
 _MIDDLE = (0.15, 0.85)  # share of the depth in which massive activations neither come nor go (ours)
 _TOP, _MOST = 4, 4  # dimensions looked at in each token, dimensions in a profile (ours)
 _AGREE = 0.8  # share of (layer, prompt) in which a dimension must be massive (ours)
-_NEAR = 0.9  # |cos| to the first token from which a token is a sink: released code of arXiv 2512.22213
 _PRIMARY, _SECONDARY = 0.6, 0.12  # least share of the layers a sink lives (its code has fixed counts for deep models)
 
 
@@ -119,7 +118,7 @@ class _Look:
         self._find_massive(layer, hidden)
         first = self._follow(hidden)
         cos = torch.cosine_similarity(hidden, first[:, None], dim=-1).abs()
-        near = (cos > _NEAR).cpu() & self.real
+        near = (cos > LIKE_FIRST).cpu() & self.real
         near[torch.arange(len(near)), self._first] = False
         self._near.append(near)
 

@@ -111,8 +111,8 @@ class Intervention:
             if spec.metadata["choices"] and value not in spec.metadata["choices"]:
                 raise OptionError(f"{where} must be one of {', '.join(spec.metadata['choices'])}; got {value!r}")
         elif isinstance(default, tuple):
-            if not isinstance(value, tuple) or any(type(item) is not int for item in value):
-                raise OptionError(f"{where} must be a list of whole numbers, got {value!r}")
+            if not isinstance(value, tuple) or any(type(item) is not int or item < 0 for item in value):
+                raise OptionError(f"{where} must be a list of whole numbers from 0 on, got {value!r}")
         elif isinstance(default, (int, float)):
             low, high = spec.metadata["low"], spec.metadata["high"]
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -40,7 +40,8 @@ class _Profile:
         if target.suffix != ".json":
             target = target / self.FILE_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in dataclasses.asdict(self).items())
+        write_whole(target, "{\n" + rows + "\n}\n")  # a fact per line: with indents, a line per number
         return target
 
     @classmethod
@@ -116,6 +117,18 @@ class HeadProfile(_Profile):
         widths = {len(row) for table in self.scores.values() for row in table}
         if len(widths) != 1 or len({len(table) for table in self.scores.values()}) != 1:
             raise ValueError("scores must be one number for each layer and head")
+
+    def merged(self, other: HeadProfile) -> HeadProfile:
+        """This profile and another of the same model as one; of scores and means that both have, those of ``other``.
+
+        Raises:
+            OptionError: they belong to different models.
+        """
+        if other.fingerprint != self.fingerprint:
+            raise OptionError("profiles of two language models cannot be merged")
+        prompts = tuple(dict.fromkeys((*self.prompts, *other.prompts)))
+        scores, means = {**self.scores, **other.scores}, other.means or self.means
+        return dataclasses.replace(other, prompts=prompts, scores=scores, means=means)
 
     def top(self, score: str, share: float) -> tuple[tuple[int, int], ...]:
         """The ``share`` of all (layer, head) pairs with the largest score, at least one; best first."""

@@ -19,6 +19,9 @@ UNVERIFIED_SINK_DIMS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
     ("mistral", 4096, 32, 14336): (2070,),  # Mistral-7B
 }
 
+#: |cos| with the first token that makes a secondary sink (released code of arXiv 2512.22213).
+LIKE_FIRST = 0.9
+
 
 def sink_values(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     """phi(x) = max_{d in dims} |x_d| / RMS(x) in float32, ``[batch, tokens]``; over all dimensions when dims is empty.

@@ -14,12 +14,11 @@ from vlmattn.errors import OptionError
 from vlmattn.interventions.base import Intervention, Sizes, option, register
 from vlmattn.interventions.files import beside
 from vlmattn.interventions.profiles import SinkProfile
-from vlmattn.interventions.sinks import SINK_DIMS, UNVERIFIED_SINK_DIMS, sink_values
+from vlmattn.interventions.sinks import LIKE_FIRST, SINK_DIMS, UNVERIFIED_SINK_DIMS, sink_values
 from vlmattn.kernels import AttentionEdit, GainPart, GainPlan, MassGate
 from vlmattn.request import Scope, Slots
 
 TEXT, TEXT_SINK, VISUAL, VISUAL_SINK = range(4)
-_LIKE_FIRST = 0.9  # |cos| with the first token that makes a secondary sink (released code of arXiv 2512.22213)
 
 
 @register(
@@ -150,7 +149,7 @@ class VAR(Intervention):
         if self.sinks != "phi":
             first: Tensor = scope.state(self, "first", lambda: scope.first_token(hidden))
             sink = sink | (
-                torch.cosine_similarity(hidden.float(), first[:, None].to(hidden.device), dim=-1).abs() > _LIKE_FIRST
+                torch.cosine_similarity(hidden.float(), first[:, None].to(hidden.device), dim=-1).abs() > LIKE_FIRST
             )
         return sink
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmattn.errors import InputError
 from vlmattn.request import ANSWER, MARKER, SYSTEM, TEXT, USER
 
+_LOOKS_SPECIAL = re.compile(r"<\|[^|<>]+\|>|</?[a-z_]+>|\[/?[A-Z_]+\]")
 _SAID = ("QZFIRSTZQ", "QZSECONDZQ", "QZTHIRDZQ")  # what the speakers of the trial conversation say
 
 
@@ -63,7 +64,7 @@ class Turns:
         ends = _units(answering, special)
         if closing:
             ends = _common_start(ends, _units(closing, special))
-        while len(begins) > 1 and begins[:1] == ends[:1] and begins[1] in special:
+        while len(begins) > 1 and begins[:1] == ends[:1] and len(begins[1]) > 1:
             begins = begins[1:]  # what ends any turn does not belong to the beginning of this one
         user, answer = "".join(begins), "".join(ends)
         if not user or not answer:
@@ -86,12 +87,14 @@ class Turns:
         for row in range(len(ids)):
             slots = real[row].nonzero().flatten().tolist()
             pieces = [self._word(int(ids[row, s])) if types[row, s] == TEXT else "\ufffc" for s in slots]
+            label = [(SYSTEM, -1)] * sum(map(len, pieces))  # of every character
             for first, last, role, turn in self._spans("".join(pieces)):
-                at = 0
-                for slot, piece in zip(slots, pieces, strict=True):
-                    if first <= at < last and (piece or at > first):
-                        roles[row, slot], turns[row, slot] = role, turn
-                    at += len(piece)
+                label[first:last] = [(role, turn)] * (last - first)
+            at = 0
+            for slot, piece in zip(slots, pieces, strict=True):
+                if at or piece:  # white space goes with the character before it
+                    roles[row, slot], turns[row, slot] = label[at if piece else at - 1]
+                at += len(piece)
         return roles, turns
 
     def _spans(self, text: str) -> list[tuple[int, int, int, int]]:
@@ -114,6 +117,8 @@ class Turns:
         return spans
 
     def _word(self, token: int) -> str:
+        if token < 0:
+            return "\ufffd"  # generated in an earlier turn: its id was not kept
         if token not in self._words:
             self._words[token] = _squeeze(self.tokenizer.decode([token]))
         return self._words[token]
@@ -124,9 +129,12 @@ def _common_start(one: list[str], other: list[str]) -> list[str]:
 
 
 def _units(text: str, special: list[str]) -> list[str]:
-    """Characters, with special tokens in one piece: '<s>USER:' and '</s>USER:' have 'USER:' in common, not 's>USER:'."""
+    """Characters, with special tokens in one piece: '<s>USER:' and '</s>USER:' have 'USER:' in common, not 's>USER:'.
+
+    Tokenizers do not list all of theirs, so what looks like one counts too.
+    """
     whole = [re.escape(token) for token in sorted(special, key=len, reverse=True) if token]
-    return re.findall("|".join([*whole, "."]), text, re.DOTALL)
+    return re.findall("|".join([*whole, _LOOKS_SPECIAL.pattern, "."]), text, re.DOTALL)
 
 
 def _squeeze(text: str) -> str:
