@@ -388,7 +388,9 @@ def _before_model(
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     call = _CALL.get()
     if call is None or call.handle is not handle or call.direct:  # not in generate(), or within another model's
-        call = _Call(handle, model, handle.active_plan, None, False, direct=True, outer=call)
+        stale = call is not None and call.direct and call.model is model  # a forward that raised
+        outer = call.outer if call is not None and stale else call
+        call = _Call(handle, model, handle.active_plan, None, False, direct=True, outer=outer)
         if call.plan.tower_layers:
             _CALL.set(call)
     step = _make_step(handle, model, call, inputs)

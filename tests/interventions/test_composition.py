@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from methods import SETTINGS, STOP, Speech, anatomy, dialogue, directions, fitted, head_profile, inputs_of
-from test_matrix import PLACEHOLDERS, apart, generate, model_of, no_call_left
+from test_matrix import PLACEHOLDERS, apart, generate, model_of, no_call_left  # noqa: F401 (a fixture)
 from tiny import FAMILIES, build, left_padded, prompt
 from torch import nn
 
@@ -37,7 +37,6 @@ from vlmattn.interventions import (
     make_method,
 )
 
-__all__ = ["no_call_left"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:va[rf]|vlmattn:UserWarning")]
 
 
@@ -66,7 +65,6 @@ def footprint(model: nn.Module) -> dict:
 )
 def test_pairs_agree_with_the_oracle(family, pair, batch, images, seed, layers):
     """Prefill and three decode steps, in both orders; the first method's layers vary."""
-    wrapping_state = pytest.MonkeyPatch()
     methods = [fitted(SETTINGS[name], family) for name in pair]
     if layers is not None and not pair[0].startswith(("focus", "heads_", "gift")):
         methods[0] = replace(methods[0], layers=layers)
@@ -84,7 +82,7 @@ def test_pairs_agree_with_the_oracle(family, pair, batch, images, seed, layers):
                 logits = generate(model, inputs)
                 tokens = logits.clone().index_fill_(-1, torch.tensor(PLACEHOLDERS + [2]), -1e9).argmax(-1)
                 force = lambda row, ids, tokens=tokens: [int(tokens[row, len(ids) - start])]  # noqa: E731
-                with wrapping_state.context() as patch:
+                with pytest.MonkeyPatch.context() as patch:
                     patch.setenv("VLMATTN_BACKEND", "reference")
                     oracle = generate(model, inputs, prefix_allowed_tokens_fn=force)
                 ran = model.vlmattn.report()["backends"]
@@ -247,7 +245,7 @@ def test_layers_that_the_model_does_not_have(cls, layers):
         (Heads(heads="1.2", ablation="mean"), r"which heads\?|means"),
         (FocusDirections(), r"which directions\? .*fit_directions.*file="),
         (GIFT(saliency="0:2"), r"gift\.saliency must name one layer"),
-        (GIFT(saliency="40"), r"gift\.saliency names layer 40"),  # and not gift.saliency.layers
+        (GIFT(saliency="40"), r"gift\.saliency names layer 40"),
         (VAR(tau=2.0, dims=(32,)), r"var\.dims must lie within 0\.\.31"),
     ],
 )  # fmt: skip

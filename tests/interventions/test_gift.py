@@ -122,13 +122,12 @@ def check(build_one, rows: list[list[Token]], saliency: int, layers: str, steps:
     edited = range(4)[slice(*(int(n) if n else None for n in layers.split(":")))] if ":" in layers else [int(layers)]
     expected = naive(build_one(), longer, more, saliency, edited)[:, -steps:]
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
-    assert (got - bare).abs().amax((0, 2)).min() > 1e-2, "every step is edited"
+    assert (got - bare).abs().amax((0, 2)).min() > 1e-3, "every step is edited"
     assert model.vlmattn.report()["fired"]["gift"] >= sum(bool(question(row)) for row in rows)
     direct = model(**inputs_of(model, rows)).logits[:, -1]
     torch.testing.assert_close(direct, expected[:, 0], rtol=0, atol=TOLERANCE)
-    for options in (dict(use_cache=False), dict(cache_implementation="static")):
-        again = generate(model, inputs, steps, suppress_tokens=PLACEHOLDERS, **options)
-        torch.testing.assert_close(again, got, rtol=0, atol=TOLERANCE)
+    again = generate(model, inputs, steps, suppress_tokens=PLACEHOLDERS, use_cache=False)
+    torch.testing.assert_close(again, got, rtol=0, atol=TOLERANCE)
 
 
 PROMPTS = {
@@ -163,6 +162,19 @@ def test_a_padded_batch(family, attn, saliency, layers):
     check(lambda: build(family), batch_of(rows), saliency, layers, attn=attn)
 
 
+@pytest.mark.parametrize(("saliency", "layers"), [(1, "2:"), (2, "0:")])
+@family_matrix
+def test_a_static_cache_does_not_matter(family, saliency, layers):
+    """Its keys are longer than the prompt: rows must be counted from the prompt's beginning."""
+    rows = batch_of([write(family, ["img", 5]), write(family, ["img", "img", 3], seed=5)])
+    model = build(family)
+    inputs = inputs_of(model, rows, positions=False)
+    vlmattn.wrap(model, GIFT(alpha=ALPHA, saliency=str(saliency), layers=layers), processor=Processor())
+    expected = generate(model, inputs, suppress_tokens=PLACEHOLDERS)
+    got = generate(model, inputs, suppress_tokens=PLACEHOLDERS, cache_implementation="static")
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_a_question_before_the_image_is_none():
     """The sample stays bare, and its neighbour is edited."""
     rows = batch_of([write("llava", [4, "img"]), write("llava", ["img", 4], seed=5)])
@@ -183,10 +195,12 @@ def test_half_of_an_odd_number_of_heads_is_rounded_down(heads):
         model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         image_size=16, patch_size=4, projection_dim=32,
     )  # fmt: skip
-    config = LlavaConfig(
-        text_config=dict(model_type="llama", **text), vision_config=vision, image_token_index=IMAGE_TOKEN, image_seq_length=16
-    )
-    check(lambda: build("llava", config=config), [write("llava", ["img", 5])], 1, "2:")
+
+    def make() -> PreTrainedModel:
+        language = dict(model_type="llama", **text)
+        return build("llava", config=LlavaConfig(text_config=language, vision_config=vision, image_token_index=IMAGE_TOKEN))
+
+    check(make, [write("llava", ["img", 5])], 1, "2:")
 
 
 def test_only_rows_that_predict_are_edited_and_only_in_their_layers():
@@ -235,7 +249,7 @@ def test_a_second_turn_follows_the_new_question():
     # Layer 3 is the last: edits of the first piece's last row are in no key, so whole and in pieces are the same.
     expected = naive(build("llava"), [tokens], inputs, 1, range(3, 4))[:, -1]
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
-    assert (told[:, -1] - expected).abs().max() > 1e-2
+    assert (told[:, -1] - expected).abs().max() > 1e-3
 
 
 def test_beams_and_threads_of_the_saliency():

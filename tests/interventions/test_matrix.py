@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import vlmattn
-from vlmattn import wrapping
+from vlmattn import Recipe, wrapping
 from vlmattn.interventions import Intervention
 from vlmattn.interventions import base as registry
 
@@ -179,20 +179,22 @@ def test_drafts_give_the_greedy_tokens(family, name):
         assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=2), greedy)
 
 
+# Settings whose edit is empty, or a multiplication by one or an addition of zero on the model's own attention.
+EXACT = {"mma", "sofa", "sofa_mix", "bidirectional", "heads_amplify", "focus", "vhr"}
+
+
 @pytest.mark.parametrize("name", IDENTITIES)
 @family_matrix
 def test_identity_settings_change_nothing(family, name):
-    """To the last bit where the method has an empty edit for it."""
-    exact = name in {"mma", "sofa", "sofa_mix", "bidirectional", "heads_amplify", "focus", "vhr"}
+    """To the last bit where the model's own attention runs; else to rounding."""
+    batch = left_padded(dialogues(family))
     for attn in ("sdpa", "eager"):
-        batch = left_padded(dialogues(family))
-        plain = generate(model_of(family, attn), batch)
+        plain = {cache: generate(model_of(family, attn), batch, **options) for cache, options in CACHES.items()}
         with wrapped(family, IDENTITIES[name], attn) as model:
-            for options in CACHES.values():
+            for cache, options in CACHES.items():
                 edited = generate(model, batch, **options)
-                if exact and not options:
-                    assert torch.equal(edited, plain)
-                assert apart(edited, plain) < 1e-5
+                assert apart(edited, plain[cache]) < 1e-5
+                assert name not in EXACT or torch.equal(edited, plain[cache])
 
 
 # --- prompts of other kinds
@@ -445,6 +447,33 @@ def test_gift_follows_the_question_of_the_second_turn(name):
 
 
 # --- state
+
+
+def our_hooks(model: PreTrainedModel) -> list:
+    tables = [table for m in model.modules() for table in (m._forward_pre_hooks, m._forward_hooks)]
+    return [hook for table in tables for hook in table.values() if "vlmattn" in str(hook)]
+
+
+@setting_matrix
+@family_matrix
+def test_on_for_one_call_on_a_copy_and_off(family, name):
+    """A method for one call is the method put on; a deep copy is a model of its own; unwrapping leaves no bit."""
+    model, inputs = build(family), dialogues(family)[2]
+    method = fitted(SETTINGS[name], family)
+    plain = generate(model, inputs)
+    vlmattn.wrap(model, "none", processor=Speech())
+    once = generate(model, inputs, preset=Recipe.of(method))
+    assert apart(once[0], truth(family, name)[2]) < TOLERANCE
+    assert torch.equal(generate(model, inputs), plain)
+    model.vlmattn.set(method)
+    assert torch.equal(generate(model, inputs), once)
+    copied = copy.deepcopy(model)
+    vlmattn.unwrap(model)
+    assert torch.equal(generate(model, inputs), plain)
+    assert torch.equal(generate(copied, inputs), once)
+    vlmattn.unwrap(copied)
+    assert torch.equal(generate(copied, inputs), plain)
+    assert our_hooks(model) == our_hooks(copied) == []
 
 
 @pytest.mark.parametrize("name", ["var_extend", "var_either"])

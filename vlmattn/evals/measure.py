@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from vlmattn.embedded import FOLDER
 from vlmattn.evals.suites.which import Which
 from vlmattn.evals.suites.world import World, absent_objects
 from vlmattn.inspection import Conflict, Span, find_heads, fit_directions, score_heads
-from vlmattn.interventions.focus import save_directions
-from vlmattn.models import find_family
+from vlmattn.interventions.focus import FILE_NAME
 
 SEED = 31
 
@@ -35,23 +35,12 @@ def main() -> None:
     conflicts = list(_conflicts(processor, options.scenes))
     effects = find_heads(model, [conflict for conflict, _ in conflicts], seed=SEED)
     scored = score_heads(model, [conflict.inputs for conflict, _ in conflicts], seed=SEED)
-    profile = type(effects)(
-        fingerprint=effects.fingerprint,
-        source="the bundled model",
-        prompts=tuple(prompt for _, prompt in conflicts),
-        seed=SEED,
-        scores={**scored.scores, **effects.scores},
-        means=effects.means,
-    )
+    prompts = tuple(dict.fromkeys(prompt for _, prompt in conflicts))
+    profile = replace(scored.merged(effects), source="the bundled model", prompts=prompts)
     print(f"wrote {profile.save(options.out)}")
     heads = profile.top("visual", 0.1)
-    found = fit_directions(model, list(_spans(processor, options.scenes)), heads, seed=SEED)
-    sides = {
-        side: {int(name.split(".")[1]): value for name, value in found.items() if name.startswith(side)}
-        for side in ("query", "key")
-    }
-    anatomy = find_family(model).anatomy(model)
-    print(f"wrote {save_directions(sides['query'], sides['key'], options.out, anatomy)} for heads {heads}")
+    fit_directions(model, list(_spans(processor, options.scenes)), heads, seed=SEED, path=options.out)
+    print(f"wrote {options.out / FILE_NAME} for heads {heads}")
 
 
 def _encoded(processor: Any, prompt: str, images: list[Any]) -> dict[str, Any]:
