@@ -1,43 +1,32 @@
-"""Puts a recipe on one model object and takes it off again.
+"""The hooks of a wrapped model: they make a step of every forward and let the methods see what they need.
 
-The object stays the same and keeps its class. While wrapped it has: another name of the attention implementation in
-its text config, forward hooks on the model, its decoder and the decoder's layers, and three attributes of the instance
-(``vlmattn``, ``generate``, ``save_pretrained``). ``unwrap`` removes all of them.
+They find the handle on the module they are called with, so that a deep copy of a model uses its own.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
-import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn import attention
-from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
-from vlmattn.interventions.files import beside, copy_whole
-from vlmattn.models import Anatomy, Family, Turns, find_family
-from vlmattn.recipe import FILE_NAME, Recipe
-from vlmattn.request import TEXT, Ledger, Plan, Preparation, Request, Scope, Sight, Slots, Step, number_images
+from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.models import Family
+from vlmattn.request import TEXT, Plan, Preparation, Request, Scope, Sight, Slots, Step, number_images
+from vlmattn.wrapping.handle import Handle, handle_of
 
-_M = TypeVar("_M", bound=nn.Module)
 _REQUEST = "_vlmattn_request"  # where a request rides on its cache
-_INSTANCE_METHODS = ("generate", "save_pretrained")
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding.
 
     ``token`` is what a request remembers of it (never the handle or the model). ``direct`` marks a forward outside of
@@ -50,7 +39,7 @@ class _Call:
     prompt_length: int | None
     plain_mask: bool
     direct: bool = False
-    outer: _Call | None = None
+    outer: Call | None = None
     token: object = field(default_factory=object)
     sight: _TowerView = field(default_factory=lambda: _TowerView())
 
@@ -65,165 +54,17 @@ class _TowerView:
 
 # Which generate() call of which model runs in this thread. Only the model's pre-hook reads it, to hand the plan and the
 # prompt length to the request; without a cache (use_cache=False) every forward makes a request of its own from it.
-_CALL: ContextVar[_Call | None] = ContextVar("vlmattn_call", default=None)
+CALL: ContextVar[Call | None] = ContextVar("vlmattn_call", default=None)
 
 # The step whose attention module runs in this thread: projections get no keyword arguments.
 _STEP: ContextVar[Step | None] = ContextVar("vlmattn_step", default=None)
 
 # Wrapped models by text config: two models may share one config object, and the last one out restores its setting.
-_WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
+WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
 
 
-class Handle:
-    """``model.vlmattn``: what is on the model, and what it did.
-
-    Attributes:
-        recipe: the recipe in force.
-        anatomy: sizes of the decoder.
-        turns: the chat template's markers, for recipes that need them.
-    """
-
-    def __init__(self, recipe: Recipe, anatomy: Anatomy, family: Family, base: str, processor: Any = None) -> None:
-        self.anatomy, self._family, self._base = anatomy, family, base
-        self._processor = processor
-        self.turns: Turns | None = None
-        self._enabled, self._projecting = True, False
-        self._plans: dict[Recipe, Plan] = {}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._originals: dict[str, Any] = {}
-        self.set(recipe)
-
-    def set(self, recipe: Any, **options: Any) -> None:
-        """Put another recipe in force, from the next prompt on; ``report()`` starts anew."""
-        chosen = Recipe.of(recipe, **options)
-        self._plan, self.recipe = self.plan_of(chosen), chosen
-        self._ledger, self._warned = Ledger(), False
-
-    @contextmanager
-    def lent(self, recipe: Any) -> Iterator[None]:
-        """Another recipe in force for the block; after it recipe, report and state are as before."""
-        before = (self.recipe, self._plan, self._ledger, self._warned, self._enabled)
-        self.set(recipe)
-        lent, self._enabled = self.recipe, True
-        try:
-            yield
-        finally:
-            self._plans.pop(lent, None)  # what measures keeps what it has seen
-            self.recipe, self._plan, self._ledger, self._warned, self._enabled = before
-
-    def plan_of(self, recipe: Recipe) -> Plan:
-        if recipe not in self._plans:
-            plan = recipe.bind(self.anatomy)
-            if plan.uses_turns and self.turns is None:
-                self.turns = _turns(self._processor, self.anatomy.source, plan.turns)
-            self._plans[recipe] = plan
-        return self._plans[recipe]
-
-    def enable(self) -> None:
-        """Let the recipe act again, from the next prompt on."""
-        self._enabled = True
-
-    def disable(self) -> None:
-        """Let the bare model answer, from the next prompt on; hooks stay in place."""
-        self._enabled = False
-
-    @property
-    def enabled(self) -> bool:
-        return self._enabled
-
-    @property
-    def active_plan(self) -> Plan:
-        return self._plan if self._enabled else Plan("none")
-
-    def report(self) -> dict[str, Any]:
-        """What happened since the recipe was put in force.
-
-        Returns:
-            ``recipe``; ``fired``: how often each method found something to do (each method's docstring says what it
-            counts); ``backends``: phase -> backend -> number of attention calls; ``layers``: phase -> backend
-            -> the layers it ran in. ``base:`` names the model's own attention.
-        """
-        backends: dict[str, dict[str, int]] = {}
-        layers: dict[str, dict[str, list[int]]] = {}
-        for (phase, backend, layer), count in self._ledger.read("calls").items():
-            row = backends.setdefault(phase, {})
-            row[backend] = row.get(backend, 0) + count
-            layers.setdefault(phase, {}).setdefault(backend, []).append(int(layer))
-        fired = dict.fromkeys((method.info.name for method in self.recipe.interventions), 0)
-        fired |= {name: count for (name,), count in self._ledger.read("fired").items()}
-        for row_of_layers in layers.values():
-            for found in row_of_layers.values():
-                found.sort()
-        return {
-            "recipe": self.recipe.to_dict(),
-            "enabled": self._enabled,
-            "fired": fired,
-            "backends": backends,
-            "layers": layers,
-        }
-
-    def warn_if_idle(self) -> None:
-        """Say once if a method of the recipe has not found anything to do."""
-        if self._warned or not self._enabled:
-            return
-        self._warned = True  # one look: reading the counts waits for the device
-        idle = [name for name, count in self.report()["fired"].items() if not count]
-        if idle:
-            warnings.warn(
-                f"vlmattn: {', '.join(idle)} never fired in this generate() call and had no part in the answer;"
-                " see model.vlmattn.report()",
-                stacklevel=3,
-            )
-
-    def __repr__(self) -> str:
-        return f"<vlmattn '{self.recipe.name}' on {self.anatomy.family}, {'enabled' if self._enabled else 'disabled'}>"
-
-
-def handle_of(model: nn.Module) -> Handle | None:
-    """The handle of a wrapped model, else None."""
-    handle = model.__dict__.get("vlmattn")
-    return handle if isinstance(handle, Handle) else None
-
-
-def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any) -> _M:
-    """Put a recipe on a model, in place, and return the model.
-
-    Args:
-        model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), with sdpa or eager attention.
-        recipe: a preset (``"var"``), presets joined by ``+``, a recipe file, a method, or a list of methods. None
-            looks for the recipe that was saved beside the model.
-        processor: the model's processor or tokenizer, for methods that must know where the user's turn ends (``mma``,
-            ``gift``, ...); None looks for it in the folder that the model came from, when a method needs it.
-        options: fields of the method, e.g. ``wrap(model, "pai", alpha=.3)``.
-
-    Raises:
-        UnsupportedError: another family, or another attention implementation.
-        StateError: the model is already wrapped.
-        UnknownNameError, OptionError: no such preset or option, a value out of range.
-    """
-    family = find_family(model)
-    assert isinstance(model, PreTrainedModel)
-    if (old := handle_of(model)) is not None:
-        raise StateError(
-            f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first"
-        )
-    chosen = Recipe.of(_saved_recipe(model) if recipe is None else recipe, **options)
-    text = model.config.get_text_config()
-    base = _base_name(text._attn_implementation)
-    handle = Handle(
-        chosen, family.anatomy(model), family, base, processor
-    )  # every check of the recipe is before the first change
-    attention.register()
-    model.set_attn_implementation({"text_config": attention.NAMES[base]})
-    if text._attn_implementation != attention.NAMES[base]:
-        raise UnsupportedError(
-            f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers itself"
-        )
-    _WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
-    handle._originals = {name: model.__dict__[name] for name in _INSTANCE_METHODS if name in model.__dict__}
-    model.__dict__["vlmattn"] = handle
-    model.__dict__["generate"] = MethodType(_generate, model)
-    model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
+def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+    """Put the hooks on a model that has its handle; removing them is up to the caller."""
     decoder = family.decoder(model)
     hooks = [
         model.register_forward_pre_hook(_before_model, with_kwargs=True),
@@ -234,147 +75,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     for number, module in enumerate(family.tower_attention(model)):
         hooks.append(module.register_forward_pre_hook(partial(_before_tower_attention, number), with_kwargs=True))
     hooks += [layer.register_forward_pre_hook(_before_layer, with_kwargs=True) for layer in family.layers(model)]
-    handle._hooks = hooks
-    return model
-
-
-def unwrap(model: _M) -> _M:
-    """Take the recipe off and return the model, as it was before ``wrap`` bit for bit.
-
-    Raises:
-        StateError: the model is not wrapped.
-    """
-    handle = handle_of(model)
-    if handle is None:
-        raise StateError("the model is not wrapped")
-    assert isinstance(model, PreTrainedModel)
-    for hook in handle._hooks:
-        hook.remove()
-    for name in _INSTANCE_METHODS:
-        del model.__dict__[name]
-    model.__dict__.update(handle._originals)
-    del model.__dict__["vlmattn"]
-    text = model.config.get_text_config()
-    others = _WRAPPED.get(id(text), weakref.WeakSet())
-    others.discard(model)
-    if not others:
-        _WRAPPED.pop(id(text), None)
-        if text._attn_implementation in attention.NAMES.values():  # not if the user has set another one since
-            model.set_attn_implementation({"text_config": handle._base})
-    return model
-
-
-@contextmanager
-def applied(model: _M, recipe: Any, *, processor: Any = None, **options: Any) -> Iterator[_M]:
-    """``with applied(model, "var"): ...`` wraps for the block and unwraps after it, also when it raises."""
-    wrap(model, recipe, processor=processor, **options)
-    try:
-        yield model
-    finally:
-        unwrap(model)
-
-
-def install() -> None:
-    """Opt in to the method form: ``model.wrap("var")`` and ``model.unwrap()`` on every ``PreTrainedModel``."""
-    PreTrainedModel.wrap = wrap
-    PreTrainedModel.unwrap = unwrap
-
-
-def _base_name(implementation: str | None) -> str:
-    """The attention implementation to fall back on, also when another model that shares the config is wrapped."""
-    for base, name in attention.NAMES.items():
-        if implementation in (base, name):
-            return base
-    raise UnsupportedError(
-        f"attention implementation '{implementation}' cannot be edited; load the model with attn_implementation='sdpa'"
-        " (which runs flash kernels on a GPU) or 'eager'"
-    )
-
-
-def _turns(processor: Any, source: str, needed_by: tuple[str, ...]) -> Turns | None:
-    """Markers from the processor that was given, else from the one in the folder that the model came from.
-
-    Without either None, or an error if a method needs them.
-    """
-    if processor is not None:
-        return Turns.of(processor)
-    from transformers import AutoProcessor
-
-    names = ", ".join(needed_by)
-    try:
-        return Turns.of(AutoProcessor.from_pretrained(source, local_files_only=True))
-    except Exception as error:  # no folder, no processor in it, one that cannot be read: the remedy is the same
-        if not needed_by:
-            return None
-        raise OptionError(
-            f"{names} must know where the user's turn ends; give the processor: wrap(model, ..., processor=processor)"
-        ) from error
-
-
-def _saved_recipe(model: PreTrainedModel) -> Recipe:
-    """The recipe that was saved beside the model, in its folder or on the hub."""
-    name = model.name_or_path
-    if not name:
-        raise InputError(
-            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and this one is from no folder; give a preset"
-        )
-    found = beside(name, FILE_NAME)
-    if found is None:
-        raise InputError(
-            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and '{name}' has none; give a preset"
-        )
-    return Recipe.from_pretrained(found.parent)
-
-
-def _generate(self: PreTrainedModel, *args: Any, preset: Any = None, **kwargs: Any) -> Any:
-    """``generate`` of a wrapped model; ``preset`` puts another recipe in force for this call only."""
-    handle = handle_of(self)
-    assert handle is not None
-    plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
-    if not plan.is_identity:
-        _refuse_chunks(self, kwargs)
-    original = handle._originals.get("generate") or MethodType(type(self).generate, self)
-    mask = kwargs.get("attention_mask")
-    token = _CALL.set(_Call(handle, self, plan, _prompt_length(args, kwargs), mask is None or mask.ndim == 2))
-    try:
-        out = original(*args, **kwargs)
-    finally:
-        _CALL.reset(token)
-    if preset is None and not plan.is_identity:
-        handle.warn_if_idle()
-    return out
-
-
-def _refuse_chunks(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    config = kwargs.get("generation_config") or model.generation_config
-    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
-        raise UnsupportedError("edits need the prompt in one piece; set prefill_chunk_size=None")
-
-
-def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Slots of the prompt of a generate() call, past turns in the cache included."""
-    first = args[0] if args else kwargs.get("inputs")
-    for value in (kwargs.get("attention_mask"), kwargs.get("input_ids"), first, kwargs.get("inputs_embeds")):
-        if isinstance(value, Tensor) and value.ndim >= 2:
-            return value.shape[1]
-    return None
-
-
-def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-    """``save_pretrained`` of a wrapped model: what the bare model writes, and the recipe beside it."""
-    handle = handle_of(self)
-    assert handle is not None
-    original = handle._originals.get("save_pretrained") or MethodType(type(self).save_pretrained, self)
-    out = original(save_directory, *args, **kwargs)
-    for method in {method for methods in handle._plan.by_layer for method in methods}:
-        for key, name in getattr(method, "files", {}).items():  # what was found beside this model goes with it
-            if getattr(method, key):
-                copy_whole(getattr(method, key), Path(save_directory) / name)
-    handle.recipe.save_pretrained(save_directory)
-    return out
-
-
-# --- hooks. They find the handle on the module they are called with, so that a deep copy of a model uses its own.
+    return hooks
 
 
 def _before_model(
@@ -386,20 +87,20 @@ def _before_model(
     assert isinstance(model, PreTrainedModel)
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-    call = _CALL.get()
+    call = CALL.get()
     if call is None or call.handle is not handle or call.direct:  # not in generate(), or within another model's
         stale = call is not None and call.direct and call.model is model  # a forward that raised
         outer = call.outer if call is not None and stale else call
-        call = _Call(handle, model, handle.active_plan, None, False, direct=True, outer=outer)
+        call = Call(handle, model, handle.active_plan, None, False, direct=True, outer=outer)
         if call.plan.tower_layers:
-            _CALL.set(call)
+            CALL.set(call)
     step = _make_step(handle, model, call, inputs)
     if step is not None:
         kwargs = {**kwargs, attention.STEP: step}
     return args, kwargs
 
 
-def _make_step(handle: Handle, model: PreTrainedModel, call: _Call, inputs: dict[str, Any]) -> Step | None:
+def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Step | None:
     """The step of this forward; None when there is nothing to do in it."""
     cache = inputs.get("past_key_values")
     request: Request | None = getattr(cache, _REQUEST, None)
@@ -505,7 +206,7 @@ def _check_registration(handle: Handle, model: PreTrainedModel) -> None:
             f"the attention implementation was set to '{text._attn_implementation}' while the model was wrapped, by you or"
             " by unwrapping a copy that shares its config; unwrap the model and wrap it again"
         )
-    _WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
+    WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
 
 
 def _check_request(request: Request, plan: Plan, batch: int) -> None:
@@ -523,9 +224,9 @@ def _check_request(request: Request, plan: Plan, batch: int) -> None:
 def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the forward made itself gets the request, so that the next call finds it."""
     step: Step | None = kwargs.get(attention.STEP)
-    call = _CALL.get()
+    call = CALL.get()
     if call is not None and call.direct and call.model is model:
-        _CALL.set(call.outer)
+        CALL.set(call.outer)
     cache = getattr(output, "past_key_values", None)
     if step is not None and cache is not None:
         setattr(cache, _REQUEST, step.request)
@@ -614,14 +315,14 @@ def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    call = _CALL.get()
+    call = CALL.get()
     if call is not None and call.plan.tower_layers and call.handle._family.tower(call.model) is tower:
         names = list(inspect.signature(type(tower).forward).parameters)[1:] if args else []
         call.sight.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _before_tower_attention(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    call = _CALL.get()
+    call = CALL.get()
     if call is None or number not in call.plan.tower_layers:
         return
     if call.handle._family.tower_attention(call.model)[number] is not module:  # another model, in or after this call

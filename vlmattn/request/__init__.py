@@ -1,0 +1,40 @@
+"""What one generate() call knows: the request on its cache, the step in hand, and the scope that a method sees."""
+
+from vlmattn.request.plan import Directions, Method, Plan, RoleFinder, Watch, Weights
+from vlmattn.request.request import (
+    ANSWER,
+    IMAGE,
+    MARKER,
+    SYSTEM,
+    TEXT,
+    USER,
+    VIDEO,
+    Request,
+    number_images,
+)
+from vlmattn.request.scope import Preparation, Scope, Sight, Step
+from vlmattn.request.slots import Ledger, Slots
+
+__all__ = [
+    "ANSWER",
+    "IMAGE",
+    "MARKER",
+    "SYSTEM",
+    "TEXT",
+    "USER",
+    "VIDEO",
+    "Directions",
+    "Ledger",
+    "Method",
+    "Plan",
+    "Preparation",
+    "Request",
+    "RoleFinder",
+    "Scope",
+    "Sight",
+    "Slots",
+    "Step",
+    "Watch",
+    "Weights",
+    "number_images",
+]

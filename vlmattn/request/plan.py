@@ -1,0 +1,87 @@
+"""A recipe bound to one model, and what the engine asks of its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from vlmattn.kernels import AttentionEdit
+
+if TYPE_CHECKING:
+    from vlmattn.request.scope import Preparation, Scope, Sight
+
+Weights = Callable[[int, int], Tensor]
+"""``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
+
+Watch = Callable[[int, Tensor, Weights], Tensor | None]
+"""``watch(layer, out, weights)`` sees head outputs ``[batch, query, heads, dim]`` and may return head gains ``[batch, heads]``."""
+
+
+class Method(Protocol):
+    """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
+
+    @property
+    def observes_generated(self) -> bool: ...
+
+    def prepare(self, preparation: Preparation) -> None: ...
+
+    def encoded(self, sight: Sight) -> None: ...
+
+    def observe(self, scope: Scope, hidden: Tensor) -> None: ...
+
+    def measure(self, scope: Scope, weights: Weights) -> None: ...
+
+    def edit(self, scope: Scope) -> AttentionEdit: ...
+
+
+class RoleFinder(Protocol):
+    """Finds the turns of a prompt (``models.Turns`` is the real thing)."""
+
+    def roles(self, ids: Tensor, types: Tensor, real: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """What is added to a layer's projections before the rotation.
+
+    Attributes:
+        query: float ``[heads, dim]``; key: float ``[kv_heads, dim]``; None = nothing.
+    """
+
+    query: Tensor | None
+    key: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe bound to one model: which methods act in which layer, and which steps they take part in.
+
+    Attributes:
+        by_layer, observing, measuring: methods of each layer.
+        preparing, seeing: methods that run the decoder on other inputs, and that look at the vision tower.
+        extending: layers whose observers also see generated tokens.
+        directions: (layer, what is added to its projections).
+        tower_layers: layers of the vision tower that ``seeing`` methods look at.
+        turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
+        texts: prompts without images are welcome.
+    """
+
+    name: str
+    by_layer: tuple[tuple[Method, ...], ...] = ()
+    preparing: tuple[Method, ...] = ()
+    observing: tuple[tuple[Method, ...], ...] = ()
+    measuring: tuple[tuple[Method, ...], ...] = ()
+    seeing: tuple[Method, ...] = ()
+    extending: frozenset[int] = frozenset()
+    directions: tuple[tuple[int, Directions], ...] = ()
+    tower_layers: frozenset[int] = frozenset()
+    turns: tuple[str, ...] = ()
+    uses_turns: bool = False
+    texts: bool = False
+
+    @property
+    def is_identity(self) -> bool:
+        return not any(self.by_layer)

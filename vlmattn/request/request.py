@@ -1,0 +1,202 @@
+"""The prompt of one generate() call and what the methods keep about it. It rides on the KV cache, never on the model.
+
+Everything is indexed by cache slot (absolute, padding included), not by position id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import InputError
+from vlmattn.kernels import Rows
+from vlmattn.request.plan import Plan, RoleFinder
+from vlmattn.request.slots import Ledger, Slots
+
+TEXT, IMAGE, VIDEO = 0, 1, 2  # types of tokens
+SYSTEM, USER, MARKER, ANSWER = range(4)  # roles: outside of turns, a user's turn, the text that ends it, the answer
+
+
+class Request:
+    """The prompt of one generate() call and what the methods keep about it.
+
+    Attributes:
+        plan: the bound recipe that this request was born with.
+        prompt_length: slots of the prompt (padding included); rows from there on are generated.
+        turns_known: roles and turns of the prompt were found.
+        ledger: where counts go; that of the model the request runs on.
+        call: stands for the generate() call that read the prompt, if one did.
+        batch: sequences in the prompt; None before it is read.
+        state: what methods keep, by (method, layer, name).
+    """
+
+    def __init__(self, plan: Plan, ledger: Ledger | None = None) -> None:
+        self.plan, self.ledger = plan, ledger or Ledger()
+        self.call: object = None
+        self.batch: int | None = None
+        self.prompt_length = 0
+        self.has_padding = False
+        self.state: dict[Hashable, Any] = {}
+        self._ids = Slots(-1, torch.int64)
+        self._roles = Slots(ANSWER, torch.uint8)
+        self._turns = Slots(-1, torch.int16)
+        self.turns_known = False
+        self._types = Slots(TEXT, torch.uint8)
+        self._images = Slots(-1, torch.int16)
+        self._real = Slots(True, torch.bool)
+        self._runs: tuple[tuple[int, int, bool, bool], ...] = ()
+        self._last_prompt_row: Tensor | None = None
+        self._first_row_after_image = 0
+        self._first_last_row = 0
+
+    def extend(
+        self,
+        start: int,
+        types: Tensor,
+        images: Tensor,
+        real: Tensor | None,
+        prompt_length: int | None,
+        ids: Tensor | None = None,
+        finder: RoleFinder | None = None,
+    ) -> None:
+        """Read new prompt tokens that enter the cache at slot ``start``.
+
+        Args:
+            types: uint8 ``[batch, new]`` of TEXT, IMAGE, VIDEO.
+            images: int ``[batch, new]``, which image of its row a token belongs to, -1 for text.
+            real: bool ``[batch, start + new or more]``, False for padding; None = no padding.
+            prompt_length: slots of the whole prompt when generate() said so, else all tokens given so far.
+            ids: token ids ``[batch, new]``; None when the model got embeddings.
+            finder: finds the turns, for plans that need them.
+
+        Raises:
+            InputError: turns are needed and there are no token ids, or a row without a user's turn.
+        """
+        self.batch, stop = types.shape[0], start + types.shape[1]
+        self.prompt_length = min(prompt_length or stop, stop)
+        if start:  # a later turn: its images count on
+            earlier = self._images.read(start, images.device).amax(1, keepdim=True) + 1
+            images = torch.where(images >= 0, images + earlier, images)
+        generated = torch.arange(start, stop, device=types.device) >= self.prompt_length
+        self._types.write(start, types.masked_fill(generated, TEXT))
+        self._images.write(start, images.masked_fill(generated, -1))
+        self._real.write(start, torch.ones_like(types))
+        if real is not None:
+            self._real.write(0, real[:, :stop])
+        # One look from the host per prompt: everything below decides shapes.
+        host = torch.device("cpu")
+        types, real = self._types.read(stop, host), self._real.read(stop, host)
+        self.has_padding = not bool(real.all())
+        slots = torch.arange(stop)
+        in_prompt = real & (slots < self.prompt_length)
+        last = torch.where(in_prompt, slots, -1).amax(1)
+        self._last_prompt_row, self._first_last_row = last, max(int(last.min()), 0)
+        visual = (types != TEXT) & real
+        after = (types == TEXT) & (visual.cumsum(1) > 0)
+        self._first_row_after_image = int(torch.where(after, slots, stop).min())
+        self._runs = _column_runs((types == TEXT).any(0), (types != TEXT).any(0))
+        self._ids.write(start, torch.full_like(types[:, start:], -1, dtype=torch.int64) if ids is None else ids)
+        if finder is not None:
+            self._find_roles(finder, types, real, ids is not None)
+
+    def _find_roles(self, finder: RoleFinder, types: Tensor, real: Tensor, has_ids: bool) -> None:
+        needed_by = ", ".join(self.plan.turns)
+        if not has_ids:
+            if not needed_by:
+                return
+            raise InputError(
+                f"{needed_by} must know the user's turns, which need input_ids; the model got inputs_embeds"
+            )
+        stop = types.shape[1]
+        roles, turns = finder.roles(self._ids.read(stop, torch.device("cpu")), types, real)
+        lost = (~(turns >= 0).any(1)).nonzero().flatten().tolist()
+        if lost and needed_by:
+            raise InputError(
+                f"{needed_by} must know the user's turn, and row {lost[0]} of the prompt has none: {finder} not found; make"
+                " prompts with processor.apply_chat_template"
+            )
+        generated = torch.arange(stop) >= self.prompt_length
+        self._roles.write(0, roles.masked_fill(generated, ANSWER))
+        self._turns.write(0, turns.masked_fill(generated, -1))
+        self.turns_known = True
+
+    @property
+    def has_images(self) -> bool:
+        return any(image for _, _, _, image in self._runs)
+
+    def types(self, keys: int, device: torch.device) -> Tensor:
+        """uint8 ``[batch, keys]``: TEXT, IMAGE or VIDEO; generated tokens are TEXT."""
+        return self._types.read(keys, device)
+
+    def images(self, keys: int, device: torch.device) -> Tensor:
+        """int16 ``[batch, keys]``: number of the image within its row, -1 for text."""
+        return self._images.read(keys, device)
+
+    def ids(self, keys: int, device: torch.device) -> Tensor:
+        """int64 ``[batch, keys]``: token ids of the prompt, -1 where they are not known and for generated tokens."""
+        return self._ids.read(keys, device)
+
+    def roles(self, keys: int, device: torch.device) -> Tensor:
+        """uint8 ``[batch, keys]``: SYSTEM, USER, MARKER or ANSWER; for methods that ask for turns."""
+        return self._roles.read(keys, device)
+
+    def turns(self, keys: int, device: torch.device) -> Tensor:
+        """int16 ``[batch, keys]``: number of the user's turn that a token belongs to, -1 elsewhere."""
+        return self._turns.read(keys, device)
+
+    def real(self, keys: int, device: torch.device) -> Tensor | None:
+        """bool ``[batch, keys]``, False for padding; None when there is none."""
+        return self._real.read(keys, device) if self.has_padding else None
+
+    def runs(self, text: tuple[int, ...], image: tuple[int, ...]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """Contiguous runs of prompt slots with the groups that occur there, given those of text and of image tokens."""
+        return tuple((a, b, (text if t else ()) + (image if i else ())) for a, b, t, i in self._runs)
+
+    def last_prompt_row(self, device: torch.device) -> Tensor:
+        """int64 ``[batch]``: slot of the last real prompt token, the row that predicts the first new token."""
+        if self._last_prompt_row is None:
+            raise InputError("the prompt has not been read yet")
+        return self._last_prompt_row.to(device)
+
+    def rows_after_image(self, start: int, queries: int, device: torch.device) -> Rows:
+        """Text rows that follow at least one image of their sequence."""
+        types = self.types(start + queries, device)
+        visual = types != TEXT
+        if (real := self.real(start + queries, device)) is not None:
+            visual = visual & real
+        after = (types == TEXT) & (visual.cumsum(1) > 0)
+        return Rows(after[:, start:], max(self._first_row_after_image - start, 0))
+
+    def rows_that_predict(self, start: int, queries: int, device: torch.device) -> Rows:
+        """The last prompt row of each sequence and every row generated after it."""
+        slots = torch.arange(start, start + queries, device=device)
+        return Rows(slots >= self.last_prompt_row(device)[:, None], max(self._first_last_row - start, 0))
+
+
+def _column_runs(text: Tensor, image: Tensor) -> tuple[tuple[int, int, bool, bool], ...]:
+    """Runs of columns (start, stop, some row has text here, some row has an image here)."""
+    kinds = (text.int() + 2 * image.int()).tolist()
+    cuts = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
+    return tuple((a, b, bool(kinds[a] & 1), bool(kinds[a] & 2)) for a, b in pairwise(cuts) if a < b)
+
+
+def number_images(types: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    """Number of the image of each visual token within its row, -1 for text.
+
+    Args:
+        types: ``[batch, tokens]``.
+        lengths: tokens of each image, in (row, token) order, when the model said so; else every unbroken run of visual
+            tokens counts as one image.
+    """
+    visual = types != TEXT
+    previous = torch.nn.functional.pad(types, (1, 0))[:, :-1]
+    starts = visual & (types != previous)
+    if lengths and sum(lengths) == int(visual.sum()):
+        flat = torch.zeros(int(visual.sum()), dtype=torch.bool)
+        flat[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
+        starts = torch.zeros_like(visual).masked_scatter(visual, flat.to(visual.device))
+    return torch.where(visual, starts.cumsum(1) - 1, -1).to(torch.int16)

@@ -1,0 +1,214 @@
+"""What a method sees of a request: a step is one forward of the model, a scope one layer of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import InputError
+from vlmattn.kernels import Rows, Visibility
+from vlmattn.request.plan import Watch
+from vlmattn.request.request import IMAGE, TEXT, VIDEO, Request
+
+
+@dataclass(eq=False)
+class Step:
+    """One forward of the model for a request.
+
+    Attributes:
+        base: name of the attention implementation the model had before it was wrapped.
+        start: cache slot of the first query row; None in single-token decoding, where nothing needs it.
+        plain_mask: the mask can only be causal and padding (no mask from the user).
+        watch: for preparation passes, where no edit runs.
+        slot, capacity: where the one new token goes (a tensor with a static cache of that many slots), for methods that
+            observe generated tokens too.
+        sight: tower layer -> what was seen there of each encoded image, ``[heads, tokens]``.
+        order: which encoded image each image of the prompt is (beams repeat them); None = one after another.
+    """
+
+    request: Request
+    base: str
+    start: int | None
+    plain_mask: bool = True
+    watch: Watch | None = None
+    slot: int | Tensor | None = None
+    capacity: int = 0
+    sight: dict[int, list[Tensor]] = field(default_factory=dict)
+    order: list[int] | None = None
+    _memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Prompt tokens are being read (not one new token after another, not the draft of assisted decoding)."""
+        return self.start is not None and self.start < self.request.prompt_length
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A value that all layers of this step share."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """One layer of one step: what a method is asked about.
+
+    ``queries`` are the last of ``keys`` slots; ``heads`` is 0 before the layer's attention (``observe``).
+    """
+
+    step: Step
+    layer: int
+    queries: int
+    keys: int
+    device: torch.device
+    heads: int = 0
+
+    @property
+    def request(self) -> Request:
+        return self.step.request
+
+    @property
+    def visual(self) -> Tensor:
+        """bool ``[batch, keys]``: image and video tokens."""
+        return self._once("visual", lambda keys, device: self.request.types(keys, device) != TEXT)
+
+    @property
+    def images(self) -> Tensor:
+        """int16 ``[batch, keys]``: number of the image within its row, -1 for text."""
+        return self._once("images", self.request.images)
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 ``[batch, keys]``: token ids, -1 for generated tokens."""
+        return self._once("ids", self.request.ids)
+
+    @property
+    def roles(self) -> Tensor:
+        """uint8 ``[batch, keys]``: SYSTEM, USER, MARKER, ANSWER."""
+        return self._once("roles", self.request.roles)
+
+    @property
+    def turns(self) -> Tensor:
+        """int16 ``[batch, keys]``: number of the user's turn, -1 outside."""
+        return self._once("turns", self.request.turns)
+
+    @property
+    def real(self) -> Tensor | None:
+        """bool ``[batch, keys]``, False for padding; None when there is none."""
+        return self.request.real(self.keys, self.device)
+
+    def _once(self, name: str, read: Callable[[int, torch.device], Tensor]) -> Tensor:
+        value: Tensor = self.step.once((name, self.keys, self.device), lambda: read(self.keys, self.device))
+        return value
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A value that all layers of this step on this device share."""
+        return self.step.once((key, self.keys, self.device), make)
+
+    def first_token(self, hidden: Tensor) -> Tensor:
+        """``hidden`` ``[batch, query, ...]`` of each row's first real token, float32, of a prompt read from its beginning."""
+        real = self.real
+        first = (
+            torch.zeros(len(hidden), dtype=torch.long, device=hidden.device) if real is None else real.int().argmax(1)
+        )
+        return hidden[torch.arange(len(hidden), device=hidden.device), first].float()
+
+    def of_rows(self, values: Tensor, generated: int | bool) -> Tensor:
+        """The query rows' part ``[batch, query]`` of ``values`` ``[batch, keys]``; ``generated`` while decoding."""
+        start = self.step.start
+        if start is None:
+            return values.new_full((values.shape[0], self.queries), generated)
+        return values[:, start : start + self.queries]
+
+    def rows_after_image(self) -> Rows | None:
+        """Text rows that follow an image; None (all rows) while decoding one token."""
+        return self._rows(self.request.rows_after_image)
+
+    def rows_that_predict(self) -> Rows | None:
+        """The last prompt row and all generated rows; None (all rows) while decoding one token."""
+        return self._rows(self.request.rows_that_predict)
+
+    def _rows(self, make: Callable[[int, int, torch.device], Rows]) -> Rows | None:
+        start = self.step.start
+        if start is None:
+            return None
+        rows: Rows = self.step.once((make.__name__, self.device), lambda: make(start, self.queries, self.device))
+        return rows
+
+    def visibility(self, mask: Tensor | None) -> Visibility:
+        """What the unedited model sees in this call."""
+        return Visibility(mask, self.step.start, self.request.real(self.keys, self.device), self.step.plain_mask)
+
+    def state(self, method: Hashable, name: str, make: Callable[[], Any]) -> Any:
+        """What ``method`` keeps under ``name`` for this layer and request; made by ``make`` at first."""
+        key = (method, self.layer, name)
+        if key not in self.request.state:
+            self.request.state[key] = make()
+        return self.request.state[key]
+
+    def find(self, method: Hashable, name: str) -> Any | None:
+        """What ``method`` has kept under ``name`` for this layer, or None."""
+        return self.request.state.get((method, self.layer, name))
+
+    def count(self, method: str, amount: int | Tensor) -> None:
+        """Tell the report that ``method`` found something to do."""
+        self.request.ledger.add(("fired", method), amount)
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """The images that new prompt tokens stand for, as the vision tower saw them.
+
+    Attributes:
+        start: cache slot of the first new token.
+        types: uint8 ``[batch, new]``.
+        patches: tower layer -> for each image (then each video) how much its summary token attends to each of its
+            tokens, float32 ``[heads, tokens]``.
+    """
+
+    request: Request
+    start: int
+    types: Tensor
+    patches: dict[int, list[Tensor]]
+
+    def place(self, values: list[Tensor]) -> Tensor:
+        """One value per image token, given image by image, at the slots of the new tokens: ``[batch, new]``, 0 for text.
+
+        Raises:
+            InputError: not as many values as image tokens.
+        """
+        flat = torch.cat(values).to(self.types.device)
+        images, videos = self.types == IMAGE, self.types == VIDEO
+        split = int(images.sum())
+        if split + int(videos.sum()) != len(flat):
+            raise InputError(
+                f"the vision tower saw {len(flat)} image tokens and the prompt has {split + int(videos.sum())}; give the"
+                " images with the prompt, not features that were computed before"
+            )
+        out = torch.zeros(self.types.shape, dtype=flat.dtype, device=flat.device)
+        return out.masked_scatter(images, flat[:split]).masked_scatter(videos, flat[split:])
+
+
+@dataclass(frozen=True, eq=False)
+class Preparation:
+    """The decoder's inputs before a prompt is read, and a way to run the decoder on others.
+
+    Attributes:
+        embeds: ``[batch, prompt, hidden]``, image features in place.
+        real: bool ``[batch, prompt]``.
+        visual: bool ``[batch, prompt]``.
+        positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
+        run: ``run(embeds, real, positions, watch)`` runs the decoder without cache; ``watch`` as in ``Step``.
+    """
+
+    request: Request
+    layers: int
+    embeds: Tensor
+    real: Tensor
+    visual: Tensor
+    positions: Tensor | None
+    run: Callable[[Tensor, Tensor, Tensor | None, Watch], None]

@@ -1,0 +1,191 @@
+"""Puts a recipe on one model object and takes it off again.
+
+The object stays the same and keeps its class. While wrapped it has: another name of the attention implementation in
+its text config, forward hooks on the model, its decoder, the decoder's layers and the vision tower, and three attributes
+of the instance (``vlmattn``, ``generate``, ``save_pretrained``). ``unwrap`` removes all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlmattn import attention
+from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.interventions.files import beside, copy_whole
+from vlmattn.models import find_family
+from vlmattn.recipe import FILE_NAME, Recipe
+from vlmattn.wrapping.handle import Handle, handle_of
+from vlmattn.wrapping.hooks import CALL, WRAPPED, Call, install_hooks
+
+__all__ = ["Handle", "applied", "handle_of", "install", "unwrap", "wrap"]
+
+_M = TypeVar("_M", bound=nn.Module)
+_INSTANCE_METHODS = ("generate", "save_pretrained")
+
+
+def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any) -> _M:
+    """Put a recipe on a model, in place, and return the model.
+
+    Args:
+        model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), with sdpa or eager attention.
+        recipe: a preset (``"var"``), presets joined by ``+``, a recipe file, a method, or a list of methods. None
+            looks for the recipe that was saved beside the model.
+        processor: the model's processor or tokenizer, for methods that must know where the user's turn ends (``mma``,
+            ``gift``, ...); None looks for it in the folder that the model came from, when a method needs it.
+        options: fields of the method, e.g. ``wrap(model, "pai", alpha=.3)``.
+
+    Raises:
+        UnsupportedError: another family, or another attention implementation.
+        StateError: the model is already wrapped.
+        UnknownNameError, OptionError: no such preset or option, a value out of range.
+    """
+    family = find_family(model)
+    assert isinstance(model, PreTrainedModel)
+    if (old := handle_of(model)) is not None:
+        raise StateError(
+            f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first"
+        )
+    chosen = Recipe.of(_saved_recipe(model) if recipe is None else recipe, **options)
+    text = model.config.get_text_config()
+    base = _base_name(text._attn_implementation)
+    handle = Handle(
+        chosen, family.anatomy(model), family, base, processor
+    )  # every check of the recipe is before the first change
+    attention.register()
+    model.set_attn_implementation({"text_config": attention.NAMES[base]})
+    if text._attn_implementation != attention.NAMES[base]:
+        raise UnsupportedError(
+            f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers itself"
+        )
+    WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
+    handle._originals = {name: model.__dict__[name] for name in _INSTANCE_METHODS if name in model.__dict__}
+    model.__dict__["vlmattn"] = handle
+    model.__dict__["generate"] = MethodType(_generate, model)
+    model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
+    handle._hooks = install_hooks(family, model)
+    return model
+
+
+def unwrap(model: _M) -> _M:
+    """Take the recipe off and return the model, as it was before ``wrap`` bit for bit.
+
+    Raises:
+        StateError: the model is not wrapped.
+    """
+    handle = handle_of(model)
+    if handle is None:
+        raise StateError("the model is not wrapped")
+    assert isinstance(model, PreTrainedModel)
+    for hook in handle._hooks:
+        hook.remove()
+    for name in _INSTANCE_METHODS:
+        del model.__dict__[name]
+    model.__dict__.update(handle._originals)
+    del model.__dict__["vlmattn"]
+    text = model.config.get_text_config()
+    others = WRAPPED.get(id(text), weakref.WeakSet())
+    others.discard(model)
+    if not others:
+        WRAPPED.pop(id(text), None)
+        if text._attn_implementation in attention.NAMES.values():  # not if the user has set another one since
+            model.set_attn_implementation({"text_config": handle._base})
+    return model
+
+
+@contextmanager
+def applied(model: _M, recipe: Any, *, processor: Any = None, **options: Any) -> Iterator[_M]:
+    """``with applied(model, "var"): ...`` wraps for the block and unwraps after it, also when it raises."""
+    wrap(model, recipe, processor=processor, **options)
+    try:
+        yield model
+    finally:
+        unwrap(model)
+
+
+def install() -> None:
+    """Opt in to the method form: ``model.wrap("var")`` and ``model.unwrap()`` on every ``PreTrainedModel``."""
+    PreTrainedModel.wrap = wrap
+    PreTrainedModel.unwrap = unwrap
+
+
+def _base_name(implementation: str | None) -> str:
+    """The attention implementation to fall back on, also when another model that shares the config is wrapped."""
+    for base, name in attention.NAMES.items():
+        if implementation in (base, name):
+            return base
+    raise UnsupportedError(
+        f"attention implementation '{implementation}' cannot be edited; load the model with attn_implementation='sdpa'"
+        " (which runs flash kernels on a GPU) or 'eager'"
+    )
+
+
+def _saved_recipe(model: PreTrainedModel) -> Recipe:
+    """The recipe that was saved beside the model, in its folder or on the hub."""
+    name = model.name_or_path
+    if not name:
+        raise InputError(
+            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and this one is from no folder; give a preset"
+        )
+    found = beside(name, FILE_NAME)
+    if found is None:
+        raise InputError(
+            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and '{name}' has none; give a preset"
+        )
+    return Recipe.from_pretrained(found.parent)
+
+
+def _generate(self: PreTrainedModel, *args: Any, preset: Any = None, **kwargs: Any) -> Any:
+    """``generate`` of a wrapped model; ``preset`` puts another recipe in force for this call only."""
+    handle = handle_of(self)
+    assert handle is not None
+    plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
+    if not plan.is_identity:
+        _refuse_chunks(self, kwargs)
+    original = handle._originals.get("generate") or MethodType(type(self).generate, self)
+    mask = kwargs.get("attention_mask")
+    token = CALL.set(Call(handle, self, plan, _prompt_length(args, kwargs), mask is None or mask.ndim == 2))
+    try:
+        out = original(*args, **kwargs)
+    finally:
+        CALL.reset(token)
+    if preset is None and not plan.is_identity:
+        handle.warn_if_idle()
+    return out
+
+
+def _refuse_chunks(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    config = kwargs.get("generation_config") or model.generation_config
+    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+        raise UnsupportedError("edits need the prompt in one piece; set prefill_chunk_size=None")
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Slots of the prompt of a generate() call, past turns in the cache included."""
+    first = args[0] if args else kwargs.get("inputs")
+    for value in (kwargs.get("attention_mask"), kwargs.get("input_ids"), first, kwargs.get("inputs_embeds")):
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            return value.shape[1]
+    return None
+
+
+def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    """``save_pretrained`` of a wrapped model: what the bare model writes, and the recipe beside it."""
+    handle = handle_of(self)
+    assert handle is not None
+    original = handle._originals.get("save_pretrained") or MethodType(type(self).save_pretrained, self)
+    out = original(save_directory, *args, **kwargs)
+    for method in {method for methods in handle._plan.by_layer for method in methods}:
+        for key, name in getattr(method, "files", {}).items():  # what was found beside this model goes with it
+            if getattr(method, key):
+                copy_whole(getattr(method, key), Path(save_directory) / name)
+    handle.recipe.save_pretrained(save_directory)
+    return out

@@ -1,0 +1,147 @@
+"""``model.vlmattn``: the recipe in force on one model, and what it did."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmattn.errors import OptionError
+from vlmattn.models import Anatomy, Family, Turns
+from vlmattn.recipe import Recipe
+from vlmattn.request import Ledger, Plan
+
+
+class Handle:
+    """``model.vlmattn``: what is on the model, and what it did.
+
+    Attributes:
+        recipe: the recipe in force.
+        anatomy: sizes of the decoder.
+        turns: the chat template's markers, for recipes that need them.
+    """
+
+    def __init__(self, recipe: Recipe, anatomy: Anatomy, family: Family, base: str, processor: Any = None) -> None:
+        self.anatomy, self._family, self._base = anatomy, family, base
+        self._processor = processor
+        self.turns: Turns | None = None
+        self._enabled, self._projecting = True, False
+        self._plans: dict[Recipe, Plan] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._originals: dict[str, Any] = {}
+        self.set(recipe)
+
+    def set(self, recipe: Any, **options: Any) -> None:
+        """Put another recipe in force, from the next prompt on; ``report()`` starts anew."""
+        chosen = Recipe.of(recipe, **options)
+        self._plan, self.recipe = self.plan_of(chosen), chosen
+        self._ledger, self._warned = Ledger(), False
+
+    @contextmanager
+    def lent(self, recipe: Any) -> Iterator[None]:
+        """Another recipe in force for the block; after it recipe, report and state are as before."""
+        before = (self.recipe, self._plan, self._ledger, self._warned, self._enabled)
+        self.set(recipe)
+        lent, self._enabled = self.recipe, True
+        try:
+            yield
+        finally:
+            self._plans.pop(lent, None)  # what measures keeps what it has seen
+            self.recipe, self._plan, self._ledger, self._warned, self._enabled = before
+
+    def plan_of(self, recipe: Recipe) -> Plan:
+        if recipe not in self._plans:
+            plan = recipe.bind(self.anatomy)
+            if plan.uses_turns and self.turns is None:
+                self.turns = _turns(self._processor, self.anatomy.source, plan.turns)
+            self._plans[recipe] = plan
+        return self._plans[recipe]
+
+    def enable(self) -> None:
+        """Let the recipe act again, from the next prompt on."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Let the bare model answer, from the next prompt on; hooks stay in place."""
+        self._enabled = False
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @property
+    def active_plan(self) -> Plan:
+        return self._plan if self._enabled else Plan("none")
+
+    def report(self) -> dict[str, Any]:
+        """What happened since the recipe was put in force.
+
+        Returns:
+            ``recipe``; ``fired``: how often each method found something to do (each method's docstring says what it
+            counts); ``backends``: phase -> backend -> number of attention calls; ``layers``: phase -> backend
+            -> the layers it ran in. ``base:`` names the model's own attention.
+        """
+        backends: dict[str, dict[str, int]] = {}
+        layers: dict[str, dict[str, list[int]]] = {}
+        for (phase, backend, layer), count in self._ledger.read("calls").items():
+            row = backends.setdefault(phase, {})
+            row[backend] = row.get(backend, 0) + count
+            layers.setdefault(phase, {}).setdefault(backend, []).append(int(layer))
+        fired = dict.fromkeys((method.info.name for method in self.recipe.interventions), 0)
+        fired |= {name: count for (name,), count in self._ledger.read("fired").items()}
+        for row_of_layers in layers.values():
+            for found in row_of_layers.values():
+                found.sort()
+        return {
+            "recipe": self.recipe.to_dict(),
+            "enabled": self._enabled,
+            "fired": fired,
+            "backends": backends,
+            "layers": layers,
+        }
+
+    def warn_if_idle(self) -> None:
+        """Say once if a method of the recipe has not found anything to do."""
+        if self._warned or not self._enabled:
+            return
+        self._warned = True  # one look: reading the counts waits for the device
+        idle = [name for name, count in self.report()["fired"].items() if not count]
+        if idle:
+            warnings.warn(
+                f"vlmattn: {', '.join(idle)} never fired in this generate() call and had no part in the answer;"
+                " see model.vlmattn.report()",
+                stacklevel=3,
+            )
+
+    def __repr__(self) -> str:
+        return f"<vlmattn '{self.recipe.name}' on {self.anatomy.family}, {'enabled' if self._enabled else 'disabled'}>"
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a wrapped model, else None."""
+    handle = model.__dict__.get("vlmattn")
+    return handle if isinstance(handle, Handle) else None
+
+
+def _turns(processor: Any, source: str, needed_by: tuple[str, ...]) -> Turns | None:
+    """Markers from the processor that was given, else from the one in the folder that the model came from.
+
+    Without either None, or an error if a method needs them.
+    """
+    if processor is not None:
+        return Turns.of(processor)
+    from transformers import AutoProcessor
+
+    names = ", ".join(needed_by)
+    try:
+        return Turns.of(AutoProcessor.from_pretrained(source, local_files_only=True))
+    except Exception as error:  # no folder, no processor in it, one that cannot be read: the remedy is the same
+        if not needed_by:
+            return None
+        raise OptionError(
+            f"{names} must know where the user's turn ends; give the processor: wrap(model, ..., processor=processor)"
+        ) from error
