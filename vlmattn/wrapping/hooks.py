@@ -25,6 +25,14 @@ from vlmattn.wrapping.handle import Handle, handle_of
 _REQUEST = "_vlmattn_request"  # where a request rides on its cache
 
 
+@dataclass
+class _TowerView:
+    """What was seen of the vision tower in one call: layer -> for each image ``[heads, tokens]``."""
+
+    patches: dict[int, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Call:
     """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding.
@@ -41,15 +49,7 @@ class Call:
     direct: bool = False
     outer: Call | None = None
     token: object = field(default_factory=object)
-    sight: _TowerView = field(default_factory=lambda: _TowerView())
-
-
-@dataclass
-class _TowerView:
-    """What was seen of the vision tower in one call: layer -> for each image ``[heads, tokens]``."""
-
-    patches: dict[int, list[Tensor]] = field(default_factory=dict)
-    inputs: dict[str, Any] = field(default_factory=dict)
+    sight: _TowerView = field(default_factory=_TowerView)
 
 
 # Which generate() call of which model runs in this thread. Only the model's pre-hook reads it, to hand the plan and the
