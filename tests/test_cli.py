@@ -37,7 +37,7 @@ def run(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return code, out, err
 
-    monkeypatch.setattr(cli.console, "width", 200)
+    monkeypatch.setattr(cli.common.console, "width", 200)
     return call
 
 
@@ -66,7 +66,7 @@ def test_presets_lists_every_preset_on_one_line_for_other_programs(run):
 
 def test_presets_fit_a_terminal(run, monkeypatch):
     """At 100 columns names, papers and what vouches for a preset are whole."""
-    monkeypatch.setattr(cli, "console", Console(force_terminal=True, width=100, color_system=None))
+    monkeypatch.setattr(cli.information, "console", Console(force_terminal=True, width=100, color_system=None))
     code, out, _ = run("presets")
     assert code == 0
     monkeypatch.undo()

@@ -1,49 +1,24 @@
-"""The command line. Errors are one line with a remedy and exit code 2; ``--debug`` shows the traceback."""
+"""vlmattn demo | eval | tune | ask: commands that run a model."""
 
 from __future__ import annotations
 
 import shlex
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
-from vlmattn.errors import (
-    TORCHVISION_REMEDY,
-    InputError,
-    OptionError,
-    UnknownNameError,
-    VlmattnError,
-    torchvision_trouble,
-)
+from vlmattn.cli.common import DeviceMap, DType, Model, app, console, errors, load, plain, say, typed
+from vlmattn.errors import InputError, OptionError, UnknownNameError
 
 if TYPE_CHECKING:
     from vlmattn.evals.suites import Suite
     from vlmattn.evals.tune import Tuned
-    from vlmattn.interventions import Intervention, PresetInfo
-    from vlmattn.recipe import Recipe
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="Training-free attention interventions for vision-language models.",
-)
-console = Console()
-errors = Console(stderr=True)
-
-Model = Annotated[str, typer.Option(help="'embedded', a folder, or a hub name such as llava-hf/llava-1.5-7b-hf.")]
-DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-DeviceMap = Annotated[str | None, typer.Option(help="For accelerate: auto, cuda, cpu.")]
 Visibility = Annotated[str, typer.Option(help="Of generated scenes: clear, dim, faint, tiny; comma-separated.")]
 Prior = Annotated[float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")]
 Questions = Annotated[list[Path] | None, typer.Option(help="POPE question file; repeat for several splits.")]
@@ -55,11 +30,6 @@ Limit = Annotated[int | None, typer.Option(help="Questions per file, or COCO ima
 CaptionLength = Annotated[int, typer.Option(help="Length of COCO captions.", min=1)]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away earlier answers in --out.")]
 DEMO_PRESETS = "none,var,vhr,pai"
-
-
-@app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    del debug  # read from sys.argv by main(), so that it also covers errors of the parser
 
 
 @app.command()
@@ -186,15 +156,15 @@ def tune(
         chosen = _on_files([suite], questions, images, instances, captions, synonyms, limit, max_new_tokens)
         if not chosen:
             raise InputError(_lacking([suite]))
-    loaded, processor = _load(model, dtype, device_map)
+    loaded, processor = load(model, dtype, device_map)
     tuned = tune_recipe(
-        loaded, processor, chosen[0], recipe, values, out, model, shots, seed, batch_size, restart, _say, _typed()
+        loaded, processor, chosen[0], recipe, values, out, model, shots, seed, batch_size, restart, say, typed()
     )
     _show_tuned(tuned, chosen[0])
-    _plain(f"recipe: {out / 'tuned.yaml'}\nfigures: {out / 'tune.json'}")
+    plain(f"recipe: {out / 'tuned.yaml'}\nfigures: {out / 'tune.json'}")
     rest = f"its scenes are of seed {EVAL_SEED}, not {seed}" if generated else "give it other files"
     test = ["vlmattn", "eval", "--suite", suite, "--model", model, "--presets", f"{preset},{out / 'tuned.yaml'}"]
-    _plain(f"to test it on other samples ({rest}): {shlex.join(test)} --out DIR")
+    plain(f"to test it on other samples ({rest}): {shlex.join(test)} --out DIR")
 
 
 def _show_tuned(tuned: Tuned, suite: Suite) -> None:
@@ -222,7 +192,7 @@ def _show_tuned(tuned: Tuned, suite: Suite) -> None:
         )
     console.print(table)
     for note in tuned.notes():
-        _plain(note, style="yellow")
+        plain(note, style="yellow")
 
 
 @app.command()
@@ -246,7 +216,7 @@ def ask(
     if not image.is_file():
         raise InputError(f"image not found: {image}")
     picture, recipe = read_image(image), vlmattn.Recipe.of(preset)
-    loaded, processor = _load(model, dtype, device_map)
+    loaded, processor = load(model, dtype, device_map)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("[bold]none[/bold]", escape(answer(loaded, processor, [question], [[picture]], max_new_tokens)[0]))
     with vlmattn.applied(loaded, recipe, processor=processor):
@@ -255,150 +225,6 @@ def ask(
             escape(answer(loaded, processor, [question], [[picture]], max_new_tokens)[0]),
         )
     console.print(table)
-
-
-@app.command()
-def presets(
-    name: Annotated[str | None, typer.Argument(help="Show one preset with all its options.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The recipe as JSON.")] = False,
-) -> None:
-    """List the presets, or show one.
-
-    Example: [bold]vlmattn presets var[/bold]
-    """
-    from vlmattn.interventions import all_presets
-    from vlmattn.recipe import Recipe
-
-    known = all_presets()
-    if name is None:
-        if as_json:
-            print("[" + ",\n".join(Recipe.of(preset).to_json().strip() for preset in known) + "]")
-        else:
-            _list_presets(known)
-        return
-    recipe = Recipe.of(name)
-    if as_json:
-        print(recipe.to_json(), end="")
-        return
-    _show_recipe(recipe, known.get(name))
-
-
-def _list_presets(known: dict[str, PresetInfo]) -> None:
-    """One line per preset for other programs; on a terminal a table that fits, with what its method costs said once."""
-    from vlmattn.evals.survey import checked_against, paper_id
-    from vlmattn.interventions import find_method
-
-    terminal = console.is_terminal
-    table = Table(box=SIMPLE_HEAD if terminal else None, padding=(0, 1 if terminal else 2, 0, 0), pad_edge=False)
-    widest = {"parts": 13, "checked against": 12} if terminal else {}
-    for column in ("preset", "about", "parts", "checked against", "paper", "cost"):
-        header = "about, and what the method costs" if terminal and column == "about" else column
-        if not terminal or column != "cost":
-            table.add_column(
-                header, no_wrap=not terminal or column in ("preset", "paper"), max_width=widest.get(column)
-            )
-    told = ""
-    for preset in sorted(known, key=lambda name: (known[name].method, name)):
-        about, method = known[preset].about, find_method(known[preset].method).info
-        checked, paper = checked_against(about, method.faithful), paper_id(method.paper)
-        cells = [Text(text) for text in (preset, about, method.parts, checked, paper)]
-        if not terminal:
-            cells.append(Text(method.cost))
-        elif method.name != told:
-            table.add_section()
-            cells[1].append(f"\n{method.cost}", style="dim")
-        cells[0].stylize("bold")
-        table.add_row(*cells)
-        told = method.name
-    if terminal:
-        console.print(table)
-        _plain("vlmattn presets NAME shows one with all its options", style="dim")
-    else:
-        wide = Console(width=10_000)  # a narrower one would fold
-        with wide.capture() as lines:
-            wide.print(table)
-        print("\n".join(line.rstrip() for line in lines.get().splitlines()))
-
-
-def _show_recipe(recipe: Recipe, info: PresetInfo | None) -> None:
-    """Methods with all their options, and the recipe as a file holds it."""
-    import inspect
-
-    _plain(f"{recipe.name}  {info.about}" if info else recipe.name, style="bold")
-    for method in recipe.interventions:
-        facts = method.info
-        _plain(f"{facts.paper}  {facts.code}")
-        _plain(f"changes: {facts.parts}\nchecked against: {facts.faithful}\ncost: {facts.cost}\n")
-        _plain((inspect.getdoc(type(method)) or "") + "\n")
-        console.print(_options_of(method))
-    _plain(recipe.to_yaml())
-
-
-def _options_of(method: Intervention) -> Table:
-    import dataclasses
-
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("option", "value", "range or choices", "meaning", "default from"):
-        table.add_column(column, no_wrap=column == "option")
-    for spec in dataclasses.fields(method):
-        meta = spec.metadata
-        span = " | ".join(meta["choices"]) or ("" if meta["low"] is None else f"{meta['low']:g}..{meta['high']:g}")
-        value = getattr(method, spec.name)
-        table.add_row(*map(escape, (spec.name, str(value), span, meta["about"], meta["source"])))
-    return table
-
-
-_PACKAGES = (
-    "vlmattn",
-    "torch",
-    "transformers",
-    "accelerate",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "triton",
-    "torchvision",
-    "timm",
-)
-
-
-@app.command()
-def doctor() -> None:
-    """Say what is installed and what works, with remedies."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("python", platform.python_version())
-    for package in _PACKAGES:
-        try:
-            table.add_row(package, version(package))
-        except PackageNotFoundError:
-            table.add_row(package, "[dim]not installed[/dim]")
-    if trouble := torchvision_trouble():
-        console.print(table)
-        raise InputError(trouble)
-    import torch
-
-    from vlmattn.embedded import FOLDER
-    from vlmattn.models import supported_families
-
-    table.add_row("device", f"cpu ({torch.get_num_threads()} threads)")
-    for number in range(torch.cuda.device_count()):
-        table.add_row("device", f"cuda:{number} ({torch.cuda.get_device_name(number)})")
-    flash = torch.cuda.is_available() or hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-    table.add_row("backend reference", "yes (float64, slow; for checks)")
-    table.add_row("backend eager", "yes (decode, and prefill in chunks of rows)")
-    table.add_row(
-        "backend merge", "yes (prefill on flash segments)" if flash else "no (this torch has no flash attention)"
-    )
-    table.add_row("backend triton", "not in this version")
-    for family, example in supported_families().items():
-        table.add_row(f"family {family}", example)
-    found = (FOLDER / "model.safetensors").exists()
-    table.add_row("bundled model", "found" if found else f"[red]missing[/red] ({FOLDER})")
-    console.print(table)
-    console.print("[green]no trouble found[/green]")
 
 
 def _generated(
@@ -454,59 +280,6 @@ def _note_scenes(model: str) -> None:
         )
 
 
-def _plain(text: str, style: str | None = None) -> None:
-    """Text as it is: no markup, and no line breaks that it does not have."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _typed() -> str:
-    """The command line as it was typed, for the record."""
-    return shlex.join(["vlmattn", *sys.argv[1:]])
-
-
-def _load(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any]:
-    """Model and processor, by bundled name, folder or hub name."""
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise OptionError(f"--dtype must be auto, float32, bfloat16 or float16, got '{dtype}'")
-    if trouble := torchvision_trouble():
-        raise InputError(trouble)
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    placing = {"device_map": device_map} if device_map else {}
-    if name == "embedded":
-        import torch
-
-        import vlmattn
-
-        torch.set_num_threads(
-            1
-        )  # so small that threads would mostly wait for each other, ten times slower on a busy machine
-        return tuple(vlmattn.load("embedded", **({} if dtype == "auto" else {"dtype": dtype}), **placing))  # type: ignore[return-value]
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    from vlmattn.models import find_family, supported_families
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type not in supported_families():
-            raise OptionError(
-                f"{name} has model type '{config.model_type}'; supported: {', '.join(supported_families())}"
-            )
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **placing)
-        find_family(model)
-        return model.eval(), AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if isinstance(error, VlmattnError):
-            raise
-        raise InputError(f"cannot load '{name}': {str(error).strip().splitlines()[0]}") from error
-
-
 def _evaluate(
     name: str,
     dtype: str,
@@ -525,48 +298,9 @@ def _evaluate(
     chosen = [preset.strip() for preset in presets.split(",") if preset.strip()]
     for preset in chosen:  # before a model of many gigabytes is loaded
         Recipe.of(preset)
-    model, processor = _load(name, dtype, device_map)
-    result = evaluate(model, processor, suites, chosen, out, name, batch_size, restart, _say, _typed())
+    model, processor = load(name, dtype, device_map)
+    result = evaluate(model, processor, suites, chosen, out, name, batch_size, restart, say, typed())
     write_text(out / "table.md", markdown_tables(result))
     write_text(out / "report.html", html_report(result))
     console.print(terminal_tables(result))
-    _plain(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")
-
-
-def _note(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Warnings as a line of text, without the place in the code."""
-    errors.print(f"note: {escape(str(message))}", style="yellow", highlight=False, soft_wrap=True)
-
-
-def main() -> None:
-    """Entry point: one-line errors and exit code 2, unless ``--debug`` is given."""
-    debug = "--debug" in sys.argv
-    if not debug:
-        warnings.showwarning = _note
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        app(args=arguments)
-    except VlmattnError as error:
-        if debug:
-            raise
-        errors.print(f"error: {escape(str(error))}", style="red", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except (RuntimeError, ImportError) as error:
-        if debug or not torchvision_trouble():
-            raise
-        errors.print(f"error: {TORCHVISION_REMEDY}", style="red", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on from here")
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
+    plain(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")

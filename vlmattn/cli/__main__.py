@@ -1,0 +1,5 @@
+"""``python -m vlmattn.cli``."""
+
+from vlmattn.cli import main
+
+main()

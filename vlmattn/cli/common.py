@@ -1,0 +1,84 @@
+"""What all commands share: the application, its consoles, and how a model is named and loaded."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vlmattn.errors import InputError, OptionError, VlmattnError, torchvision_trouble
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Training-free attention interventions for vision-language models.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="'embedded', a folder, or a hub name such as llava-hf/llava-1.5-7b-hf.")]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceMap = Annotated[str | None, typer.Option(help="For accelerate: auto, cuda, cpu.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    del debug  # read from sys.argv by main(), so that it also covers errors of the parser
+
+
+def plain(text: str, style: str | None = None) -> None:
+    """Text as it is: no markup, and no line breaks that it does not have."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def typed() -> str:
+    """The command line as it was typed, for the record."""
+    return shlex.join(["vlmattn", *sys.argv[1:]])
+
+
+def load(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any]:
+    """Model and processor, by bundled name, folder or hub name."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise OptionError(f"--dtype must be auto, float32, bfloat16 or float16, got '{dtype}'")
+    if trouble := torchvision_trouble():
+        raise InputError(trouble)
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    placing = {"device_map": device_map} if device_map else {}
+    if name == "embedded":
+        import torch
+
+        import vlmattn
+
+        torch.set_num_threads(
+            1
+        )  # so small that threads would mostly wait for each other, ten times slower on a busy machine
+        return tuple(vlmattn.load("embedded", **({} if dtype == "auto" else {"dtype": dtype}), **placing))  # type: ignore[return-value]
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from vlmattn.models import find_family, supported_families
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type not in supported_families():
+            raise OptionError(
+                f"{name} has model type '{config.model_type}'; supported: {', '.join(supported_families())}"
+            )
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **placing)
+        find_family(model)
+        return model.eval(), AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if isinstance(error, VlmattnError):
+            raise
+        raise InputError(f"cannot load '{name}': {str(error).strip().splitlines()[0]}") from error

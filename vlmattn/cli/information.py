@@ -1,0 +1,163 @@
+"""vlmattn presets | doctor: commands that say what there is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from vlmattn.cli.common import app, console, plain
+from vlmattn.errors import InputError, torchvision_trouble
+
+if TYPE_CHECKING:
+    from vlmattn.interventions import Intervention, PresetInfo
+    from vlmattn.recipe import Recipe
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show one preset with all its options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The recipe as JSON.")] = False,
+) -> None:
+    """List the presets, or show one.
+
+    Example: [bold]vlmattn presets var[/bold]
+    """
+    from vlmattn.interventions import all_presets
+    from vlmattn.recipe import Recipe
+
+    known = all_presets()
+    if name is None:
+        if as_json:
+            print("[" + ",\n".join(Recipe.of(preset).to_json().strip() for preset in known) + "]")
+        else:
+            _list_presets(known)
+        return
+    recipe = Recipe.of(name)
+    if as_json:
+        print(recipe.to_json(), end="")
+        return
+    _show_recipe(recipe, known.get(name))
+
+
+def _list_presets(known: dict[str, PresetInfo]) -> None:
+    """One line per preset for other programs; on a terminal a table that fits, with what its method costs said once."""
+    from vlmattn.evals.survey import checked_against, paper_id
+    from vlmattn.interventions import find_method
+
+    terminal = console.is_terminal
+    table = Table(box=SIMPLE_HEAD if terminal else None, padding=(0, 1 if terminal else 2, 0, 0), pad_edge=False)
+    widest = {"parts": 13, "checked against": 12} if terminal else {}
+    for column in ("preset", "about", "parts", "checked against", "paper", "cost"):
+        header = "about, and what the method costs" if terminal and column == "about" else column
+        if not terminal or column != "cost":
+            table.add_column(
+                header, no_wrap=not terminal or column in ("preset", "paper"), max_width=widest.get(column)
+            )
+    told = ""
+    for preset in sorted(known, key=lambda name: (known[name].method, name)):
+        about, method = known[preset].about, find_method(known[preset].method).info
+        checked, paper = checked_against(about, method.faithful), paper_id(method.paper)
+        cells = [Text(text) for text in (preset, about, method.parts, checked, paper)]
+        if not terminal:
+            cells.append(Text(method.cost))
+        elif method.name != told:
+            table.add_section()
+            cells[1].append(f"\n{method.cost}", style="dim")
+        cells[0].stylize("bold")
+        table.add_row(*cells)
+        told = method.name
+    if terminal:
+        console.print(table)
+        plain("vlmattn presets NAME shows one with all its options", style="dim")
+    else:
+        wide = Console(width=10_000)  # a narrower one would fold
+        with wide.capture() as lines:
+            wide.print(table)
+        print("\n".join(line.rstrip() for line in lines.get().splitlines()))
+
+
+def _show_recipe(recipe: Recipe, info: PresetInfo | None) -> None:
+    """Methods with all their options, and the recipe as a file holds it."""
+    import inspect
+
+    plain(f"{recipe.name}  {info.about}" if info else recipe.name, style="bold")
+    for method in recipe.interventions:
+        facts = method.info
+        plain(f"{facts.paper}  {facts.code}")
+        plain(f"changes: {facts.parts}\nchecked against: {facts.faithful}\ncost: {facts.cost}\n")
+        plain((inspect.getdoc(type(method)) or "") + "\n")
+        console.print(_options_of(method))
+    plain(recipe.to_yaml())
+
+
+def _options_of(method: Intervention) -> Table:
+    import dataclasses
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("option", "value", "range or choices", "meaning", "default from"):
+        table.add_column(column, no_wrap=column == "option")
+    for spec in dataclasses.fields(method):
+        meta = spec.metadata
+        span = " | ".join(meta["choices"]) or ("" if meta["low"] is None else f"{meta['low']:g}..{meta['high']:g}")
+        value = getattr(method, spec.name)
+        table.add_row(*map(escape, (spec.name, str(value), span, meta["about"], meta["source"])))
+    return table
+
+
+_PACKAGES = (
+    "vlmattn",
+    "torch",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "triton",
+    "torchvision",
+    "timm",
+)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and what works, with remedies."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("python", platform.python_version())
+    for package in _PACKAGES:
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "[dim]not installed[/dim]")
+    if trouble := torchvision_trouble():
+        console.print(table)
+        raise InputError(trouble)
+    import torch
+
+    from vlmattn.embedded import FOLDER
+    from vlmattn.models import supported_families
+
+    table.add_row("device", f"cpu ({torch.get_num_threads()} threads)")
+    for number in range(torch.cuda.device_count()):
+        table.add_row("device", f"cuda:{number} ({torch.cuda.get_device_name(number)})")
+    flash = torch.cuda.is_available() or hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    table.add_row("backend reference", "yes (float64, slow; for checks)")
+    table.add_row("backend eager", "yes (decode, and prefill in chunks of rows)")
+    table.add_row(
+        "backend merge", "yes (prefill on flash segments)" if flash else "no (this torch has no flash attention)"
+    )
+    table.add_row("backend triton", "not in this version")
+    for family, example in supported_families().items():
+        table.add_row(f"family {family}", example)
+    found = (FOLDER / "model.safetensors").exists()
+    table.add_row("bundled model", "found" if found else f"[red]missing[/red] ({FOLDER})")
+    console.print(table)
+    console.print("[green]no trouble found[/green]")
