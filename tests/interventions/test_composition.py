@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from methods import SETTINGS, STOP, Speech, anatomy, dialogue, directions, fitted, head_profile, inputs_of
-from test_matrix import PLACEHOLDERS, apart, generate, model_of, no_call_left  # noqa: F401 (a fixture)
+from test_matrix import PLACEHOLDERS, apart, generate, model_of
 from tiny import FAMILIES, build, left_padded, prompt
 from torch import nn
 

@@ -32,7 +32,7 @@ def planted(family: str, attn: str = "sdpa", **kwargs) -> PreTrainedModel:
     model = build(family, attn, **kwargs)
     table = model.get_input_embeddings().weight.data
     generator = torch.Generator().manual_seed(1)
-    first = 15 * torch.randn(32, generator=generator)
+    first = 60 * torch.randn(32, generator=generator)
     first[list(DIMS)] = 0.1
     table[1], table[LIKE], table[OPPOSITE] = first, 0.7 * first, -1.2 * first
     table[MASSIVE] = torch.randn(32, generator=generator)
@@ -191,13 +191,14 @@ def test_generated_sinks_are_only_found_when_asked(family):
             found[extend] = generate(model, inputs, len(SAID), logits_processor=say)
     difference = (found[True] - found[False]).abs().amax((0, 2))
     assert difference[:2].max() < TOLERANCE  # the prompt and the word 20 say the same
-    assert difference[2:].min() > 1e-3
+    assert difference[2:].min() > 1e-4
 
 
 # --- extend: beams, drafts, turns
 
 
-EXTENDED = VAR(**OPTIONS, layers="0:", extend=True)
+STRONG = dict(dims=DIMS, tau=TAU, max_sink=1.0, min_visual=0.0, keep=0.0)
+EXTENDED = VAR(**STRONG, layers="0:", extend=True)
 
 
 class Prefer:
@@ -229,8 +230,8 @@ def test_beams_carry_their_own_sinks(family, cache):
     new = expected.sequences[:, len(rows[0]) :]
     massive = (new[:, :-1] == MASSIVE).int().argmax(1) + 10 * (new == MASSIVE).any(1)
     assert len(set(massive.tolist())) > 1, "the premise: beams differ in where their sinks are"
-    plain = beams(VAR(**OPTIONS, layers="0:"), use_cache=False)
-    assert (plain.sequences_scores - expected.sequences_scores).abs().max() > 1e-3
+    plain = beams(VAR(**STRONG, layers="0:"), use_cache=False)
+    assert (plain.sequences_scores - expected.sequences_scores).abs().max() > 3e-4
 
 
 @family_matrix

@@ -1,0 +1,432 @@
+"""Head steering and focus directions against hooks on projections of a bare model."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+
+import pytest
+import torch
+from test_masks import PAD, Token, batch_of, inputs_of, mask_of, plain, write
+from tiny import FAMILIES, build, generate
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import vlmattn
+from vlmattn import PAI, FocusDirections, HeadProfile, Heads, InputError, OptionError
+from vlmattn.interventions.focus import save_directions
+from vlmattn.models import find_family
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+TOLERANCE = 3e-5
+PLACEHOLDERS = [96, 97, 98, 99]
+LAYERS, HEADS, KV_HEADS, DIM = 4, 4, 2, 8
+CHOSEN = {0: [1], 2: [0, 3], 3: [2]}
+NAMES = "0.1,2.0,2.3,3.2"
+family_matrix = pytest.mark.parametrize("family", FAMILIES)
+attn_matrix = pytest.mark.parametrize("attn", ["sdpa", "eager"])
+
+
+def anatomy(model: PreTrainedModel):
+    return find_family(model).anatomy(model)
+
+
+def prompts(family: str) -> list[list[Token]]:
+    """A padded batch: text before and after images, two images, two turns."""
+    rows = [write(family, [2, "img", 4]), write(family, ["img", 2, "img", 3], seed=5), write(family, [1, "img", 2], [3], seed=9)]
+    return batch_of(rows)
+
+
+def after_image(row: list[Token]) -> list[bool]:
+    seen, out = False, []
+    for token in row:
+        seen = seen or token.image >= 0
+        out.append(seen and token.is_text and token.real)
+    return out
+
+
+def with_words(rows: list[list[Token]], logits: Tensor) -> list[list[Token]]:
+    """The prompts with the greedy tokens of ``logits`` but the last."""
+    allowed = logits.clone()
+    allowed[..., [2, *PLACEHOLDERS]] = -torch.inf
+    said = allowed.argmax(-1)[:, :-1].tolist()
+    return [row + [Token(t, generated=True) for t in said[b]] for b, row in enumerate(rows)]
+
+
+def real_rows(rows: list[list[Token]]) -> Tensor:
+    return torch.tensor([[t.real for t in row] for row in rows])
+
+
+def check(family: str, method, bare_run, attn: str = "sdpa", processor=None) -> None:
+    """A direct forward and greedy steps, cached or not, of the wrapped model against ``bare_run(model, rows, inputs)``."""
+    rows, model = prompts(family), build(family, attn)
+    inputs = inputs_of(model, rows)
+    bare = model(**inputs).logits
+    vlmattn.wrap(model, method)
+    got, expected = model(**inputs).logits, bare_run(build(family, "eager"), rows, inputs)
+    real = real_rows(rows)
+    torch.testing.assert_close(got[real], expected[real], rtol=0, atol=TOLERANCE)
+    assert (expected - bare)[real].abs().max() > 1e-2
+    del inputs["position_ids"]
+    steps = generate(model, inputs, suppress_tokens=PLACEHOLDERS)
+    longer = with_words(rows, steps)
+    forced = bare_run(build(family, "eager"), longer, inputs_of(model, longer))[:, -4:]
+    torch.testing.assert_close(steps, forced, rtol=0, atol=TOLERANCE)
+    for options in (dict(use_cache=False), dict(cache_implementation="static")):
+        again = generate(model, inputs, suppress_tokens=PLACEHOLDERS, **options)
+        torch.testing.assert_close(again, steps, rtol=0, atol=TOLERANCE)
+
+
+# --- Heads
+
+
+def hooked(change):
+    """A bare run in which ``change(out, layer)`` edits head outputs ``[batch, rows, heads, dim]`` before ``o_proj``."""
+
+    def run(model, rows, inputs, chosen=CHOSEN):
+        with ExitStack() as stack:
+            for layer, heads in chosen.items():
+
+                def hook(_, args, layer=layer, heads=heads):
+                    out = args[0].unflatten(-1, (HEADS, DIM)).clone()
+                    change(out, layer, heads, rows)
+                    return (out.flatten(-2),)
+
+                module = model.model.language_model.layers[layer].self_attn.o_proj
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+            return model(**inputs).logits
+
+    return run
+
+
+def setting(value, everywhere: bool):
+    """Sets or scales the outputs of chosen heads, in text rows after an image or in all rows."""
+
+    def change(out, layer, heads, rows):
+        for b, row in enumerate(rows):
+            steered = [t.real for t in row] if everywhere else after_image(row)
+            for i, on in enumerate(steered):
+                for h in heads if on else ():
+                    out[b, i, h] = value(out[b, i, h], layer, h)
+
+    return change
+
+
+@pytest.mark.parametrize("rows", ["instruction", "all"])
+@pytest.mark.parametrize("operation", ["block", "amplify"])
+@attn_matrix
+@family_matrix
+def test_block_and_amplify_scale_what_o_proj_gets(family, attn, operation, rows):
+    gain = 0.0 if operation == "block" else 2.5
+    method = Heads(operation=operation, heads=NAMES, gain=2.5, rows=rows)
+    check(family, method, hooked(setting(lambda out, *_: gain * out, rows == "all")), attn)
+
+
+def profile_of(model: PreTrainedModel, **facts) -> HeadProfile:
+    generator = torch.Generator().manual_seed(2)
+    scores = torch.rand(LAYERS, HEADS, generator=generator)
+    for layer, heads in CHOSEN.items():
+        scores[layer, heads] += 1.0  # the best quarter
+    means = torch.randn(LAYERS, HEADS, DIM, generator=generator)
+    nested = lambda t: tuple(nested(x) for x in t) if t.ndim > 1 else tuple(t.tolist())  # noqa: E731
+    known = dict(fingerprint=anatomy(model).fingerprint, scores={"causal": nested(scores)}, means=nested(means))
+    return HeadProfile(**{**known, **facts})
+
+
+@pytest.mark.parametrize("rows", ["instruction", "all"])
+@family_matrix
+def test_mean_ablation_lets_a_head_say_its_mean(family, rows, tmp_path):
+    profile = profile_of(build(family))
+    path = profile.save(tmp_path)
+    method = Heads(heads=NAMES, ablation="mean", rows=rows, profile=str(path))
+    mean = lambda out, layer, head: torch.tensor(profile.means[layer][head])  # noqa: E731
+    check(family, method, hooked(setting(mean, rows == "all")))
+
+
+@pytest.mark.parametrize("rows", ["instruction", "all"])
+@attn_matrix
+@family_matrix
+def test_cut_heads_do_not_see_the_image(family, attn, rows):
+    def run(model, tokens, inputs):
+        mask = mask_of(tokens, plain)
+        cut = {}
+        for layer, heads in CHOSEN.items():
+            cut[layer] = mask.repeat(1, HEADS, 1, 1)
+            for b, row in enumerate(tokens):
+                for i, steered in enumerate(after_image(row)):
+                    for j, key in enumerate(row):
+                        if steered and key.image >= 0:
+                            cut[layer][b, heads, i, j] = torch.finfo(torch.float32).min
+        with ExitStack() as stack:
+            for layer, edited in cut.items():
+                hook = lambda _, args, kwargs, edited=edited: (args, {**kwargs, "attention_mask": edited})  # noqa: E731
+                module = model.model.language_model.layers[layer]
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            return model(**{**inputs, "attention_mask": mask}).logits
+
+    check(family, Heads(operation="cut", heads=NAMES, rows=rows), run, attn)
+
+
+def test_layers_restrict_the_heads():
+    model, rows = build("llava"), prompts("llava")
+    inputs = inputs_of(model, rows)
+    zero = hooked(setting(lambda out, *_: 0 * out, False))
+    expected = zero(build("llava"), rows, inputs, {2: [0, 3]})
+    vlmattn.wrap(model, Heads(heads=NAMES, layers="1:3"))
+    torch.testing.assert_close(model(**inputs).logits[real_rows(rows)], expected[real_rows(rows)], rtol=0, atol=TOLERANCE)
+    assert model.vlmattn.report()["layers"]["prefill"] == {"base:sdpa": [0, 1, 3], "base:sdpa+head_gain": [2]}
+    assert model.vlmattn.report()["fired"] == {"heads": 2}
+
+
+def test_the_best_share_of_a_profile(tmp_path):
+    model, rows = build("llava"), prompts("llava")
+    inputs = inputs_of(model, rows)
+    with vlmattn.applied(model, Heads(heads=NAMES)):
+        expected = model(**inputs).logits
+    path = profile_of(model).save(tmp_path / "heads.json")
+    with vlmattn.applied(model, Heads(profile=str(path), share=0.25)):
+        assert torch.equal(model(**inputs).logits, expected)
+    model.save_pretrained(tmp_path)
+    beside = type(model).from_pretrained(tmp_path).eval()
+    profile_of(model).save(tmp_path)
+    with vlmattn.applied(beside, Heads(share=0.25)):
+        torch.testing.assert_close(beside(**inputs).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_the_top_of_a_profile_is_ranked_best_first():
+    table = ((0.1, 0.9, 0.2, 0.0), (0.3, -5.0, 0.8, 0.0))
+    profile = HeadProfile(fingerprint="x", scores={"causal": table})
+    assert profile.top("causal", 0.375) == ((0, 1), (1, 2), (1, 0))
+    assert profile.top("causal", 0.0) == ((0, 1),)
+    with pytest.raises(OptionError, match="causal"):
+        profile.top("other", 0.5)
+
+
+def test_head_profiles_are_checked(tmp_path):
+    model = build("llava")
+    with pytest.raises(OptionError, match="which heads"):
+        vlmattn.wrap(model, "heads_block")
+    path = profile_of(model, fingerprint="0" * 16).save(tmp_path / "other.json")
+    with pytest.raises(OptionError, match="another language model"):
+        vlmattn.wrap(model, Heads(profile=str(path)))
+    path = profile_of(model, means=()).save(tmp_path / "bare.json")
+    with pytest.raises(OptionError, match="no mean outputs"):
+        vlmattn.wrap(model, Heads(profile=str(path), ablation="mean"))
+    for heads in ("4.0", "0.4"):
+        with pytest.raises(OptionError, match="4 layers of 4 heads"):
+            vlmattn.wrap(model, Heads(heads=heads))
+    with pytest.raises(OptionError, match=r"layer\.head"):
+        vlmattn.wrap(model, Heads(heads="1,2"))
+    with pytest.raises(OptionError, match="none of the heads"):
+        vlmattn.wrap(model, Heads(heads="0.1", layers="2:"))
+    assert "vlmattn" not in model.__dict__
+
+
+def test_a_profile_that_is_measured_again_is_read_again(tmp_path):
+    """The same file with other heads, on a model that is wrapped anew."""
+    model, rows = build("llava"), prompts("llava")
+    inputs, path = inputs_of(model, rows), tmp_path / "heads.json"
+    found = []
+    for head in range(2):
+        scores = torch.zeros(LAYERS, HEADS)
+        scores[2, head] = 1.0
+        profile_of(model, scores={"causal": tuple(map(tuple, scores.tolist()))}).save(path)
+        with vlmattn.applied(model, Heads(profile=str(path), share=0.0)):
+            found.append(model(**inputs).logits)
+        with vlmattn.applied(model, Heads(heads=f"2.{head}")):
+            assert torch.equal(model(**inputs).logits, found[-1])
+    assert not torch.equal(*found)
+
+
+# --- Focus directions
+
+
+ALPHA = 0.7
+
+
+def directions(seed: int = 1) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    query = {layer: torch.randn(HEADS, DIM, generator=generator) for layer in (0, 2)}
+    key = {layer: torch.randn(KV_HEADS, DIM, generator=generator) for layer in (2, 3)}
+    query[0][1] = 0.0
+    return query, key
+
+
+def saved(folder, model: PreTrainedModel, seed: int = 1) -> str:
+    return str(save_directions(*directions(seed), folder / f"{seed}.safetensors", anatomy(model)))
+
+
+def shifted(alpha: float = ALPHA, seed: int = 1, layers=range(LAYERS)):
+    """A bare run with the directions added by hooks on ``q_proj`` and ``k_proj``."""
+
+    def run(model, rows, inputs):
+        with ExitStack() as stack:
+            for side, found in zip(("q_proj", "k_proj"), directions(seed), strict=True):
+                for layer, vectors in found.items():
+                    if layer in layers:
+                        module = getattr(model.model.language_model.layers[layer].self_attn, side)
+                        hook = lambda _, args, out, v=vectors: out + alpha * v.flatten()  # noqa: E731
+                        stack.callback(module.register_forward_hook(hook).remove)
+            return model(**inputs).logits
+
+    return run
+
+
+@attn_matrix
+@family_matrix
+def test_directions_are_added_before_the_rotation(family, attn, tmp_path):
+    check(family, FocusDirections(alpha=ALPHA, file=saved(tmp_path, build(family))), shifted(), attn)
+
+
+def test_layers_restrict_the_directions(tmp_path):
+    model, rows = build("llava"), prompts("llava")
+    inputs, real = inputs_of(model, rows), real_rows(rows)
+    vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model), layers="3"))
+    expected = shifted(layers=[3])(build("llava"), rows, inputs)
+    torch.testing.assert_close(model(**inputs).logits[real], expected[real], rtol=0, atol=TOLERANCE)
+
+
+def test_text_alone_may_be_focused(tmp_path):
+    model = build("llava")
+    ids = torch.tensor([[1, 20, 30, 40]])
+    expected = shifted()(build("llava"), [], dict(input_ids=ids))
+    vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model)))
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_directions_beside_the_model(tmp_path):
+    model, rows = build("llava"), prompts("llava")
+    inputs, real = inputs_of(model, rows), real_rows(rows)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with pytest.raises(OptionError, match="which directions"):
+        vlmattn.wrap(again, "focus")
+    save_directions(*directions(), tmp_path, anatomy(model))
+    vlmattn.wrap(again, FocusDirections(alpha=ALPHA))
+    expected = shifted()(model, rows, inputs)
+    torch.testing.assert_close(again(**inputs).logits[real], expected[real], rtol=0, atol=TOLERANCE)
+
+
+def our_hooks(model: nn.Module) -> list:
+    tables = [table for m in model.modules() for table in (m._forward_pre_hooks, m._forward_hooks)]
+    return [hook for table in tables for hook in table.values() if _module_of(hook).startswith("vlmattn")]
+
+
+def _module_of(hook) -> str:
+    return getattr(getattr(hook, "func", hook), "__module__", "") or ""
+
+
+def test_unwrap_removes_the_hooks_on_projections(tmp_path):
+    model, rows = build("llava"), prompts("llava")
+    inputs = inputs_of(model, rows)
+    bare = model(**inputs).logits
+    for _ in range(2):
+        vlmattn.wrap(model, FocusDirections(file=saved(tmp_path, model)))
+        focused = model(**inputs).logits
+        assert not torch.equal(focused, bare)
+        layer = model.model.language_model.layers[2].self_attn
+        assert layer.q_proj._forward_hooks
+        vlmattn.unwrap(model)
+        assert not our_hooks(model)
+        assert not layer.q_proj._forward_hooks
+        assert not layer._forward_pre_hooks
+        assert torch.equal(model(**inputs).logits, bare)
+
+
+def test_another_recipe_and_disabling_end_the_directions(tmp_path):
+    model, rows = build("llava"), prompts("llava")
+    inputs = inputs_of(model, rows)
+    bare = model(**inputs).logits
+    vlmattn.wrap(model, "none")
+    model.vlmattn.set(FocusDirections(file=saved(tmp_path, model)))
+    focused = model(**inputs).logits
+    assert not torch.equal(focused, bare)
+    model.vlmattn.disable()
+    assert torch.equal(model(**inputs).logits, bare)
+    model.vlmattn.enable()
+    assert torch.equal(model(**inputs).logits, focused)
+    model.vlmattn.set(FocusDirections(file=saved(tmp_path, model, seed=2)))
+    expected = shifted(1.0, seed=2)(build("llava"), rows, inputs)
+    real = real_rows(rows)
+    torch.testing.assert_close(model(**inputs).logits[real], expected[real], rtol=0, atol=TOLERANCE)
+    model.vlmattn.set("none")
+    assert torch.equal(model(**inputs).logits, bare)
+
+
+def test_a_second_model_of_the_same_thread_is_left_alone(tmp_path):
+    """Between the steps of one model, a wrapped and a bare one run, and a projection by itself."""
+    model, other, bare = build("llava"), build("llava", seed=3), build("llava", seed=4)
+    one, two = inputs_of(model, [write("llava", ["img", 3])]), inputs_of(model, [write("llava", ["img", 4], seed=5)])
+    expected = other(**two).logits, bare(**two).logits
+    vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model)))
+    vlmattn.wrap(other, FocusDirections(alpha=3.0, file=saved(tmp_path, model, seed=2)))
+    focused, shifted_other = model(**one).logits, other(**two).logits
+    assert not torch.equal(shifted_other, expected[0])
+    for _ in range(2):
+        assert torch.equal(model(**one).logits, focused)
+        assert torch.equal(bare(**two).logits, expected[1])
+        assert torch.equal(other(**two).logits, shifted_other)
+    with vlmattn.applied(bare, PAI(alpha=0.0, layers="0:")):
+        torch.testing.assert_close(bare(**two).logits, expected[1], rtol=0, atol=1e-5)
+
+
+def test_a_projection_by_itself_gets_no_direction(tmp_path):
+    """What a forward leaves behind must not act on calls outside of it."""
+    model = vlmattn.wrap(build("llava"), FocusDirections(alpha=ALPHA, file=saved(tmp_path, build("llava"))))
+    model(**inputs_of(model, [write("llava", ["img", 3])]))
+    projection = model.model.language_model.layers[2].self_attn.q_proj
+    x = torch.randn(1, 3, 32)
+    assert torch.equal(projection(x), nn.functional.linear(x, projection.weight)), "outside of a forward nothing is added"
+
+
+def test_a_deep_copy_is_focused_by_itself(tmp_path):
+    model, rows = build("llava"), prompts("llava")
+    inputs = inputs_of(model, rows)
+    bare = model(**inputs).logits
+    vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model)))
+    early = copy.deepcopy(model)  # before the first forward hangs hooks on projections
+    focused = model(**inputs).logits
+    late = copy.deepcopy(model)
+    for one in (early, late):
+        assert torch.equal(one(**inputs).logits, focused)
+        vlmattn.unwrap(one)
+        assert not our_hooks(one)
+        assert torch.equal(one(**inputs).logits, bare)
+        assert torch.equal(model(**inputs).logits, focused)
+    vlmattn.unwrap(model)
+    assert not our_hooks(model)
+    assert torch.equal(model(**inputs).logits, bare)
+
+
+def test_a_written_file_is_read_again(tmp_path):
+    model, rows = build("llava"), prompts("llava")
+    inputs, real = inputs_of(model, rows), real_rows(rows)
+    for seed in (1, 2):
+        path = save_directions(*directions(seed), tmp_path / "same.safetensors", anatomy(model))
+        with vlmattn.applied(model, FocusDirections(alpha=ALPHA, file=str(path))):
+            got = model(**inputs).logits
+        expected = shifted(seed=seed)(build("llava"), rows, inputs)
+        torch.testing.assert_close(got[real], expected[real], rtol=0, atol=TOLERANCE)
+
+
+def test_files_of_directions_are_checked(tmp_path):
+    model = build("llava")
+    with pytest.raises(InputError, match="nowhere"):
+        vlmattn.wrap(model, FocusDirections(file=str(tmp_path / "nowhere.safetensors")))
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    with pytest.raises(InputError, match="junk"):
+        vlmattn.wrap(model, FocusDirections(file=str(tmp_path / "junk.safetensors")))
+    query, key = directions()
+    wrong = save_directions({0: query[0][:, :4]}, {}, tmp_path / "shape.safetensors", anatomy(model))
+    with pytest.raises(OptionError, match="shape"):
+        vlmattn.wrap(model, FocusDirections(file=str(wrong)))
+    deep = save_directions({7: query[0]}, {}, tmp_path / "deep.safetensors", anatomy(model))
+    with pytest.raises(OptionError, match=r"query\.7"):
+        vlmattn.wrap(model, FocusDirections(file=str(deep)))
+    other = find_family(build("qwen2_5_vl")).anatomy(build("qwen2_5_vl"))
+    foreign = save_directions(query, key, tmp_path / "foreign.safetensors", other)
+    with pytest.raises(OptionError, match="another language model"):
+        vlmattn.wrap(model, FocusDirections(file=str(foreign)))
+    assert "vlmattn" not in model.__dict__
+    assert prompts("llava")[0][0] == PAD, "the premise of the checks above: batches are padded"
