@@ -272,7 +272,7 @@ def test_layer_indices_are_those_of_python(count, indices):
         expected = tuple(sorted({layers[i] for i in indices} | set(layers[1:3])))
     except IndexError:
         with pytest.raises(
-            OptionError, match=rf"m\.layers names layer -?\d+, but the decoder has layers 0\.\.{count - 1}"
+            OptionError, match=rf"m names layer -?\d+, but the decoder has layers 0\.\.{count - 1}"
         ):
             parse_layers(",".join(map(str, indices)), count, "m")
     else:

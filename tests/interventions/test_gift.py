@@ -169,10 +169,12 @@ def test_a_static_cache_does_not_matter(family, saliency, layers):
     rows = batch_of([write(family, ["img", 5]), write(family, ["img", "img", 3], seed=5)])
     model = build(family)
     inputs = inputs_of(model, rows, positions=False)
+    bare = generate(model, inputs, suppress_tokens=PLACEHOLDERS)
     vlmattn.wrap(model, GIFT(alpha=ALPHA, saliency=str(saliency), layers=layers), processor=Processor())
     expected = generate(model, inputs, suppress_tokens=PLACEHOLDERS)
     got = generate(model, inputs, suppress_tokens=PLACEHOLDERS, cache_implementation="static")
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+    assert (got - bare).abs().amax((0, 2)).min() > 1e-3
 
 
 def test_a_question_before_the_image_is_none():
@@ -220,17 +222,22 @@ def test_the_question_is_read_in_pieces_of_rows(monkeypatch):
     rows = [write("llava", ["img", 23])]
     model = build("llava")
     inputs = inputs_of(model, rows)
+    bare = model(**inputs).logits
     vlmattn.wrap(model, GIFT(saliency="1", layers="2:"), processor=Processor())
     whole = model(**inputs).logits
+    assert (whole - bare).abs().max() > 1e-3
     for size in (1, 2, 7, 23):
         monkeypatch.setattr("vlmattn.interventions.gift._ROWS", size)
         torch.testing.assert_close(model(**inputs).logits, whole, rtol=0, atol=TOLERANCE)
 
 
 def test_two_prompts_in_sequence_follow_their_own_gaze():
-    model = vlmattn.wrap(build("llava"), GIFT(saliency="1", layers="2:"), processor=Processor())
-    one, other = (inputs_of(model, [write("llava", ["img", 5], seed=seed)]) for seed in (3, 4))
+    model = build("llava")
+    one, other = (inputs_of(model, [write("llava", ["img", 5], seed=seed)], positions=False) for seed in (3, 4))
+    bare = generate(model, one, suppress_tokens=PLACEHOLDERS)
+    vlmattn.wrap(model, GIFT(saliency="1", layers="2:"), processor=Processor())
     first = generate(model, one, suppress_tokens=PLACEHOLDERS)
+    assert (first - bare).abs().max() > 1e-3
     generate(model, other, suppress_tokens=PLACEHOLDERS)
     assert torch.equal(generate(model, one, suppress_tokens=PLACEHOLDERS), first)
 
@@ -252,8 +259,7 @@ def test_a_second_turn_follows_the_new_question():
     assert (told[:, -1] - expected).abs().max() > 1e-3
 
 
-def test_beams_and_threads_of_the_saliency():
-    """Three beams of a padded batch score as each sample alone."""
+def test_beams_of_a_padded_batch_score_as_each_sample_alone():
     model = vlmattn.wrap(build("llava"), GIFT(saliency="2", layers="0:"), processor=Processor())
     prompts = [write("llava", ["img", 5]), write("llava", ["img", 2, "img", 3], seed=6)]
     settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, num_beams=3, output_scores=True)
@@ -268,6 +274,9 @@ def test_beams_and_threads_of_the_saliency():
         alone = model.generate(**inputs, **settings).sequences_scores
         torch.testing.assert_close(alone[0], together[n], rtol=0, atol=TOLERANCE)
     assert batch_of(prompts)[0][0] == PAD
+    vlmattn.unwrap(model)
+    bare = model.generate(**inputs_of(model, batch_of(prompts), positions=False), **settings).sequences_scores
+    assert (together - bare).abs().min() > 1e-4
 
 
 def test_no_weight_without_strength():

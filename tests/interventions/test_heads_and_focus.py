@@ -182,8 +182,10 @@ def test_layers_restrict_the_heads():
 def test_the_best_share_of_a_profile(tmp_path):
     model, rows = build("llava"), prompts("llava")
     inputs = inputs_of(model, rows)
+    bare = model(**inputs).logits
     with vlmattn.applied(model, Heads(heads=NAMES)):
         expected = model(**inputs).logits
+    assert (expected - bare).abs().max() > 1e-2
     path = profile_of(model).save(tmp_path / "heads.json")
     with vlmattn.applied(model, Heads(profile=str(path), share=0.25)):
         assert torch.equal(model(**inputs).logits, expected)
@@ -373,8 +375,11 @@ def test_a_second_model_of_the_same_thread_is_left_alone(tmp_path):
 
 def test_a_projection_by_itself_gets_no_direction(tmp_path):
     """What a forward leaves behind must not act on calls outside of it."""
-    model = vlmattn.wrap(build("llava"), FocusDirections(alpha=ALPHA, file=saved(tmp_path, build("llava"))))
-    model(**inputs_of(model, [write("llava", ["img", 3])]))
+    model = build("llava")
+    inputs = inputs_of(model, [write("llava", ["img", 3])])
+    bare = model(**inputs).logits
+    vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model)))
+    assert not torch.equal(model(**inputs).logits, bare)
     projection = model.model.language_model.layers[2].self_attn.q_proj
     x = torch.randn(1, 3, 32)
     assert torch.equal(projection(x), nn.functional.linear(x, projection.weight)), "outside of a forward nothing is added"
@@ -387,6 +392,7 @@ def test_a_deep_copy_is_focused_by_itself(tmp_path):
     vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model)))
     early = copy.deepcopy(model)  # before the first forward hangs hooks on projections
     focused = model(**inputs).logits
+    assert not torch.equal(focused, bare)
     late = copy.deepcopy(model)
     for one in (early, late):
         assert torch.equal(one(**inputs).logits, focused)

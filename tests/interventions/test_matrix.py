@@ -416,6 +416,8 @@ def test_a_second_turn_edits_its_own_last_row(family, name):
 @family_matrix
 def test_a_second_turn_in_a_batch_is_what_it_is_alone(family, name):
     """With generate(), generated tokens between the turns, all methods."""
+    if name == "gift_ahead":
+        pytest.skip("refused: it needs the whole prompt at once")
 
     def turns(inputs: dict) -> Tensor:
         options = dict(max_new_tokens=3, min_new_tokens=3, pad_token_id=0, suppress_tokens=[*PLACEHOLDERS, 10, 11])

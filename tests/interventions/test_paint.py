@@ -233,11 +233,14 @@ def test_logits_against_attention_by_hand(images, attn):
 
 
 def test_a_padded_batch_with_other_numbers_of_images():
-    model, prompts = vlmattn.wrap(llava(), METHOD), [asked(1), asked(2, words=2, seed=4), asked(1, words=7, seed=9)]
+    model, prompts = llava(), [asked(1), asked(2, words=2, seed=4), asked(1, words=7, seed=9)]
     batch = left_padded(prompts)
+    bare = generate(model, batch, suppress_tokens=[IMAGE_TOKEN])
+    vlmattn.wrap(model, METHOD)
     out = model(**batch, use_cache=True)
     torch.testing.assert_close(lift_found(out.past_key_values, batch["input_ids"].shape[1]), expected_lift(batch, METHOD))
     together = generate(model, batch, suppress_tokens=[IMAGE_TOKEN])
+    assert (together - bare).abs().amax((1, 2)).min() > 1e-3
     for row, inputs in zip(together, prompts, strict=True):
         torch.testing.assert_close(row, generate(model, inputs, suppress_tokens=[IMAGE_TOKEN])[0], rtol=0, atol=2e-5)
 
@@ -250,6 +253,8 @@ def test_a_row_without_image_stays_bare():
     vlmattn.wrap(model, METHOD)
     together = generate(model, left_padded([text, inputs]), suppress_tokens=[IMAGE_TOKEN])
     torch.testing.assert_close(together[0], bare[0], rtol=0, atol=2e-5)
+    vlmattn.unwrap(model)
+    assert (generate(model, left_padded([text, inputs]), suppress_tokens=[IMAGE_TOKEN]) - together)[1].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -272,6 +277,8 @@ def test_beams_see_the_image_of_their_sample(batch):
     torch.testing.assert_close(again.sequences_scores, out.sequences_scores, rtol=0, atol=2e-5)
     several = model.generate(**inputs, **settings, num_return_sequences=2)
     torch.testing.assert_close(several.sequences_scores[::2], out.sequences_scores, rtol=0, atol=2e-5)
+    vlmattn.unwrap(model)
+    assert (model.generate(**inputs, **settings).sequences_scores - out.sequences_scores).abs().min() > 1e-4
 
 
 def test_the_same_image_twice_in_a_prompt():
@@ -321,6 +328,8 @@ def test_a_model_with_another_recipe_runs_after_a_direct_forward(family):
     painted(**inputs)
     torch.testing.assert_close(other(**given).logits, expected[0], rtol=0, atol=1e-5)
     painted(**inputs)
+    other.vlmattn.set(PAI(alpha=0.5, layers="0:"))
+    assert (other(**given).logits - expected[0]).abs().max() > 1e-3
     generate(other, given)
 
 
@@ -342,6 +351,8 @@ def test_a_forward_of_another_model_within_generate(options):
     model, other, inputs = vlmattn.wrap(llava(), METHOD), vlmattn.wrap(llava(seed=5), METHOD), asked()
     model.vlmattn.set(METHOD if "preset" not in options else PAI())
     expected = generate(model, inputs, suppress_tokens=[IMAGE_TOKEN], **options)
+    bare = generate(model, inputs, suppress_tokens=[IMAGE_TOKEN], preset="none")
+    assert (expected - bare).abs().amax((0, 2)).min() > 1e-4
 
     def ask(ids, scores):
         other(**asked(2))

@@ -26,7 +26,7 @@ family_matrix = pytest.mark.parametrize("family", FAMILIES)
 
 # --- Through the registered function: layouts of a prompt, "t" for text, digits for images, "p" for padding
 
-LAYOUTS = {"one image": ["ttt0000tttt"], "two images": ["tt00t111tttt"], "padded": ["tt0000ttttt", "ppptt00t111"]}
+LAYOUTS = {"one image": ["ttt0000tttt"], "two images": ["tt00t111tttt"], "padded": ["tt0000ttttttttt", "ppptt00t111tttt"]}
 
 
 def layout(rows: list[str]) -> tuple[Tensor, Tensor]:
@@ -303,7 +303,7 @@ def test_vaf_heads_over_caches(family):
 def test_the_released_constant_of_35_tokens():
     """What VAF calls the system prompt in LLaVA-1.5's order, header included: everything before the image."""
     tokens = write("llava", ["img", 3])
-    before = [n for n, t in enumerate(tokens) if t.image >= 0][0]
+    before = next(n for n, t in enumerate(tokens) if t.image >= 0)
     model = build("llava")
     vlmattn.wrap(model, VAF(suppress=0.5, layers="0:"), processor=Processor())
     cache = model(**inputs_of(model, [tokens]), use_cache=True).past_key_values

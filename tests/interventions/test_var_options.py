@@ -166,7 +166,8 @@ def test_the_kinds_of_sinks_differ(sinks):
     tokens = talk("llava", [1, "img", 6], plant={3: MASSIVE, 5: LIKE, 6: OPPOSITE})
     model = planted("llava")
     inputs = inputs_of(model, [tokens])
-    states = model(**inputs, output_hidden_states=True).hidden_states[2][0]
+    out = model(**inputs, output_hidden_states=True)
+    states, bare = out.hidden_states[2][0], out.logits
     found = sinks_by_hand(states, tokens, sinks, extend=False)
     massive, like, opposite, first = (len(tokens) - 3, len(tokens) - 5, len(tokens) - 6, 0)
     assert (massive in found) == (sinks != "cos")
@@ -174,6 +175,7 @@ def test_the_kinds_of_sinks_differ(sinks):
     vlmattn.wrap(model, VAR(**OPTIONS, layers="2", sinks=sinks))
     cache = model(**inputs, use_cache=True).past_key_values
     (groups,) = (kept for key, kept in cache._vlmattn_request.state.items() if key[-1] == "groups")
+    assert not torch.equal(model(**inputs).logits, bare)
     flags = groups.read(len(tokens), torch.device("cpu"))[0] % 2 == 1
     assert set(flags.nonzero().flatten().tolist()) == found
     assert model.vlmattn.report()["fired"] == {"var": len(found)}
@@ -256,6 +258,8 @@ def test_drafted_tokens_are_tested_too(family):
     assert sum(lengths[1:]) > len(words), "and some were wrong"
     recomputed = generate(model, inputs, len(words), logits_processor=say, use_cache=False)
     torch.testing.assert_close(recomputed, expected, rtol=0, atol=TOLERANCE)
+    model.vlmattn.set(VAR(**STRONG, layers="0:"))
+    assert (generate(model, inputs, len(words), logits_processor=say) - expected).abs().max() > 1e-3
 
 
 @family_matrix
@@ -275,6 +279,9 @@ def test_a_second_turn_keeps_the_sinks_that_were_generated(family):
     got = generate(model, second, 4, past_key_values=out.past_key_values, logits_processor=again)
     expected = generate(model, inputs_of(model, [whole], positions=False), 4, logits_processor=again)
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
+    vlmattn.unwrap(model)
+    bare = generate(model, inputs_of(model, [whole], positions=False), 4, logits_processor=again)
+    assert (bare - expected).abs().max() > 1e-3
 
 
 # --- Sinks belong to the request
@@ -292,6 +299,8 @@ def test_prompts_in_sequence_and_in_threads_have_their_own_sinks():
     for one in inputs:
         other = vlmattn.wrap(planted("llava"), model.vlmattn.recipe)
         fresh.append(generate(other, one, suppress_tokens=PLACEHOLDERS))
+    bare = generate(planted("llava"), inputs[0], suppress_tokens=PLACEHOLDERS)
+    assert (fresh[0] - bare).abs().max() > 1e-3
     for one, expected in [*zip(inputs, fresh, strict=True), (inputs[0], fresh[0])]:
         assert torch.equal(generate(model, one, suppress_tokens=PLACEHOLDERS), expected)
     results: list[list[Tensor]] = [[] for _ in inputs]
@@ -356,6 +365,7 @@ def test_dimensions_that_are_given_win_over_the_profile(tmp_path):
     path = profile_of(model, dims=(5,)).save(tmp_path)
     expected = logits_with(model, VAR(dims=DIMS, tau=TAU, **GATES))
     assert torch.equal(logits_with(model, VAR(profile=str(path), dims=DIMS, **GATES)), expected)
+    assert not torch.equal(logits_with(model, VAR(profile=str(path), **GATES)), expected)
 
 
 def test_a_profile_beside_the_model_is_found(tmp_path):
@@ -368,6 +378,7 @@ def test_a_profile_beside_the_model_is_found(tmp_path):
     profile_of(again).save(tmp_path)
     expected = logits_with(again, VAR(dims=DIMS, tau=TAU, **GATES))
     assert torch.equal(logits_with(again, VAR(**GATES)), expected)
+    assert not torch.equal(logits_with(again, VAR(dims=(5,), tau=TAU, **GATES)), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vlmattn.wrap(again, "var")

@@ -6,6 +6,7 @@ Scenes come from a stream of their own, which neither training nor any evaluatio
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +34,14 @@ def main() -> None:
     torch.set_num_threads(1)
     model, processor = vlmattn.load("embedded")
     conflicts = list(_conflicts(processor, options.scenes))
-    effects = find_heads(model, [conflict for conflict, _ in conflicts], seed=SEED)
+    effects = find_heads(model, [conflict for conflict, _ in conflicts], seed=SEED, progress=sys.stderr.isatty())
     scored = score_heads(model, [conflict.inputs for conflict, _ in conflicts], seed=SEED)
     prompts = tuple(dict.fromkeys(prompt for _, prompt in conflicts))
     profile = replace(scored.merged(effects), source="the bundled model", prompts=prompts)
     print(f"wrote {profile.save(options.out)}")
     heads = profile.top("visual", 0.1)
-    fit_directions(model, list(_spans(processor, options.scenes)), heads, seed=SEED, path=options.out)
+    spans = list(_spans(processor, options.scenes))
+    fit_directions(model, spans, heads, seed=SEED, progress=sys.stderr.isatty(), path=options.out)
     print(f"wrote {options.out / FILE_NAME} for heads {heads}")
 
 

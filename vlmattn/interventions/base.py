@@ -100,7 +100,7 @@ class Intervention:
             if isinstance(getattr(self, spec.name), list):  # as JSON and YAML have it
                 object.__setattr__(self, spec.name, tuple(getattr(self, spec.name)))
             self._check(spec)
-        parse_layers(self.layers, _MANY, self.info.name)
+        parse_layers(self.layers, _MANY, f"{self.info.name}.layers")
 
     def _check(self, spec: dataclasses.Field[Any]) -> None:
         value, where = getattr(self, spec.name), f"{self.info.name}.{spec.name}"
@@ -116,6 +116,8 @@ class Intervention:
         elif isinstance(default, (int, float)):
             low, high = spec.metadata["low"], spec.metadata["high"]
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if type(default) is int and type(value) is not int:
+                raise OptionError(f"{where} must be a whole number, got {value!r}")
             if not number or not low <= value <= high:
                 raise OptionError(f"{where} must be a number within {low}..{high}, got {value!r}")
 
@@ -126,7 +128,7 @@ class Intervention:
 
     def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
         """Indices of the layers the method acts in; at least one."""
-        found = parse_layers(self.layers, sizes.layers, self.info.name)
+        found = parse_layers(self.layers, sizes.layers, f"{self.info.name}.layers")
         if not found:
             raise OptionError(
                 f"{self.info.name}.layers '{self.layers}' selects none of the layers 0..{sizes.layers - 1}"
@@ -186,11 +188,12 @@ EDGES = ("image-same image", "image-other image", "image-text", "text-image", "t
 _MANY = 10**4  # more layers than any decoder has: checks the form of a layer range before there is a model
 
 
-def parse_layers(spec: str, count: int, method: str) -> tuple[int, ...]:
+def parse_layers(spec: str, count: int, name: str) -> tuple[int, ...]:
     """Layer indices of a range in a decoder of ``count`` layers.
 
     ``"2:-1"``, ``"1,-14:"`` and ``"0:-1:2"`` are Python slices (clipped) and indices. A fraction is a share of the depth,
-    rounded down: ``"9/32:15/32"`` is 9:15 in 32 layers and 2:3 in 8; ``"1/2+2"`` adds two layers.
+    rounded down: ``"9/32:15/32"`` is 9:15 in 32 layers and 2:3 in 8; ``"1/2+2"`` adds two layers. ``name`` is the option's,
+    for errors.
     """
     found: set[int] = set()
     for part in spec.split(","):
@@ -205,12 +208,10 @@ def parse_layers(spec: str, count: int, method: str) -> tuple[int, ...]:
                 raise ValueError(part)
         except (ValueError, ZeroDivisionError):
             raise OptionError(
-                f"{method}.layers must look like '2:-1', '1,-14:', '0:-1:2' or '9/32:15/32', got '{spec}'"
+                f"{name} must look like '2:-1', '1,-14:', '0:-1:2' or '9/32:15/32', got '{spec}'"
             ) from None
         except IndexError:
-            raise OptionError(
-                f"{method}.layers names layer {part.strip()}, but the decoder has layers 0..{count - 1}"
-            ) from None
+            raise OptionError(f"{name} names layer {part.strip()}, but the decoder has layers 0..{count - 1}") from None
     return tuple(sorted(found))
 
 

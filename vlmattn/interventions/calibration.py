@@ -50,7 +50,7 @@ class Calibration(Intervention):
     layers: str = option("1/2:", about="decoder layers", source="released code: last half")
 
     def edit(self, scope: Scope) -> AttentionEdit:
-        if not scope.step.is_prompt:
+        if not self.strength or not scope.step.is_prompt:
             return AttentionEdit()
         groups, count, rows = scope.once(("calibration", self), lambda: self._segments(scope))
         return AttentionEdit(gain=(GainPart(groups, LevelPlan(count, self.strength), rows),))
@@ -64,10 +64,13 @@ class Calibration(Intervention):
         else:
             real = torch.ones_like(pooling) if scope.real is None else scope.real
             number = (real.cumsum(1) - 1).clamp_min(0) // int(self.basket) + 1
-        number = number.masked_fill(pooling, 0)
+        number = number.masked_fill(pooling | (slots >= scope.request.prompt_length), 0)
         count = int(number.max()) + 1  # one look per prompt
         if count > _MOST:
-            raise InputError(f"calibration: {count} segments, at most {_MOST}; give a larger basket")
+            remedy = (
+                "give a larger basket" if self.segments == "tokens" else "use fewer separators, or segments='tokens'"
+            )
+            raise InputError(f"calibration: {count} segments, at most {_MOST}; {remedy}")
         scope.count("calibration", len(number))
         rows = scope.rows_that_predict()
         first = rows.first if rows is not None else 0

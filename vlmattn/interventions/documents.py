@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmattn.errors import InputError
 from vlmattn.request import Scope
 
 
@@ -16,6 +17,8 @@ def documents(scope: Scope, separators: tuple[int, ...]) -> Tensor:
     nor do padding, text before the first image and generated tokens.
     """
     real = scope.real
+    if separators and not scope.request.ids_known:
+        raise InputError("documents that end with separators need input_ids; the model got inputs_embeds")
     if separators:
         ends = torch.isin(scope.ids, torch.tensor(separators, device=scope.device))
         ends = ends if real is None else ends & real

@@ -73,7 +73,7 @@ class FocusDirections(Intervention):
         return bound
 
     def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        inside = set(parse_layers(self.layers, sizes.layers, "focus"))
+        inside = set(parse_layers(self.layers, sizes.layers, "focus.layers"))
         found = tuple(sorted({int(name.split(".")[1]) for name in _load(self.file)[0]} & inside))
         if not found:
             raise OptionError(f"focus.layers '{self.layers}' has none of the layers in {self.file}")

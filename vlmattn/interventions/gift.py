@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions.base import Intervention, Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, BoostPlan, GainPart
 from vlmattn.request import TEXT, USER, Preparation, Request, Scope, Weights
@@ -50,6 +50,7 @@ class GIFT(Intervention):
     Raises:
         OptionError: the turns cannot be known, as there is no processor; ``saliency`` is not one layer.
         InputError: a prompt without a user's turn.
+        UnsupportedError: a later turn on the same cache, if ``saliency`` is not before all edited layers.
     """
 
     turns = "needed"
@@ -60,22 +61,21 @@ class GIFT(Intervention):
     layers: str = option("12/32:23/32", about="decoder layers that are edited", source="paper: 12..22 of 32")
 
     def bind(self, sizes: Sizes) -> GIFT:
-        self.active_layers(sizes)
         found = parse_layers(self.saliency, sizes.layers, "gift.saliency")
         if len(found) != 1:
             raise OptionError(f"gift.saliency must name one layer, got '{self.saliency}'")
-        return replace(self, saliency=str(found[0]))
+        return replace(self, saliency=str(found[0]), layers=",".join(map(str, self.active_layers(sizes))))
 
-    def _looks_ahead(self, layers: int) -> bool:
-        """Whether layers are edited before the saliency is known, so that it takes a pass of its own."""
-        return parse_layers(self.layers, layers, "gift")[0] <= int(self.saliency)
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether layers are edited before the saliency is known, so that it takes a pass of its own (once bound)."""
+        return int(self.layers.split(",")[0]) <= int(self.saliency)
 
     def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        number = parse_layers(self.saliency, sizes.layers, "gift.saliency")
-        return () if self._looks_ahead(sizes.layers) else number
+        return () if self._looks_ahead else (int(self.saliency),)
 
     def prepare(self, preparation: Preparation) -> None:
-        if not self._looks_ahead(preparation.layers):
+        if not self._looks_ahead:
             return
 
         def watch(layer: int, out: Tensor, weights: Weights) -> None:
@@ -85,7 +85,8 @@ class GIFT(Intervention):
         preparation.run(preparation.embeds, preparation.real, preparation.positions, watch)
 
     def measure(self, scope: Scope, weights: Weights) -> None:
-        self._follow(scope.request, scope.keys - scope.queries, scope.keys, scope.device, weights)
+        start = scope.step.start or 0
+        self._follow(scope.request, start, start + scope.queries, scope.device, weights)
 
     def _follow(self, request: Request, start: int, stop: int, device: torch.device, weights: Weights) -> None:
         """Find the key weights from the rows of the question among the slots ``start:stop``."""
@@ -100,7 +101,7 @@ class GIFT(Intervention):
         per_head = torch.zeros(())  # summed over rows: [batch, heads, keys]
         for a in range(first, last, _ROWS):
             b = min(a + _ROWS, last)
-            shift = self._shift(weights(max(a - 1, 0), b), a == 0)
+            shift = self._shift(weights(max(a - 1, 0), b)[..., :stop], a == 0)
             per_head = per_head.to(device) + (shift * question[:, None, start + a : start + b, None]).sum(2)
         per_head = per_head * visual[:, None]
         top = max(1, per_head.shape[1] // 2)
@@ -119,8 +120,13 @@ class GIFT(Intervention):
         return attended.diff(dim=2).clamp_min(0)
 
     def edit(self, scope: Scope) -> AttentionEdit:
+        if scope.step.is_prompt and scope.step.start and self._looks_ahead:
+            raise UnsupportedError(
+                f"gift follows the gaze in layer {self.saliency} before it edits layer {self.layers.split(',')[0]}, so it must"
+                " see the whole prompt at once; give the whole conversation without a cache, or edit later layers only"
+            )
         gaze: tuple[Tensor, Tensor] | None = scope.request.state.get((self, "gaze"))
-        if gaze is None:
+        if gaze is None or not self.alpha:
             return AttentionEdit()
         weight, groups = scope.once(("gift", self), lambda: self._padded(scope, gaze))
         return AttentionEdit(gain=(GainPart(groups, BoostPlan(), scope.rows_that_predict(), weight=weight),))

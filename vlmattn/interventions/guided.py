@@ -34,6 +34,8 @@ class HeadsGuided(Intervention):
     layers: str = option("1/6:1/2+2", about="decoder layers", source="released code: 5..17 of 32")
 
     def edit(self, scope: Scope) -> AttentionEdit:
+        if not self.alpha:
+            return AttentionEdit()
         guide: Tensor = scope.once(("heads_guided", self.alpha), lambda: self.alpha * scope.visual.float())
         scope.count("heads_guided", 1)
         return AttentionEdit(logit=(LogitPart(guide=guide, rows=scope.rows_that_predict()),))

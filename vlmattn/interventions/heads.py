@@ -85,7 +85,7 @@ class Heads(Intervention):
         return bound
 
     def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        inside = parse_layers(self.layers, sizes.layers, "heads")
+        inside = parse_layers(self.layers, sizes.layers, "heads.layers")
         found = tuple(sorted({layer for layer, _ in _pairs(self.heads)} & set(inside)))
         if not found:
             raise OptionError(f"heads.layers '{self.layers}' has none of the heads {self.heads}")

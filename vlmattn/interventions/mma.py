@@ -41,7 +41,7 @@ class MMA(Intervention):
     layers: str = option("0:-1", about="decoder layers", source="all; the last would have no effect")
 
     def opens(self) -> frozenset[str]:
-        return frozenset({"image-text"})
+        return frozenset({"image-text", "between documents"})
 
     def edit(self, scope: Scope) -> AttentionEdit:
         if not self.sigma or not scope.step.is_prompt:

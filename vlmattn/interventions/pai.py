@@ -38,6 +38,8 @@ class PAI(Intervention):
     layers: str = option("2:", about="decoder layers", source="released code: start 2, end 32 of 32")
 
     def edit(self, scope: Scope) -> AttentionEdit:
+        if not self.alpha:
+            return AttentionEdit()
         key = ("pai", self.alpha, scope.keys, scope.device)
         lift: Tensor = scope.step.once(key, lambda: self.alpha * scope.visual.float())
         scope.count("pai", 1)

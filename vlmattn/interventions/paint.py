@@ -72,7 +72,7 @@ class PAINT(Intervention):
 
     def edit(self, scope: Scope) -> AttentionEdit:
         kept: Slots | None = scope.request.state.get((self, "lift"))
-        if kept is None:
+        if kept is None or not (self.alpha or self.beta):
             return AttentionEdit()
         lift: Tensor = scope.once(("paint", self), lambda: kept.read(scope.keys, scope.device))
         return AttentionEdit(logit=(LogitPart(lift=lift, rows=scope.rows_that_predict()),))

@@ -61,6 +61,8 @@ class VAF(Intervention):
         scope.request.state[(self, scope.layer, "heads")] = chosen
 
     def edit(self, scope: Scope) -> AttentionEdit:
+        if self.enhance == self.suppress == 1:
+            return AttentionEdit()
         scale: Tensor = scope.once(("vaf", self), lambda: self._scale(scope))
         chosen: Tensor | None = scope.find(self, "heads")
         if chosen is not None:

@@ -155,7 +155,7 @@ class VAR(Intervention):
 
     def edit(self, scope: Scope) -> AttentionEdit:
         groups: Slots | None = scope.find(self, "groups")
-        if groups is None:
+        if groups is None or self.keep == 1:
             return AttentionEdit()
         take = 1 - self.keep
         gates = [

@@ -54,7 +54,7 @@ class VHR(Intervention):
         positions = slots if preparation.positions is None else preparation.positions
         bare = slots.expand_as(positions)
         rows = torch.cat([request.last_prompt_row(device), slots[:, -1]])
-        active = set(parse_layers(self.layers, preparation.layers, self.info.name))
+        active = set(parse_layers(self.layers, preparation.layers, "vhr.layers"))
 
         def watch(layer: int, out: Tensor, weights: Weights) -> Tensor | None:
             if layer not in active:

@@ -27,6 +27,7 @@ class Request:
     Attributes:
         plan: the bound recipe that this request was born with.
         prompt_length: slots of the prompt (padding included); rows from there on are generated.
+        ids_known: the prompt came as token ids.
         turns_known: roles and turns of the prompt were found.
         ledger: where counts go; that of the model the request runs on.
         call: stands for the generate() call that read the prompt, if one did.
@@ -44,13 +45,14 @@ class Request:
         self._ids = Slots(-1, torch.int64)
         self._roles = Slots(ANSWER, torch.uint8)
         self._turns = Slots(-1, torch.int16)
-        self.turns_known = False
+        self.ids_known = self.turns_known = False
         self._types = Slots(TEXT, torch.uint8)
         self._images = Slots(-1, torch.int16)
         self._real = Slots(True, torch.bool)
         self._runs: tuple[tuple[int, int, bool, bool], ...] = ()
         self._last_prompt_row: Tensor | None = None
         self._first_row_after_image = 0
+        self._with_image: Tensor | None = None
         self._first_last_row = 0
 
     def extend(
@@ -98,8 +100,10 @@ class Request:
         visual = (types != TEXT) & real
         after = (types == TEXT) & (visual.cumsum(1) > 0)
         self._first_row_after_image = int(torch.where(after, slots, stop).min())
+        self._with_image = None if bool(visual.any(1).all()) else visual.any(1)
         self._runs = _column_runs((types == TEXT).any(0), (types != TEXT).any(0))
-        self._ids.write(start, torch.full_like(types[:, start:], -1, dtype=torch.int64) if ids is None else ids)
+        self._ids.write(start, images.new_full(images.shape, -1) if ids is None else ids.masked_fill(generated, -1))
+        self.ids_known = ids is not None
         if finder is not None:
             self._find_roles(finder, types, real, ids is not None)
 
@@ -170,6 +174,10 @@ class Request:
             visual = visual & real
         after = (types == TEXT) & (visual.cumsum(1) > 0)
         return Rows(after[:, start:], max(self._first_row_after_image - start, 0))
+
+    def generated_row_after_image(self, device: torch.device) -> Rows | None:
+        """The one generated row of each sequence that has an image; None if all have one."""
+        return None if self._with_image is None else Rows(self._with_image[:, None].to(device))
 
     def rows_that_predict(self, start: int, queries: int, device: torch.device) -> Rows:
         """The last prompt row of each sequence and every row generated after it."""

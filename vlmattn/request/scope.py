@@ -125,7 +125,10 @@ class Scope:
         return values[:, start : start + self.queries]
 
     def rows_after_image(self) -> Rows | None:
-        """Text rows that follow an image; None (all rows) while decoding one token."""
+        """Text rows that follow an image; None: all rows."""
+        if self.step.start is None:
+            row: Rows | None = self.once("generated row", lambda: self.request.generated_row_after_image(self.device))
+            return row
         return self._rows(self.request.rows_after_image)
 
     def rows_that_predict(self) -> Rows | None:

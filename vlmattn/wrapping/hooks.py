@@ -10,6 +10,7 @@ import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -111,7 +112,10 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     if request is not None and tokens.shape[1] == 1:
         decoding = Step(request, handle._base, None)
         if cache is not None and request.plan.extending:
-            decoding.slot, decoding.capacity = cache.get_seq_length(), cache.get_max_cache_shape()
+            slot = cache.get_seq_length()
+            decoding.slot = slot.clone() if isinstance(slot, Tensor) else slot  # a static cache counts on in place
+            length = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape  # by version of transformers
+            decoding.capacity = length()
         if request.call is call.token:  # one token after another in generate(): nothing here may wait for the device
             return decoding
     start = int(cache.get_seq_length()) if cache is not None else 0
@@ -146,7 +150,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     if cache is not None:
         setattr(cache, _REQUEST, request)
         if request.plan.extending:
-            _follow_beams(cache, request)
+            _follow_beams(cache)
     plain = mask is None or mask.ndim == 2 or call.plain_mask
     return Step(request, handle._base, start, plain, sight=call.sight.patches, order=_image_order(inputs))
 
@@ -163,19 +167,17 @@ def _image_order(inputs: dict[str, Any]) -> list[int] | None:
     return [seen[features.data_ptr()] for features in every] or None
 
 
-def _follow_beams(cache: Any, request: Request) -> None:
+def _follow_beams(cache: Any) -> None:
     """What is kept about generated tokens changes its row when beam search reorders the cache."""
-    if "reorder_cache" in cache.__dict__:
-        return
-    original = cache.reorder_cache
+    cache.reorder_cache = MethodType(_reorder_cache, cache)  # bound, so that a deep copy reorders itself
 
-    def reorder_cache(beams: Tensor) -> None:
-        original(beams)
-        for kept in request.state.values():
-            if isinstance(kept, Slots):
-                kept.reorder(beams)
 
-    cache.reorder_cache = reorder_cache
+def _reorder_cache(self: Any, beams: Tensor) -> None:
+    type(self).reorder_cache(self, beams)
+    request: Request = getattr(self, _REQUEST)
+    for kept in request.state.values():
+        if isinstance(kept, Slots):
+            kept.reorder(beams)
 
 
 def _real_keys(mask: Tensor) -> Tensor:
@@ -340,6 +342,7 @@ def _hook_projections(family: Family, model: PreTrainedModel) -> list[torch.util
         module, query, key = family.projections(layer)
         hooks += [
             module.register_forward_pre_hook(_before_attention, with_kwargs=True),
+            module.register_forward_hook(_after_attention),
             query.register_forward_hook(partial(_add_direction, index, "query")),
             key.register_forward_hook(partial(_add_direction, index, "key")),
         ]
@@ -348,6 +351,10 @@ def _hook_projections(family: Family, model: PreTrainedModel) -> list[torch.util
 
 def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     _STEP.set(kwargs.get(attention.STEP))
+
+
+def _after_attention(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    _STEP.set(None)
 
 
 def _add_direction(index: int, side: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:

@@ -23,7 +23,9 @@ class Which(Suite):
 
     def __init__(self, world: World, images: Sequence[int] = (2, 3, 4)) -> None:
         if world.count < max(images):
-            raise OptionError(f"which asks about up to {max(images)} scenes at once, so it needs as many; got {world.count}")
+            raise OptionError(
+                f"which asks about up to {max(images)} scenes at once, so it needs as many; got {world.count}"
+            )
         self.settings = {"scenes": world.settings(), "images": list(images)}
         self._samples: list[Sample] = []
         for count in images:
