@@ -327,3 +327,7 @@ def test_a_broken_torchvision_is_named_with_its_remedy(tmp_path):
         assert done.returncode == 2, done.stderr[-2000:]
         assert "pip uninstall -y torchvision timm" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_layer_ranges_are_no_emoji(run):
+    assert "0:-1:2" in run("presets", "sofa")[1]

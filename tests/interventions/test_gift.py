@@ -276,7 +276,7 @@ def test_beams_of_a_padded_batch_score_as_each_sample_alone():
     assert batch_of(prompts)[0][0] == PAD
     vlmattn.unwrap(model)
     bare = model.generate(**inputs_of(model, batch_of(prompts), positions=False), **settings).sequences_scores
-    assert (together - bare).abs().min() > 1e-4
+    assert (together - bare).abs().max() > 1e-3
 
 
 def test_no_weight_without_strength():

@@ -276,6 +276,17 @@ def test_forced_backends_never_fall_back(monkeypatch):
         assert attend(case.query, case.key, case.value, case.see, logit, case.scale)[1] == name
 
 
+def test_values_of_another_size_than_queries_run_dense():
+    case = make_case(0)
+    case.value = torch.randn(2, 2, 12, 24, generator=torch.Generator().manual_seed(1))
+    edit = AttentionEdit(gain=(groups_of(case, 1),))
+    got, backend = attend(case.query, case.key, case.value, case.see, edit, case.scale)
+    assert backend == "eager"
+    torch.testing.assert_close(got, case.run(edit, "reference"), rtol=0, atol=2e-5)
+    with pytest.raises(UnsupportedError, match="values of the size of the queries"):
+        case.run(edit, "merge")
+
+
 def test_plans_and_masks_refuse_bad_values():
     with pytest.raises(OptionError, match="one value per group"):
         GainPlan(taken=(0, 1), given=(1,))

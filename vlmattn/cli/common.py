@@ -18,8 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Training-free attention interventions for vision-language models.",
 )
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)  # ":-1:" is a layer range, not a thumb
+errors = Console(stderr=True, emoji=False)
 
 Model = Annotated[str, typer.Option(help="'embedded', a folder, or a hub name such as llava-hf/llava-1.5-7b-hf.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -290,9 +290,9 @@ def _evaluate(
     batch_size: int,
     restart: bool,
 ) -> None:
-    from vlmattn.evals.journal import write_text
     from vlmattn.evals.report import html_report, markdown_tables, terminal_tables
     from vlmattn.evals.runner import evaluate
+    from vlmattn.interventions.files import write_whole
     from vlmattn.recipe import Recipe
 
     chosen = [preset.strip() for preset in presets.split(",") if preset.strip()]
@@ -300,7 +300,7 @@ def _evaluate(
         Recipe.of(preset)
     model, processor = load(name, dtype, device_map)
     result = evaluate(model, processor, suites, chosen, out, name, batch_size, restart, say, typed())
-    write_text(out / "table.md", markdown_tables(result))
-    write_text(out / "report.html", html_report(result))
+    write_whole(out / "table.md", markdown_tables(result))
+    write_whole(out / "report.html", html_report(result))
     console.print(terminal_tables(result))
     plain(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")

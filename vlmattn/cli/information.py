@@ -76,7 +76,7 @@ def _list_presets(known: dict[str, PresetInfo]) -> None:
         console.print(table)
         plain("vlmattn presets NAME shows one with all its options", style="dim")
     else:
-        wide = Console(width=10_000)  # a narrower one would fold
+        wide = Console(width=10_000, emoji=False)  # a narrower one would fold
         with wide.capture() as lines:
             wide.print(table)
         print("\n".join(line.rstrip() for line in lines.get().splitlines()))

@@ -20,9 +20,10 @@ from torch import Tensor
 from vlmattn.embedded.scenes import HARD_SHARE, patch_labels
 from vlmattn.embedded.text import existence_question
 from vlmattn.embedded.train import BATCH, MULTI_IMAGE_FROM, SEED, TEXT_STEPS, VISION_STEPS
-from vlmattn.evals.journal import write_json, write_text
+from vlmattn.evals.journal import write_json
 from vlmattn.evals.runner import Result, evaluate, versions
 from vlmattn.evals.suites import Chair, Pope, Which, World
+from vlmattn.interventions.files import write_whole
 
 CHECK_SCENES = 60  # the small set on which a test compares the committed weights with the card
 _PRIORS = (0.25, 0.5, 0.75, 1.0)
@@ -286,7 +287,7 @@ def main() -> None:
     figures = measure(model, AutoProcessor.from_pretrained(options.model), options.images)
     log = json.loads((options.model / "training_log.json").read_text())
     write_json(options.model / "figures.json", figures)
-    write_text(options.model / "README.md", card(figures, log))
+    write_whole(options.model / "README.md", card(figures, log))
     for gate in figures["gates"]:
         print(
             f"{'passed' if gate['passed'] else 'MISSED'}  {gate['name']}: {gate['value']} (bound {gate['low']:g} to {gate['high']:g})"

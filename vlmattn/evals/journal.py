@@ -10,20 +10,14 @@ from types import TracebackType
 from typing import Any
 
 from vlmattn.errors import InputError, StateError
+from vlmattn.interventions.files import write_whole
 
 Key = tuple[str, str, str]  # suite, preset, sample id
 
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    write_whole(path, json.dumps(data, indent=2) + "\n")
 
 
 class Journal:
@@ -82,7 +76,7 @@ class Journal:
             self.answers[item["suite"], item["preset"], item["id"]] = item["answer"]
         self.resumed = len(self.answers)
         if tail or sum(map(len, kept)) != len(complete):
-            write_text(self._path, "".join(json.dumps(item) + "\n" for items in kept for item in items))
+            write_whole(self._path, "".join(json.dumps(item) + "\n" for items in kept for item in items))
 
     def add(self, suite: str, preset: str, batch: int, ids: Sequence[str], answers: Sequence[str]) -> None:
         """Append the answers of one batch and wait until they are on disk."""

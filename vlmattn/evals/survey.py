@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmattn.errors import InputError, VlmattnError
-from vlmattn.evals.journal import write_text
 from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.interventions import all_presets, find_method
+from vlmattn.interventions.files import write_whole
 
 _LEVEL = 0.05  # of the 95 % intervals in the summary
 _NEEDED = {"overall", "metrics", "titles", "recipes", "reports", "seconds_per_sample"}
@@ -269,7 +269,7 @@ def main() -> None:
     try:
         text = page(read_run(options.run), shlex.join(["python", "-m", "vlmattn.evals.survey", *sys.argv[1:]]))
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.out, text)
+        write_whole(options.out, text)
     except VlmattnError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmattn.errors import InputError, OptionError, UnknownNameError
-from vlmattn.evals.journal import write_json, write_text
+from vlmattn.evals.journal import write_json
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites.base import Suite
 from vlmattn.evals.suites.subset import Subset
+from vlmattn.interventions.files import write_whole
 from vlmattn.recipe import Recipe
 
 #: Stream of the generated scenes, and order of the samples: not the scenes of ``vlmattn eval``, nor of the training.
@@ -246,7 +247,7 @@ def tune(
         samples=tuple(sample.id for sample in subset.samples()),
     )
     write_json(out / "tune.json", _record(tuned, base, grid, suite, seed, result.summary))
-    write_text(out / "tuned.yaml", tuned.recipe.to_yaml())
+    write_whole(out / "tuned.yaml", tuned.recipe.to_yaml())
     return tuned
 
 

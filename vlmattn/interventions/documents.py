@@ -14,7 +14,7 @@ def documents(scope: Scope, separators: tuple[int, ...]) -> Tensor:
 
     With ``separators`` (token ids) a document ends with each of them; without, every image begins one, which goes on to
     the next image, and the last one ends with its image. What follows the last document (the question) belongs to none,
-    nor do padding, text before the first image and generated tokens.
+    nor do padding, text before the first image and generated tokens. Answers of earlier turns are part of the prompt.
     """
     real = scope.real
     if separators and not scope.request.ids_known:

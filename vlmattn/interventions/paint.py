@@ -17,7 +17,7 @@ from vlmattn.request import Scope, Sight, Slots
     "paint",
     paper="arXiv:2501.12206",
     code="github.com/hasanar1f/PAINT",
-    faithful="golden (CLIP towers); experimental (others)",
+    faithful="golden (with CLIP towers)",
     parts="logit",
     cost="one query row in two layers of the vision tower, one row of the prefill, one elementwise operation per decode step",
     presets={"paint": ("defaults of the released CHAIR script", {})},

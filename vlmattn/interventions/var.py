@@ -51,8 +51,9 @@ class VAR(Intervention):
     Sinks are looked for while the prompt is read, anew for every request; with ``extend`` generated tokens are tested
     too. Rows edited: text rows after an image. Images and videos of a prompt are taken together. Counts sink tokens.
 
-    Dimensions and threshold come from ``profile`` (measured by ``vlmattn.inspection.find_sinks``), from ``dims`` and
-    ``tau``, or for known language models from a table. Without any of these every dimension is tested, with a warning.
+    Dimensions and threshold are ``dims`` and ``tau`` where they are given, else those of ``profile`` (measured by
+    ``vlmattn.inspection.find_sinks``), else for known language models those of a table. Without any of these every
+    dimension is tested, with a warning.
     ``sinks`` "cos" takes secondary sinks in (arXiv 2512.22213): tokens whose |cos| with the first token is above .9;
     "either" takes both kinds.
 
@@ -123,7 +124,8 @@ class VAR(Intervention):
         if self.sinks != "phi" and found.layers[0] < found.layers[1]:  # elsewhere the first token is not a sink yet
             inside = [layer for layer in self.active_layers(sizes) if found.layers[0] <= layer < found.layers[1]]
             layers = ",".join(map(str, inside)) or layers
-        return replace(self, dims=self.dims or found.dims, tau=found.tau, layers=layers, profile=path)
+        tau = found.tau if self.tau == type(self).tau else self.tau
+        return replace(self, dims=self.dims or found.dims, tau=tau, layers=layers, profile=path)
 
     @property
     def observes_generated(self) -> bool:

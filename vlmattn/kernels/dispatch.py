@@ -50,8 +50,8 @@ def attend(
     if name is None:
         training = dropout > 0 or (torch.is_grad_enabled() and query.requires_grad)  # log-sum-exp has no gradient
         one_row = query.shape[2] == 1
-        name = "eager" if training or one_row or merge.supports(edit, see, query.device) else "merge"
-    elif name == "merge" and (reason := merge.supports(edit, see, query.device)):
+        name = "eager" if training or one_row or merge.supports(edit, see, query, value) else "merge"
+    elif name == "merge" and (reason := merge.supports(edit, see, query, value)):
         raise UnsupportedError(f"backend 'merge' was forced but cannot run this call: {reason}; unset VLMATTN_BACKEND")
     run = _merge if name == "merge" else _eager
     return scale_heads(edit, run(query, key, value, see, replace(edit, head_gain=()), scale, dropout)), name

@@ -22,7 +22,7 @@ _QUERY_SIDE = 64.0
 _PAD = 8  # head dimensions stay a multiple of eight
 
 
-def supports(edit: AttentionEdit, see: Visibility, device: torch.device) -> str | None:
+def supports(edit: AttentionEdit, see: Visibility, query: Tensor, value: Tensor) -> str | None:
     """None if ``attention`` can run this, else the reason in words."""
     if edit.mask or edit.logit or edit.keep is not None:
         return "it runs group gains only; this edit has mask, logit or keep parts"
@@ -32,8 +32,10 @@ def supports(edit: AttentionEdit, see: Visibility, device: torch.device) -> str 
         return "it does not run key weights"
     if not see.plain or see.offset is None:
         return "it needs a causal mask (with padding) and a known cache length"
-    if device.type not in ("cpu", "cuda"):
-        return f"there is no flash attention with log-sum-exp on {device.type}"
+    if query.shape[-1] != value.shape[-1]:
+        return f"it needs values of the size of the queries, got {value.shape[-1]} and {query.shape[-1]}"
+    if query.device.type not in ("cpu", "cuda"):
+        return f"there is no flash attention with log-sum-exp on {query.device.type}"
     return None
 
 
