@@ -76,7 +76,7 @@ def test_other_things_are_no_recipes(spec):
 def test_unknown_names_come_with_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown preset 'var_offical'; did you mean var_official"):
         Recipe.of("vhr+var_offical")
-    with pytest.raises(UnknownNameError, match="unknown preset 'qqq'; known: bidirectional_image, .* and [0-9]+ more"):
+    with pytest.raises(UnknownNameError, match=r"unknown preset 'qqq'; known: bidirectional_image, .* and [0-9]+ more"):
         Recipe.of("qqq")
     with pytest.raises(UnknownNameError, match="unknown preset ''"):
         Recipe.of("pai+")
@@ -271,9 +271,7 @@ def test_layer_indices_are_those_of_python(count, indices):
     try:
         expected = tuple(sorted({layers[i] for i in indices} | set(layers[1:3])))
     except IndexError:
-        with pytest.raises(
-            OptionError, match=rf"m names layer -?\d+, but the decoder has layers 0\.\.{count - 1}"
-        ):
+        with pytest.raises(OptionError, match=rf"m names layer -?\d+, but the decoder has layers 0\.\.{count - 1}"):
             parse_layers(",".join(map(str, indices)), count, "m")
     else:
         assert parse_layers(",".join([*map(str, indices), "1:3"]), count, "m") == expected

@@ -77,7 +77,9 @@ def levelled(weights: Tensor, segments: list, strength: float) -> Tensor:
     return torch.tensor(edited, dtype=weights.dtype)
 
 
-def by_hand(model: PreTrainedModel, rows: list[list[Token]], inputs: dict, segments: Segments, strength: float, layers: range):
+def by_hand(
+    model: PreTrainedModel, rows: list[list[Token]], inputs: dict, segments: Segments, strength: float, layers: range
+):
     """Logits of the bare model with the pooling rows of some layers levelled."""
 
     def attend(module, query, key, value, mask, scaling, dropout=0.0, **kwargs):
@@ -126,7 +128,11 @@ def test_baskets_of_tokens(family, basket, strength, layers):
 @pytest.mark.parametrize("basket", [3, 8])
 @family_matrix
 def test_baskets_of_a_padded_batch_begin_with_the_first_real_token(family, basket):
-    rows = [write(family, [1, "img", 5]), write(family, ["img", 2, "img", 3], seed=5), write(family, ["img", 1], seed=7)]
+    rows = [
+        write(family, [1, "img", 5]),
+        write(family, ["img", 2, "img", 3], seed=5),
+        write(family, ["img", 1], seed=7),
+    ]
     check(family, batch_of(rows), Calibration(basket=basket), baskets(basket), range(2, 4))
 
 
@@ -249,7 +255,9 @@ def test_too_many_segments_are_refused(count):
             assert not torch.equal(model(input_ids=ids).logits[:, -1], bare)
 
 
-@pytest.mark.parametrize("options", [dict(strength=1.1), dict(basket=0), dict(segments="words"), dict(separator=("a",))])
+@pytest.mark.parametrize(
+    "options", [dict(strength=1.1), dict(basket=0), dict(segments="words"), dict(separator=("a",))]
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(OptionError, match="calibration"):
         Calibration(**options)

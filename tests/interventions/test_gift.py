@@ -47,9 +47,7 @@ def key_weights(attended: Tensor, tokens: list[Token]) -> dict[int, float]:
         return dict.fromkeys(keys, 1.0)
     weights = attended.double().tolist()
     heads = range(len(weights))
-    shift = {
-        (h, i, j): max(weights[h][i][j] - weights[h][i - 1][j], 0.0) for h in heads for i in rows for j in keys
-    }
+    shift = {(h, i, j): max(weights[h][i][j] - weights[h][i - 1][j], 0.0) for h in heads for i in rows for j in keys}
     chosen = best([sum(shift[h, i, j] for i in rows for j in keys) for h in heads])
     saliency = [sum(shift[h, i, j] for h in chosen for i in rows) / len(chosen) / len(rows) for j in keys]
     mean = sum(saliency) / len(keys)
@@ -158,7 +156,11 @@ def test_layers_before_the_saliency_need_a_pass_of_their_own(family, text, salie
 @family_matrix
 def test_a_padded_batch(family, attn, saliency, layers):
     """The last sample has no question: nothing follows its image in the user's turn."""
-    rows = [write(family, ["img", 3], [4]), write(family, ["img", "img", 5], seed=5), write(family, [2, "img", 1], seed=9)]
+    rows = [
+        write(family, ["img", 3], [4]),
+        write(family, ["img", "img", 5], seed=5),
+        write(family, [2, "img", 1], seed=9),
+    ]
     check(lambda: build(family), batch_of(rows), saliency, layers, attn=attn)
 
 
@@ -200,7 +202,9 @@ def test_half_of_an_odd_number_of_heads_is_rounded_down(heads):
 
     def make() -> PreTrainedModel:
         language = dict(model_type="llama", **text)
-        return build("llava", config=LlavaConfig(text_config=language, vision_config=vision, image_token_index=IMAGE_TOKEN))
+        return build(
+            "llava", config=LlavaConfig(text_config=language, vision_config=vision, image_token_index=IMAGE_TOKEN)
+        )
 
     check(make, [write("llava", ["img", 5])], 1, "2:")
 
@@ -262,7 +266,9 @@ def test_a_second_turn_follows_the_new_question():
 def test_beams_of_a_padded_batch_score_as_each_sample_alone():
     model = vlmattn.wrap(build("llava"), GIFT(saliency="2", layers="0:"), processor=Processor())
     prompts = [write("llava", ["img", 5]), write("llava", ["img", 2, "img", 3], seed=6)]
-    settings = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, num_beams=3, output_scores=True)
+    settings = dict(
+        max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, num_beams=3, output_scores=True
+    )
     settings |= dict(return_dict_in_generate=True, suppress_tokens=PLACEHOLDERS)
     together = model.generate(**inputs_of(model, batch_of(prompts), positions=False), **settings).sequences_scores
     for n, tokens in enumerate(prompts):

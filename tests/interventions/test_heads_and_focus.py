@@ -34,7 +34,11 @@ def anatomy(model: PreTrainedModel):
 
 def prompts(family: str) -> list[list[Token]]:
     """A padded batch: text before and after images, two images, two turns."""
-    rows = [write(family, [2, "img", 4]), write(family, ["img", 2, "img", 3], seed=5), write(family, [1, "img", 2], [3], seed=9)]
+    rows = [
+        write(family, [2, "img", 4]),
+        write(family, ["img", 2, "img", 3], seed=5),
+        write(family, [1, "img", 2], [3], seed=9),
+    ]
     return batch_of(rows)
 
 
@@ -174,7 +178,9 @@ def test_layers_restrict_the_heads():
     zero = hooked(setting(lambda out, *_: 0 * out, False))
     expected = zero(build("llava"), rows, inputs, {2: [0, 3]})
     vlmattn.wrap(model, Heads(heads=NAMES, layers="1:3"))
-    torch.testing.assert_close(model(**inputs).logits[real_rows(rows)], expected[real_rows(rows)], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        model(**inputs).logits[real_rows(rows)], expected[real_rows(rows)], rtol=0, atol=TOLERANCE
+    )
     assert model.vlmattn.report()["layers"]["prefill"] == {"base:sdpa": [0, 1, 3], "base:sdpa+head_gain": [2]}
     assert model.vlmattn.report()["fired"] == {"heads": 2}
 
@@ -382,7 +388,9 @@ def test_a_projection_by_itself_gets_no_direction(tmp_path):
     assert not torch.equal(model(**inputs).logits, bare)
     projection = model.model.language_model.layers[2].self_attn.q_proj
     x = torch.randn(1, 3, 32)
-    assert torch.equal(projection(x), nn.functional.linear(x, projection.weight)), "outside of a forward nothing is added"
+    assert torch.equal(projection(x), nn.functional.linear(x, projection.weight)), (
+        "outside of a forward nothing is added"
+    )
 
 
 def test_a_deep_copy_is_focused_by_itself(tmp_path):

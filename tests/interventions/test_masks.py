@@ -292,7 +292,12 @@ def test_mma_softly(family):
 @pytest.mark.parametrize("source", ["image", "text"])
 @family_matrix
 def test_knockout_hides_keys(family, source, target):
-    check(family, Knockout(source=source, target=target), knockout(source, target), [write(family, [2, "img", 1, "img", 3])])
+    check(
+        family,
+        Knockout(source=source, target=target),
+        knockout(source, target),
+        [write(family, [2, "img", 1, "img", 3])],
+    )
 
 
 @pytest.mark.parametrize("text", SEVERAL)
@@ -475,7 +480,9 @@ def test_a_second_turn_with_an_image_on_the_same_cache(family, name):
             position_ids=inputs["position_ids"][..., a:b],
         )
         if b - a > 1:
-            piece["pixel_values"] = inputs["pixel_values"][:2 * patches] if a == 0 else inputs["pixel_values"][2 * patches:]
+            piece["pixel_values"] = (
+                inputs["pixel_values"][: 2 * patches] if a == 0 else inputs["pixel_values"][2 * patches :]
+            )
             if family == "qwen2_5_vl":
                 piece["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, a:b]
                 piece["image_grid_thw"] = inputs["image_grid_thw"][:2]
@@ -489,7 +496,9 @@ def test_a_second_turn_with_an_image_on_the_same_cache(family, name):
 # --- SoFA: mask and mixture
 
 
-def mixture(query: Tensor, key: Tensor, value: Tensor, images: list[int], sigma: float, pad: int, scale: float) -> Tensor:
+def mixture(
+    query: Tensor, key: Tensor, value: Tensor, images: list[int], sigma: float, pad: int, scale: float
+) -> Tensor:
     """Two softmaxes, row by row, in float64."""
     groups = query.shape[1] // key.shape[1]
     out = torch.zeros(*query.shape[:3], value.shape[-1], dtype=torch.float64)
@@ -499,7 +508,9 @@ def mixture(query: Tensor, key: Tensor, value: Tensor, images: list[int], sigma:
             q, k, v = query[b, h].double(), key[b, h // groups].double(), value[b, h // groups].double()
             for i in range(first, len(images)):
                 seen = list(range(first, i + 1))
-                later = [j for j in range(i + 1, len(images)) if images[i] >= 0 and images[j] >= 0 and images[j] != images[i]]
+                later = [
+                    j for j in range(i + 1, len(images)) if images[i] >= 0 and images[j] >= 0 and images[j] != images[i]
+                ]
                 row = torch.zeros(v.shape[-1], dtype=torch.float64)
                 for keys, share in ((seen, 1 - sigma), (seen + later, sigma)):
                     row += share * torch.softmax(k[keys] @ q[i] * scale, 0) @ v[keys]

@@ -203,7 +203,9 @@ def test_strengths_from_the_tower(images):
     expected = expected_lift(inputs, METHOD)
     torch.testing.assert_close(lift_found(out.past_key_values, length), expected)
     assert model.vlmattn.report()["fired"] == {"paint": int((expected > 0).sum())}
-    generated = model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    generated = model.generate(
+        **inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, return_dict_in_generate=True
+    )
     torch.testing.assert_close(lift_found(generated.past_key_values, length), expected)
 
 
@@ -238,7 +240,9 @@ def test_a_padded_batch_with_other_numbers_of_images():
     bare = generate(model, batch, suppress_tokens=[IMAGE_TOKEN])
     vlmattn.wrap(model, METHOD)
     out = model(**batch, use_cache=True)
-    torch.testing.assert_close(lift_found(out.past_key_values, batch["input_ids"].shape[1]), expected_lift(batch, METHOD))
+    torch.testing.assert_close(
+        lift_found(out.past_key_values, batch["input_ids"].shape[1]), expected_lift(batch, METHOD)
+    )
     together = generate(model, batch, suppress_tokens=[IMAGE_TOKEN])
     assert (together - bare).abs().amax((1, 2)).min() > 1e-3
     for row, inputs in zip(together, prompts, strict=True):
@@ -254,7 +258,9 @@ def test_a_row_without_image_stays_bare():
     together = generate(model, left_padded([text, inputs]), suppress_tokens=[IMAGE_TOKEN])
     torch.testing.assert_close(together[0], bare[0], rtol=0, atol=2e-5)
     vlmattn.unwrap(model)
-    assert (generate(model, left_padded([text, inputs]), suppress_tokens=[IMAGE_TOKEN]) - together)[1].abs().max() > 1e-3
+    assert (generate(model, left_padded([text, inputs]), suppress_tokens=[IMAGE_TOKEN]) - together)[
+        1
+    ].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -263,7 +269,9 @@ def test_beams_see_the_image_of_their_sample(batch):
     model = vlmattn.wrap(llava(), METHOD)
     prompts = [asked(2, seed=3), asked(1, words=6, seed=6)][:batch]
     inputs = left_padded(prompts)
-    settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, num_beams=3, suppress_tokens=[99])
+    settings = dict(
+        max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, num_beams=3, suppress_tokens=[99]
+    )
     settings |= dict(return_dict_in_generate=True, output_scores=True)
     out = model.generate(**inputs, **settings)
     found = lift_found(out.past_key_values, inputs["input_ids"].shape[1])

@@ -26,7 +26,11 @@ family_matrix = pytest.mark.parametrize("family", FAMILIES)
 
 # --- Through the registered function: layouts of a prompt, "t" for text, digits for images, "p" for padding
 
-LAYOUTS = {"one image": ["ttt0000tttt"], "two images": ["tt00t111tttt"], "padded": ["tt0000ttttttttt", "ppptt00t111tttt"]}
+LAYOUTS = {
+    "one image": ["ttt0000tttt"],
+    "two images": ["tt00t111tttt"],
+    "padded": ["tt0000ttttttttt", "ppptt00t111tttt"],
+}
 
 
 def layout(rows: list[str]) -> tuple[Tensor, Tensor]:
@@ -76,7 +80,8 @@ def dense(given: dict[str, Tensor], rows: list[str], change) -> Tensor:
             if rows[b][i] == "p":
                 continue
             scores = [
-                [float(given["q"][b, h, n] @ given["k"][b, h // 2, j]) * SCALE for j in range(keys)] for h in range(HEADS)
+                [float(given["q"][b, h, n] @ given["k"][b, h // 2, j]) * SCALE for j in range(keys)]
+                for h in range(HEADS)
             ]
             scores = change(scores, b, i)
             seen = [j for j in range(i + 1) if rows[b][j] != "p"]
@@ -97,7 +102,9 @@ def scaled(rows: list[str], method: VAF, heads=None):
         first = min(j for j, c in enumerate(rows[b]) if c.isdigit())
         if rows[b][i] != "t" or i < first:
             return scores
-        factor = [method.enhance if c.isdigit() else method.suppress if j < first else 1.0 for j, c in enumerate(rows[b])]
+        factor = [
+            method.enhance if c.isdigit() else method.suppress if j < first else 1.0 for j, c in enumerate(rows[b])
+        ]
         return [
             [s * f for s, f in zip(row, factor, strict=True)] if heads is None or h in heads[b] else row
             for h, row in enumerate(scores)
@@ -192,9 +199,16 @@ def test_heads_guided_adds_the_mean_over_heads(name, backend, monkeypatch):
     given = tensors(rows, length)
     compare(registered(given, begun(method, rows), 0), given, rows, guided(rows, 0.8, [length - 1] * len(rows)))
     given = tensors(rows, 1, seed=2)
-    compare(registered(given, begun(method, rows, made=1), None), given, rows, guided(rows, 0.8, [length - 2] * len(rows)))
+    compare(
+        registered(given, begun(method, rows, made=1), None), given, rows, guided(rows, 0.8, [length - 2] * len(rows))
+    )
     given = tensors(rows, 3, seed=3)
-    compare(registered(given, begun(method, rows, made=3), length - 3), given, rows, guided(rows, 0.8, [length - 4] * len(rows)))
+    compare(
+        registered(given, begun(method, rows, made=3), length - 3),
+        given,
+        rows,
+        guided(rows, 0.8, [length - 4] * len(rows)),
+    )
 
 
 def test_heads_guided_in_a_right_padded_row_edits_the_last_real_one():

@@ -73,7 +73,9 @@ def redistributed(row: Tensor, sinks: set[int], image: set[int], method: VAR) ->
     return torch.tensor(a, dtype=row.dtype)
 
 
-def naive(model: PreTrainedModel, rows: list[list[Token]], inputs: dict, method: VAR, layer: int) -> tuple[Tensor, list]:
+def naive(
+    model: PreTrainedModel, rows: list[list[Token]], inputs: dict, method: VAR, layer: int
+) -> tuple[Tensor, list]:
     """Logits of the bare model with the edit in one layer, which does not change the residual stream that enters it."""
     model.set_attn_implementation({"text_config": "eager"})
     states = model(**inputs, output_hidden_states=True).hidden_states[layer]
@@ -218,7 +220,9 @@ def test_beams_carry_their_own_sinks(family, cache):
     rows = batch_of([talk(family, [1, "img", 4]), talk(family, ["img", 2, "img", 3], seed=6)])
     model = planted(family)
     inputs = inputs_of(model, rows, positions=False)
-    settings = dict(num_beams=4, num_return_sequences=4, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    settings = dict(
+        num_beams=4, num_return_sequences=4, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
+    )
     settings |= dict(return_dict_in_generate=True, output_scores=True, logits_processor=[Prefer()])
 
     def beams(method: VAR, **options):
@@ -248,7 +252,9 @@ def test_drafted_tokens_are_tested_too(family):
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    settings = dict(do_sample=False, max_new_tokens=len(words), min_new_tokens=len(words), pad_token_id=0, logits_processor=say)
+    settings = dict(
+        do_sample=False, max_new_tokens=len(words), min_new_tokens=len(words), pad_token_id=0, logits_processor=say
+    )
     settings |= dict(return_dict_in_generate=True, output_logits=True, prompt_lookup_num_tokens=3)
     out = model.generate(**inputs, **settings)
     hook.remove()
@@ -327,7 +333,9 @@ def test_prompts_in_sequence_and_in_threads_have_their_own_sinks():
 
 
 def profile_of(model: PreTrainedModel, **facts) -> SinkProfile:
-    return SinkProfile(**{"fingerprint": find_family(model).anatomy(model).fingerprint, "dims": DIMS, "tau": TAU, **facts})
+    return SinkProfile(
+        **{"fingerprint": find_family(model).anatomy(model).fingerprint, "dims": DIMS, "tau": TAU, **facts}
+    )
 
 
 def logits_with(model: PreTrainedModel, method: VAR) -> Tensor:

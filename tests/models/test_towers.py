@@ -127,7 +127,12 @@ def places(grid: list[int]) -> list[tuple[int, int, int]]:
     """(frame, row, column) of every patch in the order of the pixels: the four patches of a token stand together."""
     t, h, w = grid
     return [
-        (f, 2 * i + a, 2 * j + b) for f in range(t) for i in range(h // 2) for j in range(w // 2) for a in (0, 1) for b in (0, 1)
+        (f, 2 * i + a, 2 * j + b)
+        for f in range(t)
+        for i in range(h // 2)
+        for j in range(w // 2)
+        for a in (0, 1)
+        for b in (0, 1)
     ]
 
 
@@ -163,7 +168,9 @@ def by_hand(model: PreTrainedModel, layer: int, pixels: Tensor, grids: list[list
             for t, h, w in grids:
                 mine = slice(start, start + t * h * w)
                 patches = torch.tensor(mean_query(query[mine], key[mine]))
-                found.append(torch.stack([patches[:, 4 * n : 4 * n + 4].sum(1) for n in range(t * h * w // 4)], 1).float())
+                found.append(
+                    torch.stack([patches[:, 4 * n : 4 * n + 4].sum(1) for n in range(t * h * w // 4)], 1).float()
+                )
                 start += t * h * w
         q, k, v = (x.unflatten(-1, (HEADS, size)) for x in (query, key, value))
         scores = torch.einsum("ihd,jhd->hij", turned(q), turned(k)) / size**0.5
@@ -195,7 +202,9 @@ def test_qwen_is_the_attention_of_the_mean_query_in_the_order_of_the_prompt(name
     pixels = pixels_of(grids)
     expected, features = by_hand(model, layer, pixels, grids)
     told = model.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
-    torch.testing.assert_close(features, told, rtol=0, atol=1e-4)  # the oracle knows the tower and the order of its tokens
+    torch.testing.assert_close(
+        features, told, rtol=0, atol=1e-4
+    )  # the oracle knows the tower and the order of its tokens
     found = look(model, layer, pixels, grid_thw=torch.tensor(grids))
     assert len(found) == len(grids)
     for got, wanted in zip(found, expected, strict=True):
@@ -247,7 +256,9 @@ def test_sights_of_a_wrapped_model(monkeypatch):
 def test_other_towers_of_llava_are_refused():
     config = LlavaConfig(
         text_config=dict(model_type="llama", **TEXT_CONFIG),
-        vision_config=dict(model_type="pixtral", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+        vision_config=dict(
+            model_type="pixtral", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        ),
         image_token_index=IMAGE_TOKEN,
     )
     with pytest.raises(UnsupportedError, match=r"pixtral.*clip_vision_model, siglip_vision_model"):

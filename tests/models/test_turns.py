@@ -107,7 +107,14 @@ def test_markers_of_the_bundled_processor():
 
 
 @pytest.mark.parametrize(
-    "template", [None, "", "{{ messages[-1]['content'] }}", "{% for m in messages %}{{ m['content'] }}|{% endfor %}", "{{ 1 / 0 }}"]
+    "template",
+    [
+        None,
+        "",
+        "{{ messages[-1]['content'] }}",
+        "{% for m in messages %}{{ m['content'] }}|{% endfor %}",
+        "{{ 1 / 0 }}",
+    ],
 )
 def test_templates_that_do_not_tell_are_refused(template):
     with pytest.raises(InputError, match="chat template"):
@@ -230,7 +237,19 @@ def test_conversations_at_random_cuts(style, conversations, sizes, padding):
 
 
 def test_tokens_that_straddle_are_what_they_begin_with():
-    pieces = ["<s>sys US", "ER: what", " is", " it AS", "SIST", "ANT: a", " cat</s>US", "ER:", " more", "ASSISTANT", ":"]
+    pieces = [
+        "<s>sys US",
+        "ER: what",
+        " is",
+        " it AS",
+        "SIST",
+        "ANT: a",
+        " cat</s>US",
+        "ER:",
+        " more",
+        "ASSISTANT",
+        ":",
+    ]
     roles, turns = label("llava", [pieces])
     assert roles[0].tolist() == [SYSTEM, SYSTEM, USER, USER, MARKER, MARKER, ANSWER, SYSTEM, USER, MARKER, MARKER]
     assert turns[0].tolist() == [-1, -1, 0, 0, 0, 0, -1, -1, 1, 1, 1]
@@ -343,11 +362,15 @@ def test_a_second_turn_on_the_cache_of_generate(bundled):
     model, processor = bundled
     inputs = asked(processor, [chat_of("is there a red dog ?")])
     with vlmattn.applied(model, MMA(layers="0:"), processor=processor):
-        out = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        out = model.generate(
+            **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
+        )
         more = processor.tokenizer("USER: and a cat ? ASSISTANT:", add_special_tokens=False, return_tensors="pt")
         ids = torch.cat([out.sequences, more.input_ids], 1)
         second = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=out.past_key_values)
-        cache = model.generate(**second, max_new_tokens=2, do_sample=False, return_dict_in_generate=True).past_key_values
+        cache = model.generate(
+            **second, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+        ).past_key_values
         request = cache._vlmattn_request
         turns = request.turns(ids.shape[1], torch.device("cpu"))[0]
         roles = request.roles(ids.shape[1], torch.device("cpu"))[0]
