@@ -16,7 +16,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 import vlmattn
 from benchmarks.runner import paired, rows, write_csv
 
-PRESETS = ("var", "vhr", "pai")
+PRESETS = (
+    "var", "vhr", "pai", "paint", "vaf", "heads_guided", "sofa", "bidirectional_prompt", "knockout_image_text",
+)  # fmt: skip
 
 
 def build() -> tuple[Any, dict[str, torch.Tensor]]:
@@ -61,7 +63,7 @@ def main() -> None:
             table += rows(what, paired(candidates, options.rounds), "none")
     for row in table:
         print(
-            f"{row['what']:24} {row['candidate']:6} {row['median_s']:8.3f} s   x{row['ratio']} [{row['ratio_q1']}, {row['ratio_q3']}] n={row['n']}"
+            f"{row['what']:24} {row['candidate']:20} {row['median_s']:8.3f} s   x{row['ratio']} [{row['ratio_q1']}, {row['ratio_q3']}] n={row['n']}"
         )
     write_csv(options.out / "generate.csv", table)
 

@@ -18,7 +18,7 @@ from vlmattn.request import Scope
     cost="prefill: dense rows in every second layer; decode: nothing",
     presets={
         "sofa": ("sigma = .5, the middle of the range the paper tried; it tunes sigma per task", {}),
-        "sofa_mix": ("a mixture of two softmaxes instead of a soft mask (ours)", {"mode": "mix"}),
+        "sofa_mix": ("a mixture of two softmaxes instead of a soft mask (ours, experimental)", {"mode": "mix"}),
     },
 )
 @dataclass(frozen=True, kw_only=True)
