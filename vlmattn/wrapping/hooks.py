@@ -28,10 +28,14 @@ _REQUEST = "_vlmattn_request"  # where a request rides on its cache
 
 @dataclass
 class _TowerView:
-    """What was seen of the vision tower in one call: layer -> for each image ``[heads, tokens]``."""
+    """What was seen of the vision tower in one call: layer -> for each image ``[heads, tokens]``.
+
+    ``shown``: the methods have seen it; a tower that runs again, as it may in every forward, begins anew.
+    """
 
     patches: dict[int, list[Tensor]] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,6 +265,8 @@ def _show_images(step: Step, start: int, embeds: Tensor) -> None:
     sight = Sight(request, start, types, patches)
     for method in request.plan.seeing:
         method.encoded(sight)
+    if (call := CALL.get()) is not None:
+        call.sight.shown = True
 
 
 def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -320,6 +326,9 @@ def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     call = CALL.get()
     if call is not None and call.plan.tower_layers and call.handle._family.tower(call.model) is tower:
         names = list(inspect.signature(type(tower).forward).parameters)[1:] if args else []
+        if call.sight.shown:
+            call.sight.patches.clear()
+            call.sight.shown = False
         call.sight.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
 
 
