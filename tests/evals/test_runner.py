@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -199,6 +200,24 @@ def test_reports_show_every_preset(finished):
         assert word in page
     assert "| adversarial (36) | none |" in markdown_tables(result)
     assert notes(result) == []
+
+
+def test_many_presets_are_drawn_as_differences(finished):
+    _, result = finished
+    names = [f"vhr{n}" for n in range(9)]
+    summary = copy.deepcopy(result.summary)
+    summary["recipes"] |= dict.fromkeys(names, summary["recipes"]["vhr"])
+    for table in (*summary["tables"], *summary["overall"]):
+        table["rows"] |= dict.fromkeys(names, table["rows"]["vhr"])
+    answers = {**result.answers}
+    for (suite, preset, sample), text in result.answers.items():
+        if preset == "vhr":
+            answers |= {(suite, name, sample): text for name in names}
+    page = html_report(Result(summary, result.suites, answers))
+    assert page.count("<svg") == 2
+    assert "difference to none (higher is better)" in page
+    assert "difference to none (lower is better)" in page
+    assert "difference to none (" not in html_report(result)
 
 
 def test_an_edit_that_never_fires_is_said(bundled, tmp_path):

@@ -144,13 +144,17 @@ def markdown_tables(result: Result) -> str:
 
 
 def html_report(result: Result) -> str:
-    """The whole report as one page: tables, bar charts with intervals, examples where presets disagree."""
+    """The whole report as one page: tables, charts with intervals, examples where presets disagree."""
     summary, parts = result.summary, []
     presets = list(summary["recipes"])
-    colours = {preset: _COLOURS[i % len(_COLOURS)] for i, preset in enumerate(presets)}
+    many = len(presets) > len(_COLOURS)  # bars could not be told apart
+    colours = {preset: _COLOURS[0 if many else i] for i, preset in enumerate(presets)}
     for suite in result.suites:
         parts.append(f"<section><h2>{html.escape(suite.title)}</h2>")
-        parts.append(_chart(suite, [(c, t) for s, c, t in _by_suite(result) if s is suite], colours))
+        if many:
+            parts.append(_differences(suite, result, presets[1:]))
+        else:
+            parts.append(_chart(suite, [(c, t) for s, c, t in _by_suite(result) if s is suite], colours))
         for owner, condition, tables in _by_suite(result):
             if owner is suite:
                 parts.append(_html_table(suite, condition, tables, colours))
@@ -247,10 +251,45 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
     figure.legend(
         *axes[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=min(len(colours), len(_COLOURS)),
+        ncols=len(colours),
         frameon=False,
         fontsize=9,
     )
+    return _svg(figure)
+
+
+def _differences(suite: Suite, result: Result, presets: Sequence[str]) -> str:
+    """Headline metric of many presets: differences to none over all splits with their intervals, as inline SVG."""
+    from matplotlib.figure import Figure
+
+    panels = [table for table in result.summary["overall"] if table["suite"] == suite.name]
+    figure = Figure(figsize=(2.4 + 3.6 * len(panels), 1.2 + 0.21 * len(presets)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    metric = suite.headline
+    for axis, table in zip(axes, panels, strict=True):
+        for place, preset in enumerate(presets):
+            cell = table["rows"][preset]["metrics"][metric.name]
+            d = cell["difference"]
+            colour = {"better": "#009E73", "worse": "#D55E00", "": "#777777"}[verdict(cell, metric.better)]
+            spread = [[d["value"] - d["low"]], [d["high"] - d["value"]]]
+            axis.errorbar(d["value"], place, xerr=spread, fmt="o", ms=4, lw=1.2, capsize=2, color=colour)
+        axis.axvline(0, color="#222", lw=0.8)
+        axis.set_xscale("symlog", linthresh=5)
+        axis.set_xticks(
+            ticks := [-50, -20, -5, -2, 0, 2, 5, 20, 50], [f"{t:+d}" if t else "0" for t in ticks], fontsize=8
+        )
+        axis.set_title(
+            f"{table['condition']}, none: {table['rows']['none']['metrics'][metric.name]['value']:.1f}", fontsize=10
+        )
+        axis.set_xlabel(f"{metric.name}, difference to none ({metric.better} is better)", fontsize=9)
+        axis.grid(axis="x", color="#ddd", lw=0.6)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axes[0].set_yticks(range(len(presets)), presets, fontsize=8)
+    axes[0].set_ylim(len(presets) - 0.5, -0.5)
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = drawn.getvalue()
