@@ -20,9 +20,11 @@ from vlmattn.embedded import FOLDER
 from vlmattn.evals.suites.which import Which
 from vlmattn.evals.suites.world import World, absent_objects
 from vlmattn.inspection import Conflict, Span, find_heads, fit_directions, score_heads
-from vlmattn.interventions.focus import FILE_NAME
+from vlmattn.interventions.focus import save_directions
+from vlmattn.models import find_family
 
 SEED = 31
+_SOURCE = "the bundled model"  # not the folder it lies in on some machine
 
 
 def main() -> None:
@@ -37,12 +39,17 @@ def main() -> None:
     effects = find_heads(model, [conflict for conflict, _ in conflicts], seed=SEED, progress=sys.stderr.isatty())
     scored = score_heads(model, [conflict.inputs for conflict, _ in conflicts], seed=SEED)
     prompts = tuple(dict.fromkeys(prompt for _, prompt in conflicts))
-    profile = replace(scored.merged(effects), source="the bundled model", prompts=prompts)
+    profile = replace(scored.merged(effects), source=_SOURCE, prompts=prompts)
     print(f"wrote {profile.save(options.out)}")
     heads = profile.top("visual", 0.1)
     spans = list(_spans(processor, options.scenes))
-    fit_directions(model, spans, heads, seed=SEED, progress=sys.stderr.isatty(), path=options.out)
-    print(f"wrote {options.out / FILE_NAME} for heads {heads}")
+    found = fit_directions(model, spans, heads, seed=SEED, progress=sys.stderr.isatty())
+    query, key = (
+        {int(name.split(".")[1]): value for name, value in found.items() if name.startswith(side)}
+        for side in ("query", "key")
+    )
+    anatomy = replace(find_family(model).anatomy(model), source=_SOURCE)
+    print(f"wrote {save_directions(query, key, options.out, anatomy)} for heads {heads}")
 
 
 def _encoded(processor: Any, prompt: str, images: list[Any]) -> dict[str, Any]:
