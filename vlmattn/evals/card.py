@@ -272,6 +272,11 @@ Per layer, over 100 questions about clear scenes (definitions: `vlmattn.evals.ca
   there, and the other way round.
 - Deviations from LLaVA-1.5: no system prompt, 49 image tokens, a word tokenizer, trained from scratch.
 
+## Measured beside it
+`vlmattn_heads.json` (scores and mean outputs of every head) and `vlmattn_directions.safetensors` (focus directions) are what the
+presets `heads_*` and `focus` act on. `python -m vlmattn.evals.measure` makes both again, in half a minute, from scenes that
+neither training nor any evaluation uses.
+
 Licence: Apache-2.0.
 """
 
