@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -35,6 +36,15 @@ def question(tokens: list[Token]) -> list[int]:
     return out
 
 
+SILENT: set[int] = set()  # ids of function words; a test fills it
+
+
+def telling(tokens: list[Token]) -> list[int]:
+    """Rows of content words, or of all words if there are no others."""
+    asked = question(tokens)
+    return [n for n in asked if tokens[n].id not in SILENT] or asked
+
+
 def best(values: list[float]) -> set[int]:
     """The floor(H/2) heads of largest value."""
     return set(sorted(range(len(values)), key=lambda h: -values[h])[: len(values) // 2])
@@ -42,7 +52,7 @@ def best(values: list[float]) -> set[int]:
 
 def key_weights(attended: Tensor, tokens: list[Token]) -> dict[int, float]:
     """w_j of the image keys from ``[heads, row, key]``, by loops."""
-    rows, keys = question(tokens), [n for n, t in enumerate(tokens) if t.image >= 0]
+    rows, keys = telling(tokens), [n for n, t in enumerate(tokens) if t.image >= 0]
     if not rows:
         return dict.fromkeys(keys, 1.0)
     weights = attended.double().tolist()
@@ -177,6 +187,19 @@ def test_a_static_cache_does_not_matter(family, saliency, layers):
     got = generate(model, inputs, suppress_tokens=PLACEHOLDERS, cache_implementation="static")
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE)
     assert (got - bare).abs().amax((0, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize(("saliency", "layers"), [(1, "2:"), (2, "0:")])
+@family_matrix
+def test_function_words_tell_nothing_unless_there_are_no_others(family, saliency, layers, share, monkeypatch):
+    row = write(family, ["img", 6])
+    ids = [row[n].id for n in question(row)]
+    silent = set(ids[: round(share * len(ids))])
+    monkeypatch.setattr("vlmattn.models.turns.FUNCTION_WORDS", frozenset(Processor().decode([i]) for i in silent))
+    monkeypatch.setattr(sys.modules[__name__], "SILENT", silent)
+    assert (telling(row) == question(row)) == (share == 1.0)
+    check(lambda: build(family), [row], saliency, layers)
 
 
 def test_a_question_before_the_image_is_none():

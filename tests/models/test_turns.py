@@ -412,3 +412,38 @@ def test_the_processor_is_found_beside_the_model_or_asked_for(bundled, tmp_path)
         vlmattn.wrap(other, MMA())
     assert "vlmattn" not in other.__dict__
     vlmattn.wrap(other, MMA(), processor=processor.tokenizer if processor.tokenizer.chat_template else processor)
+
+
+# --- content words
+
+
+class Pieces:
+    """Decodes pieces as SentencePiece does: a mark begins a word, and the first blank of a text is dropped."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self.pieces = pieces
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.pieces[i] for i in ids).replace("\u2581", " ").removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "kept"),
+    [
+        (["\u2581Is", "\u2581there", "\u2581a", "\u2581red", "\u2581d", "og", "\u2581in", "\u2581it", "?"], ["\u2581red", "\u2581d", "og"]),
+        (["\u2581the", "ory", "\u2581of", "\u2581The", "\u2581sea", ",", "\u2581isn", "'", "t", "\u2581it"], ["\u2581the", "ory", "\u2581sea"]),
+        (["\u2581", "Count", "\u2581", "3", "4", "\n", "\u2581cats", "\n", "of", "\n"], ["Count", "3", "4", "\u2581cats"]),
+        (["\u2581Who", "\u2581is", "\u2581that", "?"], []),
+    ],
+)  # fmt: skip
+def test_content_words_are_found_whole(pieces, kept):
+    ids = torch.arange(len(pieces))[None]
+    found = Turns("U", "A", Pieces(pieces)).content(ids, torch.full_like(ids, USER, dtype=torch.uint8))
+    assert [piece for piece, is_kept in zip(pieces, found[0], strict=True) if is_kept] == kept
+
+
+def test_only_what_the_user_says_has_content():
+    ids = torch.tensor([[0, 1, 2, -1]])
+    roles = torch.tensor([[SYSTEM, USER, ANSWER, USER]], dtype=torch.uint8)
+    found = Turns("U", "A", Pieces(["\u2581dog", "\u2581cat", "\u2581cow"])).content(ids, roles)
+    assert found.tolist() == [[False, True, False, False]]

@@ -19,7 +19,7 @@ _ROWS = 64  # question rows looked at together
     "gift",
     paper="arXiv:2510.22067 (ICML 2026)",
     code="github.com/amazon-science/GIFT (not used: non-commercial)",
-    faithful="paper text; experimental (all words of the question count)",
+    faithful="paper text; experimental (content words by a list, not by a tagger)",
     parts="groups + gain with key weights",
     cost="prefill: attention of the question's rows in one layer (one more decoder pass if earlier layers are edited);"
     " decode: group masses of one row, a sort over heads",
@@ -33,7 +33,7 @@ _ROWS = 64  # question rows looked at together
 class GIFT(Intervention):
     """Boost the image tokens that the model's gaze moves to while it reads the question.
 
-    In layer ``saliency``, for the rows i of the question and image keys j, with A the unedited attention:
+    In layer ``saliency``, for the rows i of content words of the question and image keys j, with A the unedited attention:
 
         D_hij = max(A_hij - A_h(i-1)j, 0);  S_j = mean over i and the floor(H/2) heads of largest sum of D
         w_j = exp(alpha S_j),  S clamped to its mean +- 3 std and scaled to 0..1 over the image tokens
@@ -44,8 +44,9 @@ class GIFT(Intervention):
         a_j <- w_j a_j for image keys in H_V;   r = sum_{H_V} sum_j w_j a_j / sum_{H_V} sum_j a_j
         a_j <- r a_j for question keys in H_Q;  rows are renormalised
 
-    The question is the text of the last user's turn in rows that follow an image. The paper keeps the rows of content
-    words only (by a tagger); here all rows of the question count. Counts samples with a question.
+    The question is the text of the last user's turn in rows that follow an image. The paper finds content words by a
+    tagger; here they are the words that are not in a list of English function words (experimental), and all words if the
+    question has no others. Counts samples with a question.
 
     Raises:
         OptionError: the turns cannot be known, as there is no processor; ``saliency`` is not one layer.
@@ -94,7 +95,9 @@ class GIFT(Intervention):
         turns = request.turns(stop, device)
         question = ~visual & (request.roles(stop, device) == USER) & (turns == turns.amax(1, keepdim=True))
         question = question & (visual.cumsum(1) > 0)
-        places = question[:, start:].any(0).nonzero().flatten()
+        telling = question & request.content(stop, device)
+        telling = torch.where(telling.any(1, keepdim=True), telling, question)
+        places = telling[:, start:].any(0).nonzero().flatten()
         if not len(places):
             return
         first, last = int(places[0]), int(places[-1]) + 1
@@ -102,7 +105,7 @@ class GIFT(Intervention):
         for a in range(first, last, _ROWS):
             b = min(a + _ROWS, last)
             shift = self._shift(weights(max(a - 1, 0), b)[..., :stop], a == 0)
-            per_head = per_head.to(device) + (shift * question[:, None, start + a : start + b, None]).sum(2)
+            per_head = per_head.to(device) + (shift * telling[:, None, start + a : start + b, None]).sum(2)
         per_head = per_head * visual[:, None]
         top = max(1, per_head.shape[1] // 2)
         heads = per_head.sum(-1).topk(top, dim=1).indices

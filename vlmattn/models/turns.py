@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -14,6 +15,20 @@ from vlmattn.errors import InputError
 from vlmattn.request import ANSWER, MARKER, SYSTEM, TEXT, USER
 
 _LOOKS_SPECIAL = re.compile(r"<\|[^|<>]+\|>|</?[a-z_]+>|\[/?[A-Z_]+\]")
+_SIGNS = ".,;:!?\"'()[]{}<>*/-"
+#: English words without content of their own: what a tagger calls determiners, pronouns, prepositions, conjunctions,
+#: particles, auxiliaries and interjections.
+FUNCTION_WORDS = frozenset(
+    """a an the this that these those some any no none each every either neither both all another such what which whose
+    i me my mine myself you your yours yourself he him his himself she her hers herself it its itself we us our ours they
+    them their theirs themselves who whom one there here's there's that's it's what's
+    of in on at by for from to with without within into onto over under above below between among through during before
+    after behind beside beyond near off out up down about against along around across toward towards upon via per as than
+    like and or nor but so yet if because while whereas although though unless until since whether when where why how
+    not n't don't doesn't isn't aren't wasn't weren't can't won't
+    am is are was were be been being have has had having do does did doing can could will would shall should may might must
+    yes please oh hello hi""".split()  # noqa: SIM905 (a list would be five times as long)
+)
 _SAID = ("QZFIRSTZQ", "QZSECONDZQ", "QZTHIRDZQ")  # what the speakers of the trial conversation say
 
 
@@ -96,6 +111,42 @@ class Turns:
                     roles[row, slot], turns[row, slot] = label[at if piece else at - 1]
                 at += len(piece)
         return roles, turns
+
+    def content(self, ids: Tensor, roles: Tensor) -> Tensor:
+        """Which tokens belong to content words, bool ``[batch, tokens]``: said by the user, and no function word or sign.
+
+        Args:
+            ids, roles: ``[batch, tokens]``, on the CPU.
+        """
+        found = torch.zeros(ids.shape, dtype=torch.bool)
+        for row in range(len(ids)):
+            for slots, pieces in self._said(ids[row].tolist(), (roles[row] == USER).tolist()):
+                word = "".join(pieces).strip(_SIGNS).lower()
+                if word and word not in FUNCTION_WORDS:
+                    for slot, piece in zip(slots, pieces, strict=True):
+                        found[row, slot] = any(letter.isalnum() for letter in piece)
+        return found
+
+    def _said(self, ids: list[int], mine: list[bool]) -> Iterator[tuple[list[int], list[str]]]:
+        """(slots, pieces of text) of every word: what decodes without white space in between."""
+        slots: list[int] = []
+        pieces: list[str] = []
+        for slot, token in enumerate(ids):
+            if not mine[slot] or token < 0:
+                continue
+            alone = self.tokenizer.decode([token])
+            known = "".join(pieces)
+            together = self.tokenizer.decode([*(ids[s] for s in slots), token]) if slots else alone
+            follows = bool(slots) and slots[-1] == slot - 1 and together.strip().startswith(known)
+            piece = together.strip()[len(known) :] if follows else alone.strip()
+            if slots and (not follows or piece[:1].isspace() or not alone.strip()):
+                yield slots, pieces
+                slots, pieces, piece = [], [], alone.strip()
+            if piece:
+                slots.append(slot)
+                pieces.append(piece)
+        if slots:
+            yield slots, pieces
 
     def _spans(self, text: str) -> list[tuple[int, int, int, int]]:
         """(first, last, role, turn) of stretches of characters, in order."""

@@ -42,6 +42,8 @@ class RoleFinder(Protocol):
 
     def roles(self, ids: Tensor, types: Tensor, real: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def content(self, ids: Tensor, roles: Tensor) -> Tensor: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Directions:

@@ -46,6 +46,7 @@ class Request:
         self._roles = Slots(ANSWER, torch.uint8)
         self._turns = Slots(-1, torch.int16)
         self.ids_known = self.turns_known = False
+        self._finder: RoleFinder | None = None
         self._types = Slots(TEXT, torch.uint8)
         self._images = Slots(-1, torch.int16)
         self._real = Slots(True, torch.bool)
@@ -126,7 +127,7 @@ class Request:
         generated = torch.arange(stop) >= self.prompt_length
         self._roles.write(0, roles.masked_fill(generated, ANSWER))
         self._turns.write(0, turns.masked_fill(generated, -1))
-        self.turns_known = True
+        self.turns_known, self._finder = True, finder
 
     @property
     def has_images(self) -> bool:
@@ -151,6 +152,14 @@ class Request:
     def turns(self, keys: int, device: torch.device) -> Tensor:
         """int16 ``[batch, keys]``: number of the user's turn that a token belongs to, -1 elsewhere."""
         return self._turns.read(keys, device)
+
+    def content(self, keys: int, device: torch.device) -> Tensor:
+        """bool ``[batch, keys]``: tokens of content words that a user said; for methods that ask for turns."""
+        if self._finder is None:
+            raise InputError("content words were asked for before the turns were found")
+        host = torch.device("cpu")
+        roles = self.roles(keys, host).masked_fill(self.types(keys, host) != TEXT, SYSTEM)
+        return self._finder.content(self.ids(keys, host), roles).to(device)
 
     def real(self, keys: int, device: torch.device) -> Tensor | None:
         """bool ``[batch, keys]``, False for padding; None when there is none."""
