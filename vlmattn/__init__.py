@@ -49,27 +49,7 @@ if TYPE_CHECKING:
 __version__ = _version("vlmattn")
 
 # Imported on first use: `import vlmattn` must work where transformers cannot be imported, to say why.
-_METHODS = (
-    "GIFT",
-    "MMA",
-    "PAI",
-    "PAINT",
-    "VAF",
-    "VAR",
-    "VHR",
-    "Bidirectional",
-    "Calibration",
-    "FocusDirections",
-    "HeadProfile",
-    "Heads",
-    "HeadsGuided",
-    "Intervention",
-    "Isolation",
-    "Knockout",
-    "SinkProfile",
-    "SoFA",
-)
-_LAZY = {name: ("interventions", name) for name in _METHODS} | {
+_ELSEWHERE = {
     "presets": ("interventions", "all_presets"),
     "supported_families": ("models", "supported_families"),
     "Recipe": ("recipe", "Recipe"),
@@ -81,9 +61,9 @@ _LAZY = {name: ("interventions", name) for name in _METHODS} | {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module 'vlmattn' has no attribute '{name}'")
-    module, attribute = _LAZY[name]
+    module, attribute = _ELSEWHERE.get(name, ("interventions", name))
     try:
         value = getattr(import_module(f"vlmattn.{module}"), attribute)
     except (ImportError, RuntimeError) as error:

@@ -211,6 +211,50 @@ def test_the_top_of_a_profile_is_ranked_best_first():
         profile.top("other", 0.5)
 
 
+def test_profiles_of_one_model_merge():
+    one = HeadProfile(fingerprint="x", prompts=("a", "b"), scores={"vhd": ((1.0,),)}, means=(((1.0,),),))
+    other = HeadProfile(fingerprint="x", prompts=("b", "c"), scores={"vhd": ((3.0,),), "causal": ((2.0,),)}, seed=4)
+    both = one.merged(other)
+    assert both.scores == {"vhd": ((3.0,),), "causal": ((2.0,),)}
+    assert (both.prompts, both.means, both.seed) == (("a", "b", "c"), one.means, 4)
+    with pytest.raises(OptionError, match="two language models"):
+        one.merged(HeadProfile(fingerprint="y", scores=one.scores))
+
+
+def test_heads_that_are_named_need_no_profile(tmp_path):
+    """One of another model beside this one is not even read."""
+    model = build("llava")
+    model.save_pretrained(tmp_path)
+    profile_of(model, fingerprint="0" * 16).save(tmp_path)
+    beside = type(model).from_pretrained(tmp_path).eval()
+    with vlmattn.applied(beside, Heads(heads=NAMES)):
+        assert beside.vlmattn.recipe.interventions == (Heads(heads=NAMES),)
+    for needing in (Heads(), Heads(heads=NAMES, ablation="mean")):
+        with pytest.raises(OptionError, match="another language model"):
+            vlmattn.wrap(beside, needing)
+
+
+def test_a_lent_recipe_leaves_nothing_behind():
+    model, inputs = build("llava"), inputs_of(build("llava"), prompts("llava"))
+    vlmattn.wrap(model, PAI(layers="0:"))
+    expected, handle = model(**inputs).logits, model.vlmattn
+    before = handle.report()
+    handle.disable()
+
+    def use_and_fail() -> None:
+        assert (model(**inputs).logits - expected).abs().max() > 1e-3
+        assert handle.report()["fired"]["heads"]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), handle.lent(Heads(heads=NAMES)):
+        use_and_fail()
+    assert not handle.enabled
+    handle.enable()
+    assert handle.report() == before
+    assert torch.equal(model(**inputs).logits, expected)
+    assert list(handle._plans) == [handle.recipe]
+
+
 def test_head_profiles_are_checked(tmp_path):
     model = build("llava")
     with pytest.raises(OptionError, match="which heads"):

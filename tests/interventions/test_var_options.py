@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import vlmattn
-from vlmattn import VAR, InputError, OptionError, SinkProfile
+from vlmattn import VAR, InputError, OptionError, Recipe, SinkProfile
 from vlmattn.models import find_family
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -391,6 +391,37 @@ def test_a_profile_beside_the_model_is_found(tmp_path):
         warnings.simplefilter("error")
         vlmattn.wrap(again, "var")
     assert again.vlmattn.recipe.interventions == (VAR(),), "the recipe stays what was asked for"
+
+
+def test_a_recipe_carries_its_profile(tmp_path):
+    """Saved with a recipe or with the model, and found again without the place it came from."""
+    model = planted("llava")
+    path = profile_of(model).save(tmp_path / "mine.json")
+    asked = VAR(profile=str(path), **GATES)
+    expected = logits_with(model, asked)
+    Recipe.of(asked).save_pretrained(tmp_path / "recipe")
+    vlmattn.wrap(model, asked).save_pretrained(tmp_path / "model")
+    vlmattn.unwrap(model)
+    path.unlink()
+    for folder in (tmp_path / "recipe", tmp_path / "model"):
+        assert SinkProfile.load(folder) == profile_of(model)
+        again = Recipe.of(folder)
+        assert again.interventions == (VAR(profile=str(folder / SinkProfile.FILE_NAME), **GATES),)
+        assert torch.equal(logits_with(model, again), expected)
+    with pytest.raises(InputError, match=r"mine\.json.*no such file"):
+        Recipe.of(asked).save_pretrained(tmp_path / "lost")
+
+
+def test_a_profile_beside_the_model_goes_with_it(tmp_path):
+    model = planted("llava")
+    model.save_pretrained(tmp_path / "first")
+    profile_of(model).save(tmp_path / "first")
+    found = type(model).from_pretrained(tmp_path / "first").eval()
+    vlmattn.wrap(found, VAR(**GATES)).save_pretrained(tmp_path / "second")
+    assert Recipe.of(tmp_path / "second").interventions == (VAR(**GATES),)
+    second = type(model).from_pretrained(tmp_path / "second").eval()
+    expected = logits_with(second, VAR(dims=DIMS, tau=TAU, **GATES))
+    assert torch.equal(logits_with(second, VAR(**GATES)), expected)
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path):

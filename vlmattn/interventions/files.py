@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from vlmattn.errors import InputError
+
 
 def beside(source: str, file_name: str) -> Path | None:
     """A file in the folder, or in the downloaded hub repository, that a model came from; None if there is none."""
@@ -30,7 +32,13 @@ def write_whole(target: Path, text: str) -> None:
 
 
 def copy_whole(source: str | os.PathLike[str], target: Path) -> None:
-    """Copy a file so that it is never seen half-written; nothing to do if it is the same one."""
+    """Copy a file so that it is never seen half-written; nothing to do if it is the same one.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not os.path.isfile(source):
+        raise InputError(f"cannot copy {source}, which the recipe names: there is no such file")
     if target.exists() and os.path.samefile(source, target):
         return
     partial = target.with_name(target.name + ".partial")

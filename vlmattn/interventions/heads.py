@@ -61,9 +61,10 @@ class Heads(Intervention):
     rows: str = option("instruction", about="rows that are steered", choices=("instruction", "all"))
 
     def bind(self, sizes: Sizes) -> Heads:
-        path = self.profile or str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
-        mean = self.operation == "block" and self.ablation == "mean"
-        if (not self.heads or mean) and not path:
+        mean, path = self.operation == "block" and self.ablation == "mean", self.profile
+        if not path and (mean or not self.heads):
+            path = str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
+        if not path and (mean or not self.heads):
             raise OptionError(
                 "heads: which heads? Give heads='12.3,14.7', or measure them: find_heads(model, samples).save(folder of the"
                 " model), and name the file with profile=..."

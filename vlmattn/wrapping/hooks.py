@@ -373,6 +373,8 @@ def _add_direction(index: int, side: str, module: nn.Module, args: tuple[Any, ..
     for layer, found in step.request.plan.directions:
         added = getattr(found, side)
         if layer == index and added is not None:
-            key = ("direction", layer, side, out.device, out.dtype)
-            out = out + step.request.state.setdefault(key, added.flatten().to(out))
+            kept, key = step.request.state, ("direction", layer, side, out.device, out.dtype)
+            if key not in kept:  # moved to the device once per request
+                kept[key] = added.flatten().to(out)
+            out = out + kept[key]
     return out
