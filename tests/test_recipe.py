@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import vlmattn
 from vlmattn import PAI, VAR, VHR, InputError, OptionError, Recipe, UnknownNameError, VlmattnError
 from vlmattn.interventions import find_method, make_method
-from vlmattn.interventions.base import parse_layers
+from vlmattn.interventions.registry import parse_layers
 from vlmattn.models import Anatomy
 from vlmattn.recipe import FILE_NAME
 

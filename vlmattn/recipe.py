@@ -14,8 +14,8 @@ import yaml
 
 from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError
 from vlmattn.interventions import Intervention, all_presets, make_method
-from vlmattn.interventions.base import Sizes
 from vlmattn.interventions.files import copy_whole, write_whole
+from vlmattn.interventions.registry import Sizes
 from vlmattn.request import Plan
 
 FILE_NAME = "vlmattn_config.json"

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from vlmattn.errors import InputError, OptionError
 from vlmattn.inspection.measuring import Inputs, bare, only, prepared, prepared_one
 from vlmattn.interventions import VHR, Intervention, MethodInfo
-from vlmattn.interventions.base import Sizes, option
 from vlmattn.interventions.profiles import HeadProfile
+from vlmattn.interventions.registry import Sizes, option
 from vlmattn.kernels import AttentionEdit, HeadPart
 from vlmattn.models import Anatomy, Family, find_family
 from vlmattn.request import TEXT, Scope, Weights

@@ -1,14 +1,6 @@
 """Training-free edits of attention: one method, one file, one frozen dataclass."""
 
-from vlmattn.interventions.base import (
-    Intervention,
-    MethodInfo,
-    PresetInfo,
-    all_presets,
-    find_method,
-    make_method,
-    register,
-)
+from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.bidirectional import Bidirectional
 from vlmattn.interventions.calibration import Calibration
 from vlmattn.interventions.focus import FocusDirections
@@ -21,6 +13,15 @@ from vlmattn.interventions.mma import MMA
 from vlmattn.interventions.pai import PAI
 from vlmattn.interventions.paint import PAINT
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile
+from vlmattn.interventions.registry import (
+    MethodInfo,
+    Options,
+    PresetInfo,
+    all_presets,
+    find_method,
+    make_method,
+    register,
+)
 from vlmattn.interventions.sofa import SoFA
 from vlmattn.interventions.vaf import VAF
 from vlmattn.interventions.var import VAR
@@ -44,6 +45,7 @@ __all__ = [
     "Isolation",
     "Knockout",
     "MethodInfo",
+    "Options",
     "PresetInfo",
     "SinkProfile",
     "SoFA",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.base import Intervention, option, register
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, MaskPart
 from vlmattn.request import Scope
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import InputError
-from vlmattn.interventions.base import Intervention, option, register
+from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.documents import documents
+from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, GainPart, LevelPlan, Rows
 from vlmattn.request import Scope
 

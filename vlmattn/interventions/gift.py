@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import OptionError, UnsupportedError
-from vlmattn.interventions.base import Intervention, Sizes, option, parse_layers, register
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, BoostPlan, GainPart
 from vlmattn.request import TEXT, USER, Preparation, Request, Scope, Weights
 

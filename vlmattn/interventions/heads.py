@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import OptionError
-from vlmattn.interventions.base import Intervention, Sizes, option, parse_layers, register
+from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.files import beside
 from vlmattn.interventions.profiles import HeadProfile
+from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, HeadPart, MaskPart, Rows
 from vlmattn.request import Scope
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.base import Intervention, option, register
+from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.documents import documents
+from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, MaskPart
 from vlmattn.request import Scope
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlmattn.interventions.base import Intervention, option, register
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.request import Scope
 

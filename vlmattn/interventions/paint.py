@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import OptionError
-from vlmattn.interventions.base import Intervention, Sizes, option, register
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.request import Scope, Sight, Slots
 

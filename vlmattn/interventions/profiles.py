@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.interventions.base import Sizes
 from vlmattn.interventions.files import write_whole
+from vlmattn.interventions.registry import Sizes
 
 _P = TypeVar("_P", bound="_Profile")
 

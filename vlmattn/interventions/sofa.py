@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmattn.interventions.base import Intervention, option, register
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, MaskPart
 from vlmattn.request import Scope
 

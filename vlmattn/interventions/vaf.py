@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.base import Intervention, Sizes, option, register
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.request import SYSTEM, Scope, Weights
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.base import Intervention, option, parse_layers, register
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.registry import option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, HeadPart
 from vlmattn.request import Preparation, Scope, Weights
 

@@ -1,0 +1,43 @@
+"""AvisC: attentional vision calibration (arXiv 2405.17820)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
+from vlmattn.decoding.rules import Contrast
+from vlmattn.decoding.tokens import BlindTokens
+from vlmattn.interventions.registry import Sizes, option, register
+
+
+@register(
+    "avisc",
+    paper="arXiv:2405.17820 (ACL Findings 2025)",
+    code="github.com/sangminwoo/AvisC",
+    faithful="rule of the released code; alpha, mass and deviations not verified: experimental",
+    parts="decoding",
+    cost="prefill: the prompt twice; decode: twice the rows, one forward",
+    presets={"avisc": ("experimental constants: alpha = 1, layers to half of the attention, one std", {})},
+)
+@dataclass(frozen=True, kw_only=True)
+class AvisC(Decoding):
+    """Subtract what the image tokens say that draw attention everywhere:  s = (1 + alpha) l - alpha l',  p >= beta max p.
+
+    Blind tokens: image tokens whose attention, from the row before the first new token, is at least mean + ``deviations``
+    std, as a mean over the layers that hold ``mass`` of all attention on the image. l' comes from the prompt in which the
+    features of all other image tokens are zero. Its constants but ``beta`` are not verified: experimental.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+
+    alpha: float = option(1.0, 0, 100, "strength of the contrast", source="not verified")
+    beta: float = option(0.1, 0, 1, "plausibility cut-off", source="released code")
+    mass: float = option(
+        0.5, 0, 1, "share of the attention on the image that the chosen layers hold", source="not verified"
+    )
+    deviations: float = option(1.0, -10, 10, "stds above the mean that make a token blind", source="not verified")
+
+    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+        blind = Branch(name="blind", tokens=BlindTokens(self.mass, self.deviations))
+        return ContrastiveDecoding((blind,), Contrast((self.alpha,), beta=self.beta))

@@ -1,0 +1,69 @@
+"""DoLa: decoding by contrasting layers (arXiv 2309.03883)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmattn.decoding.contrast import ContrastiveDecoding, Decoding
+from vlmattn.decoding.rules import plausible
+from vlmattn.errors import OptionError
+from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, register
+
+
+@dataclass(frozen=True)
+class FarthestLayer:
+    """s = lp - lp_j  for the early layer j whose distribution is farthest from the last one's (Jensen-Shannon)."""
+
+    beta: float
+
+    def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:
+        last, early = main.log_softmax(-1), torch.stack(list(others)).log_softmax(-1)
+        middle = torch.logaddexp(last, early) - torch.log(torch.tensor(2.0))
+        far = (last.exp() * (last - middle)).sum(-1) + (early.exp() * (early - middle)).sum(
+            -1
+        )  # [layer, row, position]
+        chosen = far.argmax(0)[None, ..., None].expand(1, *main.shape)
+        scores = last - early.gather(0, chosen)[0]
+        return scores.masked_fill(~plausible(main, self.beta), -torch.inf)
+
+
+@register(
+    "dola",
+    paper="arXiv:2309.03883 (ICLR 2024)",
+    code="github.com/voidism/DoLa",
+    faithful="paper text (constants recalled)",
+    parts="decoding",
+    cost="one head per early layer and token",
+    presets={
+        "dola_low": ("every second layer of the lower half", {}),
+        "dola_high": ("every second layer of the upper half", {"layers": "1/2:-1:2"}),
+    },
+)
+@dataclass(frozen=True, kw_only=True)
+class DoLa(Decoding):
+    """Subtract what an early layer would say:  s = lp_N - lp_j,  kept where p >= beta max p.
+
+    j is the layer of ``layers`` whose early distribution has the largest Jensen-Shannon divergence from the last one's,
+    chosen anew for every token and row. Layer i means the residual stream that enters layer i, through the final norm
+    and the head. The authors recommend ``repetition_penalty=1.2`` beside it, in ``generate``.
+
+    Raises:
+        OptionError: an option out of range, no layer left.
+    """
+
+    beta: float = option(0.1, 0, 1, "plausibility cut-off", source="paper (recalled)")
+    layers: str = option("0:1/2:2", about="candidate layers", source="paper: even layers of one half (recalled)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_layers(self.layers, MANY, "dola.layers")
+
+    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+        found = parse_layers(self.layers, sizes.layers, "dola.layers")
+        if not found:
+            raise OptionError(f"dola.layers '{self.layers}' selects none of the layers 0..{sizes.layers - 1}")
+        return ContrastiveDecoding((), FarthestLayer(self.beta), found)

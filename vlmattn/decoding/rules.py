@@ -1,0 +1,111 @@
+"""How the logits of several views of one prompt become one distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import OptionError
+
+Rule = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
+"""``rule(main, others, t)``: logits ``[row, position, vocabulary]`` in float32 of the main prompt and of everything beside
+it (branches, then layers); ``t`` int64 ``[position]`` is the 1-based number of the generated token that a position
+predicts. Returns the logits to choose from, in the shape of ``main``."""
+
+Weight = float | Callable[[Tensor], Tensor]
+"""A number, or a function of ``t``."""
+
+
+def plausible(main: Tensor, beta: float) -> Tensor:
+    """Adaptive plausibility: keep v where p(v) >= beta max p, that is l[v] >= log(beta) + max l. bool, in ``main``'s shape.
+
+    ``beta`` 0 keeps everything; the most likely token always stays.
+    """
+    if beta <= 0:
+        return torch.ones_like(main, dtype=torch.bool)
+    return main >= math.log(beta) + main.amax(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A weight that grows with the answer:  w(t) = exp(rate t) - 1, at most ``cap``."""
+
+    rate: float
+    cap: float = math.inf
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return torch.expm1(self.rate * t.float()).clamp(max=self.cap)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Linear in the logits:  s = (1 + sum_k w_k) l - sum_k w_k l_k,  then adaptive plausibility on l.
+
+    A positive weight moves away from a branch, a negative one towards it; coefficients sum to 1, so a branch that says
+    the same as the main prompt changes nothing.
+
+    Attributes:
+        weights: w_k, one per branch.
+        space: "logits", or "logprobs" (log-softmax of each view first).
+        beta: 0..1, tokens less likely than ``beta`` times the most likely one are dropped; 0 keeps all.
+        plus: add instead,  s = l + sum_k w_k l_k  (coefficients do not sum to 1).
+        unsure_below: 0..1, rows whose most likely token has at least this probability are left alone; 1 leaves none.
+
+    Raises:
+        OptionError: a value out of range.
+    """
+
+    weights: tuple[Weight, ...]
+    space: Literal["logits", "logprobs"] = "logits"
+    beta: float = 0.0
+    plus: bool = False
+    unsure_below: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.space not in ("logits", "logprobs"):
+            raise OptionError(f"space must be logits or logprobs, got {self.space!r}")
+        for name in ("beta", "unsure_below"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} must be a number within 0..1, got {getattr(self, name)!r}")
+        if any(not callable(w) and not math.isfinite(w) for w in self.weights):
+            raise OptionError(f"weights must be finite numbers or functions of t, got {self.weights!r}")
+
+    @property
+    def is_identity(self) -> bool:
+        """The answer is the model's own."""
+        return not self.beta and not any(self.weights)
+
+    def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:
+        space = (lambda x: x) if self.space == "logits" else (lambda x: x.log_softmax(-1))
+        own = space(main)
+        weights = [w(t)[:, None] if callable(w) else w for w in self.weights]
+        total = torch.as_tensor(0.0, device=main.device)
+        for weight in weights:
+            total = total + weight
+        scores = own if self.plus else (1 + total) * own
+        for weight, other in zip(weights, others, strict=True):
+            term = weight * space(other)
+            scores = scores + term if self.plus else scores - term
+        keep = plausible(main, self.beta) & (main > -math.inf)  # -inf in two views would give nan
+        scores = scores.masked_fill(~keep, -math.inf)
+        if self.unsure_below < 1:
+            sure = main.softmax(-1).amax(-1, keepdim=True) >= self.unsure_below
+            scores = torch.where(sure, main, scores)
+        return scores
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Log of a mixture of distributions:  p = sum_i w_i p_i,  w = softmax_i(max_v p_i(v) / temperature),  main prompt included."""
+
+    temperature: float = 1.0
+
+    def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:
+        logprobs = torch.stack([main, *others]).log_softmax(-1)
+        weights = (logprobs.amax(-1, keepdim=True).exp() / self.temperature).log_softmax(0)
+        return torch.logsumexp(logprobs + weights, 0)

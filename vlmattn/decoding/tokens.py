@@ -1,0 +1,60 @@
+"""Ways to choose image tokens for a branch, by the attention of the row before the first new token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmattn.interventions.registry import Sizes, parse_layers
+
+
+@dataclass(frozen=True)
+class TopAttended:
+    """The ``share`` of each row's image tokens with the most attention (mean over ``within`` layers); at least one.
+
+    ``blank``: the features of the others are zeroed and the prompt is read again; else their keys are hidden.
+    """
+
+    share: float
+    within: str
+    blank: bool = False
+
+    def layers(self, sizes: Sizes) -> tuple[int, ...]:
+        return parse_layers(self.within, sizes.layers, "layers")
+
+    def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
+        mean = attention.mean(0).masked_fill(~visual, -1.0)
+        count = (visual.sum(-1, keepdim=True) * self.share).ceil().clamp(min=1)
+        rank = mean.argsort(-1, descending=True, stable=True).argsort(-1)
+        return visual & (rank < count)
+
+
+@dataclass(frozen=True)
+class BlindTokens:
+    """Image tokens that draw unusually much attention:  a >= mean + ``deviations`` std  (over the row's image tokens).
+
+    ``a`` is the mean over the layers that look at the image most: ranked by their attention on it, they are taken until
+    ``mass`` of the total is reached.
+    """
+
+    mass: float
+    deviations: float
+    blank: ClassVar[bool] = True
+
+    def layers(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(range(sizes.layers))
+
+    def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
+        on_image = (attention * visual).sum(-1)  # [layer, batch]
+        share = on_image / on_image.sum(0).clamp_min(1e-30)
+        ranked, order = share.sort(0, descending=True, stable=True)
+        taken = (ranked.cumsum(0) - ranked < self.mass).float()  # the layer that crosses the mass is in
+        layers = torch.zeros_like(taken).scatter_(0, order, taken)
+        mean = torch.einsum("lbk,lb->bk", attention, layers) / layers.sum(0)[:, None].clamp_min(1)
+        count = visual.sum(-1, keepdim=True).clamp_min(1)
+        centre = (mean * visual).sum(-1, keepdim=True) / count
+        spread = (((mean - centre) * visual).square().sum(-1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+        return visual & (mean >= centre + self.deviations * spread)

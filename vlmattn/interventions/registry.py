@@ -1,0 +1,206 @@
+"""What all methods share: options that check themselves, layer ranges, and the registry of methods and presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from vlmattn.errors import OptionError, UnknownNameError
+
+
+class Sizes(Protocol):
+    """What a method may know about a model (``models.Anatomy`` fits)."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def tower_layers(self) -> int: ...
+
+    @property
+    def backbone(self) -> tuple[str, int, int, int]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def source(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What the registry knows about a method."""
+
+    name: str
+    paper: str
+    code: str
+    faithful: str
+    parts: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class PresetInfo:
+    """A named setting of one method."""
+
+    name: str
+    method: str
+    about: str
+    options: Mapping[str, Any]
+
+
+def option(
+    default: Any,
+    low: float | None = None,
+    high: float | None = None,
+    about: str = "",
+    source: str = "",
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field with its range (both ends included) or choices, meaning and the source of its default."""
+    facts = {"low": low, "high": high, "about": about, "source": source, "choices": choices}
+    return field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of all methods: a frozen dataclass whose fields are options that check themselves."""
+
+    info: ClassVar[MethodInfo]
+    #: Options that name a file, and the usual name of that file beside a model.
+    files: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            if isinstance(getattr(self, spec.name), list):  # as JSON and YAML have it
+                object.__setattr__(self, spec.name, tuple(getattr(self, spec.name)))
+            self._check(spec)
+
+    def _check(self, spec: dataclasses.Field[Any]) -> None:
+        value, where = getattr(self, spec.name), f"{self.info.name}.{spec.name}"
+        default = spec.default
+        if isinstance(default, (bool, str)):
+            if not isinstance(value, type(default)):
+                raise OptionError(f"{where} must be of type {type(default).__name__}, got {value!r}")
+            if spec.metadata["choices"] and value not in spec.metadata["choices"]:
+                raise OptionError(f"{where} must be one of {', '.join(spec.metadata['choices'])}; got {value!r}")
+        elif isinstance(default, tuple):
+            fractions = any(isinstance(item, float) for item in default)
+            kinds, what = ((int, float), "positive numbers") if fractions else ((int,), "whole numbers from 0 on")
+            if not isinstance(value, tuple) or any(type(item) not in kinds or item < 0 for item in value):
+                raise OptionError(f"{where} must be a list of {what}, got {value!r}")
+        elif isinstance(default, (int, float)):
+            low, high = spec.metadata["low"], spec.metadata["high"]
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if type(default) is int and type(value) is not int:
+                raise OptionError(f"{where} must be a whole number, got {value!r}")
+            if not number or not low <= value <= high:
+                raise OptionError(f"{where} must be a number within {low}..{high}, got {value!r}")
+
+    def options(self) -> dict[str, Any]:
+        """All fields with their values, as plain data."""
+        values = ((spec.name, getattr(self, spec.name)) for spec in dataclasses.fields(self))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+
+MANY = 10**4  # more layers than any decoder has: checks the form of a layer range before there is a model
+
+
+def parse_layers(spec: str, count: int, name: str) -> tuple[int, ...]:
+    """Layer indices of a range in a decoder of ``count`` layers.
+
+    ``"2:-1"``, ``"1,-14:"`` and ``"0:-1:2"`` are Python slices (clipped) and indices. A fraction is a share of the depth,
+    rounded down: ``"9/32:15/32"`` is 9:15 in 32 layers and 2:3 in 8; ``"1/2+2"`` adds two layers. ``name`` is the option's,
+    for errors.
+    """
+    found: set[int] = set()
+    for part in spec.split(","):
+        ends = part.strip().split(":")
+        try:
+            numbers = [_layer_number(end.strip(), count) for end in ends]
+            if len(ends) == 1 and numbers[0] is not None:
+                found.add(range(count)[numbers[0]])
+            elif 2 <= len(ends) <= 3:
+                found.update(range(count)[slice(*numbers)])
+            else:
+                raise ValueError(part)
+        except (ValueError, ZeroDivisionError):
+            raise OptionError(
+                f"{name} must look like '2:-1', '1,-14:', '0:-1:2' or '9/32:15/32', got '{spec}'"
+            ) from None
+        except IndexError:
+            raise OptionError(f"{name} names layer {part.strip()}, but the decoder has layers 0..{count - 1}") from None
+    return tuple(sorted(found))
+
+
+def _layer_number(text: str, count: int) -> int | None:
+    if not text:
+        return None
+    if (share := re.fullmatch(r"(\d+)/(\d+)([+-]\d+)?", text)) is not None:
+        return int(share[1]) * count // int(share[2]) + int(share[3] or 0)
+    return int(text)
+
+
+_METHODS: dict[str, type[Options]] = {}
+_PRESETS: dict[str, PresetInfo] = {}
+_M = TypeVar("_M", bound=type[Options])
+
+
+def register(
+    name: str,
+    *,
+    paper: str,
+    code: str,
+    faithful: str,
+    parts: str,
+    cost: str,
+    presets: Mapping[str, tuple[str, dict[str, Any]]],
+) -> Callable[[_M], _M]:
+    """Class decorator: make a method known under ``name``, with presets given as name -> (about, options)."""
+
+    def add(cls: _M) -> _M:
+        if name in _METHODS:
+            raise OptionError(f"method '{name}' is registered twice: {_METHODS[name].__module__} and {cls.__module__}")
+        cls.info = MethodInfo(name, paper, code, faithful, parts, cost)
+        _METHODS[name] = cls
+        for preset, (about, options) in presets.items():
+            _PRESETS[preset] = PresetInfo(preset, name, about, options)
+        return cls
+
+    return add
+
+
+def find_method(name: str) -> type[Options]:
+    if name not in _METHODS:
+        raise UnknownNameError("method", name, _METHODS)
+    return _METHODS[name]
+
+
+def all_presets() -> dict[str, PresetInfo]:
+    return dict(sorted(_PRESETS.items()))
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Options:
+    """An instance from plain data; unknown options are an error that names the known ones."""
+    cls = find_method(name)
+    known = [spec.name for spec in dataclasses.fields(cls)]
+    for key in options:
+        if key not in known:
+            raise UnknownNameError(f"option of '{name}'", key, known)
+    return cls(**options)
