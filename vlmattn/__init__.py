@@ -50,7 +50,7 @@ __version__ = _version("vlmattn")
 
 # Imported on first use: `import vlmattn` must work where transformers cannot be imported, to say why.
 _ELSEWHERE = {
-    "presets": ("interventions", "all_presets"),
+    "presets": ("recipe", "all_presets"),
     "supported_families": ("models", "supported_families"),
     "Recipe": ("recipe", "Recipe"),
     "applied": ("wrapping", "applied"),

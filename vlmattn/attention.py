@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import AttentionEdit, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
-from vlmattn.request import Scope, Step, Weights
+from vlmattn.request import Scope, Step, Steps, Weights
 
 STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
 
@@ -40,13 +41,37 @@ def _registered(base_name: str) -> Callable[..., Output]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Output:
-        step: Step | None = kwargs.pop(STEP, None)
+        step: Step | Steps | None = kwargs.pop(STEP, None)
         base = _base(base_name, module)
         if step is None:
             return base(module, query, key, value, attention_mask, **kwargs)
-        return _run(base, step, module, query, key, value, attention_mask, kwargs)
+        if isinstance(step, Step):
+            return _run(base, step, module, query, key, value, attention_mask, kwargs)
+        return _run_parts(base, step, module, query, key, value, attention_mask, kwargs)
 
     return forward
+
+
+def _run_parts(
+    base: Callable[..., Output],
+    steps: Steps,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Output:
+    """Row groups one after another, each with its own edit; without any, all rows at once."""
+    if all(step is None for _, step in steps.parts):
+        return base(module, query, key, value, mask, **kwargs)
+    outs = []
+    for rows, step in steps.parts:
+        inputs = query[rows], key[rows], value[rows], mask if mask is None or len(mask) == 1 else mask[rows]
+        outs.append(base(module, *inputs, **kwargs) if step is None else _run(base, step, module, *inputs, kwargs))
+    attended = [found for _, found in outs]
+    whole = all(found is not None for found in attended)
+    return torch.cat([out for out, _ in outs]), torch.cat(attended) if whole else None  # type: ignore[arg-type]
 
 
 def _run(

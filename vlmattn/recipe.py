@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from vlmattn.decoding import Branch, ContrastiveDecoding, Decoding, Gaze, Instead
 from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError
-from vlmattn.interventions import Intervention, all_presets, make_method
+from vlmattn.interventions import Intervention, Options, all_presets, make_method
 from vlmattn.interventions.files import copy_whole, write_whole
 from vlmattn.interventions.registry import Sizes
 from vlmattn.request import Plan
@@ -24,14 +25,40 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """Methods in the order in which they act.
+    """Attention methods in the order in which they act, and at most one decoding method.
 
-    ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+pai"``), ``"none"``, a
-    YAML or JSON file, a folder with ``vlmattn_config.json``, a method or a list of methods.
+    ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+vcd"``), ``"none"``, a
+    YAML or JSON file, a folder with ``vlmattn_config.json``, a method or a list of methods, a ``ContrastiveDecoding``.
     """
 
     name: str
     interventions: tuple[Intervention, ...] = ()
+    decoding: Decoding | ContrastiveDecoding | None = None
+
+    @property
+    def methods(self) -> tuple[Options, ...]:
+        """Attention methods and the decoding method."""
+        return (*self.interventions, self.decoding) if isinstance(self.decoding, Options) else self.interventions
+
+    @property
+    def is_none(self) -> bool:
+        """The bare model answers."""
+        return not self.interventions and self.decoding is None
+
+    @classmethod
+    def _with(cls, name: str, methods: Iterable[Any]) -> Recipe:
+        """From methods of both kinds.
+
+        Raises:
+            OptionError: two decoding methods.
+        """
+        methods = tuple(methods)
+        rules = [method for method in methods if not isinstance(method, Intervention)]
+        if len(rules) > 1:
+            names = " and ".join(_name(rule) for rule in rules)
+            raise OptionError(f"decoding rules {names} conflict: a recipe has at most one; use one of them")
+        edits = tuple(method for method in methods if isinstance(method, Intervention))
+        return cls(name, edits, rules[0] if rules else None)
 
     @classmethod
     def of(cls, spec: Any, **options: Any) -> Recipe:
@@ -44,21 +71,21 @@ class Recipe:
         recipe = cls._parse(spec)
         if not options:
             return recipe
-        if len(recipe.interventions) != 1:
+        if len(recipe.methods) != 1:
             raise OptionError(
-                f"options {sorted(options)} need a recipe of one method; '{recipe.name}' has {len(recipe.interventions)}"
+                f"options {sorted(options)} need a recipe of one method; '{recipe.name}' has {len(recipe.methods)}"
             )
-        (method,) = recipe.interventions
+        (method,) = recipe.methods
         changed = make_method(method.info.name, method.options() | options)
         text = ",".join(f"{key}={value}" for key, value in sorted(options.items()))
-        return replace(recipe, name=f"{recipe.name}[{text}]", interventions=(changed,))
+        return cls._with(f"{recipe.name}[{text}]", [changed])
 
     @classmethod
     def _parse(cls, spec: Any) -> Recipe:
         if isinstance(spec, Recipe):
             return spec
-        if isinstance(spec, Intervention):
-            return cls(spec.info.name, (spec,))
+        if isinstance(spec, _METHODS):
+            return cls._with(_name(spec), [spec])
         if isinstance(spec, str) and spec and not any(mark in spec for mark in (os.sep, ".yaml", ".yml", ".json")):
             if "+" not in spec and spec not in all_presets() and Path(spec).is_dir():
                 return cls.from_pretrained(spec)
@@ -68,8 +95,8 @@ class Recipe:
             return cls.from_pretrained(path) if path.is_dir() else cls.from_file(path)
         if isinstance(spec, Iterable) and not isinstance(spec, (bytes, Mapping)):
             methods = tuple(spec)
-            if all(isinstance(method, Intervention) for method in methods):
-                return cls("+".join(method.info.name for method in methods) or "none", methods)
+            if all(isinstance(method, _METHODS) for method in methods):
+                return cls._with("+".join(map(_name, methods)) or "none", methods)
         raise OptionError(
             f"a recipe is a preset name, a file, a method or a list of methods; got {type(spec).__name__}"
         )
@@ -83,7 +110,7 @@ class Recipe:
             if name not in presets:
                 raise UnknownNameError("preset", name, [*presets, "none"])
             methods.append(make_method(presets[name].method, presets[name].options))
-        return cls(text, tuple(methods))
+        return cls._with(text, methods)
 
     def bind(self, sizes: Sizes) -> Plan:
         """The recipe for one model: which method acts in which layer.
@@ -91,6 +118,8 @@ class Recipe:
         Raises:
             OptionError: what does not fit the model; methods that conflict in some layer (named, with the reason).
         """
+        contrast = self._contrast(sizes)
+        gaze, watched = Gaze(), _watched(contrast, sizes)
         bound = [method.bind(sizes) for method in self.interventions]
         active = [frozenset(method.active_layers(sizes)) for method in bound]
         for (one, first), (other, second) in combinations(zip(bound, active, strict=True), 2):
@@ -121,19 +150,61 @@ class Recipe:
             by_layer=at(None, active),
             preparing=tuple(m for m in bound if _has(m, "prepare")),
             observing=at("observe", active),
-            measuring=at("measure", [m.measured_layers(sizes) for m in bound]),
+            measuring=tuple(
+                (*methods, gaze) if layer in watched else methods
+                for layer, methods in enumerate(at("measure", [m.measured_layers(sizes) for m in bound]))
+            ),
             seeing=seeing,
             extending=frozenset().union(*extending),
             directions=tuple(directions),
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
-            turns=tuple(m.info.name for m in bound if m.turns == "needed"),
-            uses_turns=any(m.turns != "unused" for m in bound),
-            texts=bool(bound) and not any(m.needs_images for m in bound),
+            turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
+            uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
+            texts=not any(m.needs_images for m in bound) and (bool(bound) or contrast is not None),
+            decoding=contrast,
+            rule=_name(self.decoding) if contrast else "",
+            branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
         )
 
+    def _contrast(self, sizes: Sizes) -> ContrastiveDecoding | None:
+        """Branches and rule for a model; None if there are none or they change nothing."""
+        if self.decoding is None:
+            return None
+        rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(sizes)
+        rule = rule.without_idle()
+        for layer in rule.layers:
+            if not 0 <= layer < sizes.layers:
+                raise OptionError(f"the decoding rule names layer {layer}, but the decoder has 0..{sizes.layers - 1}")
+        return None if rule.is_identity else rule
+
+    def _of_branch(self, branch: Branch) -> Recipe:
+        """The edits that act in a branch."""
+        name = f"{self.name}/{branch.name}"
+        edits = self.interventions if branch.edits == "inherit" else branch.edits
+        if edits == "off":
+            return Recipe(name)
+        return Recipe(name, tuple(edit for edit in edits if branch.image != "drop" or not edit.needs_images))
+
+    def _instead(self, contrast: ContrastiveDecoding | None) -> tuple[str, ...]:
+        """Who needs the chat template to write another prompt."""
+        prompts = [branch.prompt for branch in contrast.branches] if contrast else []
+        return (_name(self.decoding),) if any(isinstance(prompt, Instead) for prompt in prompts) else ()
+
     def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data.
+
+        Raises:
+            OptionError: a ``ContrastiveDecoding`` made by hand, which may hold functions.
+        """
         methods = [{"method": method.info.name, **method.options()} for method in self.interventions]
-        return {"schema": _SCHEMA, "name": self.name, "interventions": methods}
+        found = {"schema": _SCHEMA, "name": self.name, "interventions": methods}
+        if isinstance(self.decoding, ContrastiveDecoding):
+            raise OptionError(
+                "a ContrastiveDecoding made by hand cannot be written down; register a decoding method (docs/howto-decoding.md)"
+            )
+        if self.decoding is not None:
+            found["decoding"] = {"method": self.decoding.info.name, **self.decoding.options()}
+        return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -144,13 +215,13 @@ class Recipe:
         ):
             raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
         methods = []
-        for item in data["interventions"]:
+        for item in (*data["interventions"], *([data["decoding"]] if data.get("decoding") else ())):
             if not isinstance(item, Mapping) or not isinstance(item.get("method"), str):
-                raise InputError("not a recipe: every intervention needs a 'method'")
+                raise InputError("not a recipe: every intervention, and decoding, needs a 'method'")
             methods.append(
                 make_method(item["method"], {str(key): value for key, value in item.items() if key != "method"})
             )
-        return cls(str(data.get("name", "unnamed")), tuple(methods))
+        return cls._with(str(data.get("name", "unnamed")), methods)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -207,6 +278,19 @@ class Recipe:
         if not path.is_file():
             raise InputError(f"{folder} has no {FILE_NAME}; save one with recipe.save_pretrained(folder)")
         return cls.from_file(path)
+
+
+_METHODS = (Intervention, Decoding, ContrastiveDecoding)
+
+
+def _name(method: Any) -> str:
+    return str(method.info.name) if isinstance(method, Options) else "contrast"
+
+
+def _watched(contrast: ContrastiveDecoding | None, sizes: Sizes) -> frozenset[int]:
+    """Layers whose attention chooses the image tokens of branches."""
+    choices = [branch.tokens for branch in contrast.branches] if contrast else []
+    return frozenset(layer for tokens in choices if tokens is not None for layer in tokens.layers(sizes))
 
 
 def _has(method: Intervention, step: str) -> bool:

@@ -15,7 +15,7 @@ from vlmattn.cli.common import app, console, plain
 from vlmattn.errors import InputError, torchvision_trouble
 
 if TYPE_CHECKING:
-    from vlmattn.interventions import Intervention, PresetInfo
+    from vlmattn.interventions import Options, PresetInfo
     from vlmattn.recipe import Recipe
 
 
@@ -87,7 +87,7 @@ def _show_recipe(recipe: Recipe, info: PresetInfo | None) -> None:
     import inspect
 
     plain(f"{recipe.name}  {info.about}" if info else recipe.name, style="bold")
-    for method in recipe.interventions:
+    for method in recipe.methods:
         facts = method.info
         plain(f"{facts.paper}  {facts.code}")
         plain(f"changes: {facts.parts}\nchecked against: {facts.faithful}\ncost: {facts.cost}\n")
@@ -96,7 +96,7 @@ def _show_recipe(recipe: Recipe, info: PresetInfo | None) -> None:
     plain(recipe.to_yaml())
 
 
-def _options_of(method: Intervention) -> Table:
+def _options_of(method: Options) -> Table:
     import dataclasses
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

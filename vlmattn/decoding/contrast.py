@@ -93,6 +93,8 @@ class Branch:
             raise OptionError(f"{where}: rope must be a positive factor, got {self.rope!r}")
         if self.tokens is not None and (self.image != "same" or self.prompt != "same" or self.rope != 1):
             raise OptionError(f"{where}: image tokens are chosen in the main prompt; image, prompt and rope must stay")
+        if self.shares_prompt and isinstance(self.edits, tuple):
+            raise OptionError(f"{where}: it shares the main prompt as it was read; its edits must be inherit or off")
 
     @property
     def shares_prompt(self) -> bool:
@@ -168,16 +170,16 @@ class Decoding(Options):
 class Gaze:
     """Notes how much the row before the first new token attends to each key, for branches that choose tokens by it."""
 
-    layers: frozenset[int]
     observes_generated = False
 
     def measure(self, scope: Scope, weights: Weights) -> None:
-        row = scope.request.prompt_length - 1 - (scope.step.start or 0)
-        scope.request.state[(self, scope.layer)] = weights(row, row + 1)[:, :, 0].mean(1)
+        row = scope.request.prompt_length - 1
+        scope.request.state[("gaze", scope.layer)] = weights(row, row + 1)[:, :, 0].mean(1)
 
-    def read(self, request: Request, layers: tuple[int, ...]) -> Tensor:
-        """float32 ``[layer, batch, key]``."""
-        seen = [request.state[(self, layer)] for layer in layers]
+    @staticmethod
+    def read(request: Request, layers: tuple[int, ...]) -> Tensor:
+        """Mean attention over heads, float32 ``[layer, batch, key]``."""
+        seen = [request.state[("gaze", layer)] for layer in layers]
         return torch.stack([one.to(seen[0].device) for one in seen])
 
     def prepare(self, preparation: Preparation) -> None: ...

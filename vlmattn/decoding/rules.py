@@ -81,15 +81,14 @@ class Contrast:
         return not self.beta and not any(self.weights)
 
     def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:
-        space = (lambda x: x) if self.space == "logits" else (lambda x: x.log_softmax(-1))
-        own = space(main)
+        own = self._in_space(main)
         weights = [w(t)[:, None] if callable(w) else w for w in self.weights]
         total = torch.as_tensor(0.0, device=main.device)
         for weight in weights:
             total = total + weight
-        scores = own if self.plus else (1 + total) * own
+        scores: Tensor = own if self.plus else (1 + total) * own
         for weight, other in zip(weights, others, strict=True):
-            term = weight * space(other)
+            term: Tensor = weight * self._in_space(other)
             scores = scores + term if self.plus else scores - term
         keep = plausible(main, self.beta) & (main > -math.inf)  # -inf in two views would give nan
         scores = scores.masked_fill(~keep, -math.inf)
@@ -97,6 +96,9 @@ class Contrast:
             sure = main.softmax(-1).amax(-1, keepdim=True) >= self.unsure_below
             scores = torch.where(sure, main, scores)
         return scores
+
+    def _in_space(self, logits: Tensor) -> Tensor:
+        return logits if self.space == "logits" else logits.log_softmax(-1)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ class TopAttended:
     def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
         mean = attention.mean(0).masked_fill(~visual, -1.0)
         count = (visual.sum(-1, keepdim=True) * self.share).ceil().clamp(min=1)
-        rank = mean.argsort(-1, descending=True, stable=True).argsort(-1)
-        return visual & (rank < count)
+        rank = mean.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+        kept: Tensor = visual & (rank < count)
+        return kept
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class BlindTokens:
     def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
         on_image = (attention * visual).sum(-1)  # [layer, batch]
         share = on_image / on_image.sum(0).clamp_min(1e-30)
-        ranked, order = share.sort(0, descending=True, stable=True)
+        ranked, order = share.sort(dim=0, descending=True, stable=True)
         taken = (ranked.cumsum(0) - ranked < self.mass).float()  # the layer that crosses the mass is in
         layers = torch.zeros_like(taken).scatter_(0, order, taken)
         mean = torch.einsum("lbk,lb->bk", attention, layers) / layers.sum(0)[:, None].clamp_min(1)

@@ -110,7 +110,7 @@ def evaluate(
                 asked = len(journal.answers) - before
                 if asked:
                     seconds[name] = round((time.monotonic() - begun) / asked, 5)
-                if asked and recipe.interventions:
+                if asked and not recipe.is_none:
                     report = model.vlmattn.report()
                     reports[name] = {"fired": report["fired"], "backends": report["backends"]}
             write_json(out / _RUNNING, {"reports": reports, "seconds_per_sample": seconds})
@@ -154,7 +154,7 @@ def _about(metric: Metric) -> dict[str, str]:
 
 
 def _applied(model: Any, recipe: Recipe, processor: Any) -> AbstractContextManager[Any]:
-    return vlmattn.applied(model, recipe, processor=processor) if recipe.interventions else nullcontext()
+    return vlmattn.applied(model, recipe, processor=processor) if not recipe.is_none else nullcontext()
 
 
 def _recipes(presets: Sequence[str | Recipe]) -> dict[str, Recipe]:
@@ -162,7 +162,7 @@ def _recipes(presets: Sequence[str | Recipe]) -> dict[str, Recipe]:
     recipes = {"none": Recipe("none")}
     for preset in presets:
         recipe = Recipe.of(preset)
-        if recipe.interventions:
+        if not recipe.is_none:
             if recipe.name in recipes:
                 raise OptionError(f"preset '{recipe.name}' is given twice")
             recipes[recipe.name] = recipe

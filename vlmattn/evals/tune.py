@@ -137,9 +137,9 @@ def parse_grid(recipe: Recipe, texts: Sequence[str]) -> dict[str, list[Any]]:
 
 def _options(recipe: Recipe, names: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the recipe's method with their defaults, once ``names`` are all among them."""
-    if len(recipe.interventions) != 1:
-        raise OptionError(f"only a recipe of one method can be tuned; '{recipe.name}' has {len(recipe.interventions)}")
-    (method,) = recipe.interventions
+    if len(recipe.methods) != 1:
+        raise OptionError(f"only a recipe of one method can be tuned; '{recipe.name}' has {len(recipe.methods)}")
+    (method,) = recipe.methods
     known = {spec.name: spec.default for spec in dataclasses.fields(method)}
     for name in names:
         if name not in known:

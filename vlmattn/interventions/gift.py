@@ -11,7 +11,7 @@ from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, BoostPlan, GainPart
-from vlmattn.request import TEXT, USER, Preparation, Request, Scope, Weights
+from vlmattn.request import TEXT, USER, Preparation, Request, Scope, Slots, Weights
 
 _ROWS = 64  # question rows looked at together
 
@@ -114,7 +114,10 @@ class GIFT(Intervention):
         asked = question.any(1)
         weight = torch.where(asked[:, None] & visual, torch.exp(self.alpha * _scaled(saliency, visual)), 1.0)
         groups = torch.where(visual, 1, torch.where(question, 2, 0)).to(torch.uint8)
-        request.state[(self, "gaze")] = (weight, groups)
+        kept = (Slots(1.0, torch.float32), Slots(0, torch.uint8))  # keys that come later weigh 1 and belong to the rest
+        for name, slots, values in zip(("weight", "groups"), kept, (weight, groups), strict=True):
+            slots.write(0, values)
+            request.state[(self, name)] = slots
         request.ledger.add(("fired", "gift"), asked.sum())
 
     def _shift(self, attended: Tensor, from_start: bool) -> Tensor:
@@ -129,20 +132,11 @@ class GIFT(Intervention):
                 f"gift follows the gaze in layer {self.saliency} before it edits layer {self.layers.split(',')[0]}, so it must"
                 " see the whole prompt at once; give the whole conversation without a cache, or edit later layers only"
             )
-        gaze: tuple[Tensor, Tensor] | None = scope.request.state.get((self, "gaze"))
-        if gaze is None or not self.alpha:
+        kept: list[Slots] = [scope.request.state.get((self, name)) for name in ("weight", "groups")]  # type: ignore[misc]
+        if None in kept or not self.alpha:
             return AttentionEdit()
-        weight, groups = scope.once(("gift", self), lambda: self._padded(scope, gaze))
+        weight, groups = scope.once(("gift", self), lambda: [slots.read(scope.keys, scope.device) for slots in kept])
         return AttentionEdit(gain=(GainPart(groups, BoostPlan(), scope.rows_that_predict(), weight=weight),))
-
-    def _padded(self, scope: Scope, gaze: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Key weights and groups for all keys: those that came since weigh 1 and belong to the rest."""
-        weight, groups = gaze
-        new = scope.keys - weight.shape[1]
-        pad = torch.nn.functional.pad
-        if new < 0:
-            return weight[:, : scope.keys].to(scope.device), groups[:, : scope.keys].to(scope.device)
-        return pad(weight, (0, new), value=1.0).to(scope.device), pad(groups, (0, new)).to(scope.device)
 
 
 def _scaled(saliency: Tensor, visual: Tensor) -> Tensor:

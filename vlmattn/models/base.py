@@ -72,6 +72,28 @@ class Family(ABC):
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         """Tokens of each image of a forward call, in (row, token) order; None when the inputs do not tell."""
 
+    @abstractmethod
+    def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Rows of each pixel tensor of a call that belong to each sequence of the batch: name -> counts."""
+
+    def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
+        """Token ids that are in a prompt for the sake of its images only."""
+        found = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+        return tuple(token for token in found if token is not None)
+
+    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """Position ids ``[..., batch, tokens]`` of a prompt as generate() makes them, without a trace on the model."""
+        mask: Tensor = inputs["attention_mask"]
+        return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+    def rotary(self, model: PreTrainedModel) -> nn.Module:
+        """The module that makes cosines and sines of positions."""
+        return self.decoder(model).rotary_emb  # type: ignore[return-value]
+
+    def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        """What the residual stream says at any depth: final norm and head."""
+        return model.lm_head(self.decoder(model).norm(hidden))  # type: ignore[no-any-return, operator]
+
     def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Attention module of a decoder layer, its query and its key projection (before the rotation)."""
         attn = layer.self_attn
@@ -131,6 +153,26 @@ class Family(ABC):
                 row = table(torch.tensor(token, device=embeds.device))
                 types[(embeds == row).all(-1)] = kind
         return types
+
+
+def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[int]:
+    """Pixel rows of each sequence, from its number of image tokens and (tokens, pixel rows) of each image in order.
+
+    Raises:
+        InputError: images that do not end where a sequence does.
+    """
+    counts, left = [], list(items)
+    for wanted in tokens:
+        rows = 0
+        while wanted > 0 and left:
+            size, pixels = left.pop(0)
+            wanted, rows = wanted - size, rows + pixels
+        counts.append(rows)
+        if wanted:
+            break
+    if left or len(counts) < len(tokens) or wanted:
+        raise InputError("the images do not fit the image tokens of the prompts; give each prompt the images it names")
+    return counts
 
 
 _FAMILIES: dict[str, Family] = {}

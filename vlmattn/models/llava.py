@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import UnsupportedError
-from vlmattn.models.base import Family, register_family
+from vlmattn.models.base import Family, register_family, share_out
+from vlmattn.request import TEXT
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -33,6 +34,13 @@ class Llava(Family):
             return [len(features) for features in images.pooler_output]
         pixels = inputs.get("pixel_values")
         return None if pixels is None else [model.config.image_seq_length] * len(pixels)
+
+    def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return {}
+        tokens = (self.token_types(model, inputs["input_ids"]) != TEXT).sum(1).tolist()
+        return {"pixel_values": share_out(tokens, [(sum(tokens) // max(len(pixels), 1), 1)] * len(pixels))}
 
     def tower(self, model: PreTrainedModel) -> nn.Module:
         return model.model.vision_tower  # type: ignore[no-any-return, union-attr]

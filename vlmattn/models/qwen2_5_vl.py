@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, register_family
+from vlmattn.models.base import Family, register_family, share_out
+from vlmattn.request import IMAGE, VIDEO
 
 
 class Qwen25VL(Family):
@@ -19,6 +20,40 @@ class Qwen25VL(Family):
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         return None
+
+    def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        tower: Any = self.tower(model)
+        types, merged = self.token_types(model, inputs["input_ids"]), tower.spatial_merge_size**2
+        found = {}
+        for kind, name, sizes in (
+            (IMAGE, "pixel_values", "image_grid_thw"),
+            (VIDEO, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if inputs.get(name) is not None:
+                patches = inputs[sizes].prod(-1).tolist()
+                tokens = (types == kind).sum(1).tolist()
+                found[name] = share_out(tokens, [(count // merged, count) for count in patches])
+        return found
+
+    def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
+        markers = (getattr(model.config, f"vision_{end}_token_id", None) for end in ("start", "end"))
+        return (*super().image_ids(model), *(token for token in markers if token is not None))
+
+    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """``[4, batch, tokens]``: of the text, then time, height and width."""
+        text = super().positions(model, inputs)
+        if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
+            return text.expand(4, -1, -1)
+        names = (
+            "input_ids",
+            "mm_token_type_ids",
+            "image_grid_thw",
+            "video_grid_thw",
+            "second_per_grid_ts",
+            "attention_mask",
+        )
+        space, _ = model.model.get_rope_index(**{name: inputs.get(name) for name in names})  # type: ignore[union-attr, operator]
+        return torch.cat([text[None], space.to(text)])
 
     def tower(self, model: PreTrainedModel) -> nn.Module:
         return model.model.visual  # type: ignore[no-any-return, union-attr]

@@ -42,12 +42,13 @@ class Turns:
     Attributes:
         user: e.g. ``USER:`` (LLaVA-1.5) or ``<|im_start|>user`` (Qwen).
         answer: e.g. ``ASSISTANT:`` or ``<|im_end|><|im_start|>assistant``.
-        tokenizer: decodes single ids.
+        tokenizer: decodes single ids; processor: has the chat template.
     """
 
     user: str
     answer: str
     tokenizer: Any = field(repr=False, compare=False)
+    processor: Any = field(default=None, repr=False, compare=False)
     _words: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -84,7 +85,7 @@ class Turns:
         user, answer = "".join(begins), "".join(ends)
         if not user or not answer:
             raise InputError("the chat template does not mark where a user's turn begins and ends")
-        return cls(user, answer, tokenizer)
+        return cls(user, answer, tokenizer, processor)
 
     def roles(self, ids: Tensor, types: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Role and turn of every token, on the host.
@@ -111,6 +112,28 @@ class Turns:
                     roles[row, slot], turns[row, slot] = label[at if piece else at - 1]
                 at += len(piece)
         return roles, turns
+
+    def under(self, system: str, ids: Tensor, types: Tensor) -> Tensor:
+        """The prompt of one row under another system message; a template without one gets it before the user's turn.
+
+        Args:
+            ids: int ``[tokens]``, without padding; types: TEXT, IMAGE, VIDEO. On the CPU.
+
+        Raises:
+            InputError: no user's turn in the prompt, or images before it.
+        """
+        roles, _ = self.roles(ids[None], types[None], torch.ones_like(ids[None], dtype=torch.bool))
+        said = (roles[0] == USER).nonzero().flatten()
+        if not len(said):
+            raise InputError(f"another system message needs a user's turn in the prompt, and {self} was not found")
+        first = int(said[0])
+        if bool((types[:first] != TEXT).any()):
+            raise InputError("another system message would take images away that lie before the user's turn")
+        opening = self.tokenizer(_opening(self.processor, system), add_special_tokens=False)["input_ids"]
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        if begin is not None and int(ids[0]) == begin and opening[:1] != [begin]:
+            opening = [begin, *opening]
+        return torch.cat([torch.tensor(opening, dtype=ids.dtype), ids[first:]])
 
     def content(self, ids: Tensor, roles: Tensor) -> Tensor:
         """Which tokens belong to content words, bool ``[batch, tokens]``: said by the user, and no function word or sign.
@@ -190,6 +213,22 @@ def _units(text: str, special: list[str]) -> list[str]:
 
 def _squeeze(text: str) -> str:
     return "".join(text.split())
+
+
+def _opening(processor: Any, system: str) -> str:
+    """What a conversation with this system message begins with, up to what the user says."""
+    for as_parts in (True, False):
+        said: list[Any] = [[{"type": "text", "text": text}] if as_parts else text for text in (system, _SAID[0])]
+        both = [{"role": "system", "content": said[0]}, {"role": "user", "content": said[1]}]
+        for chat in (both, both[1:]):
+            try:
+                text = str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+            except Exception:  # a template may raise anything, also because it has no system message
+                continue
+            if _SAID[0] in text and "'text'" not in text and (system in text or chat is not both):
+                opening = text[: text.index(_SAID[0])]
+                return opening if system in text else f"{opening}{system} "
+    raise InputError("the chat template does not show where a user's turn begins")
 
 
 def _trial(processor: Any) -> str:

@@ -12,7 +12,7 @@ from vlmattn.request.request import (
     Request,
     number_images,
 )
-from vlmattn.request.scope import Preparation, Scope, Sight, Step
+from vlmattn.request.scope import Preparation, Scope, Sight, Step, Steps
 from vlmattn.request.slots import Ledger, Slots
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Sight",
     "Slots",
     "Step",
+    "Steps",
     "Watch",
     "Weights",
     "number_images",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -69,6 +69,8 @@ class Plan:
         tower_layers: layers of the vision tower that ``seeing`` methods look at.
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
         texts: prompts without images are welcome.
+        decoding: branches and rule for this model, if there are some; ``rule``: what the report calls them;
+            ``branches``: a plan for each branch.
     """
 
     name: str
@@ -83,7 +85,11 @@ class Plan:
     turns: tuple[str, ...] = ()
     uses_turns: bool = False
     texts: bool = False
+    decoding: Any = None
+    rule: str = ""
+    branches: tuple[Plan, ...] = ()
 
     @property
     def is_identity(self) -> bool:
-        return not any(self.by_layer)
+        """Nothing happens in the attention of the main prompt."""
+        return not any(self.by_layer) and not any(self.measuring)

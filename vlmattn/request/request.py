@@ -129,6 +129,47 @@ class Request:
         self._turns.write(0, turns.masked_fill(generated, -1))
         self.turns_known, self._finder = True, finder
 
+    def moved(self, repeats: int = 1, shift: int = 0, hidden: Tensor | None = None) -> Request:
+        """A copy for a cache in which each row is there ``repeats`` times and every slot lies ``shift`` later.
+
+        The slots before count as padding, and so does ``hidden``, bool ``[batch, slots]``, in slots of this request.
+        """
+        copy = Request(self.plan, self.ledger)
+        copy.__dict__.update(self.__dict__)
+        copy.batch = None if self.batch is None else self.batch * repeats
+        copy.prompt_length += shift
+        copy._first_row_after_image += shift
+        copy._first_last_row += shift
+        copy._runs = tuple((a + shift, b + shift, text, image) for a, b, text, image in self._runs)
+        for name in ("_ids", "_roles", "_turns", "_types", "_images", "_real"):
+            setattr(copy, name, getattr(self, name).moved(repeats, shift))
+        if self._last_prompt_row is not None:
+            copy._last_prompt_row = self._last_prompt_row.repeat_interleave(repeats) + shift
+        if self._with_image is not None:
+            copy._with_image = self._with_image.repeat_interleave(repeats)
+        if shift or hidden is not None:
+            copy.has_padding = True
+            stop = self.prompt_length
+            real = self._real.read(stop, torch.device("cpu"))
+            if hidden is not None:
+                real = real & ~hidden[:, :stop].cpu()
+            copy._real.write(0, torch.nn.functional.pad(real, (shift, 0), value=False).repeat_interleave(repeats, 0))
+        copy.state = {key: self._moved_state(kept, repeats, shift) for key, kept in self.state.items()}
+        return copy
+
+    def _moved_state(self, kept: Any, repeats: int, shift: int) -> Any:
+        if isinstance(kept, Slots):
+            return kept.moved(repeats, shift)
+        if isinstance(kept, Tensor) and kept.ndim > 1 and kept.shape[0] == self.batch:  # one for each row
+            return kept.repeat_interleave(repeats, 0)
+        return kept
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); prompts of beams are the same."""
+        for kept in self.state.values():
+            if isinstance(kept, Slots):
+                kept.reorder(rows)
+
     @property
     def has_images(self) -> bool:
         return any(image for _, _, _, image in self._runs)

@@ -14,6 +14,22 @@ from vlmattn.kernels import Rows, Visibility
 from vlmattn.request.plan import Watch
 from vlmattn.request.request import IMAGE, TEXT, VIDEO, Request
 
+Parts = tuple[tuple[slice, "Step | None"], ...]
+"""Row groups of one forward, each with its step; None = unedited."""
+
+
+@dataclass(eq=False)
+class Steps:
+    """One forward over row groups that have requests of their own: the main prompt and its branches.
+
+    Attributes:
+        parts: the groups in order.
+        early: layer -> the residual stream that enters it, noted for layers that are keys here.
+    """
+
+    parts: Parts
+    early: dict[int, Tensor | None] = field(default_factory=dict)
+
 
 @dataclass(eq=False)
 class Step:
@@ -40,6 +56,18 @@ class Step:
     sight: dict[int, list[Tensor]] = field(default_factory=dict)
     order: list[int] | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    def at(self, cache: Any) -> None:
+        """Note where the one new token goes, for methods that observe generated tokens too."""
+        slot = cache.get_seq_length()
+        self.slot = slot.clone() if isinstance(slot, torch.Tensor) else slot  # a static cache counts on in place
+        length = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape  # by version of transformers
+        self.capacity = length()
+
+    @property
+    def parts(self) -> Parts:
+        """All rows belong to this step."""
+        return ((slice(None), self),)
 
     @property
     def is_prompt(self) -> bool:

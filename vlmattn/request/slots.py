@@ -31,7 +31,7 @@ class Ledger:
 class Slots:
     """One value per cache slot, ``[batch, slots]``. Slots that were never written hold ``fill``."""
 
-    def __init__(self, fill: int | bool, dtype: torch.dtype) -> None:
+    def __init__(self, fill: float | bool, dtype: torch.dtype) -> None:
         self._fill, self._dtype = fill, dtype
         self._values: Tensor | None = None
 
@@ -64,6 +64,14 @@ class Slots:
         """Let every row become what row ``rows`` ``[batch]`` was (beam search)."""
         if self._values is not None:
             self._values = self._values[rows.to(self._values.device)]
+
+    def moved(self, repeats: int = 1, shift: int = 0) -> Slots:
+        """A copy with each row ``repeats`` times and each value ``shift`` slots later."""
+        copy = Slots(self._fill, self._dtype)
+        if self._values is not None:
+            values = self._values.repeat_interleave(repeats, 0)
+            copy._values = torch.nn.functional.pad(values, (shift, 0), value=self._fill)
+        return copy
 
     def read(self, length: int, device: torch.device) -> Tensor:
         """The first ``length`` slots ``[batch, length]`` on ``device``."""

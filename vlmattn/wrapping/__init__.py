@@ -1,15 +1,16 @@
 """Puts a recipe on one model object and takes it off again.
 
 The object stays the same and keeps its class. While wrapped it has: another name of the attention implementation in
-its text config, forward hooks on the model, its decoder, the decoder's layers and the vision tower, and three attributes
-of the instance (``vlmattn``, ``generate``, ``save_pretrained``). ``unwrap`` removes all of them.
+its text config, forward hooks on the model, its decoder, the decoder's layers and the vision tower, and four attributes
+of the instance (``vlmattn`` and its own ``generate``, ``prepare_inputs_for_generation`` and ``save_pretrained``). ``unwrap``
+removes all of them.
 """
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -23,13 +24,16 @@ from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.interventions.files import beside, copy_whole
 from vlmattn.models import find_family
 from vlmattn.recipe import FILE_NAME, Recipe
+from vlmattn.wrapping.branches import fan_of, setting_of
+from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.handle import Handle, handle_of
-from vlmattn.wrapping.hooks import CALL, WRAPPED, Call, install_hooks
+from vlmattn.wrapping.hooks import WRAPPED, install_hooks
+from vlmattn.wrapping.merged import merged_of
 
 __all__ = ["Handle", "applied", "handle_of", "install", "unwrap", "wrap"]
 
 _M = TypeVar("_M", bound=nn.Module)
-_INSTANCE_METHODS = ("generate", "save_pretrained")
+_INSTANCE_METHODS = ("generate", "prepare_inputs_for_generation", "save_pretrained")
 
 
 def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any) -> _M:
@@ -70,6 +74,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     handle._originals = {name: model.__dict__[name] for name in _INSTANCE_METHODS if name in model.__dict__}
     model.__dict__["vlmattn"] = handle
     model.__dict__["generate"] = MethodType(_generate, model)
+    model.__dict__["prepare_inputs_for_generation"] = MethodType(_prepare_inputs, model)
     model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
     handle._hooks = install_hooks(family, model)
     return model
@@ -143,29 +148,59 @@ def _saved_recipe(model: PreTrainedModel) -> Recipe:
     return Recipe.from_pretrained(found.parent)
 
 
-def _generate(self: PreTrainedModel, *args: Any, preset: Any = None, **kwargs: Any) -> Any:
-    """``generate`` of a wrapped model; ``preset`` puts another recipe in force for this call only."""
+def _generate(
+    self: PreTrainedModel, *args: Any, preset: Any = None, branch_inputs: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Any:
+    """``generate`` of a wrapped model.
+
+    Args:
+        preset: another recipe, in force for this call only.
+        branch_inputs: inputs of branches that the recipe leaves to the caller, by branch and input:
+            ``{"augmented": {"pixel_values": ...}}``.
+    """
     handle = handle_of(self)
     assert handle is not None
-    plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
-    if not plan.is_identity:
-        _refuse_chunks(self, kwargs)
-    original = handle._originals.get("generate") or MethodType(type(self).generate, self)
-    mask = kwargs.get("attention_mask")
-    token = CALL.set(Call(handle, self, plan, _prompt_length(args, kwargs), mask is None or mask.ndim == 2))
     try:
-        out = original(*args, **kwargs)
-    finally:
-        CALL.reset(token)
-    if preset is None and not plan.is_identity:
+        plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
+        original = handle._originals.get("generate") or MethodType(type(self).generate, self)
+        fan = fan_of(self, plan, args, kwargs, branch_inputs or {})
+        if not plan.is_identity or fan is not None:
+            _refuse_chunks(self, kwargs)
+        mask = kwargs.get("attention_mask")
+        call = Call(handle, self, plan, _prompt_length(args, kwargs), mask is None or mask.ndim == 2, fan=fan)
+        token = CALL.set(call)
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            CALL.reset(token)
+    except BaseException:
+        if (streamer := kwargs.get("streamer")) is not None:
+            streamer.end()  # whoever reads from it in another thread would wait for ever
+        raise
+    if preset is None and not (plan.is_identity and fan is None):
         handle.warn_if_idle()
     return out
 
 
+def _prepare_inputs(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``prepare_inputs_for_generation`` of a wrapped model: rows of branches come along."""
+    handle = handle_of(self)
+    assert handle is not None
+    original = handle._originals.get("prepare_inputs_for_generation") or MethodType(
+        type(self).prepare_inputs_for_generation, self
+    )
+    cache, call = kwargs.get("past_key_values"), CALL.get()
+    if (merged := merged_of(cache)) is not None:
+        input_ids, kwargs = merged.expand(input_ids, kwargs)
+    elif call is not None and call.model is self and call.fan is not None:
+        # while the prompt is read, the cache of the call is empty and no mask may be made for it
+        return original(input_ids, *args, **{**kwargs, "past_key_values": None}) | {"past_key_values": cache}
+    return original(input_ids, *args, **kwargs)
+
+
 def _refuse_chunks(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    config = kwargs.get("generation_config") or model.generation_config
-    if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
-        raise UnsupportedError("edits need the prompt in one piece; set prefill_chunk_size=None")
+    if setting_of(model, kwargs, "prefill_chunk_size"):
+        raise UnsupportedError("edits and decoding rules need the prompt in one piece; set prefill_chunk_size=None")
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ class Handle:
         self.anatomy, self._family, self._base = anatomy, family, base
         self._processor = processor
         self.turns: Turns | None = None
-        self._enabled, self._projecting = True, False
+        self._enabled, self._projecting, self._rotating = True, False, False
+        self._rotaries: dict[tuple[float, torch.device], nn.Module] = {}
         self._plans: dict[Recipe, Plan] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._originals: dict[str, Any] = {}
@@ -39,7 +41,7 @@ class Handle:
         """Put another recipe in force, from the next prompt on; ``report()`` starts anew."""
         chosen = Recipe.of(recipe, **options)
         self._plan, self.recipe = self.plan_of(chosen), chosen
-        self._ledger, self._warned = Ledger(), False
+        self._ledger, self._warned, self._warned_of_forward = Ledger(), False, False
 
     @contextmanager
     def lent(self, recipe: Any) -> Iterator[None]:
@@ -60,6 +62,15 @@ class Handle:
                 self.turns = _turns(self._processor, self.anatomy.source, plan.turns)
             self._plans[recipe] = plan
         return self._plans[recipe]
+
+    def rotary(self, module: Any, factor: float) -> nn.Module:
+        """A module like the model's rotary embedding, with ``factor`` times its base."""
+        key = (factor, module.inv_freq.device)
+        if key not in self._rotaries:
+            config = copy.deepcopy(module.config)
+            config.rope_parameters["rope_theta"] *= factor
+            self._rotaries[key] = type(module)(config).to(module.inv_freq.device)
+        return self._rotaries[key]
 
     def enable(self) -> None:
         """Let the recipe act again, from the next prompt on."""
@@ -91,7 +102,7 @@ class Handle:
             row = backends.setdefault(phase, {})
             row[backend] = row.get(backend, 0) + count
             layers.setdefault(phase, {}).setdefault(backend, []).append(int(layer))
-        fired = dict.fromkeys((method.info.name for method in self.recipe.interventions), 0)
+        fired = dict.fromkeys((method.info.name for method in self.recipe.methods), 0)
         fired |= {name: count for (name,), count in self._ledger.read("fired").items()}
         for row_of_layers in layers.values():
             for found in row_of_layers.values():
@@ -115,6 +126,16 @@ class Handle:
                 f"vlmattn: {', '.join(idle)} never fired in this generate() call and had no part in the answer;"
                 " see model.vlmattn.report()",
                 stacklevel=3,
+            )
+
+    def warn_of_forward(self) -> None:
+        """Say once that a decoding rule is not for single forwards."""
+        if not self._warned_of_forward:
+            self._warned_of_forward = True
+            warnings.warn(
+                f"vlmattn: the decoding rule of '{self.recipe.name}' acts in generate() only, and this forward was called"
+                " directly: it has the model's own logits",
+                stacklevel=2,
             )
 
     def __repr__(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -20,49 +19,13 @@ from transformers import PreTrainedModel
 from vlmattn import attention
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import Family
-from vlmattn.request import TEXT, Plan, Preparation, Request, Scope, Sight, Slots, Step, number_images
+from vlmattn.request import TEXT, Plan, Preparation, Request, Scope, Sight, Step, Steps, number_images
+from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.handle import Handle, handle_of
-
-_REQUEST = "_vlmattn_request"  # where a request rides on its cache
-
-
-@dataclass
-class _TowerView:
-    """What was seen of the vision tower in one call: layer -> for each image ``[heads, tokens]``.
-
-    ``shown``: the methods have seen it; a tower that runs again, as it may in every forward, begins anew.
-    """
-
-    patches: dict[int, list[Tensor]] = field(default_factory=dict)
-    inputs: dict[str, Any] = field(default_factory=dict)
-    shown: bool = False
-
-
-@dataclass(frozen=True)
-class Call:
-    """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding.
-
-    ``token`` is what a request remembers of it (never the handle or the model). ``direct`` marks a forward outside of
-    generate(), which is only noted while the vision tower is looked at; ``outer`` is the call it may lie in.
-    """
-
-    handle: Handle
-    model: PreTrainedModel
-    plan: Plan
-    prompt_length: int | None
-    plain_mask: bool
-    direct: bool = False
-    outer: Call | None = None
-    token: object = field(default_factory=object)
-    sight: _TowerView = field(default_factory=_TowerView)
-
-
-# Which generate() call of which model runs in this thread. Only the model's pre-hook reads it, to hand the plan and the
-# prompt length to the request; without a cache (use_cache=False) every forward makes a request of its own from it.
-CALL: ContextVar[Call | None] = ContextVar("vlmattn_call", default=None)
+from vlmattn.wrapping.merged import REQUEST, merged_of
 
 # The step whose attention module runs in this thread: projections get no keyword arguments.
-_STEP: ContextVar[Step | None] = ContextVar("vlmattn_step", default=None)
+_STEP: ContextVar[Step | Steps | None] = ContextVar("vlmattn_step", default=None)
 
 # Wrapped models by text config: two models may share one config object, and the last one out restores its setting.
 WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
@@ -99,7 +62,26 @@ def _before_model(
         call = Call(handle, model, handle.active_plan, None, False, direct=True, outer=outer)
         if call.plan.tower_layers:
             CALL.set(call)
-    step = _make_step(handle, model, call, inputs)
+        if call.plan.decoding is not None:
+            _refuse_packing(inputs)
+            handle.warn_of_forward()
+    cache = inputs.get("past_key_values")
+    merged = merged_of(cache)
+    early: tuple[int, ...] = ()
+    step: Step | Steps | None
+    if merged is not None:
+        merged.check(call)
+        step = merged.steps(cache, inputs["input_ids"].shape[1])
+    else:
+        if call.fan is not None and (own := call.fan.begin(model, cache)) is not None:
+            kwargs = {**kwargs, "past_key_values": own}
+            inputs["past_key_values"], early = own, call.fan.contrast.layers
+            if any(branch.rope != 1 for branch in call.fan.contrast.branches) and not handle._rotating:
+                handle._rotating = True
+                handle._hooks += _hook_rotation(handle._family, model)
+        step = _make_step(handle, model, call, inputs)
+        if early:
+            step = Steps(((slice(None), step),), dict.fromkeys(early))
     if step is not None:
         kwargs = {**kwargs, attention.STEP: step}
     return args, kwargs
@@ -108,18 +90,17 @@ def _before_model(
 def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Step | None:
     """The step of this forward; None when there is nothing to do in it."""
     cache = inputs.get("past_key_values")
-    request: Request | None = getattr(cache, _REQUEST, None)
+    request: Request | None = getattr(cache, REQUEST, None)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None or (call.plan.is_identity and request is None):
         return None
     decoding = None
+    if request is not None and request.batch != len(tokens):
+        request = _repeated(request, cache, len(tokens))
     if request is not None and tokens.shape[1] == 1:
         decoding = Step(request, handle._base, None)
         if cache is not None and request.plan.extending:
-            slot = cache.get_seq_length()
-            decoding.slot = slot.clone() if isinstance(slot, Tensor) else slot  # a static cache counts on in place
-            length = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape  # by version of transformers
-            decoding.capacity = length()
+            decoding.at(cache)
         if request.call is call.token:  # one token after another in generate(): nothing here may wait for the device
             return decoding
     start = int(cache.get_seq_length()) if cache is not None else 0
@@ -152,7 +133,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         handle._projecting = True
         handle._hooks += _hook_projections(handle._family, model)
     if cache is not None:
-        setattr(cache, _REQUEST, request)
+        setattr(cache, REQUEST, request)
         if request.plan.extending:
             _follow_beams(cache)
     plain = mask is None or mask.ndim == 2 or call.plain_mask
@@ -178,10 +159,17 @@ def _follow_beams(cache: Any) -> None:
 
 def _reorder_cache(self: Any, beams: Tensor) -> None:
     type(self).reorder_cache(self, beams)
-    request: Request = getattr(self, _REQUEST)
-    for kept in request.state.values():
-        if isinstance(kept, Slots):
-            kept.reorder(beams)
+    getattr(self, REQUEST).reorder(beams)
+
+
+def _repeated(request: Request, cache: Any, rows: int) -> Request:
+    """The request of a cache whose rows were repeated by ``cache.batch_repeat_interleave``."""
+    keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+    held = len(keys) if isinstance(keys, Tensor) else 0
+    if request.batch and held == rows and rows % request.batch == 0:
+        request = request.moved(rows // request.batch)
+        setattr(cache, REQUEST, request)
+    return request
 
 
 def _real_keys(mask: Tensor) -> Tensor:
@@ -228,25 +216,38 @@ def _check_request(request: Request, plan: Plan, batch: int) -> None:
 
 
 def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """A cache that the forward made itself gets the request, so that the next call finds it."""
-    step: Step | None = kwargs.get(attention.STEP)
-    call = CALL.get()
+    """A cache that the forward made itself gets the request, so that the next call finds it; branches come and go."""
+    step: Step | Steps | None = kwargs.get(attention.STEP)
+    call, given = CALL.get(), kwargs.get("past_key_values")
     if call is not None and call.direct and call.model is model:
         CALL.set(call.outer)
-    cache = getattr(output, "past_key_values", None)
-    if step is not None and cache is not None:
-        setattr(cache, _REQUEST, step.request)
+    early = step.early if isinstance(step, Steps) else {}
+    if (merged := merged_of(given)) is not None:
+        assert call is not None
+        merged.combine(model, call.handle._family, given, output, early)
+    elif call is not None and call.fan is not None and call.fan.cache is not None and given is call.fan.cache:
+        call.fan.spread(call, kwargs, output, early)
+    elif isinstance(step, Step) and (cache := getattr(output, "past_key_values", None)) is not None:
+        setattr(cache, REQUEST, step.request)
 
 
-def _before_decoder(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    step: Step | None = kwargs.get(attention.STEP)
-    if step is None or step.watch is not None or not step.is_prompt:
-        return
-    plan = step.request.plan
-    if plan.seeing:
-        _show_images(step, step.start or 0, kwargs["inputs_embeds"])
-    if plan.preparing and step.start == 0:
-        _prepare(step, decoder, kwargs)
+def _before_decoder(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    step: Step | Steps | None = kwargs.get(attention.STEP)
+    if isinstance(step, Steps):
+        step = step.parts[0][1] if len(step.parts) == 1 else None
+    if step is not None and step.watch is None and step.is_prompt:
+        plan = step.request.plan
+        if plan.seeing:
+            _show_images(step, step.start or 0, kwargs["inputs_embeds"])
+        if plan.preparing and step.start == 0:
+            _prepare(step, decoder, kwargs)
+    call = CALL.get()
+    if call is not None and call.blank is not None:
+        blank = call.blank.to(kwargs["inputs_embeds"].device)[..., None]
+        kwargs = {**kwargs, "inputs_embeds": kwargs["inputs_embeds"].masked_fill(blank, 0)}
+    return args, kwargs
 
 
 def _show_images(step: Step, start: int, embeds: Tensor) -> None:
@@ -302,15 +303,23 @@ def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    step: Step | None = kwargs.get(attention.STEP)
-    if step is None or step.watch is not None:
+    step: Step | Steps | None = kwargs.get(attention.STEP)
+    if step is None:
         return
     index = int(layer.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    if isinstance(step, Steps) and index in step.early:
+        step.early[index] = hidden
+    for rows, part in step.parts:
+        if part is not None and part.watch is None:
+            _observe(part, index, hidden[rows])
+
+
+def _observe(step: Step, index: int, hidden: Tensor) -> None:
     plan = step.request.plan
     observers = plan.observing[index]
     if not observers or not (step.is_prompt or index in plan.extending):
         return
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     if step.start is None:  # one generated token
         scope = Scope(step, index, 1, step.capacity, hidden.device)
     else:
@@ -368,13 +377,45 @@ def _after_attention(module: nn.Module, args: tuple[Any, ...], out: Any) -> None
 
 def _add_direction(index: int, side: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
     step = _STEP.get()
-    if step is None or step.watch is not None:
+    if step is None:
         return None
-    for layer, found in step.request.plan.directions:
-        added = getattr(found, side)
-        if layer == index and added is not None:
-            kept, key = step.request.state, ("direction", layer, side, out.device, out.dtype)
-            if key not in kept:  # moved to the device once per request
-                kept[key] = added.flatten().to(out)
-            out = out + kept[key]
-    return out
+    groups = []
+    for rows, part in step.parts:
+        group = out[rows]
+        if part is not None and part.watch is None:
+            for layer, found in part.request.plan.directions:
+                if layer == index and (added := getattr(found, side)) is not None:
+                    group = group + _direction(part.request, layer, side, added, out)
+        groups.append(group)
+    return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+
+def _direction(request: Request, layer: int, side: str, added: Tensor, out: Tensor) -> Tensor:
+    """What is added, moved to the device once per request."""
+    kept, key = request.state, ("direction", layer, side, out.device, out.dtype)
+    if key not in kept:
+        kept[key] = added.flatten().to(out)
+    found: Tensor = kept[key]
+    return found
+
+
+def _hook_rotation(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+    """A hook that lets row groups have rotary bases of their own; only models whose recipe asks for it get it."""
+    return [family.rotary(model).register_forward_hook(_rotate_apart, with_kwargs=True)]
+
+
+def _rotate_apart(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...] | None:
+    call = CALL.get()
+    if call is None or call.handle._family.rotary(call.model) is not module:
+        return None
+    ropes = (call.rope,) if call.fan is None else call.fan.ropes
+    if all(rope == 1 for rope in ropes):
+        return None
+    hidden, positions = (*args, *kwargs.values())[:2]
+    groups = zip(ropes, positions.chunk(len(ropes), -2), *(table.chunk(len(ropes), -3) for table in out), strict=True)
+    tables = [
+        found if rope == 1 else call.handle.rotary(module, rope).forward(hidden, part) for rope, part, *found in groups
+    ]
+    return tuple(torch.cat(parts, -3) for parts in zip(*tables, strict=True))

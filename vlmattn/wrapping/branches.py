@@ -1,0 +1,335 @@
+"""Reads the prompts of a decoding rule's branches, each by itself, so that they may differ in length, images and edits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead, Noise
+from vlmattn.errors import InputError, UnsupportedError
+from vlmattn.models import find_family
+from vlmattn.request import TEXT, Plan
+from vlmattn.wrapping.call import CALL, Call, TowerView
+from vlmattn.wrapping.merged import REQUEST, Merged, View
+
+_NOT_PASSED_ON = frozenset(
+    ("position_ids", "past_key_values", "inputs_embeds", "mm_encoder_outputs", "use_cache", "labels", "logits_to_keep")
+)
+_OF_IMAGES = (
+    "pixel_values",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "image_sizes",
+)
+
+
+class Fan:
+    """The branches of one generate() call.
+
+    Attributes:
+        contrast: branches and rule; plans: the edits of each branch.
+        inputs: what the call gave the model; given: what it gave to branches, by name.
+        cache: of the main prompt while it is read; afterwards all is in the cache of the call.
+        ropes: factors on the rotary base of each row group.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        self.contrast: ContrastiveDecoding = plan.decoding
+        self.plans, self.given = plan.branches, given
+        names = set(inspect.signature(type(model).forward).parameters) - _NOT_PASSED_ON
+        self.inputs = {name: value for name, value in inputs.items() if name in names and value is not None}
+        self.cache: DynamicCache | None = None
+        self.ropes: tuple[float, ...] = (1.0,)
+        self._target: Any = None
+
+    def begin(self, model: PreTrainedModel, target: Any) -> DynamicCache | None:
+        """A cache of its own for the main prompt; None once that was read."""
+        if self._target is not None:
+            return None
+        if target is None:
+            raise UnsupportedError("a decoding rule needs a cache; leave use_cache at True")
+        self._target, self.cache = target, _new_cache(model)
+        return self.cache
+
+    def spread(self, call: Call, inputs: Mapping[str, Any], output: Any, early: Mapping[int, Tensor | None]) -> None:
+        """After the main prompt: read those of the branches, merge the caches, combine the logits.
+
+        Args:
+            inputs: what the main forward got; output: what it returned, changed in place.
+        """
+        assert self.cache is not None
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        prompt = call.prompt_length or ids.shape[1]
+        if positions.shape[-2] == 1:  # one for all rows
+            positions = positions.expand(*positions.shape[:-2], len(ids), -1)
+        given = inputs.get("attention_mask")
+        mask = torch.ones_like(ids[:, :prompt]) if given is None else given[:, :prompt]
+        kept = 1 + ids.shape[1] - prompt
+        main = View(self.cache, output.logits[:, -kept:], mask.bool(), positions[..., prompt - 1 : prompt])
+        views = [main]
+        for branch, plan in zip(self.contrast.branches, self.plans, strict=True):
+            reader = _Reader(self, call, branch, plan, main, ids, positions, inputs.get("mm_encoder_outputs"))
+            views.append(reader.beside() if branch.shares_prompt else reader.anew())
+        merged = Merged(self.contrast, views, call, len(ids) == len(self.inputs["input_ids"]))
+        merged.fill(self._target, views)
+        t = torch.arange(1, kept + 1, device=ids.device)
+        family = call.handle._family
+        output.logits = merged.scores(call.model, family, [view.logits for view in views], early, t)
+        output.past_key_values, self.cache, self.ropes = self._target, None, merged.ropes
+
+
+@dataclass(eq=False)
+class _Reader:
+    """Reads the prompt of one branch.
+
+    Attributes:
+        ids: int64 ``[n, tokens]`` of the main prompt, drafts of assisted decoding included; positions: its position ids.
+        encoded: images as the main prompt saw them, where generate() encodes them first.
+    """
+
+    fan: Fan
+    call: Call
+    branch: Branch
+    plan: Plan
+    main: View
+    ids: Tensor
+    positions: Tensor
+    encoded: Any
+
+    @property
+    def prompt(self) -> int:
+        return self.main.mask.shape[1]
+
+    @property
+    def times(self) -> int:
+        """Rows for each prompt of the call."""
+        return len(self.ids) // len(self.fan.inputs["input_ids"])
+
+    def beside(self) -> View:
+        """From the last prompt token on with hidden keys; everything before is the main prompt's."""
+        prompt, drafts, hidden = self.prompt, self.ids.shape[1] - self.prompt, self._hidden()
+        cache = _new_cache(self.call.model)
+        for number, layer in enumerate(self.main.cache.layers):
+            cache.update(layer.keys[..., : prompt - 1, :], layer.values[..., : prompt - 1, :], number)
+        call = replace(self.call, plan=self.plan, prompt_length=prompt - 1, fan=None, token=object())
+        if not self.plan.is_identity:
+            assert self.main.request is not None
+            request = self.main.request.moved(hidden=hidden)
+            request.plan, request.call, request.prompt_length = self.plan, call.token, prompt - 1
+            setattr(cache, REQUEST, request)
+        mask = self.main.mask & ~hidden
+        inputs = {"input_ids": self.ids[:, prompt - 1 :], "attention_mask": pad(mask.long(), (0, drafts), value=1)}
+        logits = self._run(call, cache, inputs, self.positions[..., prompt - 1 :])
+        return View(cache, logits, mask, self.main.last)
+
+    def anew(self) -> View:
+        """The whole prompt of the branch, once for each prompt of the call."""
+        inputs = self._inputs()
+        mask = inputs["attention_mask"].bool()
+        positions = self.call.handle._family.positions(self.call.model, inputs)
+        last, drafts = positions[..., -1:], self.ids[:: self.times, self.prompt :]
+        if count := drafts.shape[1]:
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], drafts], 1)
+            inputs["attention_mask"] = pad(inputs["attention_mask"], (0, count), value=1)
+            positions = torch.cat([positions, last + torch.arange(1, count + 1, device=last.device)], -1)
+            if "mm_token_type_ids" in inputs:
+                inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, count))
+        blank = None if self.branch.tokens is None else pad(self._hidden()[:: self.times], (0, count))
+        call = replace(
+            self.call, plan=self.plan, prompt_length=mask.shape[1], plain_mask=True, fan=None, blank=blank,
+            rope=self.branch.rope, token=object(), sight=TowerView(),
+        )  # fmt: skip
+        cache = _new_cache(self.call.model)
+        logits = self._run(call, cache, inputs, positions)
+        return View(cache, logits, mask, last, self.branch.rope).repeated(self.times)
+
+    def _run(self, call: Call, cache: DynamicCache, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+        """Logits of the last prompt token, and of the drafts after it."""
+        kept = 1 + self.ids.shape[1] - self.prompt
+        token = CALL.set(call)
+        try:
+            out = call.model(
+                **inputs,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                logits_to_keep=kept,
+            )
+        finally:
+            CALL.reset(token)
+        logits: Tensor = out.logits[:, -kept:]
+        return logits
+
+    def _hidden(self) -> Tensor:
+        """bool ``[n, prompt]``: image tokens that the branch does not see."""
+        tokens, request, sizes = self.branch.tokens, self.main.request, self.call.handle.anatomy
+        assert tokens is not None
+        assert request is not None
+        attention = Gaze.read(request, tokens.layers(sizes))[..., : self.prompt]
+        types = request.types(self.prompt, attention.device)
+        visual = (types != TEXT) & self.main.mask.to(attention.device)
+        return (visual & ~tokens.choose(attention, visual)).to(self.ids.device)
+
+    def _inputs(self) -> dict[str, Any]:
+        """What the branch gives the model, on the device of the main prompt."""
+        family, model, branch = self.call.handle._family, self.call.model, self.branch
+        device = self.ids.device
+        inputs = {name: _to(value, device) for name, value in self.fan.inputs.items()}
+        inputs["attention_mask"] = self.main.mask[:: self.times].long()
+        given = self.fan.given.get(branch.name, {})
+        inputs |= {name: _to(value, device) for name, value in given.items()}
+        if callable(branch.image):
+            self._change_images(branch.image, inputs)
+        elif branch.image == "blank":
+            inputs |= {name: torch.zeros_like(inputs[name]) for name in family.pixels(model, inputs)}
+        if branch.prompt != "same" or branch.image == "drop":
+            self._change_prompt(inputs)
+        if branch.image == "drop":
+            inputs = {name: value for name, value in inputs.items() if name not in _OF_IMAGES}
+        elif (
+            branch.image == "same"
+            and not given
+            and self.encoded is not None
+            and self.times == 1
+            and not self.plan.seeing
+        ):
+            inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
+            inputs["mm_encoder_outputs"] = self.encoded  # the vision tower need not run again
+        return inputs
+
+    def _change_images(self, change: Noise | Callable[[Tensor], Tensor], inputs: dict[str, Any]) -> None:
+        """Let a function see the pixels of one row of the batch at a time."""
+        for name, counts in self.call.handle._family.pixels(self.call.model, inputs).items():
+            changed = [change(pixels) if len(pixels) else pixels for pixels in inputs[name].split(counts)]
+            whole = torch.cat(changed)
+            if whole.shape != inputs[name].shape:
+                raise InputError(
+                    f"branch '{self.branch.name}': its function must keep the shape of {name}, {tuple(inputs[name].shape)}"
+                )
+            inputs[name] = whole
+
+    def _change_prompt(self, inputs: dict[str, Any]) -> None:
+        """Other token ids, row by row, as a left-padded batch."""
+        family, model, branch = self.call.handle._family, self.call.model, self.branch
+        real, device = inputs["attention_mask"].bool(), self.ids.device
+        rows = [ids[seen].cpu() for ids, seen in zip(inputs["input_ids"], real, strict=True)]
+        before = [_images_in(family.token_types(model, row)) for row in rows]
+        if isinstance(branch.prompt, Instead):
+            turns = self.call.handle.turns
+            assert turns is not None
+            rows = [turns.under(branch.prompt.system, row, family.token_types(model, row)) for row in rows]
+        elif callable(branch.prompt):
+            rows = [branch.prompt(row) for row in rows]
+        if branch.image == "drop":
+            marks = torch.tensor(family.image_ids(model))
+            rows = [row[~torch.isin(row, marks)] for row in rows]
+        elif before != [_images_in(family.token_types(model, row)) for row in rows]:
+            raise InputError(f"branch '{branch.name}': its prompt must keep the image tokens")
+        if any(not len(row) for row in rows):
+            raise InputError(f"branch '{branch.name}': nothing is left of the prompt")
+        longest = max(map(len, rows))
+        inputs["input_ids"] = _left_padded(rows, longest, _padding_id(model)).to(device)
+        inputs["attention_mask"] = _left_padded([torch.ones_like(row) for row in rows], longest, 0).to(device)
+        if "mm_token_type_ids" in inputs:
+            types = family.token_types(model, inputs["input_ids"])
+            inputs["mm_token_type_ids"] = types.to(inputs["mm_token_type_ids"].dtype)
+
+
+def fan_of(
+    model: PreTrainedModel, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any], given: Mapping[str, Any]
+) -> Fan | None:
+    """The branches of a generate() call; None without a decoding rule.
+
+    Raises:
+        UnsupportedError: a way of generating that cannot have branches.
+        InputError: no token ids or images, inputs of branches that are missing or not known.
+    """
+    contrast: ContrastiveDecoding | None = plan.decoding
+    names = [branch.name for branch in contrast.branches] if contrast else []
+    if unknown := sorted(set(given) - set(names)):
+        known = f"it has {', '.join(names)}" if names else "it has none"
+        raise InputError(f"branch_inputs names {', '.join(unknown)}, which is no branch of '{plan.name}'; {known}")
+    if contrast is None:
+        return None
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if (
+        not isinstance(ids, Tensor)
+        or ids.ndim != 2
+        or ids.is_floating_point()
+        or kwargs.get("inputs_embeds") is not None
+    ):
+        raise UnsupportedError(
+            "a decoding rule needs input_ids, to make the prompts of its branches; inputs_embeds cannot do"
+        )
+    _refuse_ways(model, kwargs)
+    family, inputs = find_family(model), {**kwargs, "input_ids": ids}
+    if any(branch.sees for branch in contrast.branches) and not _images_in(family.token_types(model, ids)):
+        seeing = ", ".join(f"'{branch.name}'" for branch in contrast.branches if branch.sees)
+        raise InputError(
+            f"no image tokens in the prompt, and the branch {seeing} is about the image; put the image placeholder into it"
+            " (processor.apply_chat_template does), or call model.vlmattn.disable() for prompts without images"
+        )
+    for branch in contrast.branches:
+        if missing := [name for name in branch.needs if given.get(branch.name, {}).get(name) is None]:
+            raise InputError(
+                f"the branch '{branch.name}' needs {', '.join(missing)} with every call:"
+                f" generate(..., branch_inputs={{'{branch.name}': {{'{missing[0]}': ...}}}})"
+            )
+    return Fan(model, plan, inputs, given)
+
+
+def setting_of(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A generation setting as generate() will see it."""
+    config = kwargs.get("generation_config") or model.generation_config
+    return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+
+def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Ways of generating that a decoding rule cannot have."""
+    if setting_of(model, kwargs, "use_cache") is False:
+        raise UnsupportedError("a decoding rule needs a cache, where its branches live; leave use_cache at True")
+    if setting_of(model, kwargs, "cache_implementation") == "paged":
+        raise UnsupportedError(
+            "continuous batching (paged) runs every request by itself, without branches; use generate()"
+        )
+    if (cache := kwargs.get("past_key_values")) is not None and int(cache.get_seq_length()) > 0:
+        raise UnsupportedError(
+            "a decoding rule cannot go on from past_key_values, which hold no branches; give the whole conversation"
+        )
+    scale = setting_of(model, kwargs, "guidance_scale")
+    if scale not in (None, 1, 1.0):
+        raise UnsupportedError(
+            "guidance_scale is a decoding rule of its own and conflicts with the recipe's; use one of them"
+        )
+
+
+def _new_cache(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _images_in(types: Tensor) -> int:
+    return int((types != TEXT).sum())
+
+
+def _left_padded(rows: Sequence[Tensor], length: int, value: int) -> Tensor:
+    return torch.stack([pad(row, (length - len(row), 0), value=value) for row in rows])
+
+
+def _padding_id(model: PreTrainedModel) -> int:
+    """Any id that is no image token: nobody sees it."""
+    found = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return int(found) if isinstance(found, int) and found >= 0 else 0

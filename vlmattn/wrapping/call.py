@@ -1,0 +1,58 @@
+"""The generate() call in progress: what the hooks of a wrapped model know about it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmattn.request import Plan
+from vlmattn.wrapping.handle import Handle
+
+if TYPE_CHECKING:
+    from vlmattn.wrapping.branches import Fan
+
+
+@dataclass
+class TowerView:
+    """What was seen of the vision tower in one call: layer -> for each image ``[heads, tokens]``.
+
+    ``shown``: the methods have seen it; a tower that runs again, as it may in every forward, begins anew.
+    """
+
+    patches: dict[int, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding.
+
+    ``token`` is what a request remembers of it (never the handle or the model). ``direct`` marks a forward outside of
+    generate(), which is only noted while the vision tower is looked at; ``outer`` is the call it may lie in.
+
+    With a decoding rule ``fan`` has the branches. While one of them reads its prompt a call of its own is in progress:
+    ``blank`` bool ``[batch, prompt]`` are image tokens whose features are zeroed, ``rope`` the factor on the rotary base.
+    """
+
+    handle: Handle
+    model: PreTrainedModel
+    plan: Plan
+    prompt_length: int | None
+    plain_mask: bool
+    direct: bool = False
+    outer: Call | None = None
+    fan: Fan | None = None
+    blank: Tensor | None = None
+    rope: float = 1.0
+    token: object = field(default_factory=object)
+    sight: TowerView = field(default_factory=TowerView)
+
+
+# Which generate() call of which model runs in this thread. Only the model's hooks read it, to hand the plan and the
+# prompt length to the request; without a cache (use_cache=False) every forward makes a request of its own from it.
+CALL: ContextVar[Call | None] = ContextVar("vlmattn_call", default=None)

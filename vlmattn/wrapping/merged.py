@@ -1,0 +1,206 @@
+"""One cache for the rows of the main prompt and of its branches, and what every forward on it needs to know.
+
+Rows lie group by group: n rows of the main prompt, then n rows of each branch. Groups whose prompt is shorter are padded on
+the left. The library's loops see n rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from vlmattn.decoding import ContrastiveDecoding
+from vlmattn.errors import StateError, UnsupportedError
+from vlmattn.request import Request, Step, Steps
+from vlmattn.wrapping.call import Call
+
+MERGED = "_vlmattn_merged"  # where the row groups of a call ride on its cache
+REQUEST = "_vlmattn_request"  # where a request rides on its cache
+
+
+@dataclass(eq=False)
+class View:
+    """A prompt that has been read, in ``n`` rows.
+
+    Attributes:
+        logits: ``[n, position, vocabulary]`` of the last prompt token, and of drafts after it.
+        mask: bool ``[n, prompt]``, False for keys that nobody sees.
+        last: position ids ``[..., n, 1]`` of the last prompt token.
+        rope: factor on the rotary base.
+    """
+
+    cache: DynamicCache
+    logits: Tensor
+    mask: Tensor
+    last: Tensor
+    rope: float = 1.0
+
+    @property
+    def request(self) -> Request | None:
+        """What edits know of these rows; None = no edits."""
+        return getattr(self.cache, REQUEST, None)
+
+    def repeated(self, times: int) -> View:
+        """Every row ``times`` times, one after another, as generate() repeats its inputs for beams."""
+        if times == 1:
+            return self
+        request = self.request
+        self.cache.batch_repeat_interleave(times)
+        if request is not None:
+            setattr(self.cache, REQUEST, request.moved(times))
+        return View(
+            self.cache,
+            self.logits.repeat_interleave(times, 0),
+            self.mask.repeat_interleave(times, 0),
+            self.last.repeat_interleave(times, self.last.ndim - 2),
+            self.rope,
+        )
+
+
+class Merged:
+    """The row groups of one call.
+
+    Attributes:
+        contrast: branches and rule.
+        rows: n, what the library's loops see; groups: main prompt and branches.
+        prompt: tokens of the main prompt; longest: slots of the longest prompt of all groups.
+        ropes: factors on the rotary base of each group.
+    """
+
+    def __init__(self, contrast: ContrastiveDecoding, views: Sequence[View], call: Call, alone: bool) -> None:
+        self.contrast, self.call, self._base, self._name = contrast, call.token, call.handle._base, call.plan.name
+        self.rows, self.prompt = views[0].mask.shape
+        self.groups, self.ropes = len(views), tuple(view.rope for view in views)
+        self.longest = max(view.mask.shape[1] for view in views)
+        shifts = [self.longest - view.mask.shape[1] for view in views]
+        mask = torch.cat([pad(view.mask, (shift, 0)) for view, shift in zip(views, shifts, strict=True)])
+        self._mask = None if bool(mask.all()) else mask.long()
+        self._offset = torch.cat([views[0].last - view.last for view in views], views[0].last.ndim - 2)
+        self.requests = [
+            view.request.moved(shift=shift) if view.request is not None and shift else view.request
+            for view, shift in zip(views, shifts, strict=True)
+        ]
+        for request in self.requests:
+            if request is not None:
+                request.call = call.token
+        self._alone, self._ledger, self._rule = alone, call.handle._ledger, call.plan.rule
+
+    def fill(self, cache: Any, views: Sequence[View]) -> None:
+        """Move the keys and values of all groups into the cache of the call."""
+        grown = self.longest - self.prompt
+        for number, parts in enumerate(zip(*(view.cache.layers for view in views), strict=True)):
+            if any(getattr(part, "is_sliding", False) for part in parts) or not hasattr(parts[0], "keys"):
+                raise UnsupportedError(
+                    "branches need full attention in every layer, and this model's cache forgets; no decoding rule can run on it"
+                )
+            wanted = max(part.keys.shape[-2] for part in parts)
+            keys, values = (
+                torch.cat([pad(getattr(part, name), (0, 0, wanted - part.keys.shape[-2], 0)) for part in parts])
+                for name in ("keys", "values")
+            )
+            if number < len(cache.layers):
+                _make_room(cache.layers[number], len(keys), grown)
+            cache.update(keys, values, number)
+        setattr(cache, MERGED, self)
+        if not self._alone:
+            cache.reorder_cache = MethodType(_reorder_cache, cache)  # bound, so that a deep copy reorders itself
+
+    def check(self, call: Call | None) -> None:
+        """Raise unless this forward belongs to the call that filled the cache."""
+        if call is None or call.token is not self.call:
+            raise StateError(
+                f"this cache was filled by generate() with the decoding rule of '{self._name}' and holds its branches too; it"
+                " cannot be continued: start a new generate()"
+            )
+
+    def expand(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Inputs of a step for all groups, from those of the main rows."""
+        found, new = dict(kwargs), input_ids.shape[1] - self.prompt
+        found["attention_mask"] = None
+        if self._mask is not None:
+            found["attention_mask"] = torch.cat([self._mask, self._mask.new_ones(len(self._mask), new)], 1)
+        tokens = found.get("next_sequence_length") or input_ids.shape[1]
+        positions = found["position_ids"][..., -tokens:]
+        shape = (*positions.shape[:-2], self.rows, positions.shape[-1])
+        rows = (1,) * (positions.ndim - 2) + (self.groups, 1)
+        found["position_ids"] = positions.expand(shape).repeat(rows) - self._offset.to(positions.device)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if isinstance(found.get(name), Tensor):
+                found[name] = found[name].repeat(self.groups, 1)
+        return input_ids.repeat(self.groups, 1), found
+
+    def steps(self, cache: Any, tokens: int) -> Steps | None:
+        """What attention has to know of a forward of ``tokens`` new tokens; None if nothing."""
+        if not self.contrast.layers and all(request is None for request in self.requests):
+            return None
+        start = None if tokens == 1 else int(cache.get_seq_length())
+        parts: list[tuple[slice, Step | None]] = []
+        for number, request in enumerate(self.requests):
+            rows = slice(number * self.rows, (number + 1) * self.rows)
+            if request is None and parts and parts[-1][1] is None:
+                parts[-1] = (slice(parts[-1][0].start, rows.stop), None)
+                continue
+            step = None if request is None else Step(request, self._base, start)
+            if step is not None and start is None and step.request.plan.extending:
+                step.at(cache)
+            parts.append((rows, step))
+        return Steps(tuple(parts), dict.fromkeys(self.contrast.layers))
+
+    def scores(
+        self, model: nn.Module, family: Any, groups: Sequence[Tensor], early: Mapping[int, Tensor | None], t: Tensor
+    ) -> Tensor:
+        """Combined logits ``[n, position, vocabulary]``, float32."""
+        self._ledger.add(("fired", self._rule))
+        main, *others = (logits.float() for logits in groups)
+        for layer in self.contrast.layers:
+            hidden = early[layer]
+            assert hidden is not None
+            others.append(family.logits(model, hidden[: self.rows, -main.shape[1] :]).to(main))
+        return self.contrast.rule(main, [other.to(main.device) for other in others], t)
+
+    def combine(
+        self, model: nn.Module, family: Any, cache: Any, output: Any, early: Mapping[int, Tensor | None]
+    ) -> None:
+        """After a forward of all groups: leave the rows that the library knows, with combined logits."""
+        groups = output.logits.chunk(self.groups)
+        positions = groups[0].shape[1]
+        last = cache.get_seq_length() - self.longest + 1  # not counted: drafts are taken back
+        t = last - positions + 1 + torch.arange(positions, device=output.logits.device)
+        output.logits = self.scores(model, family, groups, early, t)
+        for name in ("attentions", "hidden_states"):
+            if output.get(name) is not None:
+                output[name] = tuple(None if found is None else found[: self.rows] for found in output[name])
+
+
+def merged_of(cache: Any) -> Merged | None:
+    """The row groups on a cache, if it has some."""
+    return getattr(cache, MERGED, None)
+
+
+def _make_room(layer: Any, rows: int, grown: int) -> None:
+    """Static layers are made for the main prompt: longer prompts of branches need room too."""
+    if not hasattr(layer, "max_cache_len"):
+        return
+    if not layer.is_initialized:
+        layer.max_cache_len += grown
+    elif layer.keys.shape[0] != rows or grown:
+        raise StateError(
+            f"this static cache was used before, with {layer.keys.shape[0]} rows, and the branches need {rows}"
+            f" and {grown} more slots; give a new one"
+        )
+
+
+def _reorder_cache(self: Any, beams: Tensor) -> None:
+    merged: Merged = getattr(self, MERGED)
+    rows = torch.cat([beams + group * merged.rows for group in range(merged.groups)])
+    type(self).reorder_cache(self, rows)
+    for request in merged.requests:
+        if request is not None:
+            request.reorder(beams)
