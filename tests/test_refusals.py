@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import TEXT, build, generate, prompt
@@ -66,10 +68,12 @@ def test_continuous_batching():
 @torch.no_grad()
 def test_a_cache_of_another_batch():
     model, inputs = vlmattn.wrap(build("llava"), "pai"), prompt("llava")
-    cache = model(**inputs, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(2)
+    cache, words = model(**inputs, use_cache=True).past_key_values, torch.tensor([[5], [6]])
     with pytest.raises(StateError, match="a batch of 1 and now meets 2"):
-        model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+        model(input_ids=words, past_key_values=cache)
+    alone = [model(input_ids=word[None], past_key_values=copy.deepcopy(cache)).logits for word in words]
+    cache.batch_repeat_interleave(2)  # not a refusal: its rows are known
+    torch.testing.assert_close(model(input_ids=words, past_key_values=cache).logits, torch.cat(alone))
 
 
 @torch.no_grad()

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from vlmattn.decoding import ContrastiveDecoding
 from vlmattn.errors import StateError, UnsupportedError
 from vlmattn.request import Request, Step, Steps
 from vlmattn.wrapping.call import Call
+from vlmattn.wrapping.room import RoomyLayer
 
 MERGED = "_vlmattn_merged"  # where the row groups of a call ride on its cache
 REQUEST = "_vlmattn_request"  # where a request rides on its cache
@@ -105,8 +107,12 @@ class Merged:
                 torch.cat([pad(getattr(part, name), (0, 0, wanted - part.keys.shape[-2], 0)) for part in parts])
                 for name in ("keys", "values")
             )
-            if number < len(cache.layers):
-                _make_room(cache.layers[number], len(keys), grown)
+            layer = cache.layers[number] if number < len(cache.layers) else None
+            if type(layer) is DynamicLayer and not cache.offloading:
+                cache.layers[number] = RoomyLayer(keys, values)
+                continue
+            if layer is not None:
+                _make_room(layer, len(keys), grown)
             cache.update(keys, values, number)
         setattr(cache, MERGED, self)
         if not self._alone:

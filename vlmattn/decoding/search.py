@@ -1,0 +1,146 @@
+"""Search methods: the method itself chooses the tokens, over one prompt that grows along several rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vlmattn.interventions.registry import Options
+
+#: Logits processors of the caller: (generated ids ``[rows, length]``, scores ``[rows, vocabulary]``) -> scores.
+Process = Callable[[Tensor, Tensor], Tensor]
+
+
+class Rows(Protocol):
+    """One prompt that grows along several rows, all of one length."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, without padding."""
+        ...
+
+    @property
+    def visual(self) -> Tensor:
+        """bool ``[prompt_length]``: image tokens of the prompt."""
+        ...
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Read the prompt. Logits ``[1, vocabulary]`` after it and attention ``[1, keys]`` of its last token.
+
+        Attention is always that of the last layer, maximum over heads.
+        """
+        ...
+
+    def grow(self, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Row i becomes row ``parents[i]`` with ``tokens[i]`` after it, for as many rows as given.
+
+        Logits ``[rows, vocabulary]`` and attention ``[rows, keys]`` of the new tokens; keys are those of the prompt and
+        of all generated tokens, the own one included.
+        """
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on, in this order (may repeat)."""
+        ...
+
+    def rewind(self, generated: Tensor) -> Tensor:
+        """Start over from the prompt with ``generated [rows, length]`` after it. Logits ``[rows, vocabulary]``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Options):
+    """Base of methods that choose the tokens themselves. Instances are immutable."""
+
+    def search(self, rows: Rows, eos: frozenset[int], max_new_tokens: int, process: Process) -> Tensor:
+        """The best hypothesis, int64 ``[generated tokens]``: no prompt, with its eos if it ended by one.
+
+        Args:
+            rows: the prompt in a model.
+            eos: tokens that end a row.
+            max_new_tokens: no result is longer.
+            process: logits processors of the caller.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A row that ended, with its log-probability per generated token (length penalty 1, eos counted)."""
+
+    score: float
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Rows of a beam search that still grow, best first, and the ones that ended.
+
+    The rules are those of ``generate(num_beams=width)`` with its defaults (``_beam_search`` of transformers 5), but for
+    one: there are fewer rows than ``width`` where there were fewer choices.
+
+    Attributes:
+        width: rows that may grow, and hypotheses that are kept.
+        tokens: int64 ``[rows, length]``, generated so far.
+        scores: float32 ``[rows]``, sums of log-probabilities.
+        ended: the best hypotheses, best first.
+    """
+
+    width: int
+    tokens: Tensor
+    scores: Tensor
+    ended: tuple[Hypothesis, ...] = ()
+
+    @classmethod
+    def start(cls, width: int, device: torch.device) -> Beams:
+        """One row without tokens."""
+        return cls(width, torch.empty(1, 0, dtype=torch.int64, device=device), torch.zeros(1, device=device))
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def done(self) -> bool:
+        """No row grows, or ``width`` ended and none is worse than the best row is now (``early_stopping=False``)."""
+        if not len(self.tokens):
+            return True
+        full = len(self.ended) == self.width
+        return full and self.ended[-1].score >= float(self.scores[0] / max(self.length, 1))
+
+    @property
+    def best(self) -> Tensor:
+        """Tokens ``[length]`` of the best hypothesis, or of the best row while none ended."""
+        return self.ended[0].tokens if self.ended else self.tokens[0]
+
+    def longer(self, scores: Tensor, tokens: Tensor, eos: frozenset[int], last: bool) -> tuple[Beams, Tensor]:
+        """One token more: log-probabilities ``scores`` of the choices ``tokens``, both ``[rows, choices]``.
+
+        The max(2, 1 + number of eos) width best choices are looked at. Those that end (by eos, or all of them if this is
+        the ``last`` token) become hypotheses if they are among the ``width`` best; the ``width`` best others grow. Where
+        no choice is possible (all -inf), the rows end as they are.
+
+        Returns:
+            The beams, and which choice (row * choices + choice) each of their rows is.
+        """
+        total = (self.scores[:, None] + scores).flatten()
+        values, order = total.topk(min(max(2, 1 + len(eos)) * self.width, len(total)))
+        possible = values > -torch.inf
+        values, order = values[possible], order[possible]
+        grown = torch.cat([self.tokens[order // tokens.shape[1]], tokens.flatten()[order, None]], 1)
+        ends = torch.isin(grown[:, -1], torch.tensor(sorted(eos), dtype=grown.dtype, device=grown.device)) | last
+        if len(order):
+            ended = self._hypotheses(values[: self.width], grown, ends[: self.width])
+        else:
+            ended = self._hypotheses(self.scores, self.tokens, torch.ones_like(self.scores, dtype=torch.bool))
+        go = (~ends).nonzero().flatten()[: self.width]
+        return Beams(self.width, grown[go], values[go], ended), order[go]
+
+    def _hypotheses(self, scores: Tensor, tokens: Tensor, ends: Tensor) -> tuple[Hypothesis, ...]:
+        each = (scores / max(tokens.shape[1], 1)).tolist()
+        found = [Hypothesis(each[row], tokens[row]) for row in ends.nonzero().flatten().tolist()]
+        return tuple(sorted([*self.ended, *found], key=lambda one: -one.score)[: self.width])
