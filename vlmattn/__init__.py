@@ -21,6 +21,24 @@ from vlmattn.errors import (
 )
 
 if TYPE_CHECKING:
+    from vlmattn.decoding import (
+        AGLA,
+        ICD,
+        M3ID,
+        RBD,
+        VCD,
+        AvisC,
+        Branch,
+        Buckets,
+        Contrast,
+        ContrastiveDecoding,
+        DeCo,
+        Decoding,
+        DoLa,
+        Instead,
+        Noise,
+        PAIGuidance,
+    )
     from vlmattn.interventions import (
         GIFT,
         MMA,
@@ -48,6 +66,27 @@ if TYPE_CHECKING:
 
 __version__ = _version("vlmattn")
 
+_DECODING = frozenset(
+    (
+        "AGLA",
+        "ICD",
+        "M3ID",
+        "RBD",
+        "VCD",
+        "AvisC",
+        "Branch",
+        "Buckets",
+        "Contrast",
+        "ContrastiveDecoding",
+        "DeCo",
+        "Decoding",
+        "DoLa",
+        "Instead",
+        "Noise",
+        "PAIGuidance",
+    )
+)
+
 # Imported on first use: `import vlmattn` must work where transformers cannot be imported, to say why.
 _ELSEWHERE = {
     "presets": ("recipe", "all_presets"),
@@ -63,7 +102,7 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'vlmattn' has no attribute '{name}'")
-    module, attribute = _ELSEWHERE.get(name, ("interventions", name))
+    module, attribute = _ELSEWHERE.get(name, ("decoding" if name in _DECODING else "interventions", name))
     try:
         value = getattr(import_module(f"vlmattn.{module}"), attribute)
     except (ImportError, RuntimeError) as error:
@@ -84,24 +123,40 @@ def load(name: str = "embedded", **kwargs: Any) -> tuple[Any, Any]:
 
 
 __all__ = [
+    "AGLA",
     "GIFT",
+    "ICD",
+    "M3ID",
     "MMA",
     "PAI",
     "PAINT",
+    "RBD",
     "VAF",
     "VAR",
+    "VCD",
     "VHR",
+    "AvisC",
     "Bidirectional",
+    "Branch",
+    "Buckets",
     "Calibration",
+    "Contrast",
+    "ContrastiveDecoding",
+    "DeCo",
+    "Decoding",
+    "DoLa",
     "FocusDirections",
     "HeadProfile",
     "Heads",
     "HeadsGuided",
     "InputError",
+    "Instead",
     "Intervention",
     "Isolation",
     "Knockout",
+    "Noise",
     "OptionError",
+    "PAIGuidance",
     "Recipe",
     "SinkProfile",
     "SoFA",

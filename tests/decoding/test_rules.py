@@ -79,20 +79,19 @@ def counted(views: list[Tensor]) -> Tensor:
 def test_vcd_gives_the_released_scores(case, idle):
     golden = load_file(GOLDENS / "vcd" / "vcd_goldens.safetensors")
     main, wanted = golden["main"], golden[f"{case['name']}.scores"]
-    found = {"cd_alpha": 0.5, "cd_beta": 0.1} | case["kwargs"] if case["kwargs"] is not None else dict.fromkeys(
-        ("cd_alpha", "cd_beta"), 0.0
-    )
-    contrast = VCD(alpha=found["cd_alpha"], beta=found["cd_beta"]).contrast(None)
-    assert contrast.is_identity == (case["kwargs"] is None)
+    kwargs = case["kwargs"]
+    alpha, beta = (0, 0) if kwargs is None else (kwargs.get("cd_alpha", 0.5), kwargs.get("cd_beta", 0.1))
+    contrast = VCD(alpha=alpha, beta=beta).contrast(None)
+    assert contrast.is_identity == (kwargs is None)
     contrast = contrast if idle else contrast.without_idle()
-    assert len(contrast.branches) == (idle or found["cd_alpha"] > 0)
+    assert len(contrast.branches) == (idle or alpha > 0)
     scores = contrast.rule(main, [golden["cd"]] * len(contrast.branches), torch.arange(1, main.shape[1] + 1))
     warpers = {"t": TemperatureLogitsWarper, "k": TopKLogitsWarper}
     for name, value in case["warpers"].items():
         scores = torch.stack([warpers[name](value)(None, step) for step in scores.unbind(1)], 1)
     assert torch.equal(bits(scores), bits(wanted))
     torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5)
-    if case["kwargs"] is None:
+    if kwargs is None:
         assert torch.equal(scores, main)
 
 
@@ -125,15 +124,15 @@ def m3id(rate: float, cap: float = INF):
 
 
 FORMULAS = {
-    "vcd": (VCD(alpha=1.5, beta=0.02), lambda l, v, t: 2.5 * l - 1.5 * v["noised"]),
-    "icd": (ICD(alpha=0.5, beta=0.3), lambda l, v, t: 1.5 * l - 0.5 * v["confused"]),
-    "avisc": (AvisC(alpha=2.5), lambda l, v, t: 3.5 * l - 2.5 * v["blind"]),
-    "agla": (AGLA(), lambda l, v, t: l + 2 * v["augmented"]),
-    "agla_attention": (AGLA(alpha=0.5, beta=0, augment="attention"), lambda l, v, t: l + 0.5 * v["augmented"]),
-    "rbd": (RBD(text=1.2, visual=0.4), lambda l, v, t: (1 + 1.2 - 0.4) * l + 0.4 * v["visual"] - 1.2 * v["text"]),
+    "vcd": (VCD(alpha=1.5, beta=0.02), lambda m, v, t: 2.5 * m - 1.5 * v["noised"]),
+    "icd": (ICD(alpha=0.5, beta=0.3), lambda m, v, t: 1.5 * m - 0.5 * v["confused"]),
+    "avisc": (AvisC(alpha=2.5), lambda m, v, t: 3.5 * m - 2.5 * v["blind"]),
+    "agla": (AGLA(), lambda m, v, t: m + 2 * v["augmented"]),
+    "agla_attention": (AGLA(alpha=0.5, beta=0, augment="attention"), lambda m, v, t: m + 0.5 * v["augmented"]),
+    "rbd": (RBD(text=1.2, visual=0.4), lambda m, v, t: (1 + 1.2 - 0.4) * m + 0.4 * v["visual"] - 1.2 * v["text"]),
     "pai": (
         PAIGuidance(gamma=1.7, beta=0.05),
-        lambda l, v, t: 1.7 * (logp(l) - logp(v["unseen"])) + logp(v["unseen"]),
+        lambda m, v, t: 1.7 * (logp(m) - logp(v["unseen"])) + logp(v["unseen"]),
     ),
     "m3id": (M3ID(), m3id(0.02)),
     "m3id_cap": (M3ID(rate=0.3, cap=4.0, beta=0), m3id(0.3, 4.0)),
@@ -278,10 +277,16 @@ def test_growth_of_the_specification():
     assert float(M3ID().contrast(None).rule.weights[0](torch.tensor([10**6]))[0]) == 1e3
 
 
+@pytest.mark.xfail(strict=True, reason="an infinite weight on both sides of a difference is nan")
+def test_growth_without_a_cap_gives_no_nan():
+    main, branch = draw(1, 1, 9), draw(1, 1, 9, seed=1)
+    assert not Contrast((Growth(0.5),), "logprobs")(main, [branch], torch.tensor([200])).isnan().any()
+
+
 RULES = {
     "alpha 1": Contrast((1.0, 0.5)),
     "alpha 5": Contrast((5.0, 2.0)),
-    "logprobs": Contrast((Growth(0.5), 0.7), "logprobs"),
+    "logprobs": Contrast((Growth(0.02), 0.7), "logprobs"),
     "towards": Contrast((1.0, -0.5)),
     "plus": Contrast((2.0, 1.0), plus=True),
     "unsure": Contrast((1.0, 1.0), unsure_below=0.7),
@@ -410,9 +415,7 @@ CONSTANTS = {
     "dola_high": {"beta": 0.1},
     "deco": {"alpha": 0.6, "top_p": 0.9, "top_k": 20},
 }
-PRESETS = {
-    name: preset for name, preset in all_presets().items() if issubclass(find_method(preset.method), Decoding)
-}
+PRESETS = {name: preset for name, preset in all_presets().items() if issubclass(find_method(preset.method), Decoding)}
 
 
 def test_every_decoding_method_has_a_preset():

@@ -14,6 +14,7 @@ from vlmattn.decoding.rbd import RBD
 from vlmattn.decoding.rules import Contrast, Growth, Mixture, Rule, plausible
 from vlmattn.decoding.tokens import BlindTokens, TopAttended
 from vlmattn.decoding.vcd import VCD
+from vlmattn.interventions.registry import option, register
 
 __all__ = [
     "AGLA",
@@ -39,5 +40,7 @@ __all__ = [
     "Rule",
     "TokenChoice",
     "TopAttended",
+    "option",
     "plausible",
+    "register",
 ]

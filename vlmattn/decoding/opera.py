@@ -14,7 +14,7 @@ from vlmattn.decoding.search import Beams, Process, Rows, Search
 from vlmattn.interventions.registry import option, register
 
 FACTOR = 1e-7  # of the column products
-LARGEST = 999.0  # of the penalty: the release leaves candidates aside that fall as low
+LARGEST = 60.0  # logarithm of the penalty, so that sums of scores stay finite
 EARLY = 10  # tokens whose penalty is the missing attention to the image, and that are never rolled back to
 
 
@@ -38,7 +38,7 @@ def columns_with(columns: Tensor, share: Tensor, scale: float) -> Tensor:
 def over_trust(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Penalty  phi = max_j FACTOR exp(columns_j)  and where the maximum is, of ``columns [..., length]``."""
     largest, location = columns.max(-1)
-    return (largest + math.log(FACTOR)).clamp(max=math.log(LARGEST)).exp(), location
+    return (largest + math.log(FACTOR)).clamp(max=LARGEST).exp(), location
 
 
 @dataclass(frozen=True)
@@ -132,37 +132,36 @@ class OPERA(Search):
         log softmax_v(l_v - weight phi_v),     phi_v = max_j 1e-7 prod_{j <= i <= t} scale W_ij     (t > 10)
                                                phi_v = -(attention share of v on image tokens)      (t <= 10)
 
-    Retrospection: the location of a beam is the j of its maximum (mode over candidates); the step's is the mode over
+    Retrospection: the location of a beam is the j of its maximum (mode over candidates), that of the step the mode over
     beams. If it is >= 10 (from 0 on) and was the location of every beam at more than ``threshold`` tokens of the answer,
-    the search returns to the choice of the token after it (the location itself, once that happened ``candidates``
-    times; not at all, once that did as well). What was chosen there is forbidden; this one choice is made
-    from the whole vocabulary, without penalty. No position is returned to more than ``candidates`` times, so the search
-    ends after at most ``max_new_tokens (1 + 2 candidates max_new_tokens)`` tokens.
+    the search returns to the choice of the token after it; to the choice of the location itself if it returned there
+    ``candidates`` times; not at all if that holds for both. What was chosen there is forbidden, and this one choice is
+    made from the whole vocabulary, without penalty. So there are at most ``candidates`` rollbacks per position, and the
+    search ends.
 
-    The release (generation/utils.py of its transformers) runs every candidate alone and the chosen tokens again. Here
-    the candidates of all beams grow together, and the rows that the beam update chooses go on with the logits they
-    have: one ``grow`` per token, and one ``rewind`` and one ``grow`` more per rollback. Column products are kept as
-    logarithms (float32), so nothing underflows and no matrix is kept.
+    The release (``opera_beam_search`` in generation/utils.py of its transformers 4.29.2) runs every candidate alone and
+    the chosen tokens again. Here the candidates of all beams grow together, and the rows that the beam update chooses go
+    on with the logits they have: one ``grow`` per token; a rollback costs one ``rewind`` and one ``grow`` more. Column
+    products are kept as logarithms in float32, ``[rows, length]``: nothing underflows, and no matrix is kept.
 
     Other than in the release:
 
     * Beams, eos and the end of the search follow today's ``generate`` with length penalty 1 and ``early_stopping=False``
-      (``search.Beams``); the release divides by the length of the prompt's ids as well.
-    * What is no candidate cannot be chosen; there it has the logit -999. So beams may be fewer: with one candidate the
-      search is greedy up to its first rollback, whereas the release fills beams up with arbitrary tokens.
-    * Penalties end at 999. There they are half precision, infinite from 65520 on and coarse below 1e-6, and candidates
-      with more than about 999 lose to arbitrary tokens.
+      (``search.Beams``). The release divides scores by the length of its ids, text of the prompt included, eos not.
+    * What is no candidate cannot be chosen; there it has the logit -999. So beams may be fewer: with one candidate there
+      is one, greedy, up to the first rollback, where the release has others that begin with arbitrary tokens.
+    * Penalties are float32 and end at exp(60). There they are half precision (steps of 6e-8 below 6e-5, infinite from
+      65520 on), and candidates with more than about 999 lose to arbitrary tokens.
     * ``process`` works on the log-probabilities of the candidates, as there; but tokens that it forbids (-inf) are no
       candidates from the start. So it is called twice per token.
-    * Forbidden means -inf instead of the row's lowest logit; what is forbidden at later positions is forgotten when the
-      beams there are (the release's bookkeeping misses most of it), and so are hypotheses that ended after the position.
-    * The rest of the release's window is unused code: column products run over the whole answer. Here ``window`` is how
-      many tokens back a rollback may reach, and no limit on positions.
+    * Forbidden means -inf, there the row's lowest logit. A rollback forgets what later positions forbid (there: of one
+      position only) and hypotheses that ended after it (there: at the first return only).
+    * ``window`` is how many tokens a rollback may go back, and no more. The release, too, multiplies columns over the
+      whole answer; its window also ends rollbacks to positions from 512 on.
 
-    ``softmax="vocabulary"`` normalises over all tokens. Then weight 0, a threshold that is never reached and
-    ``candidates`` of max(2, 1 + number of eos) ``num_beams`` are ordinary beam search, which the release is not:
-    normalised over the candidates alone, a beam pays little for an unlikely token, and penalties that all its candidates
-    share cancel.
+    Normalised over the candidates alone, as in the release, a beam pays little for an unlikely token, and a penalty that
+    all its candidates share cancels. ``softmax="vocabulary"`` normalises over all tokens; with weight 0, a threshold out
+    of reach and at least max(2, 1 + number of eos) ``num_beams`` candidates this is ordinary beam search.
 
     Raises:
         OptionError: an option out of range.
@@ -195,7 +194,7 @@ class OPERA(Search):
             penalty = -seen if columns.shape[1] <= EARLY else penalty
             places = location.view_as(tokens).mode().values
             memory.locations.append(pad(places, (0, self.num_beams - len(places)), value=-1))
-            position = memory.target(len(tokens), self.threshold, self.candidates) if memory.past else None
+            position = memory.target(len(tokens), self.threshold, self.candidates)
             if position is not None:
                 front = self._again(rows, memory, position, eos, process)
                 continue
@@ -224,9 +223,10 @@ class OPERA(Search):
     def _scores(self, front: Front, tokens: Tensor, penalty: Tensor, process: Process) -> Tensor:
         """Log-probabilities of the candidates, both ``[rows, candidates]``."""
         others = torch.ones_like(front.logits, dtype=torch.bool).scatter(-1, tokens, False)
-        logits = front.logits.scatter_add(-1, tokens, -self.weight * penalty)
-        if self.softmax == "candidates":
-            logits = logits.masked_fill(others, -torch.inf)
+        logits = front.logits
+        if self.softmax == "candidates":  # what all share changes nothing, but would cost digits
+            penalty, logits = penalty - penalty.amin(-1, keepdim=True), logits.masked_fill(others, -torch.inf)
+        logits = logits.scatter_add(-1, tokens, -self.weight * penalty)
         scores = logits.log_softmax(-1).masked_fill(others, -torch.inf)
         return process(front.beams.tokens, scores).gather(-1, tokens)
 

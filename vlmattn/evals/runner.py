@@ -91,7 +91,7 @@ def evaluate(
         warnings.simplefilter("ignore")  # said again when it answers
         for recipe in recipes.values():  # what does not fit the model is an error now, not hours later
             with _applied(model, recipe, processor):
-                pass
+                _refuse_missing(model, recipe.name)
     processor.tokenizer.padding_side = "left"
     with Journal(out, settings, restart) as journal:
         if not journal.resumed:
@@ -155,6 +155,18 @@ def _about(metric: Metric) -> dict[str, str]:
 
 def _applied(model: Any, recipe: Recipe, processor: Any) -> AbstractContextManager[Any]:
     return vlmattn.applied(model, recipe, processor=processor) if not recipe.is_none else nullcontext()
+
+
+def _refuse_missing(model: Any, preset: str) -> None:
+    """Raise if a recipe needs inputs of its own with every call."""
+    handle = handle_of(model)
+    rule = handle.active_plan.decoding if handle is not None else None
+    for branch in rule.branches if rule is not None else ():
+        if branch.needs:
+            raise OptionError(
+                f"preset '{preset}' needs {', '.join(branch.needs)} for its branch '{branch.name}' with every call, which an"
+                " eval cannot give; leave it out"
+            )
 
 
 def _recipes(presets: Sequence[str | Recipe]) -> dict[str, Recipe]:
