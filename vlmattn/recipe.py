@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vlmattn.decoding import Branch, ContrastiveDecoding, Decoding, Gaze, Instead
+from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError
 from vlmattn.interventions import Intervention, Options, all_presets, make_method
 from vlmattn.interventions.files import copy_whole, write_whole
@@ -33,7 +34,7 @@ class Recipe:
 
     name: str
     interventions: tuple[Intervention, ...] = ()
-    decoding: Decoding | ContrastiveDecoding | None = None
+    decoding: Decoding | Search | ContrastiveDecoding | None = None
 
     @property
     def methods(self) -> tuple[Options, ...]:
@@ -119,7 +120,8 @@ class Recipe:
             OptionError: what does not fit the model; methods that conflict in some layer (named, with the reason).
         """
         contrast = self._contrast(sizes)
-        gaze, watched = Gaze(), _watched(contrast, sizes)
+        search = self.decoding if isinstance(self.decoding, Search) else None
+        looks = frozenset({sizes.layers - 1}) if search else _watched(contrast, sizes)
         bound = [method.bind(sizes) for method in self.interventions]
         active = [frozenset(method.active_layers(sizes)) for method in bound]
         for (one, first), (other, second) in combinations(zip(bound, active, strict=True), 2):
@@ -151,7 +153,7 @@ class Recipe:
             preparing=tuple(m for m in bound if _has(m, "prepare")),
             observing=at("observe", active),
             measuring=tuple(
-                (*methods, gaze) if layer in watched else methods
+                (*methods, LastLook() if search else Gaze()) if layer in looks else methods
                 for layer, methods in enumerate(at("measure", [m.measured_layers(sizes) for m in bound]))
             ),
             seeing=seeing,
@@ -160,15 +162,16 @@ class Recipe:
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
             turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
             uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
-            texts=not any(m.needs_images for m in bound) and (bool(bound) or contrast is not None),
+            texts=not any(m.needs_images for m in bound) and not self.is_none,
             decoding=contrast,
-            rule=_name(self.decoding) if contrast else "",
+            search=search,
+            rule=_name(self.decoding) if contrast or search else "",
             branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
         )
 
     def _contrast(self, sizes: Sizes) -> ContrastiveDecoding | None:
         """Branches and rule for a model; None if there are none or they change nothing."""
-        if self.decoding is None:
+        if self.decoding is None or isinstance(self.decoding, Search):
             return None
         rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(sizes)
         rule = rule.without_idle()
@@ -280,7 +283,7 @@ class Recipe:
         return cls.from_file(path)
 
 
-_METHODS = (Intervention, Decoding, ContrastiveDecoding)
+_METHODS = (Intervention, Decoding, Search, ContrastiveDecoding)
 
 
 def _name(method: Any) -> str:

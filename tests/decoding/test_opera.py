@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -332,10 +333,6 @@ def test_the_cases_of_the_plain_search_do_roll_back():
 # --- Retrospection
 
 
-def generations(rows: Scripted, length: int) -> list[list[tuple[int, ...]]]:
-    return [grown for grown in rows.grown if len(grown[0]) == length]
-
-
 def test_what_was_chosen_at_the_position_is_not_chosen_again():
     """One beam, so choices are seen: attention sticks to token 12, and the search comes back to choose token 13 anew."""
     method = OPERA(num_beams=1, candidates=3, threshold=5, weight=0)
@@ -401,21 +398,24 @@ def test_a_rollback_goes_no_further_than_the_window():
     assert near.rewound[0] == len(max((g[0] for g in near.grown[: near.rewound[0] + 5]), key=len)) - 1 - 4 > 13
 
 
+class Late(Table):
+    """Token 1 is the likeliest, and after 15 times token 1 the eos (0), which is impossible elsewhere."""
+
+    def logits(self, tokens: tuple[int, ...]) -> Tensor:
+        return torch.tensor([30.0 if tokens == (1,) * 15 else -30.0, 5.0, 4.0, 3.0])
+
+
 def test_what_ended_after_the_position_is_forgotten():
-    """eos is likely late and unlikely before: the hypothesis it makes does not survive the rollback."""
-
-    class Late(Table):
-        def logits(self, tokens: tuple[int, ...]) -> Tensor:
-            early = self._draw(tokens, 0, 4) * 0.1
-            if len(tokens) == 15:
-                early[0] += 6.0
-            return early
-
-    method = OPERA(num_beams=2, candidates=4, threshold=6, weight=0, softmax="vocabulary")
-    plain = Plain(method, Late(3, summary=12), frozenset({0}), 24)
-    tokens, rows = run(method, Late(3, summary=12), 24, frozenset({0}))
+    """The best hypothesis was found after the position, and cannot be found again: its token there is forbidden."""
+    method = dict(num_beams=2, candidates=2, weight=0)
+    table = Late(0, summary=12)
+    without = run(OPERA(threshold=OUT_OF_REACH, **method), table, 24, frozenset({0}))[0]
+    assert without == [1] * 15 + [0]
+    tokens, rows = run(OPERA(threshold=6, **method), table, 24, frozenset({0}))
+    assert any(row[-1] == 0 for row in rows.grown[15]), "it was among the choices"
     assert rows.rewound
-    assert (tokens, rows.rewound) == (plain.search(), plain.rewound)
+    assert len(tokens) == 24
+    assert 0 not in tokens
 
 
 # --- Cost, ends, processors
@@ -431,12 +431,13 @@ def test_one_forward_per_token_without_rollback(beams):
 
 
 def test_a_rollback_costs_one_rewind_and_one_forward():
-    """16 tokens until the summary was seen often enough, choice of token 13 anew, and the rest."""
-    rows = run(OPERA(num_beams=1, candidates=1, threshold=4, weight=0), Table(1, summary=12), 17)[1]
+    """The last step before it is thrown away; the token chosen anew grows alone, and then all goes on from there."""
+    rows = run(OPERA(num_beams=1, candidates=2, threshold=9, weight=0), Table(1, summary=12), 26)[1]
     lengths = [len(grown[0]) for grown in rows.grown]
-    back = lengths.index(14, lengths.index(14) + 1)
-    assert lengths[:back] == list(range(1, lengths[back - 1] + 1))
-    assert rows.rewound[0] == 13
+    back = [after for before, after in pairwise(lengths) if after != before + 1]
+    assert rows.rewound == [13, 13, 12, 12]
+    assert back == [14, 14, 13, 13]
+    assert [len(grown[0]) for grown in rows.grown if len(grown) == 1] == back
 
 
 @pytest.mark.parametrize("new", [0, 1, 2, 11])

@@ -10,8 +10,10 @@ from vlmattn.decoding.guidance import PAIGuidance
 from vlmattn.decoding.icd import ICD
 from vlmattn.decoding.m3id import M3ID
 from vlmattn.decoding.noise import Noise
+from vlmattn.decoding.opera import OPERA
 from vlmattn.decoding.rbd import RBD
 from vlmattn.decoding.rules import Contrast, Growth, Mixture, Rule, plausible
+from vlmattn.decoding.search import Search
 from vlmattn.decoding.tokens import BlindTokens, TopAttended
 from vlmattn.decoding.vcd import VCD
 from vlmattn.interventions.registry import option, register
@@ -20,6 +22,7 @@ __all__ = [
     "AGLA",
     "ICD",
     "M3ID",
+    "OPERA",
     "RBD",
     "VCD",
     "AvisC",
@@ -38,6 +41,7 @@ __all__ = [
     "Noise",
     "PAIGuidance",
     "Rule",
+    "Search",
     "TokenChoice",
     "TopAttended",
     "option",

@@ -170,7 +170,7 @@ class Decoding(Options):
 class Gaze:
     """Notes how much the row before the first new token attends to each key, for branches that choose tokens by it."""
 
-    observes_generated = False
+    observes_generated = measures_generated = False
 
     def measure(self, scope: Scope, weights: Weights) -> None:
         row = scope.request.prompt_length - 1

@@ -235,7 +235,8 @@ class OPERA(Search):
         moment, forbidden = memory.back(position)
         logits = rows.rewind(moment.beams.tokens).float()
         free = logits.flatten().index_fill(0, forbidden, -torch.inf).view_as(logits)
-        scores = process(moment.beams.tokens, free.log_softmax(-1))
+        scores = free.log_softmax(-1).masked_fill(free == -torch.inf, -torch.inf)  # a row may have nothing left
+        scores = process(moment.beams.tokens, scores)
         vocabulary = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
         beams, chosen = moment.beams.longer(scores, vocabulary, eos, last=False)
         front = Front(moment.beams, logits, moment.columns)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from vlmattn.interventions.registry import Options
+from vlmattn.kernels import AttentionEdit
+from vlmattn.request import Preparation, Request, Scope, Sight, Weights
 
 #: Logits processors of the caller: (generated ids ``[rows, length]``, scores ``[rows, vocabulary]``) -> scores.
 Process = Callable[[Tensor, Tensor], Tensor]
@@ -66,6 +68,32 @@ class Search(Options):
             process: logits processors of the caller.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LastLook:
+    """Notes how much the newest token attends to each key in the last layer, maximum over heads."""
+
+    observes_generated = False
+    measures_generated = True
+
+    def measure(self, scope: Scope, weights: Weights) -> None:
+        scope.request.state["last look"] = weights(scope.queries - 1, scope.queries)[:, :, 0].amax(1)
+
+    @staticmethod
+    def read(request: Request) -> Tensor:
+        """float32 ``[row, key]``."""
+        seen: Tensor = request.state["last look"]
+        return seen
+
+    def prepare(self, preparation: Preparation) -> None: ...
+
+    def encoded(self, sight: Sight) -> None: ...
+
+    def observe(self, scope: Scope, hidden: Tensor) -> None: ...
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        return AttentionEdit()
 
 
 @dataclass(frozen=True)

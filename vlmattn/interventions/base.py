@@ -57,6 +57,11 @@ class Intervention(Options):
         """``observe`` is also called for every generated token."""
         return False
 
+    @property
+    def measures_generated(self) -> bool:
+        """``measure`` is also called for generated tokens."""
+        return False
+
     def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
         """Layers whose attention ``measure`` looks at."""
         return ()

@@ -76,6 +76,10 @@ class Family(ABC):
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """Rows of each pixel tensor of a call that belong to each sequence of the batch: name -> counts."""
 
+    def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        """As ``pixels``, for all inputs that come image by image."""
+        return self.pixels(model, inputs)
+
     def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
         """Token ids that are in a prompt for the sake of its images only."""
         found = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))

@@ -22,6 +22,9 @@ class Qwen25VL(Family):
         return None
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        return {name: counts for name, counts in self.per_row(model, inputs).items() if name.startswith("pixel_values")}
+
+    def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         tower: Any = self.tower(model)
         types, merged = self.token_types(model, inputs["input_ids"]), tower.spatial_merge_size**2
         found = {}
@@ -33,6 +36,7 @@ class Qwen25VL(Family):
                 patches = inputs[sizes].prod(-1).tolist()
                 tokens = (types == kind).sum(1).tolist()
                 found[name] = share_out(tokens, [(count // merged, count) for count in patches])
+                found[sizes] = share_out(tokens, [(count // merged, 1) for count in patches])
         return found
 
     def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:

@@ -26,6 +26,9 @@ class Method(Protocol):
     @property
     def observes_generated(self) -> bool: ...
 
+    @property
+    def measures_generated(self) -> bool: ...
+
     def prepare(self, preparation: Preparation) -> None: ...
 
     def encoded(self, sight: Sight) -> None: ...
@@ -69,8 +72,8 @@ class Plan:
         tower_layers: layers of the vision tower that ``seeing`` methods look at.
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
         texts: prompts without images are welcome.
-        decoding: branches and rule for this model, if there are some; ``rule``: what the report calls them;
-            ``branches``: a plan for each branch.
+        decoding: branches and rule for this model, if there are some, ``branches``: a plan for each branch.
+        search: the method that chooses the tokens, if it is not the library. ``rule``: what the report calls either.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Plan:
     uses_turns: bool = False
     texts: bool = False
     decoding: Any = None
+    search: Any = None
     rule: str = ""
     branches: tuple[Plan, ...] = ()
 

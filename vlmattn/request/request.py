@@ -129,39 +129,39 @@ class Request:
         self._turns.write(0, turns.masked_fill(generated, -1))
         self.turns_known, self._finder = True, finder
 
-    def moved(self, repeats: int = 1, shift: int = 0, hidden: Tensor | None = None) -> Request:
-        """A copy for a cache in which each row is there ``repeats`` times and every slot lies ``shift`` later.
+    def moved(self, rows: Tensor | None = None, shift: int = 0, hidden: Tensor | None = None) -> Request:
+        """A copy for a cache in which row i is what ``rows[i]`` was and every slot lies ``shift`` later.
 
         The slots before count as padding, and so does ``hidden``, bool ``[batch, slots]``, in slots of this request.
         """
         copy = Request(self.plan, self.ledger)
         copy.__dict__.update(self.__dict__)
-        copy.batch = None if self.batch is None else self.batch * repeats
         copy.prompt_length += shift
         copy._first_row_after_image += shift
         copy._first_last_row += shift
         copy._runs = tuple((a + shift, b + shift, text, image) for a, b, text, image in self._runs)
         for name in ("_ids", "_roles", "_turns", "_types", "_images", "_real"):
-            setattr(copy, name, getattr(self, name).moved(repeats, shift))
+            setattr(copy, name, getattr(self, name).moved(rows, shift))
+        copy.state = {key: self._moved_state(kept, rows, shift) for key, kept in self.state.items()}
         if self._last_prompt_row is not None:
-            copy._last_prompt_row = self._last_prompt_row.repeat_interleave(repeats) + shift
+            copy._last_prompt_row = _of_rows(self._last_prompt_row, rows) + shift
         if self._with_image is not None:
-            copy._with_image = self._with_image.repeat_interleave(repeats)
+            copy._with_image = _of_rows(self._with_image, rows)
+        if rows is not None:
+            copy.batch = len(rows)
         if shift or hidden is not None:
             copy.has_padding = True
-            stop = self.prompt_length
-            real = self._real.read(stop, torch.device("cpu"))
+            real = self._real.read(self.prompt_length, torch.device("cpu"))
             if hidden is not None:
-                real = real & ~hidden[:, :stop].cpu()
-            copy._real.write(0, torch.nn.functional.pad(real, (shift, 0), value=False).repeat_interleave(repeats, 0))
-        copy.state = {key: self._moved_state(kept, repeats, shift) for key, kept in self.state.items()}
+                real = real & ~hidden[:, : self.prompt_length].cpu()
+            copy._real.write(0, _of_rows(torch.nn.functional.pad(real, (shift, 0), value=False), rows))
         return copy
 
-    def _moved_state(self, kept: Any, repeats: int, shift: int) -> Any:
+    def _moved_state(self, kept: Any, rows: Tensor | None, shift: int) -> Any:
         if isinstance(kept, Slots):
-            return kept.moved(repeats, shift)
+            return kept.moved(rows, shift)
         if isinstance(kept, Tensor) and kept.ndim > 1 and kept.shape[0] == self.batch:  # one for each row
-            return kept.repeat_interleave(repeats, 0)
+            return _of_rows(kept, rows)
         return kept
 
     def reorder(self, rows: Tensor) -> None:
@@ -233,6 +233,10 @@ class Request:
         """The last prompt row of each sequence and every row generated after it."""
         slots = torch.arange(start, start + queries, device=device)
         return Rows(slots >= self.last_prompt_row(device)[:, None], max(self._first_last_row - start, 0))
+
+
+def _of_rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values[rows.to(values.device)]
 
 
 def _column_runs(text: Tensor, image: Tensor) -> tuple[tuple[int, int, bool, bool], ...]:

@@ -65,11 +65,11 @@ class Slots:
         if self._values is not None:
             self._values = self._values[rows.to(self._values.device)]
 
-    def moved(self, repeats: int = 1, shift: int = 0) -> Slots:
-        """A copy with each row ``repeats`` times and each value ``shift`` slots later."""
+    def moved(self, rows: Tensor | None = None, shift: int = 0) -> Slots:
+        """A copy in which row i is what ``rows[i]`` was and every value lies ``shift`` slots later."""
         copy = Slots(self._fill, self._dtype)
         if self._values is not None:
-            values = self._values.repeat_interleave(repeats, 0)
+            values = self._values if rows is None else self._values[rows.to(self._values.device)]
             copy._values = torch.nn.functional.pad(values, (shift, 0), value=self._fill)
         return copy
 

@@ -24,11 +24,13 @@ from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.interventions.files import beside, copy_whole
 from vlmattn.models import find_family
 from vlmattn.recipe import FILE_NAME, Recipe
+from vlmattn.request import Plan
 from vlmattn.wrapping.branches import fan_of, setting_of
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.hooks import WRAPPED, install_hooks
 from vlmattn.wrapping.merged import merged_of
+from vlmattn.wrapping.searching import refuse_ways, searching
 
 __all__ = ["Handle", "applied", "handle_of", "install", "unwrap", "wrap"]
 
@@ -164,6 +166,9 @@ def _generate(
         plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
         original = handle._originals.get("generate") or MethodType(type(self).generate, self)
         fan = fan_of(self, plan, args, kwargs, branch_inputs or {})
+        streamer = kwargs.get("streamer")
+        if plan.search is not None:
+            args, kwargs = _searched(self, plan, args, kwargs)
         if not plan.is_identity or fan is not None:
             _refuse_chunks(self, kwargs)
         mask = kwargs.get("attention_mask")
@@ -173,6 +178,9 @@ def _generate(
             out = original(*args, **kwargs)
         finally:
             CALL.reset(token)
+        if plan.search is not None and streamer is not None:
+            streamer.put(getattr(out, "sequences", out)[0, call.prompt_length :].cpu())  # known only now
+            streamer.end()
     except BaseException:
         if (streamer := kwargs.get("streamer")) is not None:
             streamer.end()  # whoever reads from it in another thread would wait for ever
@@ -180,6 +188,15 @@ def _generate(
     if preset is None and not (plan.is_identity and fan is None):
         handle.warn_if_idle()
     return out
+
+
+def _searched(
+    model: PreTrainedModel, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a generate() call in which a search method chooses the tokens."""
+    refuse_ways(model, plan.rule, kwargs)
+    decode = searching(plan.search, kwargs)
+    return args, {**kwargs, "do_sample": False, "custom_generate": decode}
 
 
 def _prepare_inputs(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

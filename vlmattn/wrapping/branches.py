@@ -57,7 +57,7 @@ class Fan:
             return None
         if target is None:
             raise UnsupportedError("a decoding rule needs a cache; leave use_cache at True")
-        self._target, self.cache = target, _new_cache(model)
+        self._target, self.cache = target, new_cache(model)
         return self.cache
 
     def spread(self, call: Call, inputs: Mapping[str, Any], output: Any, early: Mapping[int, Tensor | None]) -> None:
@@ -117,7 +117,7 @@ class _Reader:
     def beside(self) -> View:
         """From the last prompt token on with hidden keys; everything before is the main prompt's."""
         prompt, drafts, hidden = self.prompt, self.ids.shape[1] - self.prompt, self._hidden()
-        cache = _new_cache(self.call.model)
+        cache = new_cache(self.call.model)
         for number, layer in enumerate(self.main.cache.layers):
             cache.update(layer.keys[..., : prompt - 1, :], layer.values[..., : prompt - 1, :], number)
         call = replace(self.call, plan=self.plan, prompt_length=prompt - 1, fan=None, token=object())
@@ -148,7 +148,7 @@ class _Reader:
             self.call, plan=self.plan, prompt_length=mask.shape[1], plain_mask=True, fan=None, blank=blank,
             rope=self.branch.rope, token=object(), sight=TowerView(),
         )  # fmt: skip
-        cache = _new_cache(self.call.model)
+        cache = new_cache(self.call.model)
         logits = self._run(call, cache, inputs, positions)
         return View(cache, logits, mask, last, self.branch.rope).repeated(self.times)
 
@@ -313,7 +313,8 @@ def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _new_cache(model: PreTrainedModel) -> DynamicCache:
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache for the text decoder."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 

@@ -167,7 +167,7 @@ def _repeated(request: Request, cache: Any, rows: int) -> Request:
     keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
     held = len(keys) if isinstance(keys, Tensor) else 0
     if request.batch and held == rows and rows % request.batch == 0:
-        request = request.moved(rows // request.batch)
+        request = request.moved(torch.arange(request.batch).repeat_interleave(rows // request.batch))
         setattr(cache, REQUEST, request)
     return request
 

@@ -56,7 +56,8 @@ class View:
         request = self.request
         self.cache.batch_repeat_interleave(times)
         if request is not None:
-            setattr(self.cache, REQUEST, request.moved(times))
+            rows = torch.arange(len(self.mask)).repeat_interleave(times)
+            setattr(self.cache, REQUEST, request.moved(rows))
         return View(
             self.cache,
             self.logits.repeat_interleave(times, 0),
