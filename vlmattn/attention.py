@@ -33,8 +33,8 @@ Output = tuple[Tensor, Tensor | None]
 
 def _base(name: str, module: nn.Module) -> Callable[..., Output]:
     if name == "sdpa":
-        return cast(Callable[..., Output], sdpa_attention_forward)
-    return cast(Callable[..., Output], sys.modules[type(module).__module__].eager_attention_forward)
+        return cast("Callable[..., Output]", sdpa_attention_forward)
+    return cast("Callable[..., Output]", sys.modules[type(module).__module__].eager_attention_forward)
 
 
 def _registered(base_name: str) -> Callable[..., Output]:

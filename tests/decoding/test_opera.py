@@ -351,13 +351,28 @@ def test_what_was_chosen_at_the_position_is_not_chosen_again():
     assert len(tokens) == 30
 
 
+class Moody(Table):
+    """The summary is another one of tokens 10 to 15 after every other choice there, so the search comes and goes."""
+
+    def attention(self, tokens: tuple[int, ...]) -> Tensor:
+        row = torch.full((PROMPT + len(tokens),), 1e-4)
+        at = int(self._draw(tokens[10:16], 2, 6).argmax()) + 10 if len(tokens) >= 16 else len(tokens) - 1
+        row[PROMPT + at] = 1.0
+        return row
+
+
 def test_what_later_positions_forbid_is_forgotten_with_their_beams():
-    """Back at 12 the beams at 13 are other ones: all tokens are free there again."""
-    method = OPERA(num_beams=1, candidates=1, threshold=5, weight=0)
-    tokens, rows = run(method, Table(1, summary=12), 30)
-    assert rows.rewound == [13, 12]
-    prefix = tuple(tokens[:13])
-    assert tokens[13] == int(rows.table.logits(prefix).argmax())
+    """The plain search agrees where an earlier rollback lies between two to the same position."""
+    between = 0
+    for seed in range(12):
+        method, table = OPERA(num_beams=1 + seed % 2, candidates=3, threshold=2, weight=0), Moody(seed, vocabulary=7)
+        plain = Plain(method, table, NO_EOS, 20)
+        tokens, rows = run(method, table, 20)
+        assert (tokens, rows.rewound) == (plain.search(), plain.rewound)
+        for first, position in enumerate(rows.rewound):
+            later = rows.rewound[first + 1 :]
+            between += position in later and min(later[: later.index(position) + 1]) < position
+    assert between > 5
 
 
 @pytest.mark.parametrize("swap", [False, True])

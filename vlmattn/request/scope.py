@@ -25,10 +25,14 @@ class Steps:
     Attributes:
         parts: the groups in order.
         early: layer -> the residual stream that enters it, noted for layers that are keys here.
+        blank: bool ``[batch, query]``, tokens whose embeddings are zeroed.
+        merged: what the groups' logits become; None while a prompt is read.
     """
 
     parts: Parts
     early: dict[int, Tensor | None] = field(default_factory=dict)
+    blank: Tensor | None = None
+    merged: Any = None
 
 
 @dataclass(eq=False)

@@ -28,7 +28,7 @@ from vlmattn.request import Plan
 from vlmattn.wrapping.branches import fan_of, setting_of
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.handle import Handle, handle_of
-from vlmattn.wrapping.hooks import WRAPPED, install_hooks
+from vlmattn.wrapping.hooks import WRAPPED, install_hooks, step_of
 from vlmattn.wrapping.merged import merged_of
 from vlmattn.wrapping.searching import refuse_ways, searching
 
@@ -207,12 +207,16 @@ def _prepare_inputs(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwar
         type(self).prepare_inputs_for_generation, self
     )
     cache, call = kwargs.get("past_key_values"), CALL.get()
-    if (merged := merged_of(cache)) is not None:
+    merged = merged_of(cache)
+    if merged is not None:
         input_ids, kwargs = merged.expand(input_ids, kwargs)
     elif call is not None and call.model is self and call.fan is not None:
         # while the prompt is read, the cache of the call is empty and no mask may be made for it
         return original(input_ids, *args, **{**kwargs, "past_key_values": None}) | {"past_key_values": cache}
-    return original(input_ids, *args, **kwargs)
+    inputs = original(input_ids, *args, **kwargs)
+    if call is not None and call.model is self and not kwargs.get("is_first_iteration"):
+        inputs[attention.STEP] = step_of(handle, self, call, inputs)  # here, because the forward may be compiled
+    return inputs
 
 
 def _refuse_chunks(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

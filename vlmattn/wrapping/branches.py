@@ -82,8 +82,7 @@ class Fan:
         merged = Merged(self.contrast, views, call, len(ids) == len(self.inputs["input_ids"]))
         merged.fill(self._target, views)
         t = torch.arange(1, kept + 1, device=ids.device)
-        family = call.handle._family
-        output.logits = merged.scores(call.model, family, [view.logits for view in views], early, t)
+        output.logits = merged.scores(call.model, [view.logits for view in views], early, t)
         output.past_key_values, self.cache, self.ropes = self._target, None, merged.ropes
 
 

@@ -50,7 +50,7 @@ def _before_model(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     handle = handle_of(model)
-    if handle is None:
+    if handle is None or attention.STEP in kwargs:
         return args, kwargs
     assert isinstance(model, PreTrainedModel)
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
@@ -65,26 +65,27 @@ def _before_model(
         if call.plan.decoding is not None:
             _refuse_packing(inputs)
             handle.warn_of_forward()
+    if call.fan is not None and (own := call.fan.begin(model, inputs.get("past_key_values"))) is not None:
+        kwargs = {**kwargs, "past_key_values": own}
+        inputs["past_key_values"] = own
+        if any(branch.rope != 1 for branch in call.fan.contrast.branches) and not handle._rotating:
+            handle._rotating = True
+            handle._hooks += _hook_rotation(handle._family, model)
+    return args, {**kwargs, attention.STEP: step_of(handle, model, call, inputs)}
+
+
+def step_of(handle: Handle, model: PreTrainedModel, call: Call | None, inputs: dict[str, Any]) -> Step | Steps | None:
+    """What the decoder has to know of this forward; None when there is nothing to do in it."""
     cache = inputs.get("past_key_values")
-    merged = merged_of(cache)
-    early: tuple[int, ...] = ()
-    step: Step | Steps | None
-    if merged is not None:
+    if (merged := merged_of(cache)) is not None:
         merged.check(call)
-        step = merged.steps(cache, inputs["input_ids"].shape[1])
-    else:
-        if call.fan is not None and (own := call.fan.begin(model, cache)) is not None:
-            kwargs = {**kwargs, "past_key_values": own}
-            inputs["past_key_values"], early = own, call.fan.contrast.layers
-            if any(branch.rope != 1 for branch in call.fan.contrast.branches) and not handle._rotating:
-                handle._rotating = True
-                handle._hooks += _hook_rotation(handle._family, model)
-        step = _make_step(handle, model, call, inputs)
-        if early:
-            step = Steps(((slice(None), step),), dict.fromkeys(early))
-    if step is not None:
-        kwargs = {**kwargs, attention.STEP: step}
-    return args, kwargs
+        return merged.steps(cache, inputs["input_ids"].shape[1])
+    assert call is not None
+    step = _make_step(handle, model, call, inputs)
+    early = call.fan.contrast.layers if call.fan is not None and call.fan.cache is not None else ()
+    if early or call.blank is not None:
+        return Steps(((slice(None), step),), dict.fromkeys(early), blank=call.blank)
+    return step
 
 
 def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Step | None:
@@ -218,17 +219,20 @@ def _check_request(request: Request, plan: Plan, batch: int) -> None:
 def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the forward made itself gets the request, so that the next call finds it; branches come and go."""
     step: Step | Steps | None = kwargs.get(attention.STEP)
+    if isinstance(step, Steps) and step.merged is not None:
+        step.merged.combine(model, kwargs["past_key_values"], output, step.early)
+        return
+    if torch.compiler.is_compiling():  # one token of generate(): there is nothing to note
+        return
     call, given = CALL.get(), kwargs.get("past_key_values")
     if call is not None and call.direct and call.model is model:
         CALL.set(call.outer)
-    early = step.early if isinstance(step, Steps) else {}
-    if (merged := merged_of(given)) is not None:
-        assert call is not None
-        merged.combine(model, call.handle._family, given, output, early)
-    elif call is not None and call.fan is not None and call.fan.cache is not None and given is call.fan.cache:
-        call.fan.spread(call, kwargs, output, early)
-    elif isinstance(step, Step) and (cache := getattr(output, "past_key_values", None)) is not None:
-        setattr(cache, REQUEST, step.request)
+    if call is not None and call.fan is not None and call.fan.cache is not None and given is call.fan.cache:
+        call.fan.spread(call, kwargs, output, step.early if isinstance(step, Steps) else {})
+        return
+    first = step.parts[0][1] if step is not None else None
+    if first is not None and (cache := getattr(output, "past_key_values", None)) is not None:
+        setattr(cache, REQUEST, first.request)
 
 
 def _before_decoder(
@@ -236,17 +240,16 @@ def _before_decoder(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     step: Step | Steps | None = kwargs.get(attention.STEP)
     if isinstance(step, Steps):
-        step = step.parts[0][1] if len(step.parts) == 1 else None
+        if step.blank is not None:
+            blank = step.blank.to(kwargs["inputs_embeds"].device)[..., None]
+            kwargs = {**kwargs, "inputs_embeds": kwargs["inputs_embeds"].masked_fill(blank, 0)}
+        step = step.parts[0][1] if step.merged is None else None
     if step is not None and step.watch is None and step.is_prompt:
         plan = step.request.plan
         if plan.seeing:
             _show_images(step, step.start or 0, kwargs["inputs_embeds"])
         if plan.preparing and step.start == 0:
             _prepare(step, decoder, kwargs)
-    call = CALL.get()
-    if call is not None and call.blank is not None:
-        blank = call.blank.to(kwargs["inputs_embeds"].device)[..., None]
-        kwargs = {**kwargs, "inputs_embeds": kwargs["inputs_embeds"].masked_fill(blank, 0)}
     return args, kwargs
 
 
@@ -318,7 +321,7 @@ def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _observe(step: Step, index: int, hidden: Tensor) -> None:
     plan = step.request.plan
     observers = plan.observing[index]
-    if not observers or not (step.is_prompt or index in plan.extending):
+    if len(observers) == 0 or not (step.is_prompt or index in plan.extending):  # a tuple in "not" breaks compiled graphs
         return
     if step.start is None:  # one generated token
         scope = Scope(step, index, 1, step.capacity, hidden.device)

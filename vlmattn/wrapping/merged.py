@@ -79,6 +79,7 @@ class Merged:
 
     def __init__(self, contrast: ContrastiveDecoding, views: Sequence[View], call: Call, alone: bool) -> None:
         self.contrast, self.call, self._base, self._name = contrast, call.token, call.handle._base, call.plan.name
+        self._family: Any = call.handle._family
         self.rows, self.prompt = views[0].mask.shape
         self.groups, self.ropes = len(views), tuple(view.rope for view in views)
         self.longest = max(view.mask.shape[1] for view in views)
@@ -143,10 +144,8 @@ class Merged:
                 found[name] = found[name].repeat(self.groups, 1)
         return input_ids.repeat(self.groups, 1), found
 
-    def steps(self, cache: Any, tokens: int) -> Steps | None:
-        """What attention has to know of a forward of ``tokens`` new tokens; None if nothing."""
-        if not self.contrast.layers and all(request is None for request in self.requests):
-            return None
+    def steps(self, cache: Any, tokens: int) -> Steps:
+        """What the decoder has to know of a forward of ``tokens`` new tokens."""
         start = None if tokens == 1 else int(cache.get_seq_length())
         parts: list[tuple[slice, Step | None]] = []
         for number, request in enumerate(self.requests):
@@ -158,10 +157,10 @@ class Merged:
             if step is not None and start is None and step.request.plan.extending:
                 step.at(cache)
             parts.append((rows, step))
-        return Steps(tuple(parts), dict.fromkeys(self.contrast.layers))
+        return Steps(tuple(parts), dict.fromkeys(self.contrast.layers), merged=self)
 
     def scores(
-        self, model: nn.Module, family: Any, groups: Sequence[Tensor], early: Mapping[int, Tensor | None], t: Tensor
+        self, model: nn.Module, groups: Sequence[Tensor], early: Mapping[int, Tensor | None], t: Tensor
     ) -> Tensor:
         """Combined logits ``[n, position, vocabulary]``, float32."""
         self._ledger.add(("fired", self._rule))
@@ -169,18 +168,16 @@ class Merged:
         for layer in self.contrast.layers:
             hidden = early[layer]
             assert hidden is not None
-            others.append(family.logits(model, hidden[: self.rows, -main.shape[1] :]).to(main))
+            others.append(self._family.logits(model, hidden[: self.rows, -main.shape[1] :]).to(main))
         return self.contrast.rule(main, [other.to(main.device) for other in others], t)
 
-    def combine(
-        self, model: nn.Module, family: Any, cache: Any, output: Any, early: Mapping[int, Tensor | None]
-    ) -> None:
+    def combine(self, model: nn.Module, cache: Any, output: Any, early: Mapping[int, Tensor | None]) -> None:
         """After a forward of all groups: leave the rows that the library knows, with combined logits."""
         groups = output.logits.chunk(self.groups)
         positions = groups[0].shape[1]
         last = cache.get_seq_length() - self.longest + 1  # not counted: drafts are taken back
         t = last - positions + 1 + torch.arange(positions, device=output.logits.device)
-        output.logits = self.scores(model, family, groups, early, t)
+        output.logits = self.scores(model, groups, early, t)
         for name in ("attentions", "hidden_states"):
             if output.get(name) is not None:
                 output[name] = tuple(None if found is None else found[: self.rows] for found in output[name])
