@@ -224,7 +224,7 @@ class OPERA(Search):
         """Log-probabilities of the candidates, both ``[rows, candidates]``."""
         others = torch.ones_like(front.logits, dtype=torch.bool).scatter(-1, tokens, False)
         logits = front.logits
-        if False:  # what all share changes nothing, but would cost digits
+        if self.softmax == "candidates":  # what all share changes nothing, but would cost digits
             penalty, logits = penalty - penalty.amin(-1, keepdim=True), logits.masked_fill(others, -torch.inf)
         logits = logits.scatter_add(-1, tokens, -self.weight * penalty)
         scores = logits.log_softmax(-1).masked_fill(others, -torch.inf)

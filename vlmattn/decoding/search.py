@@ -169,6 +169,6 @@ class Beams:
         return Beams(self.width, grown[go], values[go], ended), order[go]
 
     def _hypotheses(self, scores: Tensor, tokens: Tensor, ends: Tensor) -> tuple[Hypothesis, ...]:
-        each = (scores / max(tokens.shape[1], 1)).tolist()
+        each = scores.tolist()
         found = [Hypothesis(each[row], tokens[row]) for row in ends.nonzero().flatten().tolist()]
         return tuple(sorted([*self.ended, *found], key=lambda one: -one.score)[: self.width])

@@ -296,11 +296,16 @@ class AttentionEdit:
 
     @property
     def is_identity(self) -> bool:
-        return self.keep is None and not (self.mask or self.logit or self.gain or self.head_gain)
+        return self._count == 0 and len(self.head_gain) == 0
 
     @property
     def only_head_gain(self) -> bool:
-        return bool(self.head_gain) and self.keep is None and not (self.mask or self.logit or self.gain)
+        return self._count == 0 and len(self.head_gain) > 0
+
+    @property
+    def _count(self) -> int:
+        """Parts other than head gains; lengths, because a tuple as a condition would break compiled graphs."""
+        return len(self.mask) + len(self.logit) + len(self.gain) + (self.keep is not None)
 
     def then(self, other: AttentionEdit) -> AttentionEdit:
         """This edit, and ``other`` after it (within each part; the parts keep their order of the module docstring)."""
@@ -319,7 +324,7 @@ class AttentionEdit:
     @property
     def first_row(self) -> int:
         """No query row before this one attends differently (head gains aside); known on the host."""
-        if self.mask or self.keep is not None:
+        if len(self.mask) or self.keep is not None:
             return 0
         rows = [part.rows for part in self.logit] + [part.rows for part in self.gain]
         return min((0 if part is None else part.first for part in rows), default=sys.maxsize)
