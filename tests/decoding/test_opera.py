@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmattn import OptionError
 from vlmattn.decoding.opera import OPERA, columns_with, over_trust, shares
+from vlmattn.decoding.search import Beams
 from vlmattn.interventions.registry import all_presets, make_method
 
 PROMPT = 6
@@ -192,6 +193,21 @@ def test_a_token_that_trusts_one_earlier_token_is_passed_over():
     assert run(wary, Trusting(0), 16)[0] == [1] * 10 + [2] * 6
 
 
+class Alike(Table):
+    """Every token looks at token 2 of the answer, so penalties are huge and the same for all."""
+
+    def attention(self, tokens: tuple[int, ...]) -> Tensor:
+        row = torch.full((PROMPT + len(tokens),), 1e-3)
+        row[PROMPT + min(2, len(tokens) - 1)] = 1.0
+        return row
+
+
+def test_a_penalty_that_all_candidates_share_costs_no_digit():
+    for seed in range(5):
+        wary, plain = (OPERA(num_beams=3, candidates=4, threshold=OUT_OF_REACH, weight=weight) for weight in (1, 0))
+        assert run(wary, Alike(seed), 30)[0] == run(plain, Alike(seed), 30)[0]
+
+
 # --- The whole search in plain loops: full attention matrices, every candidate on its own, every state copied
 
 
@@ -334,7 +350,7 @@ def test_the_cases_of_the_plain_search_do_roll_back():
 
 
 def test_what_was_chosen_at_the_position_is_not_chosen_again():
-    """One beam, so choices are seen: attention sticks to token 12, and the search comes back to choose token 13 anew."""
+    """One beam, so choices are seen: attention sticks to token 12, and the search comes back for token 13."""
     method = OPERA(num_beams=1, candidates=3, threshold=5, weight=0)
     tokens, rows = run(method, Table(1, summary=12), 30)
     assert rows.rewound == [13, 13, 13, 12, 12, 12]
@@ -365,7 +381,8 @@ def test_what_later_positions_forbid_is_forgotten_with_their_beams():
     """The plain search agrees where an earlier rollback lies between two to the same position."""
     between = 0
     for seed in range(12):
-        method, table = OPERA(num_beams=1 + seed % 2, candidates=3, threshold=2, weight=0), Moody(seed, vocabulary=7)
+        beams, threshold = 1 + seed % 2, 1 + seed // 2 % 2
+        method, table = OPERA(num_beams=beams, candidates=3, threshold=threshold, weight=0), Moody(seed, vocabulary=7)
         plain = Plain(method, table, NO_EOS, 20)
         tokens, rows = run(method, table, 20)
         assert (tokens, rows.rewound) == (plain.search(), plain.rewound)
@@ -373,6 +390,36 @@ def test_what_later_positions_forbid_is_forgotten_with_their_beams():
             later = rows.rewound[first + 1 :]
             between += position in later and min(later[: later.index(position) + 1]) < position
     assert between > 5
+
+
+class Divided(Table):
+    """The likeliest token looks at itself; the others, which are never chosen, would look at token 12."""
+
+    def logits(self, tokens: tuple[int, ...]) -> Tensor:
+        return torch.tensor([3.0, 2.0, 1.0])
+
+    def attention(self, tokens: tuple[int, ...]) -> Tensor:
+        row = torch.full((PROMPT + len(tokens),), 1e-3)
+        row[-1] = 1.0
+        if len(tokens) > 13:
+            row[PROMPT + 12] = 0.015 if tokens[-1] == 0 else 40.0
+        return row
+
+
+def test_the_location_of_a_beam_is_the_one_of_most_candidates():
+    rewound = [run(OPERA(num_beams=1, candidates=n, threshold=4, weight=0), Divided(0), 24)[1].rewound for n in (1, 3)]
+    assert rewound[0] == []
+    assert rewound[1][0] == 13
+
+
+@pytest.mark.parametrize("forbidden", range(1, 9))
+def test_processors_hold_for_the_choice_that_is_made_anew(forbidden):
+    def without(ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill(-1, torch.tensor([forbidden]), -torch.inf)
+
+    _, rows = run(OPERA(num_beams=2, candidates=3, threshold=5), Table(1, summary=12), 24, NO_EOS, without)
+    assert rows.rewound
+    assert all(row[-1] != forbidden for grown in rows.grown for row in grown)
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -501,6 +548,34 @@ def test_where_every_token_is_forbidden_the_answer_ends():
 
     tokens, _ = run(OPERA(), Table(0), 9, NO_EOS, nothing_after_two)
     assert len(tokens) == 2
+
+
+def update(scores: list[list[float]], eos: set[int], last: bool = False, width: int = 2) -> tuple[Beams, list[int]]:
+    """Two rows of one token (scores 0 and -1), one token longer."""
+    beams = Beams(width, torch.tensor([[7], [8]]), torch.tensor([0.0, -1.0]))
+    tokens = torch.arange(len(scores[0])).expand(2, -1)
+    longer, chosen = beams.longer(torch.tensor(scores), tokens, frozenset(eos), last)
+    return longer, chosen.tolist()
+
+
+def test_choices_that_end_never_starve_the_beams():
+    longer, chosen = update([[-0.1, -0.2, -5.0], [-0.1, -0.2, -6.0]], {0, 1})
+    assert chosen == [2, 5]
+    assert longer.tokens.tolist() == [[7, 2], [8, 2]]
+    assert longer.scores.tolist() == pytest.approx([-5.0, -7.0])
+    assert [one.tokens.tolist() for one in longer.ended] == [[7, 0], [7, 1]]
+    assert [one.score for one in longer.ended] == pytest.approx([-0.05, -0.1])
+
+
+def test_only_the_best_choices_become_hypotheses():
+    longer, chosen = update([[-0.3, -0.1, -0.2], [-9.0, -9.0, -9.0]], {0})
+    assert chosen == [1, 2]
+    assert not longer.ended
+    longer, chosen = update([[-0.3, -0.1, -0.2], [-9.0, -9.0, -9.0]], {0}, last=True)
+    assert not chosen
+    assert [one.tokens.tolist() for one in longer.ended] == [[7, 1], [7, 2]]
+    assert longer.done
+    assert longer.best.tolist() == [7, 1]
 
 
 # --- Without penalty it is beam search

@@ -56,7 +56,9 @@ SPECIAL = [
 WHO = "You are a confused object detector; you give only a fuzzy impression."
 
 
-def tokenizer(template: str | None, bos: str | None = "<s>", adds_bos: bool = False, words: tuple[str, ...] = ()) -> Any:
+def tokenizer(
+    template: str | None, bos: str | None = "<s>", adds_bos: bool = False, words: tuple[str, ...] = ()
+) -> Any:
     """One token per byte, special ones, and ``words`` in one piece with the blank before them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids, merges = {letter: n for n, letter in enumerate(alphabet)}, []
@@ -196,7 +198,7 @@ def test_the_first_token_is_not_doubled(style):
 
 
 @every_style
-@pytest.mark.parametrize("system", ["a", "It's  \"odd\":\n\t{{ x }} <b>", "Größe 目"])
+@pytest.mark.parametrize("system", ["a", 'It\'s  "odd":\n\t{{ x }} <b>', "Größe 目"])
 def test_odd_messages(style, system):
     """Nothing is lost, doubled or read as a template."""
     chat = [said("user", "What is it?", 1)]
@@ -205,7 +207,9 @@ def test_odd_messages(style, system):
     assert found.tolist() == style.expected(chat, system).tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="turns.py _opening: a message with 'text' in quotes is taken for a failed template")
+@pytest.mark.xfail(
+    strict=True, reason="turns.py _opening: a message with 'text' in quotes is taken for a failed template"
+)
 @pytest.mark.parametrize("name", ["llava", "qwen"])
 def test_a_message_with_the_word_text_in_quotes(name):
     chat = [said("user", "What is it?", 1)]
@@ -214,7 +218,9 @@ def test_a_message_with_the_word_text_in_quotes(name):
     assert style.under(system, style.render(chat)).tolist() == style.expected(chat, system).tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="turns.py under: the blank before a word is in the opening and in the word's token")
+@pytest.mark.xfail(
+    strict=True, reason="turns.py under: the blank before a word is in the opening and in the word's token"
+)
 def test_words_that_carry_their_blank():
     """``USER: What`` is ``USER``, ``:``, `` What`` for most tokenizers; what is said must not get a second blank."""
     made = tokenizer(LLAVA, words=("What", "is"))
@@ -224,6 +230,16 @@ def test_words_that_carry_their_blank():
     assert made.decode(ids).count(" What") == 1
     found = turns.under(WHO, ids, torch.zeros_like(ids, dtype=torch.uint8))
     assert made.decode(found) == wanted
+
+
+@pytest.mark.xfail(
+    strict=True, reason="turns.py _opening: a trimmed message is not found, and lands in the user's turn"
+)
+@pytest.mark.parametrize("system", [WHO + "\n", " " + WHO])
+def test_a_message_that_the_template_trims(system):
+    """A text block of YAML ends in a new line."""
+    style, chat = STYLES["llama 3"], [said("user", "What is it?", 1)]
+    assert style.under(system, style.render(chat)).tolist() == style.expected(chat, WHO).tolist()
 
 
 def test_prompts_without_a_users_turn_are_refused():
@@ -262,9 +278,7 @@ def bigger(family: str, style: Style) -> PreTrainedModel:
             image_size=16, patch_size=4, projection_dim=32,
         )  # fmt: skip
         text["model_type"] = "llama"
-        config = LlavaConfig(
-            text_config=text, vision_config=vision, image_token_index=style.image, image_seq_length=16
-        )
+        config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=style.image, image_seq_length=16)
     else:
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
         vision = dict(
@@ -537,7 +551,9 @@ def test_a_function_sees_one_row_at_a_time(family):
     images = [2, 0, 1]
     rows = [prompt(family, count, words=2 + number, seed=number) for number, count in enumerate(images)]
     model, seen = build(family), []
-    rule = ContrastiveDecoding((Branch(name="b", image=lambda pixels: seen.append(pixels) or -pixels),), Contrast((1.0,)))
+    rule = ContrastiveDecoding(
+        (Branch(name="b", image=lambda pixels: seen.append(pixels) or -pixels),), Contrast((1.0,))
+    )
     vlmattn.wrap(model, "none")
     inputs = batch(rows)
     calls = calls_of(model, lambda: model.generate(**inputs, preset=rule, max_new_tokens=1, do_sample=False))

@@ -82,7 +82,7 @@ class Memory:
     times: Counter[int] = field(default_factory=Counter)
 
     def target(self, beams: int, threshold: int, limit: int) -> int | None:
-        """The position to roll back to, if the current ``beams`` agree on one location more than ``threshold`` times."""
+        """The position to roll back to, if the ``beams`` of now agree on one location more than ``threshold`` times."""
         seen = torch.stack(self.locations)[:, :beams]
         location = int(seen[-1].mode().values)
         if location < EARLY or not bool(((seen == location).sum(0) > threshold).all()):
@@ -112,10 +112,10 @@ class Memory:
     "opera",
     paper="arXiv:2311.17911 (CVPR 2024)",
     code="github.com/shikiw/OPERA",
-    faithful="released code, but for what the method's documentation lists",
+    faithful="released code (no golden)",
     parts="decoding",
     cost="one forward of num_beams x candidates rows per token, attention weights of the last layer;"
-    " a rollback reads prompt and answer again",
+    " a rollback reads the answer again",
     presets={
         "opera": ("defaults of paper and release: 5 beams, 5 candidates, r = 15", {}),
         "opera_fast": ("the release's efficient setting: 1 candidate, r = 25", {"candidates": 1, "threshold": 25}),
@@ -132,24 +132,25 @@ class OPERA(Search):
         log softmax_v(l_v - weight phi_v),     phi_v = max_j 1e-7 prod_{j <= i <= t} scale W_ij     (t > 10)
                                                phi_v = -(attention share of v on image tokens)      (t <= 10)
 
-    Retrospection: the location of a beam is the j of its maximum (mode over candidates), that of the step the mode over
-    beams. If it is >= 10 (from 0 on) and was the location of every beam at more than ``threshold`` tokens of the answer,
-    the search returns to the choice of the token after it; to the choice of the location itself if it returned there
-    ``candidates`` times; not at all if that holds for both. What was chosen there is forbidden, and this one choice is
-    made from the whole vocabulary, without penalty. So there are at most ``candidates`` rollbacks per position, and the
-    search ends.
+    Retrospection: the location of a beam is the j of its maximum (mode over candidates), that of the step the mode
+    over beams. If it is >= 10 (from 0 on) and was the location of every beam at more than ``threshold`` tokens of the
+    answer, the search returns to the choice of the token after it; to the choice of the location itself if it returned
+    there ``candidates`` times; not at all if that holds for both. What was chosen there is forbidden, and this one
+    choice is made from the whole vocabulary, without penalty. So there are at most ``candidates`` rollbacks per
+    position, and the search ends.
 
     The release (``opera_beam_search`` in generation/utils.py of its transformers 4.29.2) runs every candidate alone and
-    the chosen tokens again. Here the candidates of all beams grow together, and the rows that the beam update chooses go
-    on with the logits they have: one ``grow`` per token; a rollback costs one ``rewind`` and one ``grow`` more. Column
-    products are kept as logarithms in float32, ``[rows, length]``: nothing underflows, and no matrix is kept.
+    the chosen tokens again. Here the candidates of all beams grow together, and the rows that the beam update chooses
+    go on with the logits they have: one ``grow`` per token; a rollback costs one ``rewind`` and one ``grow`` more.
+    Column products are kept as logarithms in float32, ``[rows, length]``: nothing underflows, and no matrix is kept.
 
     Other than in the release:
 
-    * Beams, eos and the end of the search follow today's ``generate`` with length penalty 1 and ``early_stopping=False``
-      (``search.Beams``). The release divides scores by the length of its ids, text of the prompt included, eos not.
-    * What is no candidate cannot be chosen; there it has the logit -999. So beams may be fewer: with one candidate there
-      is one, greedy, up to the first rollback, where the release has others that begin with arbitrary tokens.
+    * Beams, eos and the end of the search follow today's ``generate`` with length penalty 1 and
+      ``early_stopping=False`` (``search.Beams``). The release divides scores by the length of its ids, text of the
+      prompt included, eos not.
+    * What is no candidate cannot be chosen; there it has the logit -999. So beams may be fewer: with one candidate
+      there is one, greedy, up to the first rollback, where the release has others that begin with arbitrary tokens.
     * Penalties are float32 and end at exp(60). There they are half precision (steps of 6e-8 below 6e-5, infinite from
       65520 on), and candidates with more than about 999 lose to arbitrary tokens.
     * ``process`` works on the log-probabilities of the candidates, as there; but tokens that it forbids (-inf) are no
@@ -159,9 +160,9 @@ class OPERA(Search):
     * ``window`` is how many tokens a rollback may go back, and no more. The release, too, multiplies columns over the
       whole answer; its window also ends rollbacks to positions from 512 on.
 
-    Normalised over the candidates alone, as in the release, a beam pays little for an unlikely token, and a penalty that
-    all its candidates share cancels. ``softmax="vocabulary"`` normalises over all tokens; with weight 0, a threshold out
-    of reach and at least max(2, 1 + number of eos) ``num_beams`` candidates this is ordinary beam search.
+    Normalised over the candidates alone, as in the release, a beam pays little for an unlikely token, and a penalty
+    that all its candidates share cancels. ``softmax="vocabulary"`` normalises over all tokens; with weight 0, a
+    threshold out of reach and at least max(2, 1 + number of eos) ``num_beams`` candidates this is ordinary beam search.
 
     Raises:
         OptionError: an option out of range.
@@ -214,7 +215,7 @@ class OPERA(Search):
         return logits.topk(min(self.candidates, logits.shape[-1])).indices
 
     def _grow(self, rows: Rows, columns: Tensor, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, columns ``[rows, length + 1]`` and attention share of the image ``[rows]`` of rows with new tokens."""
+        """Rows with new tokens: logits, columns ``[rows, length + 1]``, attention share of the image ``[rows]``."""
         logits, attention = rows.grow(parents, tokens)
         share = shares(attention)
         image = share[:, : rows.prompt_length][:, rows.visual].sum(-1)

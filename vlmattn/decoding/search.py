@@ -148,9 +148,9 @@ class Beams:
     def longer(self, scores: Tensor, tokens: Tensor, eos: frozenset[int], last: bool) -> tuple[Beams, Tensor]:
         """One token more: log-probabilities ``scores`` of the choices ``tokens``, both ``[rows, choices]``.
 
-        The max(2, 1 + number of eos) width best choices are looked at. Those that end (by eos, or all of them if this is
-        the ``last`` token) become hypotheses if they are among the ``width`` best; the ``width`` best others grow. Where
-        no choice is possible (all -inf), the rows end as they are.
+        The max(2, 1 + number of eos) width best choices are looked at. Those that end (by eos, or all of them if this
+        is the ``last`` token) become hypotheses if they are among the ``width`` best; the ``width`` best others grow.
+        Where no choice is possible (all -inf), the rows end as they are.
 
         Returns:
             The beams, and which choice (row * choices + choice) each of their rows is.
@@ -169,6 +169,6 @@ class Beams:
         return Beams(self.width, grown[go], values[go], ended), order[go]
 
     def _hypotheses(self, scores: Tensor, tokens: Tensor, ends: Tensor) -> tuple[Hypothesis, ...]:
-        each = scores.tolist()
+        each = (scores / max(tokens.shape[1], 1)).tolist()
         found = [Hypothesis(each[row], tokens[row]) for row in ends.nonzero().flatten().tolist()]
         return tuple(sorted([*self.ended, *found], key=lambda one: -one.score)[: self.width])
