@@ -42,6 +42,11 @@ class Recipe:
         return (*self.interventions, self.decoding) if isinstance(self.decoding, Options) else self.interventions
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the report calls the methods."""
+        return tuple(map(_name, self.interventions if self.decoding is None else (*self.interventions, self.decoding)))
+
+    @property
     def is_none(self) -> bool:
         """The bare model answers."""
         return not self.interventions and self.decoding is None
@@ -75,6 +80,7 @@ class Recipe:
         if len(recipe.methods) != 1:
             raise OptionError(
                 f"options {sorted(options)} need a recipe of one method; '{recipe.name}' has {len(recipe.methods)}"
+                + ("; a ContrastiveDecoding has no options" if isinstance(recipe.decoding, ContrastiveDecoding) else "")
             )
         (method,) = recipe.methods
         changed = make_method(method.info.name, method.options() | options)
@@ -165,7 +171,8 @@ class Recipe:
             texts=not any(m.needs_images for m in bound) and not self.is_none,
             decoding=contrast,
             search=search,
-            rule=_name(self.decoding) if contrast or search else "",
+            rule=_name(self.decoding) if self.decoding is not None else "",
+            branch_names=self._branch_names(sizes),
             branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
         )
 
@@ -179,6 +186,13 @@ class Recipe:
             if not 0 <= layer < sizes.layers:
                 raise OptionError(f"the decoding rule names layer {layer}, but the decoder has 0..{sizes.layers - 1}")
         return None if rule.is_identity else rule
+
+    def _branch_names(self, sizes: Sizes) -> tuple[str, ...]:
+        """Branches that calls may bring inputs for, also those that weigh nothing."""
+        if self.decoding is None or isinstance(self.decoding, Search):
+            return ()
+        rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(sizes)
+        return tuple(branch.name for branch in rule.branches)
 
     def _of_branch(self, branch: Branch) -> Recipe:
         """The edits that act in a branch."""
@@ -199,13 +213,19 @@ class Recipe:
         Raises:
             OptionError: a ``ContrastiveDecoding`` made by hand, which may hold functions.
         """
-        methods = [{"method": method.info.name, **method.options()} for method in self.interventions]
-        found = {"schema": _SCHEMA, "name": self.name, "interventions": methods}
         if isinstance(self.decoding, ContrastiveDecoding):
             raise OptionError(
                 "a ContrastiveDecoding made by hand cannot be written down; register a decoding method (docs/howto-decoding.md)"
             )
-        if self.decoding is not None:
+        return self.record()
+
+    def record(self) -> dict[str, Any]:
+        """As ``to_dict``, for people: what cannot be read back is shown as it prints."""
+        methods = [{"method": method.info.name, **method.options()} for method in self.interventions]
+        found = {"schema": _SCHEMA, "name": self.name, "interventions": methods}
+        if isinstance(self.decoding, ContrastiveDecoding):
+            found["decoding"] = repr(self.decoding)
+        elif self.decoding is not None:
             found["decoding"] = {"method": self.decoding.info.name, **self.decoding.options()}
         return found
 
@@ -217,13 +237,19 @@ class Recipe:
             or not isinstance(data.get("interventions"), list)
         ):
             raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
-        methods = []
-        for item in (*data["interventions"], *([data["decoding"]] if data.get("decoding") else ())):
+        if unknown := set(data) - {"schema", "name", "interventions", "decoding"}:
+            raise InputError(f"not a recipe: unknown key {', '.join(sorted(map(str, unknown)))}")
+        methods: list[Options] = []
+        edits = data["interventions"]
+        for item in edits if data.get("decoding") is None else (*edits, data["decoding"]):
             if not isinstance(item, Mapping) or not isinstance(item.get("method"), str):
                 raise InputError("not a recipe: every intervention, and decoding, needs a 'method'")
-            methods.append(
-                make_method(item["method"], {str(key): value for key, value in item.items() if key != "method"})
-            )
+            method = make_method(item["method"], {str(key): value for key, value in item.items() if key != "method"})
+            if isinstance(method, Intervention) != (len(methods) < len(edits)):
+                raise InputError(
+                    f"not a recipe: '{method.info.name}' is in the wrong place; decoding methods go to 'decoding'"
+                )
+            methods.append(method)
         return cls._with(str(data.get("name", "unnamed")), methods)
 
     def to_json(self) -> str:
@@ -265,6 +291,7 @@ class Recipe:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``vlmattn_config.json`` into a model folder, where ``wrap(model)`` finds it again, and the files it names."""
+        self.to_dict()  # what cannot be written is an error before anything is
         target = Path(folder) / FILE_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
         moved = []

@@ -13,7 +13,7 @@ from tiny import FAMILIES, build
 from transformers import LogitsProcessor
 
 import vlmattn
-from vlmattn import InputError, OptionError, UnsupportedError
+from vlmattn import PAI, VAF, VAR, VHR, InputError, OptionError, UnsupportedError
 from vlmattn.embedded.scenes import make_scene
 from vlmattn.inspection.multipath import VIEWS, Path, _Reader, multi_path, score
 
@@ -29,7 +29,7 @@ def speaker(family, attn="sdpa", seed=0):
     head = model.lm_head.weight.data
     kept = head[list(SAID)].clone()
     head.zero_()
-    head[list(SAID)] = 0.3 * kept
+    head[list(SAID)] = 10 * kept
     model.lm_head.register_forward_hook(silence)  # zero is not never
     return model
 
@@ -99,6 +99,15 @@ def test_every_path_is_what_whole_forwards_say(family, seed):
     assert len(lengths) > 1  # answers at several depths
 
 
+EDITS = {
+    "none": None,
+    "pai": PAI(),
+    "pai+var": [PAI(), VAR(tau=2.0, dims=(3, 17), layers="0:", max_sink=1.0, min_visual=0.0)],
+    "vhr": VHR(alpha=5.0),
+    "vaf": VAF(layers="1:"),
+}
+
+
 class Forced(LogitsProcessor):
     """Makes generate() begin with a token."""
 
@@ -112,16 +121,16 @@ class Forced(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("preset", [None, "pai", "pai+var", "vhr", "vaf"])
+@pytest.mark.parametrize("name", EDITS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_paths_are_what_generate_says(family, preset):
+def test_paths_are_what_generate_says(family, name):
     """With the edits of a wrapped model: they follow the rows that the first tokens make."""
     model = speaker(family)
     bare = ask(family, model)
-    if preset is not None:
-        vlmattn.wrap(model, preset)
+    if EDITS[name]:
+        vlmattn.wrap(model, EDITS[name])
     found = ask(family, model)
-    assert (found == bare) == (preset is None)
+    assert (found == bare) == (name == "none")
     paths = list(found.paths)
     for caption in CAPTIONS:
         inputs = prompt(family, caption)
@@ -147,7 +156,7 @@ def test_paths_are_what_generate_says(family, preset):
             else:
                 assert path.answer is None
     assert not paths
-    if preset is not None:
+    if EDITS[name]:
         assert all(model.vlmattn.report()["fired"].values())
 
 

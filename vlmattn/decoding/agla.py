@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.rules import Contrast
 from vlmattn.decoding.tokens import TopAttended
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, register
 
 
 @register(
     "agla",
     paper="arXiv:2406.12718 (CVPR 2025)",
     code="github.com/Lackel/AGLA",
-    faithful="rule and constants of the released code; the augmented image is the caller's",
+    faithful="constants of the released code",
     parts="decoding",
     cost="prefill: the prompt twice; decode: twice the rows, one forward",
     presets={
@@ -46,6 +46,10 @@ class AGLA(Decoding):
     augment: str = option("given", about="where the augmented image comes from", choices=("given", "attention"))
     share: float = option(0.5, 0, 1, "share of the image tokens that stay, for augment = attention", source="ours")
     layers: str = option("1/4:3/4", about="decoder layers whose attention chooses them", source="ours")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_layers(self.layers, MANY, "agla.layers")
 
     def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
         augmented = Branch(name="augmented", image="given")

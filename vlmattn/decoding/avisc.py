@@ -14,10 +14,13 @@ from vlmattn.interventions.registry import Sizes, option, register
     "avisc",
     paper="arXiv:2405.17820 (ACL Findings 2025)",
     code="github.com/sangminwoo/AvisC",
-    faithful="rule of the released code; alpha, mass and deviations not verified: experimental",
+    faithful="constants of the released code",
     parts="decoding",
     cost="prefill: the prompt twice; decode: twice the rows, one forward",
-    presets={"avisc": ("experimental constants: alpha = 1, layers to half of the attention, one std", {})},
+    presets={
+        "avisc": ("the released POPE script: alpha = 1, gamma = .5, lambda = 1", {}),
+        "avisc_amber": ("the released AMBER script: alpha = 2.5", {"alpha": 2.5}),
+    },
 )
 @dataclass(frozen=True, kw_only=True)
 class AvisC(Decoding):
@@ -25,18 +28,18 @@ class AvisC(Decoding):
 
     Blind tokens: image tokens whose attention, from the row before the first new token, is at least mean + ``deviations``
     std, as a mean over the layers that hold ``mass`` of all attention on the image. l' comes from the prompt in which the
-    features of all other image tokens are zero. Its constants but ``beta`` are not verified: experimental.
+    features of all other image tokens are zero.
 
     Raises:
         OptionError: an option out of range.
     """
 
-    alpha: float = option(1.0, 0, 100, "strength of the contrast", source="not verified")
+    alpha: float = option(1.0, 0, 100, "strength of the contrast", source="released scripts")
     beta: float = option(0.1, 0, 1, "plausibility cut-off", source="released code")
     mass: float = option(
-        0.5, 0, 1, "share of the attention on the image that the chosen layers hold", source="not verified"
+        0.5, 0, 1, "share of the attention on the image that the chosen layers hold", source="released scripts"
     )
-    deviations: float = option(1.0, -10, 10, "stds above the mean that make a token blind", source="not verified")
+    deviations: float = option(1.0, -10, 10, "stds above the mean that make a token blind", source="released scripts")
 
     def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
         blind = Branch(name="blind", tokens=BlindTokens(self.mass, self.deviations))

@@ -79,7 +79,7 @@ class Branch:
         where = f"branch '{self.name}'"
         if not (callable(self.image) or self.image in IMAGES):
             raise OptionError(
-                f"{where}: image must be one of {', '.join(IMAGES)}, a Noise or a function, got {self.image!r}"
+                f"{where}: image must be one of {', '.join(IMAGES)}, a Noise or a function, got {_short(self.image)}"
             )
         if not (callable(self.prompt) or isinstance(self.prompt, Instead) or self.prompt in ("same", "given")):
             raise OptionError(f"{where}: prompt must be same, given, Instead(...) or a function, got {self.prompt!r}")
@@ -89,7 +89,7 @@ class Branch:
             isinstance(self.edits, tuple) and all(isinstance(method, Intervention) for method in self.edits)
         ):
             raise OptionError(f"{where}: edits must be inherit, off or a list of methods, got {self.edits!r}")
-        if not 0 < self.rope < float("inf"):
+        if not isinstance(self.rope, (int, float)) or not 0 < self.rope < float("inf"):
             raise OptionError(f"{where}: rope must be a positive factor, got {self.rope!r}")
         if self.tokens is not None and (self.image != "same" or self.prompt != "same" or self.rope != 1):
             raise OptionError(f"{where}: image tokens are chosen in the main prompt; image, prompt and rope must stay")
@@ -113,6 +113,10 @@ class Branch:
         return self.image != "same" or self.tokens is not None
 
 
+def _short(value: object) -> str:
+    return repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+
+
 @dataclass(frozen=True)
 class ContrastiveDecoding:
     """Branches and a rule: B rows for the caller, (1 + branches) B rows in the model, one forward per token.
@@ -121,7 +125,7 @@ class ContrastiveDecoding:
         branches: other views of the prompt.
         rule: combines the logits; see ``rules.Rule``.
         layers: the rule also gets the logits that the residual stream would give when it enters these layers (after the
-            final norm and the head), after those of the branches.
+            final norm and the head), after those of the branches. ``normed`` False leaves the norm out.
 
     Raises:
         OptionError: nothing to combine, two branches of one name, as many weights as branches are missing.
@@ -130,9 +134,17 @@ class ContrastiveDecoding:
     branches: tuple[Branch, ...]
     rule: Rule
     layers: tuple[int, ...] = ()
+    normed: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "branches", tuple(self.branches))
+        for name in ("branches", "layers"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise OptionError(f"{name} must be a list, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not all(isinstance(branch, Branch) for branch in self.branches):
+            raise OptionError(f"branches must be Branch objects, got {self.branches!r}")
+        if not callable(self.rule):
+            raise OptionError(f"rule must be a function of (main, others, t), got {self.rule!r}")
         names = [branch.name for branch in self.branches]
         if len(set(names)) < len(names):
             raise OptionError(f"branches need names of their own, got {', '.join(names)}")
@@ -154,6 +166,7 @@ class ContrastiveDecoding:
             tuple(branch for branch, live in zip(self.branches, weigh[:at], strict=True) if live),
             replace(self.rule, weights=tuple(weight for weight in self.rule.weights if weight)),
             tuple(layer for layer, live in zip(self.layers, weigh[at:], strict=True) if live),
+            self.normed,
         )
 
 

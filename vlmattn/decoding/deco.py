@@ -40,11 +40,11 @@ class SurestLayer:
 @register(
     "deco",
     paper="arXiv:2410.11779 (ICLR 2025)",
-    code="not read",
-    faithful="experimental (alpha recalled, not verified)",
+    code="github.com/zjunlp/DeCo",
+    faithful="constants of the released code",
     parts="decoding",
     cost="one head per early layer and token",
-    presets={"deco": ("layers 20..28 of 32, top-k 20, top-p .9; experimental: alpha = .6, recalled", {})},
+    presets={"deco": ("released scripts: alpha = .6, layers 20..28 of 32, top-k 20, top-p .9", {})},
 )
 @dataclass(frozen=True, kw_only=True)
 class DeCo(Decoding):
@@ -59,10 +59,10 @@ class DeCo(Decoding):
         OptionError: an option out of range, no layer left.
     """
 
-    alpha: float = option(0.6, 0, 100, "strength", source="recalled, not verified")
-    top_p: float = option(0.9, 0, 1, "mass of the candidates", source="paper")
-    top_k: int = option(20, 1, 10**9, "number of candidates", source="paper")
-    layers: str = option("20/32:28/32+1", about="candidate layers", source="paper: 20..28 of 32")
+    alpha: float = option(0.6, 0, 100, "strength", source="released scripts; its README has .5")
+    top_p: float = option(0.9, 0, 1, "mass of the candidates", source="released code")
+    top_k: int = option(20, 1, 10**9, "number of candidates", source="released code")
+    layers: str = option("20/32:28/32+1", about="candidate layers", source="released code: 20..28 of 32")
 
     def __post_init__(self) -> None:
         super().__post_init__()

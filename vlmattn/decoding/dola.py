@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,16 +17,17 @@ from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, re
 
 @dataclass(frozen=True)
 class FarthestLayer:
-    """s = lp - lp_j  for the early layer j whose distribution is farthest from the last one's (Jensen-Shannon)."""
+    """s = lp - lp_j  for the early layer j that is farthest from the last one:  argmax_j KL(m|p) + KL(m|p_j),  m = (p + p_j) / 2.
+
+    The divergences run from the middle, as in the released code.
+    """
 
     beta: float
 
     def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:
         last, early = main.log_softmax(-1), torch.stack(list(others)).log_softmax(-1)
-        middle = torch.logaddexp(last, early) - torch.log(torch.tensor(2.0))
-        far = (last.exp() * (last - middle)).sum(-1) + (early.exp() * (early - middle)).sum(
-            -1
-        )  # [layer, row, position]
+        middle = torch.logaddexp(last, early) - math.log(2)
+        far = (middle.exp() * (2 * middle - last - early)).sum(-1)  # [layer, row, position]
         chosen = far.argmax(0)[None, ..., None].expand(1, *main.shape)
         scores = last - early.gather(0, chosen)[0]
         return scores.masked_fill(~plausible(main, self.beta), -torch.inf)
@@ -35,28 +37,29 @@ class FarthestLayer:
     "dola",
     paper="arXiv:2309.03883 (ICLR 2024)",
     code="github.com/voidism/DoLa",
-    faithful="paper text (constants recalled)",
+    faithful="released code (no golden)",
     parts="decoding",
     cost="one head per early layer and token",
     presets={
         "dola_low": ("every second layer of the lower half", {}),
-        "dola_high": ("every second layer of the upper half", {"layers": "1/2:-1:2"}),
+        "dola_high": ("every second layer of the upper half", {"layers": "1/2::2"}),
     },
 )
 @dataclass(frozen=True, kw_only=True)
 class DoLa(Decoding):
     """Subtract what an early layer would say:  s = lp_N - lp_j,  kept where p >= beta max p.
 
-    j is the layer of ``layers`` whose early distribution has the largest Jensen-Shannon divergence from the last one's,
-    chosen anew for every token and row. Layer i means the residual stream that enters layer i, through the final norm
-    and the head. The authors recommend ``repetition_penalty=1.2`` beside it, in ``generate``.
+    j is the layer of ``layers`` that is farthest from the last one (``FarthestLayer``), chosen anew for every token and
+    row; the released code chooses one for a whole batch. Layer i means the residual stream that enters layer i, through
+    the head without the final norm, as there; models with tied embeddings should leave out layer 0. The authors use
+    ``repetition_penalty=1.2`` beside it, in ``generate``.
 
     Raises:
         OptionError: an option out of range, no layer left.
     """
 
-    beta: float = option(0.1, 0, 1, "plausibility cut-off", source="paper (recalled)")
-    layers: str = option("0:1/2:2", about="candidate layers", source="paper: even layers of one half (recalled)")
+    beta: float = option(0.1, 0, 1, "plausibility cut-off", source="released code")
+    layers: str = option("0:1/2:2", about="candidate layers", source="released code: even layers of one half")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,4 +69,4 @@ class DoLa(Decoding):
         found = parse_layers(self.layers, sizes.layers, "dola.layers")
         if not found:
             raise OptionError(f"dola.layers '{self.layers}' selects none of the layers 0..{sizes.layers - 1}")
-        return ContrastiveDecoding((), FarthestLayer(self.beta), found)
+        return ContrastiveDecoding((), FarthestLayer(self.beta), found, normed=False)

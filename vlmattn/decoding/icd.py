@@ -8,14 +8,14 @@ from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding, Ins
 from vlmattn.decoding.rules import Contrast
 from vlmattn.interventions.registry import Sizes, option, register
 
-CONFUSED = "You are a confused object detector; you give only a fuzzy impression of the image."
+CONFUSED = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
 
 
 @register(
     "icd",
     paper="arXiv:2403.18715 (ACL Findings 2024)",
     code="github.com/p1k0pan/ICD",
-    faithful="constants of the released code; the sentence is ours",
+    faithful="constants of the released code",
     parts="decoding",
     cost="prefill: the prompt twice; decode: twice the rows, one forward",
     presets={"icd": ("defaults of the released command line: alpha = 1, beta = .1", {})},
@@ -36,9 +36,7 @@ class ICD(Decoding):
         1.0, 0, 100, "strength of the contrast", source="released command line; its code falls back to .5"
     )
     beta: float = option(0.1, 0, 1, "plausibility cut-off", source="released code")
-    system: str = option(
-        CONFUSED, about="the system message of the branch", source="ours, after the paper's role prefixes"
-    )
+    system: str = option(CONFUSED, about="the system message of the branch", source="released code: one of five")
 
     def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
         confused = Branch(name="confused", prompt=Instead(self.system))

@@ -31,6 +31,8 @@ class Noise:
     def __post_init__(self) -> None:
         if not isinstance(self.step, int) or not 0 <= self.step < STEPS:
             raise OptionError(f"the noise step must be a whole number within 0..{STEPS - 1}, got {self.step!r}")
+        if not isinstance(self.seed, int):
+            raise OptionError(f"the seed of the noise must be a whole number, got {self.seed!r}")
 
     @property
     def coefficients(self) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.noise import STEPS, Noise
 from vlmattn.decoding.rules import Contrast
 from vlmattn.decoding.tokens import TopAttended
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, register
 
 
 @register(
@@ -45,6 +45,10 @@ class RBD(Decoding):
     edits: str = option(
         "visual", about="branches that the recipe's attention edits act in", choices=("both", "visual", "none")
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_layers(self.layers, MANY, "rbd.layers")
 
     def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
         text = Branch(

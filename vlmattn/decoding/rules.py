@@ -67,10 +67,16 @@ class Contrast:
     unsure_below: float = 1.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.weights, list):
+            object.__setattr__(self, "weights", tuple(self.weights))
+        if not isinstance(self.weights, tuple) or not all(
+            callable(w) or isinstance(w, (int, float)) for w in self.weights
+        ):
+            raise OptionError(f"weights must be numbers or functions of t, one for each branch, got {self.weights!r}")
         if self.space not in ("logits", "logprobs"):
             raise OptionError(f"space must be logits or logprobs, got {self.space!r}")
         for name in ("beta", "unsure_below"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} must be a number within 0..1, got {getattr(self, name)!r}")
         if any(not callable(w) and not math.isfinite(w) for w in self.weights):
             raise OptionError(f"weights must be finite numbers or functions of t, got {self.weights!r}")
@@ -103,11 +109,25 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Log of a mixture of distributions:  p = sum_i w_i p_i,  w = softmax_i(max_v p_i(v) / temperature),  main prompt included."""
+    """Weighted mean of all views, the surest weighing most, main prompt included.
+
+    Attributes:
+        space: "probs", the logarithm of  p = sum_i w_i p_i,  w = softmax_i(max_v p_i(v) / temperature);  or "logits",
+            s = sum_i w_i l_i,  w = softmax_i(max_v l_i(v) / temperature).
+        temperature: above 0; large ones weigh all views alike.
+    """
 
     temperature: float = 1.0
+    space: Literal["probs", "logits"] = "probs"
+
+    def __post_init__(self) -> None:
+        if self.space not in ("probs", "logits") or not self.temperature > 0:
+            raise OptionError(f"a Mixture needs space probs or logits and a temperature above 0, got {self!r}")
 
     def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:
+        if self.space == "logits":
+            logits = torch.stack([main, *others])
+            return ((logits.amax(-1, keepdim=True) / self.temperature).softmax(0) * logits).sum(0)
         logprobs = torch.stack([main, *others]).log_softmax(-1)
         weights = (logprobs.amax(-1, keepdim=True).exp() / self.temperature).log_softmax(0)
         return torch.logsumexp(logprobs + weights, 0)

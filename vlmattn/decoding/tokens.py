@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmattn.errors import OptionError
 from vlmattn.interventions.registry import Sizes, parse_layers
 
 
@@ -23,7 +24,10 @@ class TopAttended:
     blank: bool = False
 
     def layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return parse_layers(self.within, sizes.layers, "layers")
+        found = parse_layers(self.within, sizes.layers, "layers")
+        if not found:
+            raise OptionError(f"layers '{self.within}' selects none of the layers 0..{sizes.layers - 1}")
+        return found
 
     def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
         mean = attention.mean(0).masked_fill(~visual, -1.0)

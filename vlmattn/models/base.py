@@ -94,9 +94,11 @@ class Family(ABC):
         """The module that makes cosines and sines of positions."""
         return self.decoder(model).rotary_emb  # type: ignore[return-value]
 
-    def logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
-        """What the residual stream says at any depth: final norm and head."""
-        return model.lm_head(self.decoder(model).norm(hidden))  # type: ignore[no-any-return, operator]
+    def logits(self, model: PreTrainedModel, hidden: Tensor, normed: bool = True) -> Tensor:
+        """What the residual stream says at any depth: final norm (or none) and head."""
+        if normed:
+            hidden = self.decoder(model).norm(hidden)  # type: ignore[operator]
+        return model.lm_head(hidden)  # type: ignore[no-any-return, operator]
 
     def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Attention module of a decoder layer, its query and its key projection (before the rotation)."""

@@ -46,7 +46,9 @@ class Qwen25VL(Family):
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """``[4, batch, tokens]``: of the text, then time, height and width."""
         text = super().positions(model, inputs)
-        if inputs.get("image_grid_thw") is None and inputs.get("video_grid_thw") is None:
+        if inputs.get("mm_token_type_ids") is None or all(
+            inputs.get(name) is None for name in ("image_grid_thw", "video_grid_thw")
+        ):
             return text.expand(4, -1, -1)
         names = (
             "input_ids",

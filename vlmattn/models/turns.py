@@ -129,7 +129,10 @@ class Turns:
         first = int(said[0])
         if bool((types[:first] != TEXT).any()):
             raise InputError("another system message would take images away that lie before the user's turn")
-        opening = self.tokenizer(_opening(self.processor, system), add_special_tokens=False)["input_ids"]
+        text = _opening(self.processor, system.strip())
+        if self.tokenizer.decode([int(ids[first])])[:1].isspace():
+            text = text.rstrip()  # the word brings its blank
+        opening = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         begin = getattr(self.tokenizer, "bos_token_id", None)
         if begin is not None and int(ids[0]) == begin and opening[:1] != [begin]:
             opening = [begin, *opening]
@@ -225,7 +228,7 @@ def _opening(processor: Any, system: str) -> str:
                 text = str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
             except Exception:  # a template may raise anything, also because it has no system message
                 continue
-            if _SAID[0] in text and "'text'" not in text and (system in text or chat is not both):
+            if _SAID[0] in text and "{'type'" not in text and (system in text or chat is not both):
                 opening = text[: text.index(_SAID[0])]
                 return opening if system in text else f"{opening}{system} "
     raise InputError("the chat template does not show where a user's turn begins")

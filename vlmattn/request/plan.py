@@ -73,6 +73,7 @@ class Plan:
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
         texts: prompts without images are welcome.
         decoding: branches and rule for this model, if there are some, ``branches``: a plan for each branch.
+        branch_names: branches that a call may bring inputs for.
         search: the method that chooses the tokens, if it is not the library. ``rule``: what the report calls either.
     """
 
@@ -92,6 +93,7 @@ class Plan:
     search: Any = None
     rule: str = ""
     branches: tuple[Plan, ...] = ()
+    branch_names: tuple[str, ...] = ()
 
     @property
     def is_identity(self) -> bool:

@@ -8,6 +8,7 @@ removes all of them.
 
 from __future__ import annotations
 
+import inspect
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from vlmattn.wrapping.branches import fan_of, setting_of
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.hooks import WRAPPED, install_hooks, step_of
-from vlmattn.wrapping.merged import merged_of
+from vlmattn.wrapping.merged import forget_branches, merged_of
 from vlmattn.wrapping.searching import refuse_ways, searching
 
 __all__ = ["Handle", "applied", "handle_of", "install", "unwrap", "wrap"]
@@ -59,6 +60,11 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     if (old := handle_of(model)) is not None:
         raise StateError(
             f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first"
+        )
+    if any(not hasattr(layer, "self_attn") for layer in family.layers(model)):
+        raise UnsupportedError(
+            f"{type(model).__name__} has decoder layers without attention (a '{model.config.get_text_config().model_type}' language"
+            " model), which cannot be edited; use one with attention in every layer"
         )
     chosen = Recipe.of(_saved_recipe(model) if recipe is None else recipe, **options)
     text = model.config.get_text_config()
@@ -162,27 +168,30 @@ def _generate(
     """
     handle = handle_of(self)
     assert handle is not None
+    names = list(inspect.signature(type(self).generate).parameters)[1:]
+    kwargs |= dict(zip(names, args, strict=False))
+    streamer, resting = kwargs.get("streamer"), preset is None and not handle.enabled
     try:
         plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
         original = handle._originals.get("generate") or MethodType(type(self).generate, self)
-        fan = fan_of(self, plan, args, kwargs, branch_inputs or {})
-        streamer = kwargs.get("streamer")
+        forget_branches(kwargs.get("past_key_values"))
+        fan = fan_of(self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
         if plan.search is not None:
-            args, kwargs = _searched(self, plan, args, kwargs)
+            kwargs = _searched(self, plan, kwargs)
         if not plan.is_identity or fan is not None:
             _refuse_chunks(self, kwargs)
         mask = kwargs.get("attention_mask")
-        call = Call(handle, self, plan, _prompt_length(args, kwargs), mask is None or mask.ndim == 2, fan=fan)
+        call = Call(handle, self, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, fan=fan)
         token = CALL.set(call)
         try:
-            out = original(*args, **kwargs)
+            out = original(**kwargs)
         finally:
             CALL.reset(token)
         if plan.search is not None and streamer is not None:
             streamer.put(getattr(out, "sequences", out)[0, call.prompt_length :].cpu())  # known only now
             streamer.end()
     except BaseException:
-        if (streamer := kwargs.get("streamer")) is not None:
+        if streamer is not None:
             streamer.end()  # whoever reads from it in another thread would wait for ever
         raise
     if preset is None and not (plan.is_identity and fan is None):
@@ -190,13 +199,11 @@ def _generate(
     return out
 
 
-def _searched(
-    model: PreTrainedModel, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _searched(model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a generate() call in which a search method chooses the tokens."""
     refuse_ways(model, plan.rule, kwargs)
     decode = searching(plan.search, kwargs)
-    return args, {**kwargs, "do_sample": False, "custom_generate": decode}
+    return {**kwargs, "do_sample": False, "custom_generate": decode}
 
 
 def _prepare_inputs(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -224,10 +231,9 @@ def _refuse_chunks(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         raise UnsupportedError("edits and decoding rules need the prompt in one piece; set prefill_chunk_size=None")
 
 
-def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _prompt_length(kwargs: dict[str, Any]) -> int | None:
     """Slots of the prompt of a generate() call, past turns in the cache included."""
-    first = args[0] if args else kwargs.get("inputs")
-    for value in (kwargs.get("attention_mask"), kwargs.get("input_ids"), first, kwargs.get("inputs_embeds")):
+    for value in map(kwargs.get, ("attention_mask", "input_ids", "inputs", "inputs_embeds")):
         if isinstance(value, Tensor) and value.ndim >= 2:
             return value.shape[1]
     return None
@@ -237,6 +243,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[st
     """``save_pretrained`` of a wrapped model: what the bare model writes, and the recipe beside it."""
     handle = handle_of(self)
     assert handle is not None
+    handle.recipe.to_dict()  # what cannot be written is an error before anything is
     original = handle._originals.get("save_pretrained") or MethodType(type(self).save_pretrained, self)
     out = original(save_directory, *args, **kwargs)
     for method in {method for methods in handle._plan.by_layer for method in methods}:

@@ -181,16 +181,17 @@ class _Reader:
 
     def _inputs(self) -> dict[str, Any]:
         """What the branch gives the model, on the device of the main prompt."""
-        family, model, branch = self.call.handle._family, self.call.model, self.branch
-        device = self.ids.device
+        branch, device = self.branch, self.ids.device
         inputs = {name: _to(value, device) for name, value in self.fan.inputs.items()}
         inputs["attention_mask"] = self.main.mask[:: self.times].long()
         given = self.fan.given.get(branch.name, {})
         inputs |= {name: _to(value, device) for name, value in given.items()}
+        if given:
+            _check_prompts(branch, inputs, len(self.fan.inputs["input_ids"]))
         if callable(branch.image):
             self._change_images(branch.image, inputs)
         elif branch.image == "blank":
-            inputs |= {name: torch.zeros_like(inputs[name]) for name in family.pixels(model, inputs)}
+            self._change_images(torch.zeros_like, inputs)
         if branch.prompt != "same" or branch.image == "drop":
             self._change_prompt(inputs)
         if branch.image == "drop":
@@ -208,14 +209,33 @@ class _Reader:
 
     def _change_images(self, change: Noise | Callable[[Tensor], Tensor], inputs: dict[str, Any]) -> None:
         """Let a function see the pixels of one row of the batch at a time."""
-        for name, counts in self.call.handle._family.pixels(self.call.model, inputs).items():
-            changed = [change(pixels) if len(pixels) else pixels for pixels in inputs[name].split(counts)]
-            whole = torch.cat(changed)
-            if whole.shape != inputs[name].shape:
-                raise InputError(
-                    f"branch '{self.branch.name}': its function must keep the shape of {name}, {tuple(inputs[name].shape)}"
-                )
-            inputs[name] = whole
+        found = self.call.handle._family.pixels(self.call.model, inputs)
+        if not found:
+            raise InputError(
+                f"the branch '{self.branch.name}' changes the image; give pixel_values, not encoded features"
+            )
+        for name, counts in found.items():
+            parts = inputs[name].split(counts)
+            changed = [change(pixels) if len(pixels) else pixels for pixels in parts]
+            for before, after in zip(parts, changed, strict=True):
+                if not isinstance(after, Tensor) or after.shape != before.shape:
+                    got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+                    raise InputError(
+                        f"branch '{self.branch.name}': its function must keep the shape of {name}, {tuple(before.shape)}, got {got}"
+                    )
+            inputs[name] = torch.cat(changed).to(inputs[name])
+
+    def _checked(self, ids: Any) -> Tensor:
+        """What a prompt function returned."""
+        vocabulary = self.call.model.get_input_embeddings().weight.shape[0]
+        whole = isinstance(ids, Tensor) and ids.ndim == 1 and ids.dtype in (torch.int64, torch.int32)
+        if not whole or bool(((ids < 0) | (ids >= vocabulary)).any()):
+            raise InputError(
+                f"branch '{self.branch.name}': its prompt function must return token ids, an int64 tensor [tokens] within"
+                f" 0..{vocabulary - 1}"
+            )
+        found: Tensor = ids.long()
+        return found
 
     def _change_prompt(self, inputs: dict[str, Any]) -> None:
         """Other token ids, row by row, as a left-padded batch."""
@@ -228,12 +248,16 @@ class _Reader:
             assert turns is not None
             rows = [turns.under(branch.prompt.system, row, family.token_types(model, row)) for row in rows]
         elif callable(branch.prompt):
-            rows = [branch.prompt(row) for row in rows]
+            rows = [self._checked(branch.prompt(row)) for row in rows]
         if branch.image == "drop":
             marks = torch.tensor(family.image_ids(model))
             rows = [row[~torch.isin(row, marks)] for row in rows]
         elif before != [_images_in(family.token_types(model, row)) for row in rows]:
-            raise InputError(f"branch '{branch.name}': its prompt must keep the image tokens")
+            after = [_images_in(family.token_types(model, row)) for row in rows]
+            raise InputError(
+                f"branch '{branch.name}': its prompts must keep the image tokens, {before}, and have {after}; image='drop' takes"
+                " them away"
+            )
         if any(not len(row) for row in rows):
             raise InputError(f"branch '{branch.name}': nothing is left of the prompt")
         longest = max(map(len, rows))
@@ -244,9 +268,17 @@ class _Reader:
             inputs["mm_token_type_ids"] = types.to(inputs["mm_token_type_ids"].dtype)
 
 
-def fan_of(
-    model: PreTrainedModel, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any], given: Mapping[str, Any]
-) -> Fan | None:
+def _check_prompts(branch: Branch, inputs: Mapping[str, Any], batch: int) -> None:
+    """Prompts that the caller gave to a branch."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    whole = isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == batch and not ids.is_floating_point()
+    if not whole or not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        raise InputError(
+            f"branch '{branch.name}': input_ids and attention_mask in branch_inputs must be int64 tensors [{batch}, tokens]"
+        )
+
+
+def fan_of(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Fan | None:
     """The branches of a generate() call; None without a decoding rule.
 
     Raises:
@@ -254,28 +286,26 @@ def fan_of(
         InputError: no token ids or images, inputs of branches that are missing or not known.
     """
     contrast: ContrastiveDecoding | None = plan.decoding
-    names = [branch.name for branch in contrast.branches] if contrast else []
-    if unknown := sorted(set(given) - set(names)):
-        known = f"it has {', '.join(names)}" if names else "it has none"
-        raise InputError(f"branch_inputs names {', '.join(unknown)}, which is no branch of '{plan.name}'; {known}")
+    _check_given(model, plan, given)
     if contrast is None:
         return None
-    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if (
-        not isinstance(ids, Tensor)
-        or ids.ndim != 2
-        or ids.is_floating_point()
-        or kwargs.get("inputs_embeds") is not None
-    ):
+    ids = kwargs.get("inputs", kwargs.get("input_ids"))
+    if kwargs.get("inputs_embeds") is not None:
         raise UnsupportedError(
             "a decoding rule needs input_ids, to make the prompts of its branches; inputs_embeds cannot do"
+        )
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        what = f"a {ids.dtype} tensor {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(
+            f"a decoding rule needs input_ids, an int64 tensor [batch, tokens], got {what}; use return_tensors='pt'"
         )
     _refuse_ways(model, kwargs)
     family, inputs = find_family(model), {**kwargs, "input_ids": ids}
     if any(branch.sees for branch in contrast.branches) and not _images_in(family.token_types(model, ids)):
-        seeing = ", ".join(f"'{branch.name}'" for branch in contrast.branches if branch.sees)
+        seeing = [f"'{branch.name}'" for branch in contrast.branches if branch.sees]
+        about = f"branch {seeing[0]} is" if len(seeing) == 1 else f"branches {' and '.join(seeing)} are"
         raise InputError(
-            f"no image tokens in the prompt, and the branch {seeing} is about the image; put the image placeholder into it"
+            f"no image tokens in the prompt, and the {about} about the image; put the image placeholder into it"
             " (processor.apply_chat_template does), or call model.vlmattn.disable() for prompts without images"
         )
     for branch in contrast.branches:
@@ -288,9 +318,33 @@ def fan_of(
 
 
 def setting_of(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A generation setting as generate() will see it."""
-    config = kwargs.get("generation_config") or model.generation_config
-    return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+    """A generation setting as generate() will see it: of the call, its config, or the model's."""
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in found if value is not None), None)
+
+
+def _check_given(model: PreTrainedModel, plan: Plan, given: Mapping[str, Any]) -> None:
+    """Inputs of branches that nobody would read are an error."""
+    names = plan.branch_names
+    known = inspect.signature(type(model).forward).parameters
+    branches = {branch.name: branch for branch in plan.decoding.branches} if plan.decoding else {}
+    for name, inputs in given.items() if isinstance(given, Mapping) else (("", given),):
+        if not isinstance(inputs, Mapping):
+            raise InputError("branch_inputs must look like {'branch': {'pixel_values': ...}}")
+        if name not in names:
+            has = f"it has {', '.join(names)}" if names else "it has none"
+            raise InputError(f"branch_inputs names {name}, which is no branch of '{plan.name}'; {has}")
+        branch = branches.get(name)
+        useless = set(inputs) - (set(known) - _NOT_PASSED_ON)
+        if branch is not None and branch.shares_prompt:
+            useless = set(inputs)
+        elif branch is not None and branch.image == "drop":
+            useless |= set(inputs) & set(_OF_IMAGES)
+        if useless:
+            raise InputError(
+                f"the branch '{name}' has no use for {', '.join(sorted(useless))} in branch_inputs; leave it out"
+            )
 
 
 def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
@@ -301,7 +355,8 @@ def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             "continuous batching (paged) runs every request by itself, without branches; use generate()"
         )
-    if (cache := kwargs.get("past_key_values")) is not None and int(cache.get_seq_length()) > 0:
+    cache = kwargs.get("past_key_values")
+    if cache is not None and not (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0):
         raise UnsupportedError(
             "a decoding rule cannot go on from past_key_values, which hold no branches; give the whole conversation"
         )

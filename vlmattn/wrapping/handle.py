@@ -16,6 +16,8 @@ from vlmattn.models import Anatomy, Family, Turns
 from vlmattn.recipe import Recipe
 from vlmattn.request import Ledger, Plan
 
+_KEPT = 64  # plans of a model
+
 
 class Handle:
     """``model.vlmattn``: what is on the model, and what it did.
@@ -61,6 +63,8 @@ class Handle:
             if plan.uses_turns and self.turns is None:
                 self.turns = _turns(self._processor, self.anatomy.source, plan.turns)
             self._plans[recipe] = plan
+            if len(self._plans) > _KEPT:  # recipes made anew for every call
+                del self._plans[next(iter(self._plans))]
         return self._plans[recipe]
 
     def rotary(self, module: Any, factor: float) -> nn.Module:
@@ -102,25 +106,27 @@ class Handle:
             row = backends.setdefault(phase, {})
             row[backend] = row.get(backend, 0) + count
             layers.setdefault(phase, {}).setdefault(backend, []).append(int(layer))
-        fired = dict.fromkeys((method.info.name for method in self.recipe.methods), 0)
-        fired |= {name: count for (name,), count in self._ledger.read("fired").items()}
         for row_of_layers in layers.values():
             for found in row_of_layers.values():
                 found.sort()
         return {
-            "recipe": self.recipe.to_dict(),
+            "recipe": self.recipe.record(),
             "enabled": self._enabled,
-            "fired": fired,
+            "fired": self._fired(),
             "backends": backends,
             "layers": layers,
         }
+
+    def _fired(self) -> dict[str, int]:
+        counts = {name: count for (name,), count in self._ledger.read("fired").items()}
+        return dict.fromkeys(self.recipe.names, 0) | counts
 
     def warn_if_idle(self) -> None:
         """Say once if a method of the recipe has not found anything to do."""
         if self._warned or not self._enabled:
             return
         self._warned = True  # one look: reading the counts waits for the device
-        idle = [name for name, count in self.report()["fired"].items() if not count]
+        idle = [name for name, count in self._fired().items() if not count]
         if idle:
             warnings.warn(
                 f"vlmattn: {', '.join(idle)} never fired in this generate() call and had no part in the answer;"

@@ -321,7 +321,9 @@ def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _observe(step: Step, index: int, hidden: Tensor) -> None:
     plan = step.request.plan
     observers = plan.observing[index]
-    if len(observers) == 0 or not (step.is_prompt or index in plan.extending):  # a tuple in "not" breaks compiled graphs
+    if len(observers) == 0 or not (
+        step.is_prompt or index in plan.extending
+    ):  # a tuple in "not" breaks compiled graphs
         return
     if step.start is None:  # one generated token
         scope = Scope(step, index, 1, step.capacity, hidden.device)

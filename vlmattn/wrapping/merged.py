@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from vlmattn.decoding import ContrastiveDecoding
-from vlmattn.errors import StateError, UnsupportedError
+from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.request import Request, Step, Steps
 from vlmattn.wrapping.call import Call
 from vlmattn.wrapping.room import RoomyLayer
@@ -102,7 +102,8 @@ class Merged:
         for number, parts in enumerate(zip(*(view.cache.layers for view in views), strict=True)):
             if any(getattr(part, "is_sliding", False) for part in parts) or not hasattr(parts[0], "keys"):
                 raise UnsupportedError(
-                    "branches need full attention in every layer, and this model's cache forgets; no decoding rule can run on it"
+                    f"the decoding rule of '{self._name}' needs full attention in every layer, and this model's cache forgets; use a"
+                    " language model without sliding windows, or attention edits only"
                 )
             wanted = max(part.keys.shape[-2] for part in parts)
             keys, values = (
@@ -125,7 +126,7 @@ class Merged:
         if call is None or call.token is not self.call:
             raise StateError(
                 f"this cache was filled by generate() with the decoding rule of '{self._name}' and holds its branches too; it"
-                " cannot be continued: start a new generate()"
+                " cannot be continued: start a new generate() with a new cache"
             )
 
     def expand(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -168,8 +169,14 @@ class Merged:
         for layer in self.contrast.layers:
             hidden = early[layer]
             assert hidden is not None
-            others.append(self._family.logits(model, hidden[: self.rows, -main.shape[1] :]).to(main))
-        return self.contrast.rule(main, [other.to(main.device) for other in others], t)
+            others.append(
+                self._family.logits(model, hidden[: self.rows, -main.shape[1] :], self.contrast.normed).to(main)
+            )
+        found = self.contrast.rule(main, [other.to(main.device) for other in others], t)
+        if not isinstance(found, Tensor) or found.shape != main.shape:
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"the rule of '{self._name}' must return logits of shape {tuple(main.shape)}, got {what}")
+        return found
 
     def combine(self, model: nn.Module, cache: Any, output: Any, early: Mapping[int, Tensor | None]) -> None:
         """After a forward of all groups: leave the rows that the library knows, with combined logits."""
@@ -181,6 +188,13 @@ class Merged:
         for name in ("attentions", "hidden_states"):
             if output.get(name) is not None:
                 output[name] = tuple(None if found is None else found[: self.rows] for found in output[name])
+
+
+def forget_branches(cache: Any) -> None:
+    """A cache that was reset is like a new one."""
+    if merged_of(cache) is not None and int(cache.get_seq_length()) == 0:
+        delattr(cache, MERGED)
+        cache.__dict__.pop("reorder_cache", None)
 
 
 def merged_of(cache: Any) -> Merged | None:

@@ -19,6 +19,10 @@ from vlmattn.wrapping.call import CALL, Call, TowerView
 from vlmattn.wrapping.merged import REQUEST
 
 _CHOOSES = "chooses the tokens by itself"
+_NEUTRAL = {
+    "num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "guidance_scale": 1, "length_penalty": 1,
+    "early_stopping": False, "max_time": None, "stop_strings": None,
+}  # fmt: skip
 
 
 def refuse_ways(model: PreTrainedModel, rule: str, kwargs: Mapping[str, Any]) -> None:
@@ -27,10 +31,10 @@ def refuse_ways(model: PreTrainedModel, rule: str, kwargs: Mapping[str, Any]) ->
     Raises:
         UnsupportedError: one of them.
     """
-    for name, neutral in (("num_beams", 1), ("num_return_sequences", 1), ("prompt_lookup_num_tokens", None)):
+    for name, neutral in _NEUTRAL.items():
         if setting_of(model, kwargs, name) not in (None, neutral):
             raise UnsupportedError(f"'{rule}' {_CHOOSES}; leave {name} at {neutral}")
-    for name in ("do_sample", "stopping_criteria", "stop_strings", "max_time", "assistant_model", "custom_generate"):
+    for name in ("do_sample", "stopping_criteria", "assistant_model", "custom_generate"):
         if kwargs.get(name):
             raise UnsupportedError(f"'{rule}' {_CHOOSES} and cannot have {name}; leave it out")
     if kwargs.get("past_key_values") is not None or kwargs.get("inputs_embeds") is not None:
