@@ -207,9 +207,6 @@ def test_odd_messages(style, system):
     assert found.tolist() == style.expected(chat, system).tolist()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="turns.py _opening: a message with 'text' in quotes is taken for a failed template"
-)
 @pytest.mark.parametrize("name", ["llava", "qwen"])
 def test_a_message_with_the_word_text_in_quotes(name):
     chat = [said("user", "What is it?", 1)]
@@ -218,9 +215,6 @@ def test_a_message_with_the_word_text_in_quotes(name):
     assert style.under(system, style.render(chat)).tolist() == style.expected(chat, system).tolist()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="turns.py under: the blank before a word is in the opening and in the word's token"
-)
 def test_words_that_carry_their_blank():
     """``USER: What`` is ``USER``, ``:``, `` What`` for most tokenizers; what is said must not get a second blank."""
     made = tokenizer(LLAVA, words=("What", "is"))
@@ -232,9 +226,6 @@ def test_words_that_carry_their_blank():
     assert made.decode(found) == wanted
 
 
-@pytest.mark.xfail(
-    strict=True, reason="turns.py _opening: a trimmed message is not found, and lands in the user's turn"
-)
 @pytest.mark.parametrize("system", [WHO + "\n", " " + WHO])
 def test_a_message_that_the_template_trims(system):
     """A text block of YAML ends in a new line."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.decoding.contrast import ContrastiveDecoding, Decoding
-from vlmattn.decoding.rules import plausible
+from vlmattn.decoding.rules import plausible, possible
 from vlmattn.errors import OptionError
 from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, register
 
@@ -27,10 +27,11 @@ class FarthestLayer:
     def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:
         last, early = main.log_softmax(-1), torch.stack(list(others)).log_softmax(-1)
         middle = torch.logaddexp(last, early) - math.log(2)
-        far = (middle.exp() * (2 * middle - last - early)).sum(-1)  # [layer, row, position]
+        apart = torch.where(possible(middle) & possible(last) & possible(early), 2 * middle - last - early, 0.0)
+        far = (middle.exp() * apart).sum(-1)  # [layer, row, position]
         chosen = far.argmax(0)[None, ..., None].expand(1, *main.shape)
         scores = last - early.gather(0, chosen)[0]
-        return scores.masked_fill(~plausible(main, self.beta), -torch.inf)
+        return scores.masked_fill(~(plausible(main, self.beta) & possible(main)), -torch.inf)
 
 
 @register(

@@ -31,12 +31,17 @@ def plausible(main: Tensor, beta: float) -> Tensor:
     return main >= math.log(beta) + main.amax(-1, keepdim=True)
 
 
+def possible(logits: Tensor) -> Tensor:
+    """Tokens that a view does not rule out, by -inf or by the smallest number there is; bool, in ``logits``' shape."""
+    return logits > torch.finfo(logits.dtype).min / 2
+
+
 @dataclass(frozen=True)
 class Growth:
     """A weight that grows with the answer:  w(t) = exp(rate t) - 1, at most ``cap``."""
 
     rate: float
-    cap: float = math.inf
+    cap: float = 1e6
 
     def __call__(self, t: Tensor) -> Tensor:
         return torch.expm1(self.rate * t.float()).clamp(max=self.cap)
@@ -94,9 +99,9 @@ class Contrast:
             total = total + weight
         scores: Tensor = own if self.plus else (1 + total) * own
         for weight, other in zip(weights, others, strict=True):
-            term: Tensor = weight * self._in_space(other)
+            term: Tensor = weight * torch.where(possible(other), self._in_space(other), own)  # no contrast there
             scores = scores + term if self.plus else scores - term
-        keep = plausible(main, self.beta) & (main > -math.inf)  # -inf in two views would give nan
+        keep = plausible(main, self.beta) & possible(main)  # what no view allows would give nan
         scores = scores.masked_fill(~keep, -math.inf)
         if self.unsure_below < 1:
             sure = main.softmax(-1).amax(-1, keepdim=True) >= self.unsure_below

@@ -31,7 +31,7 @@ class TopAttended:
 
     def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
         mean = attention.mean(0).masked_fill(~visual, -1.0)
-        count = (visual.sum(-1, keepdim=True) * self.share).ceil().clamp(min=1)
+        count = (visual.sum(-1, keepdim=True).double() * self.share - 1e-9).ceil().clamp(min=1)  # 30 % of 50 are 15
         rank = mean.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
         kept: Tensor = visual & (rank < count)
         return kept
@@ -57,6 +57,7 @@ class BlindTokens:
         share = on_image / on_image.sum(0).clamp_min(1e-30)
         ranked, order = share.sort(dim=0, descending=True, stable=True)
         taken = (ranked.cumsum(0) - ranked < self.mass).float()  # the layer that crosses the mass is in
+        taken[:1] = 1
         layers = torch.zeros_like(taken).scatter_(0, order, taken)
         mean = torch.einsum("lbk,lb->bk", attention, layers) / layers.sum(0)[:, None].clamp_min(1)
         count = visual.sum(-1, keepdim=True).clamp_min(1)
