@@ -212,7 +212,7 @@ def test_bad_files_are_refused_and_named(case, tmp_path):
 
 def test_a_second_rule_in_a_file_is_refused():
     rules = {"interventions": [{"method": "vcd"}], "decoding": {"method": "m3id"}}
-    with pytest.raises(OptionError, match="decoding rules vcd and m3id conflict"):
+    with pytest.raises(InputError, match="'vcd' is in the wrong place"):
         Recipe.from_dict({"schema": 1, "name": "x", **rules})
 
 

@@ -216,7 +216,7 @@ def test_embeddings_instead_of_ids(also_ids):
 
 def test_nothing_to_read():
     model = wrapped()
-    refuses(model, lambda: model.generate(max_new_tokens=2), UnsupportedError, "a decoding rule needs input_ids")
+    refuses(model, lambda: model.generate(max_new_tokens=2), InputError, "a decoding rule needs input_ids")
 
 
 @pytest.mark.parametrize("as_what", ["dynamic", "static"])
@@ -236,7 +236,7 @@ def test_a_filled_cache(as_what):
 def test_an_old_tuple_for_a_cache():
     """The library says what it wants instead; so should a wrapped model."""
     model = wrapped()
-    with pytest.raises((VlmattnError, ValueError), match="Cache"):
+    with pytest.raises(VlmattnError, match="past_key_values"):
         model.generate(**prompt("llava"), past_key_values=((torch.zeros(1, 2, 3, 8),) * 2,) * 4, max_new_tokens=2)
 
 
@@ -336,7 +336,7 @@ def test_sliding_windows(make, recipe):
     vlmattn.wrap(model, recipe)
     for _ in range(2):
         with pytest.raises(
-            UnsupportedError, match=r"^branches need full attention in every layer, and this model's cache"
+            UnsupportedError, match=rf"^the decoding rule of '{recipe}' needs full attention in every layer"
         ):
             generate(model, inputs)
     assert torch.equal(generate(model, inputs, preset="none"), before)
@@ -356,19 +356,14 @@ def test_the_same_model_without_a_window(recipe):
     [
         "vcd",
         "m3id",
-        *(
-            pytest.param(
-                name,
-            )
-            for name in ("rbd", "dola_low", "pai+vcd")
-        ),
+        "rbd",
+        "dola_low",
+        "pai+vcd",
     ],
 )
 def test_layers_without_keys(recipe):
-    model, inputs = vlmattn.wrap(recurrent(), recipe), prompt("llava")
-    with pytest.raises(UnsupportedError, match="full attention in every layer"):
-        generate(model, inputs)
-    assert CALL.get() is None
+    with pytest.raises(UnsupportedError, match="attention in every layer"):
+        vlmattn.wrap(recurrent(), recipe)
 
 
 # Prompts and images
@@ -443,10 +438,6 @@ def test_qwen_without_token_types():
 # Functions of branches
 
 
-def raw(reason: str) -> Any:
-    return pytest.mark.xfail(strict=True, reason=f"branches.py {reason}: an error of torch that names no branch")
-
-
 SAYS = {
     "no image tokens": lambda ids: ids[ids != IMAGE_TOKEN],
     "an image token more": lambda ids: torch.cat([ids, torch.tensor([IMAGE_TOKEN])]),
@@ -459,7 +450,7 @@ SAYS = {
 def test_prompts_that_lose_images(what, family):
     model = wrapped("none", family)
     call = lambda: generate(model, prompt(family), preset=one(prompt=SAYS[what]))  # noqa: E731
-    refuses(model, call, InputError, "^branch 'b': its prompt must keep the image tokens")
+    refuses(model, call, InputError, "^branch 'b': its prompts must keep the image tokens")
 
 
 def test_a_prompt_without_anything():
@@ -748,12 +739,12 @@ def test_layers_that_choose_tokens(method, layers, match):
 @pytest.mark.parametrize(
     ("factors", "match"),
     [
-        ((0.0,), "rope must be a positive factor, got 0.0"),
-        ((math.inf,), "rope must be a positive factor, got inf"),
-        ((math.nan,), "rope must be a positive factor, got nan"),
+        ((0.0,), r"buckets\.factors must be different positive numbers"),
+        ((math.inf,), r"buckets\.factors must be different positive numbers"),
+        ((math.nan,), r"buckets\.factors must be different positive numbers"),
         ((-1.0,), r"buckets\.factors must be a list of positive numbers"),
         ("2", r"buckets\.factors must be a list of positive numbers"),
-        ((2.0, 2.0), "branches need names of their own, got base x2, base x2"),
+        ((2.0, 2.0), r"buckets\.factors must be different positive numbers"),
     ],
 )
 def test_bases_that_are_none(factors, match):
@@ -944,7 +935,7 @@ LETTERS = SimpleNamespace(decode=lambda ids, **options: "".join(chr(32 + int(i))
 @pytest.mark.parametrize(
     "fault",
     [None, dict(use_cache=False), dict(preset="vdc"), dict(logits_processor=LogitsProcessorList([boom]))],
-    ids=str,
+    ids=["none", "use_cache", "preset", "logits_processor"],
 )
 @pytest.mark.parametrize("recipe", ["vcd", "opera"])
 def test_a_reader_in_another_thread_never_hangs(fault, recipe):
@@ -988,15 +979,15 @@ def test_a_reader_in_another_thread_never_hangs(fault, recipe):
         (dict(num_return_sequences=2), "leave num_return_sequences at 1"),
         (dict(prompt_lookup_num_tokens=2), "leave prompt_lookup_num_tokens at None"),
         (dict(do_sample=True), "cannot have do_sample; leave it out"),
-        (dict(stop_strings=["a"]), "cannot have stop_strings"),
-        (dict(max_time=1.0), "cannot have max_time"),
+        (dict(stop_strings=["a"]), "leave stop_strings at None"),
+        (dict(max_time=1.0), "leave max_time at None"),
         (dict(stopping_criteria=StoppingCriteriaList([boom])), "cannot have stopping_criteria"),
         (dict(custom_generate=boom), "cannot have custom_generate"),
         (dict(past_key_values=DynamicCache()), "without past_key_values or inputs_embeds"),
         (dict(inputs_embeds=torch.zeros(1, 3, 32)), "without past_key_values or inputs_embeds"),
         (dict(prefill_chunk_size=4), "prefill_chunk_size=None"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_search_refuses_other_ways_to_choose(more, match):
     model, inputs = wrapped("opera"), prompt("llava")

@@ -23,8 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import vlmattn
 from vlmattn import Recipe, UnsupportedError
-from vlmattn.interventions import Intervention
-from vlmattn.interventions import registry
+from vlmattn.interventions import Intervention, registry
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:vlmattn:UserWarning")]
 family_matrix = pytest.mark.parametrize("family", FAMILIES)

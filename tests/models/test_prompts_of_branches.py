@@ -342,7 +342,7 @@ def test_a_row_without_a_users_turn_stops_all():
 def test_a_message_that_brings_an_image_token_is_refused():
     style = STYLES["llava"]
     model = vlmattn.wrap(bigger("llava", style), "icd", processor=style.tokenizer, system="Look at <image>!")
-    with pytest.raises(InputError, match="branch 'confused': its prompt must keep the image tokens"):
+    with pytest.raises(InputError, match="branch 'confused': its prompts must keep the image tokens"):
         generate(model, inputs_of("llava", style, [([said("user", "What?", 1)], 1)]), new=2)
 
 

@@ -54,5 +54,7 @@ class AGLA(Decoding):
     def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
         augmented = Branch(name="augmented", image="given")
         if self.augment == "attention":
-            augmented = Branch(name="augmented", tokens=TopAttended(self.share, self.layers, blank=True))
+            augmented = Branch(
+                name="augmented", tokens=TopAttended(self.share, self.layers, blank=True, name="agla.layers")
+            )
         return ContrastiveDecoding((augmented,), Contrast((self.alpha,), beta=self.beta, plus=True))

@@ -54,6 +54,6 @@ class RBD(Decoding):
         text = Branch(
             name="text", image=Noise(self.step, self.seed), edits="inherit" if self.edits == "both" else "off"
         )
-        chosen = TopAttended(self.share, self.layers)
+        chosen = TopAttended(self.share, self.layers, name="rbd.layers")
         visual = Branch(name="visual", tokens=chosen, edits="off" if self.edits == "none" else "inherit")
         return ContrastiveDecoding((text, visual), Contrast((self.text, -self.visual), beta=self.beta))

@@ -41,7 +41,7 @@ class Growth:
     """A weight that grows with the answer:  w(t) = exp(rate t) - 1, at most ``cap``."""
 
     rate: float
-    cap: float = 1e6
+    cap: float = 1e12
 
     def __call__(self, t: Tensor) -> Tensor:
         return torch.expm1(self.rate * t.float()).clamp(max=self.cap)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -22,11 +22,12 @@ class TopAttended:
     share: float
     within: str
     blank: bool = False
+    name: str = field(default="layers", compare=False)  # of the option that chose ``within``, for errors
 
     def layers(self, sizes: Sizes) -> tuple[int, ...]:
-        found = parse_layers(self.within, sizes.layers, "layers")
+        found = parse_layers(self.within, sizes.layers, self.name)
         if not found:
-            raise OptionError(f"layers '{self.within}' selects none of the layers 0..{sizes.layers - 1}")
+            raise OptionError(f"{self.name} '{self.within}' selects none of the layers 0..{sizes.layers - 1}")
         return found
 
     def choose(self, attention: Tensor, visual: Tensor) -> Tensor:

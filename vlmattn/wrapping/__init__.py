@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import traceback
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -190,13 +191,19 @@ def _generate(
         if plan.search is not None and streamer is not None:
             streamer.put(getattr(out, "sequences", out)[0, call.prompt_length :].cpu())  # known only now
             streamer.end()
-    except BaseException:
-        if streamer is not None:
+    except BaseException as error:
+        if streamer is not None and not _came_from(error, type(streamer).end):
             streamer.end()  # whoever reads from it in another thread would wait for ever
         raise
     if preset is None and not (plan.is_identity and fan is None):
         handle.warn_if_idle()
     return out
+
+
+def _came_from(error: BaseException, function: Any) -> bool:
+    """Whether the error was raised within a function."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code is getattr(function, "__code__", None) for frame in frames)
 
 
 def _searched(model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:

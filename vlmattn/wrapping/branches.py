@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead, Noise
 from vlmattn.errors import InputError, UnsupportedError
-from vlmattn.models import find_family
+from vlmattn.models import Family, find_family
 from vlmattn.request import TEXT, Plan
 from vlmattn.wrapping.call import CALL, Call, TowerView
 from vlmattn.wrapping.merged import REQUEST, Merged, View
@@ -187,7 +187,7 @@ class _Reader:
         given = self.fan.given.get(branch.name, {})
         inputs |= {name: _to(value, device) for name, value in given.items()}
         if given:
-            _check_prompts(branch, inputs, len(self.fan.inputs["input_ids"]))
+            _check_prompts(self.call.handle._family, self.call.model, branch, inputs, len(self.fan.inputs["input_ids"]))
         if callable(branch.image):
             self._change_images(branch.image, inputs)
         elif branch.image == "blank":
@@ -268,7 +268,9 @@ class _Reader:
             inputs["mm_token_type_ids"] = types.to(inputs["mm_token_type_ids"].dtype)
 
 
-def _check_prompts(branch: Branch, inputs: Mapping[str, Any], batch: int) -> None:
+def _check_prompts(
+    family: Family, model: PreTrainedModel, branch: Branch, inputs: Mapping[str, Any], batch: int
+) -> None:
     """Prompts that the caller gave to a branch."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     whole = isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == batch and not ids.is_floating_point()
@@ -276,6 +278,8 @@ def _check_prompts(branch: Branch, inputs: Mapping[str, Any], batch: int) -> Non
         raise InputError(
             f"branch '{branch.name}': input_ids and attention_mask in branch_inputs must be int64 tensors [{batch}, tokens]"
         )
+    if branch.image != "drop" and "pixel_values" in inputs and not _images_in(family.token_types(model, ids)):
+        raise InputError(f"branch '{branch.name}': the input_ids in branch_inputs have no image tokens")
 
 
 def fan_of(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Fan | None:
@@ -337,6 +341,8 @@ def _check_given(model: PreTrainedModel, plan: Plan, given: Mapping[str, Any]) -
             raise InputError(f"branch_inputs names {name}, which is no branch of '{plan.name}'; {has}")
         branch = branches.get(name)
         useless = set(inputs) - (set(known) - _NOT_PASSED_ON)
+        if any(not isinstance(value, Tensor | None) for value in inputs.values()):
+            raise InputError(f"branch_inputs of '{name}' must be tensors, as a processor returns them")
         if branch is not None and branch.shares_prompt:
             useless = set(inputs)
         elif branch is not None and branch.image == "drop":
