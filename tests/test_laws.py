@@ -583,7 +583,7 @@ def test_a_preset_for_one_call(family):
     ("error", "match", "recipe", "options"),
     [
         (UnknownNameError, r"unknown preset 'vaar'; did you mean var", "vaar", {}),
-        (UnknownNameError, r"unknown preset 'zzz'; known: bidirectional_image, .* more", "zzz", {}),
+        (UnknownNameError, r"unknown preset 'zzz'; known: agla, .* more", "zzz", {}),
         (UnknownNameError, r"unknown option of 'pai' 'alhpa'; did you mean alpha", "pai", {"alhpa": 1}),
         (OptionError, r"pai\.alpha must be a number within 0\.\.0\.999, got 1\.5", "pai", {"alpha": 1.5}),
         (OptionError, r"var\.keep must be a number within 0\.\.1, got nan", "var", {"keep": float("nan")}),

@@ -52,7 +52,7 @@ def _list_presets(known: dict[str, PresetInfo]) -> None:
 
     terminal = console.is_terminal
     table = Table(box=SIMPLE_HEAD if terminal else None, padding=(0, 1 if terminal else 2, 0, 0), pad_edge=False)
-    widest = {"parts": 13, "checked against": 12} if terminal else {}
+    widest = {"parts": 13, "checked against": 13} if terminal else {}
     for column in ("preset", "about", "parts", "checked against", "paper", "cost"):
         header = "about, and what the method costs" if terminal and column == "about" else column
         if not terminal or column != "cost":

@@ -14,7 +14,7 @@ from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, re
     "agla",
     paper="arXiv:2406.12718 (CVPR 2025)",
     code="github.com/Lackel/AGLA",
-    faithful="constants of the released code",
+    faithful="released code (constants, no golden)",
     parts="decoding",
     cost="prefill: the prompt twice; decode: twice the rows, one forward",
     presets={
