@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 # One stamp for the environment: rebuilt when the pins or the project file change.
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -29,6 +29,14 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.generate --out benchmarks/results
 	$(BIN)/python -m benchmarks.decoding --out benchmarks/results
+	$(BIN)/python -m benchmarks.attention --out benchmarks/results
+
+# In an environment that has torch for its GPU already: pip install --no-deps -e . && make gpu PYTHON=python
+gpu:
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m benchmarks.kernels --out benchmarks/results
+	$(PYTHON) -m vlmattn.cli bench --model random-llava-7b --dtype bfloat16 --presets var,vhr,pai --out benchmarks/results/gpu-llava-7b.csv
+	$(PYTHON) -m vlmattn.cli bench --model random-qwen2.5-vl-7b --dtype bfloat16 --presets var,vhr,pai --out benchmarks/results/gpu-qwen2.5-vl-7b.csv
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

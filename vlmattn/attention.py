@@ -8,7 +8,9 @@ do for a given call is decided by the ``Step`` that the model's pre-hook passes 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import AttentionEdit, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
-from vlmattn.request import Scope, Step, Steps, Weights
+from vlmattn.request import Scope, Step, Steps, Stream, Weights
 
 STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
 
@@ -29,6 +31,8 @@ STEP = "vlmattn_step"  # the keyword argument on which a step travels through th
 NAMES = {"sdpa": "vlmattn", "eager": "vlmattn_eager"}
 
 Output = tuple[Tensor, Tensor | None]
+Labelled = tuple[Tensor, Tensor | None, str]
+"""Head outputs ``[batch, query, heads, dim]``, weights if there are some, and what ``report()`` calls who computed them."""
 
 
 def _base(name: str, module: nn.Module) -> Callable[..., Output]:
@@ -99,21 +103,60 @@ def _run(
             method.measure(scope, look)
     if plan.by_layer[layer]:
         _refuse_what_would_be_wrong(step, scope.queries, scope.keys, kwargs)
+    attend_with = partial(_attend, base, scope, module, query, key, value, mask, kwargs)
+    streams = [stream for stream in step.beside if stream.waits_at(layer)]
+    if len(streams) > 0:
+        out, attended, label = _attend_beside(attend_with, scope, streams)
+    else:
         for method in plan.by_layer[layer]:
             edit = edit.then(method.edit(scope))
-    phase = "decode" if query.shape[2] == 1 else "prefill"
-    count = step.request.ledger.add
+        out, attended, label = attend_with(edit)
+    step.request.ledger.add(("calls", "decode" if query.shape[2] == 1 else "prefill", label, str(layer)))
+    return out, attended
+
+
+def _attend_beside(
+    attend_with: Callable[[AttentionEdit], Labelled], scope: Scope, streams: Sequence[Stream]
+) -> Labelled:
+    """Attention of a prompt that streams accompany: they run before the head gains, which some methods only know then."""
+    methods = scope.request.plan.by_layer[scope.layer]
+    comparing = [stream.method for stream in streams if scope.layer in stream.layers]
+    edits = {method: method.edit(scope) for method in methods if method not in comparing}
+    out, attended, label = attend_with(replace(_composed(edits.values()), head_gain=()))
+    for stream in streams:
+        stream.follow(out)
+    edit = _composed(edits[method] if method in edits else method.edit(scope) for method in methods)
+    if not edit.head_gain:
+        return out, attended, label
+    out = scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous()
+    return out, attended, label + "+head_gain" if label.startswith("base:") else label
+
+
+def _composed(edits: Iterable[AttentionEdit]) -> AttentionEdit:
+    return reduce(AttentionEdit.then, edits, AttentionEdit())
+
+
+def _attend(
+    base: Callable[..., Output],
+    scope: Scope,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+    edit: AttentionEdit,
+) -> Labelled:
+    """Attention with an edit."""
+    label = base_label(scope.step.base)
     if edit.is_identity:
-        count(("calls", phase, base_label(step.base), str(layer)))
-        return base(module, query, key, value, mask, **kwargs)
+        return *base(module, query, key, value, mask, **kwargs), label
     if edit.only_head_gain:
         out, attended = base(module, query, key, value, mask, **kwargs)
-        count(("calls", phase, base_label(step.base) + "+head_gain", str(layer)))
-        return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), attended
+        return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), attended, f"{label}+head_gain"
     see = scope.visibility(mask)
     out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), kwargs.get("dropout", 0.0))
-    count(("calls", phase, backend, str(layer)))
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None, backend
 
 
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:

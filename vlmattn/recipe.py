@@ -319,8 +319,16 @@ def _name(method: Any) -> str:
 
 def _watched(contrast: ContrastiveDecoding | None, sizes: Sizes) -> frozenset[int]:
     """Layers whose attention chooses the image tokens of branches."""
-    choices = [branch.tokens for branch in contrast.branches] if contrast else []
-    return frozenset(layer for tokens in choices if tokens is not None for layer in tokens.layers(sizes))
+    watched: set[int] = set()
+    for branch in contrast.branches if contrast else ():
+        if branch.tokens is not None:
+            layers = tuple(branch.tokens.layers(sizes))
+            if not layers or not set(layers) <= set(range(sizes.layers)):
+                raise OptionError(
+                    f"branch '{branch.name}': its tokens look at the layers {layers}, but the decoder has 0..{sizes.layers - 1}"
+                )
+            watched |= set(layers)
+    return frozenset(watched)
 
 
 def _has(method: Intervention, step: str) -> bool:

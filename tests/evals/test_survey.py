@@ -15,6 +15,7 @@ from vlmattn.evals import survey
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites import Chair, Pope, Which, World
 from vlmattn.evals.survey import checked_against, comparisons, findings, page, paper_id, read_run, table_of_presets
+from vlmattn.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,21 @@ def test_own_settings_and_compositions_have_origins(summary):
     assert rows["vhr+pai"][0] == "vhr + pai"
     assert rows["vhr+pai"][2] == "paper text + experimental"
     assert rows["pai[alpha=0.3]"][2] == "own settings"
+
+
+def test_decoding_rules_have_origins(summary):
+    for name in ("vcd", "vhr+vcd"):
+        summary["recipes"][name] = Recipe.of(name).record()
+        for table in summary["overall"]:
+            table["rows"][name] = table["rows"]["pai"]
+    by_hand = {"interventions": [], "decoding": "ContrastiveDecoding(...)"}
+    summary["recipes"]["contrast"] = by_hand
+    for table in summary["overall"]:
+        table["rows"]["contrast"] = table["rows"]["pai"]
+    rows = rows_of(summary)
+    assert rows["vcd"][:3] == ["vcd", "[2311.16922](https://arxiv.org/abs/2311.16922)", "golden"]
+    assert rows["vhr+vcd"][0] == "vhr + vcd"
+    assert rows["contrast"][:3] == ["a rule made by hand", "", "own settings"]
 
 
 def test_the_page_says_how_it_was_made(run, tmp_path, monkeypatch):

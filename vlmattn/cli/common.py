@@ -45,10 +45,14 @@ def typed() -> str:
     return shlex.join(["vlmattn", *sys.argv[1:]])
 
 
-def load(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any]:
-    """Model and processor, by bundled name, folder or hub name."""
+def check_dtype(dtype: str) -> None:
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise OptionError(f"--dtype must be auto, float32, bfloat16 or float16, got '{dtype}'")
+
+
+def load(name: str, dtype: str, device_map: str | None) -> tuple[Any, Any]:
+    """Model and processor, by bundled name, folder or hub name."""
+    check_dtype(dtype)
     if trouble := torchvision_trouble():
         raise InputError(trouble)
     from transformers.utils import logging

@@ -77,11 +77,14 @@ class Branch:
 
     def __post_init__(self) -> None:
         where = f"branch '{self.name}'"
-        if not (callable(self.image) or self.image in IMAGES):
+        if not (isinstance(self.name, str) and self.name):
+            raise OptionError(f"a branch needs a name, some text, got {self.name!r}")
+        if isinstance(self.image, type) or not (callable(self.image) or self.image in IMAGES):
             raise OptionError(
                 f"{where}: image must be one of {', '.join(IMAGES)}, a Noise or a function, got {_short(self.image)}"
             )
-        if not (callable(self.prompt) or isinstance(self.prompt, Instead) or self.prompt in ("same", "given")):
+        says = callable(self.prompt) or isinstance(self.prompt, Instead) or self.prompt in ("same", "given")
+        if isinstance(self.prompt, type) or not says:
             raise OptionError(f"{where}: prompt must be same, given, Instead(...) or a function, got {self.prompt!r}")
         if isinstance(self.edits, list):
             object.__setattr__(self, "edits", tuple(self.edits))
@@ -91,6 +94,8 @@ class Branch:
             raise OptionError(f"{where}: edits must be inherit, off or a list of methods, got {self.edits!r}")
         if not isinstance(self.rope, (int, float)) or not 0 < self.rope < float("inf"):
             raise OptionError(f"{where}: rope must be a positive factor, got {self.rope!r}")
+        if self.tokens is not None and not all(hasattr(self.tokens, name) for name in ("blank", "layers", "choose")):
+            raise OptionError(f"{where}: tokens must be a TokenChoice, as TopAttended is one, got {self.tokens!r}")
         if self.tokens is not None and (self.image != "same" or self.prompt != "same" or self.rope != 1):
             raise OptionError(f"{where}: image tokens are chosen in the main prompt; image, prompt and rope must stay")
         if self.shares_prompt and isinstance(self.edits, tuple):
@@ -148,6 +153,12 @@ class ContrastiveDecoding:
         names = [branch.name for branch in self.branches]
         if len(set(names)) < len(names):
             raise OptionError(f"branches need names of their own, got {', '.join(names)}")
+        if not all(isinstance(layer, int) for layer in self.layers):
+            raise OptionError(f"layers must be whole numbers, got {self.layers!r}")
+        try:
+            hash(self)  # recipes are looked up by what they are
+        except TypeError as error:
+            raise OptionError(f"rule and branches must be hashable, as @dataclass(frozen=True) is: {error}") from None
         others = len(self.branches) + len(self.layers)
         if isinstance(self.rule, Contrast) and len(self.rule.weights) != others:
             raise OptionError(f"the rule has {len(self.rule.weights)} weights for {others} branches and layers")

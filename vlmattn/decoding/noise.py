@@ -29,10 +29,10 @@ class Noise:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.step, int) or not 0 <= self.step < STEPS:
+        if not isinstance(self.step, int) or isinstance(self.step, bool) or not 0 <= self.step < STEPS:
             raise OptionError(f"the noise step must be a whole number within 0..{STEPS - 1}, got {self.step!r}")
-        if not isinstance(self.seed, int):
-            raise OptionError(f"the seed of the noise must be a whole number, got {self.seed!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
+            raise OptionError(f"the seed of the noise must be a whole number of 64 bits, got {self.seed!r}")
 
     @property
     def coefficients(self) -> tuple[float, float]:

@@ -43,6 +43,11 @@ class Growth:
     rate: float
     cap: float = 1e12
 
+    def __post_init__(self) -> None:
+        for name in ("rate", "cap"):
+            if not isinstance(getattr(self, name), (int, float)) or not math.isfinite(getattr(self, name)):
+                raise OptionError(f"{name} of a Growth must be a finite number, got {getattr(self, name)!r}")
+
     def __call__(self, t: Tensor) -> Tensor:
         return torch.expm1(self.rate * t.float()).clamp(max=self.cap)
 
@@ -126,7 +131,8 @@ class Mixture:
     space: Literal["probs", "logits"] = "probs"
 
     def __post_init__(self) -> None:
-        if self.space not in ("probs", "logits") or not self.temperature > 0:
+        number = isinstance(self.temperature, (int, float))
+        if self.space not in ("probs", "logits") or not (number and self.temperature > 0):
             raise OptionError(f"a Mixture needs space probs or logits and a temperature above 0, got {self!r}")
 
     def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:

@@ -24,6 +24,10 @@ class TopAttended:
     blank: bool = False
     name: str = field(default="layers", compare=False)  # of the option that chose ``within``, for errors
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
+            raise OptionError(f"the share of image tokens that stay must be within 0..1, got {self.share!r}")
+
     def layers(self, sizes: Sizes) -> tuple[int, ...]:
         found = parse_layers(self.within, sizes.layers, self.name)
         if not found:

@@ -128,9 +128,10 @@ def _figures(summary: Mapping[str, Any], table: Mapping[str, Any], preset: str) 
 
 def _origin(preset: str, recipe: Mapping[str, Any]) -> list[str]:
     """Cells: methods, papers, what the preset was checked against."""
-    methods = [item["method"] for item in recipe["interventions"]]
+    rule = recipe.get("decoding")
+    methods = [item["method"] for item in (*recipe["interventions"], *([rule] if isinstance(rule, dict) else []))]
     if not methods:
-        return ["the bare model", "", ""]
+        return ["a rule made by hand", "", "own settings"] if rule else ["the bare model", "", ""]
     infos = [find_method(name).info for name in methods]
     papers = []
     for info in infos:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.registry import option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, HeadPart
-from vlmattn.request import Preparation, Scope, Weights
+from vlmattn.request import Preparation, Scope
 
 
 @register(
@@ -19,7 +19,7 @@ from vlmattn.request import Preparation, Scope, Weights
     code="not available",
     faithful="paper text",
     parts="head gain",
-    cost="prefill: one more decoder pass over twice the batch; decode: one multiplication",
+    cost="prefill: the text tokens go through the decoder once more; decode: one multiplication",
     presets={"vhr": ("paper constants for LLaVA-1.5", {})},
 )
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,10 @@ class VHR(Intervention):
         VHD_i = ||A_i - B_i||,   set to 0 where VHD_i > mean + std and ||B_i||^ta_power > mean + std over heads
         out_i <- alpha out_i  for every head with VHD_i > median        (all rows, prefill and decode)
 
-    Heads are chosen per sample before the prompt is read, layer by layer, in a pass over both versions of the prompt
-    in which the layers below are already reinforced in both. Std is unbiased, the median is the lower one. In that
-    pass other methods of a recipe do not act.
+    Heads are chosen per sample while the prompt is read, layer by layer, with the layers below already reinforced in
+    both: the text tokens alone go through the decoder beside the prompt. Std is unbiased, the median is the lower one.
+    Other methods of a recipe act on A, up to the head gains of the layer, and not on B. Samples without an image or
+    without text stay as they are.
     """
 
     alpha: float = option(2.0, 0, 10, "gain of the chosen heads; 4 and more breaks the model", source="paper")
@@ -44,34 +45,28 @@ class VHR(Intervention):
     layers: str = option("1,-14:", about="decoder layers", source="paper for LLaVA-1.5-7B: the second and the last 14")
 
     def prepare(self, preparation: Preparation) -> None:
-        request, real, visual = preparation.request, preparation.real, preparation.visual
-        batch, length = real.shape
-        device = preparation.embeds.device
+        request, visual, real = preparation.request, preparation.visual, preparation.real
         text = real & ~visual
-        with_image = (real & visual).any(1, keepdim=True)  # without one both streams differ by rounding only
-        order = text.to(torch.uint8).argsort(dim=1, stable=True)  # the text tokens move to the right end, in order
-        without = preparation.embeds.gather(1, order[..., None].expand_as(preparation.embeds))
-        slots = torch.arange(length, device=device).expand(batch, length)
-        positions = slots if preparation.positions is None else preparation.positions
-        bare = slots.expand_as(positions)
-        rows = torch.cat([request.last_prompt_row(device), slots[:, -1]])
-        active = set(parse_layers(self.layers, preparation.layers, "vhr.layers"))
+        compared = (real & visual).any(1, keepdim=True) & text.any(1, keepdim=True)  # [batch, 1]
+        width = int((text & compared).sum(1).max())
+        if width == 0:
+            return
+        order = text.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]  # the text tokens, in order, to the right
+        words = text.gather(1, order)
+        last = request.last_prompt_row(words.device)
+        layers = frozenset(parse_layers(self.layers, preparation.layers, "vhr.layers"))
 
-        def watch(layer: int, out: Tensor, weights: Weights) -> Tensor | None:
-            if layer not in active:
-                return None
-            last = out[torch.arange(2 * batch, device=out.device), rows.to(out.device)].float()  # [2 batch, heads, dim]
-            gain = torch.where(with_image.to(out.device), self.gains(last[:batch], last[batch:]), 1.0)
+        def compare(layer: int, prompt: Tensor, beside: Tensor) -> Tensor:
+            seeing = prompt[torch.arange(len(prompt), device=prompt.device), last.to(prompt.device)]
+            found = self.gains(seeing.float(), beside[:, -1].float())
+            gain = torch.where(compared.to(found.device), found, 1.0)
             request.state[(self, layer, "gain")] = gain
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
-            return gain.repeat(2, 1)
+            return gain
 
-        preparation.run(
-            torch.cat([preparation.embeds, without]),
-            torch.cat([real, text.gather(1, order)]),
-            torch.cat([positions, bare], dim=-2),
-            watch,
-        )
+        embeds = preparation.embeds.gather(1, order[..., None].expand(-1, -1, preparation.embeds.shape[-1]))
+        positions = (words.cumsum(1) - 1).clamp_min(0)
+        preparation.beside(self, embeds, words, positions, layers, compare)
 
     def gains(self, seeing: Tensor, blind: Tensor) -> Tensor:
         """Head gains ``[batch, heads]`` from head outputs ``[batch, heads, dim]`` with and without the image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from vlmattn.kernels.visibility import Visibility
 
 BACKENDS = ("reference", "eager", "merge", "triton")
 _CHUNK = 2**24  # scores held at once by the dense backend in prefill: 64 MB
+_FEW = 16  # query rows for which the decode kernel is chosen: one token, or a draft of assisted decoding
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def attend(
@@ -27,6 +30,8 @@ def attend(
     scale: float,
     dropout: float = 0.0,
     backend: str | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, str]:
     """Edited attention and the name of the backend that ran.
 
@@ -35,26 +40,69 @@ def attend(
         see: what the unedited model sees.
         edit: what to change; see ``AttentionEdit``.
         backend: one of ``BACKENDS``; None takes ``VLMATTN_BACKEND`` or, without it, the fastest that can run the edit:
-            dense for one query row, flash segments (``merge``) for several, dense in chunks of rows otherwise.
+            ``triton`` for up to 16 query rows on a GPU in half precision, otherwise dense for one query row, flash segments
+            (``merge``) for several, dense in chunks of rows for the rest.
+        softcap: the model's scores become ``softcap tanh(s / softcap)`` before the edit.
+        sinks: float ``[heads]``, the model's scores of one more key per head whose value is zero.
 
     Returns:
         output ``[batch, heads, query, dim]`` in the dtype of ``query``, and the backend's name.
+
+    Raises:
+        OptionError: no such backend.
+        UnsupportedError: a forced backend cannot run this call.
     """
     name = backend or os.environ.get("VLMATTN_BACKEND") or None
     if name is not None and name not in BACKENDS:
         raise OptionError(f"VLMATTN_BACKEND must be one of {', '.join(BACKENDS)}; got '{name}'")
-    if name == "triton":
-        raise UnsupportedError("backend 'triton' is not in this version; use 'eager', 'merge' or leave the choice open")
-    if name == "reference":
-        return _reference(query, key, value, see, edit, scale), name
+    training = dropout > 0 or (torch.is_grad_enabled() and query.requires_grad)  # log-sum-exp has no gradient
     if name is None:
-        training = dropout > 0 or (torch.is_grad_enabled() and query.requires_grad)  # log-sum-exp has no gradient
-        one_row = query.shape[2] == 1
-        name = "eager" if training or one_row or merge.supports(edit, see, query, value) else "merge"
-    elif name == "merge" and (reason := merge.supports(edit, see, query, value)):
-        raise UnsupportedError(f"backend 'merge' was forced but cannot run this call: {reason}; unset VLMATTN_BACKEND")
-    run = _merge if name == "merge" else _eager
-    return scale_heads(edit, run(query, key, value, see, replace(edit, head_gain=()), scale, dropout)), name
+        if not training and _fits_triton(query, key, value, see, edit, sinks):
+            name = "triton"
+        elif training or query.shape[2] == 1 or merge.supports(edit, see, query, value, softcap):
+            name = "eager"
+        else:
+            name = "merge"
+    elif name in ("merge", "triton"):
+        if name == "merge":
+            reason = merge.supports(edit, see, query, value, softcap)
+        else:
+            reason = "it has no gradient" if training else _not_triton(query, key, value, see, edit, sinks)
+        if reason:
+            raise UnsupportedError(
+                f"backend '{name}' was forced but cannot run this call: {reason}; unset VLMATTN_BACKEND"
+            )
+    if name == "reference":
+        return _reference(query, key, value, see, edit, scale, softcap, sinks), name
+    if name == "triton":
+        from vlmattn.kernels import triton_decode
+
+        return triton_decode.attention(query, key, value, see, edit, scale, softcap, sinks), name
+    bare = replace(edit, head_gain=())
+    if name == "merge":
+        out = _merge(query, key, value, see, bare, scale, sinks)
+    else:
+        out = _eager(query, key, value, see, bare, scale, dropout, softcap, sinks)
+    return scale_heads(edit, out), name
+
+
+def _fits_triton(
+    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, sinks: Tensor | None
+) -> bool:
+    """A few rows of half precision on a GPU; on a CPU Triton is an interpreter, and only runs when forced."""
+    few = query.device.type == "cuda" and query.shape[2] <= _FEW and query.dtype != torch.float32
+    return few and _not_triton(query, key, value, see, edit, sinks) is None
+
+
+def _not_triton(
+    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, sinks: Tensor | None
+) -> str | None:
+    """Why the decode kernel cannot run, if it cannot."""
+    if not _HAS_TRITON:
+        return "triton is not installed; pip install triton"
+    from vlmattn.kernels import triton_decode
+
+    return triton_decode.supports(query, key, value, see, edit, sinks)
 
 
 def weights(query: Tensor, key: Tensor, see: Visibility, start: int, stop: int, scale: float) -> Tensor:
@@ -64,7 +112,16 @@ def weights(query: Tensor, key: Tensor, see: Visibility, start: int, stop: int, 
     return eager.weights(query[:, :, start:stop], key, mask, see.real, AttentionEdit(), scale)
 
 
-def _reference(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float) -> Tensor:
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    see: Visibility,
+    edit: AttentionEdit,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     rows, keys = query.shape[2], key.shape[2]
     mask = see.rows(0, rows, rows, keys, query.device)
     if mask is None:
@@ -72,35 +129,45 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit:
     if mask.dtype != torch.bool:
         mask = mask > torch.finfo(mask.dtype).min / 2
     visible = mask.expand(query.shape[0], 1, rows, keys)[:, 0]
-    return reference.attention(query, key, value, visible, see.real, edit, scale).to(query)
+    return reference.attention(query, key, value, visible, see.real, edit, scale, softcap, sinks).to(query)
 
 
 def _eager(
-    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    see: Visibility,
+    edit: AttentionEdit,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     rows, keys = query.shape[2], key.shape[2]
     if rows == 1:
-        return eager.attention(query, key, value, see.mask, see.real, edit, scale, dropout)
-    first = 0 if dropout else min(edit.first_row, rows)
+        return eager.attention(query, key, value, see.mask, see.real, edit, scale, dropout, softcap, sinks)
+    stock = not dropout and softcap is None and sinks is None  # what SDPA can do
+    first = min(edit.first_row, rows) if stock else 0
     out = [_plain(query[:, :, :first], key, value, see, rows, scale)] if first else []
     step = max(16, _CHUNK // (query.shape[0] * query.shape[1] * keys))
     for start in range(first, rows, step):
         stop = min(start + step, rows)
         mask = see.rows(start, stop, rows, keys, query.device)
         part = edit.slice_rows(start, stop)
-        out.append(eager.attention(query[:, :, start:stop], key, value, mask, see.real, part, scale, dropout))
+        rows_in = query[:, :, start:stop]
+        out.append(eager.attention(rows_in, key, value, mask, see.real, part, scale, dropout, softcap, sinks))
     return torch.cat(out, 2)
 
 
 def _merge(
-    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float, sinks: Tensor | None
 ) -> Tensor:
     rows = query.shape[2]
-    first = min(edit.first_row, rows)
+    first = min(edit.first_row, rows) if sinks is None else 0
     out = [_plain(query[:, :, :first], key, value, see, rows, scale)] if first else []
     if first < rows:
         tail = replace(see, offset=(see.offset or 0) + first)
-        out.append(merge.attention(query[:, :, first:], key, value, tail, edit.slice_rows(first, rows), scale))
+        out.append(merge.attention(query[:, :, first:], key, value, tail, edit.slice_rows(first, rows), scale, sinks))
     return torch.cat(out, 2)
 
 

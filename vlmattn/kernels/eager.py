@@ -19,6 +19,8 @@ def attention(
     edit: AttentionEdit,
     scale: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Edited attention ``[batch, heads, query, dim]`` (head gains not applied); softmax and masses in float32.
 
@@ -27,10 +29,12 @@ def attention(
         mask: bool (True = visible) or additive float, ``[batch or 1, heads or 1, query, key]``; None = all visible.
         real: bool ``[batch, key]``, False for padding, which no mask part opens; None = no padding.
         dropout: probability of dropping an attention weight (training only).
+        softcap: scores become ``softcap tanh(s / softcap)`` before the edit.
+        sinks: float ``[heads]``, scores of one more key per head whose value is zero.
     """
     batch, heads, rows, _ = query.shape
     kv_heads, keys = key.shape[1:3]
-    attended = _apply_gains(weights(query, key, mask, real, edit, scale), edit)
+    attended = _apply_gains(weights(query, key, mask, real, edit, scale, softcap, sinks), edit)
     if dropout:
         attended = torch.nn.functional.dropout(attended, dropout)
     packed = attended.to(value.dtype).view(batch, kv_heads, heads // kv_heads * rows, keys)
@@ -38,14 +42,26 @@ def attention(
 
 
 def weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, real: Tensor | None, edit: AttentionEdit, scale: float
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    real: Tensor | None,
+    edit: AttentionEdit,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention weights ``[batch, heads, query, key]`` in float32 before group gains; arguments as in ``attention``."""
     batch, heads, rows, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     packed = query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
     score = (packed @ key.transpose(-1, -2)).view(batch, heads, rows, keys).float() * scale
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
     score, visible = _apply_masks(_edit_scores(score, edit), mask, real, edit)
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(batch, heads, rows, 1)
+        return torch.cat([score, sink], -1).softmax(-1)[..., :-1]
     found = score.softmax(-1)
     return found if visible is None else found.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # rows that see nothing
 
@@ -79,8 +95,9 @@ def _apply_masks(
         visible = mask > torch.finfo(mask.dtype).min / 2
         score = score + mask.float().masked_fill(~visible, 0.0)
     openable = None if real is None else real[:, None, None]
-    if edit.keep is not None:
-        keep = edit.keep[:, None, None]
+    keep = edit.kept(*score.shape[1::2])
+    if keep is not None:
+        keep = keep[:, :, None]
         visible = keep if visible is None else visible & keep
         openable = keep if openable is None else openable & keep
     for part in edit.mask:

@@ -3,7 +3,7 @@
 For query row i, head h and keys j with scaled scores s and group ids g(j), an edit means
 
     s'   = logit parts in order, applied to s
-    see  = (causal and not padding and keep) + opened edges - hidden edges, mask parts in order
+    see  = (causal and not padding and keep and read) + opened edges - hidden edges, mask parts in order
     a    = softmax over see of s' (+ log weight on softly opened edges);  a row that sees nothing gives zeros
     a'_j = (gamma_g + delta_g w_j) a_j      for every gain part in order, g = g(j), decided by the group masses
                                             M_g = sum_{j in g} a_j and W_g = sum_{j in g} w_j a_j
@@ -285,7 +285,8 @@ class AttentionEdit:
     """The five parts of an edit (module docstring); each part is a tuple applied in order.
 
     ``keep`` (bool ``[batch, key]``) names the cache slots that go on from this layer: others are invisible here and no
-    mask part opens them.
+    mask part opens them. ``read`` (int ``[batch, kv_heads, n]``, each slot at most once, -1 = none) does the same for each
+    KV head, for few slots of a long cache: the others are not even loaded by the decode kernel.
     """
 
     mask: tuple[MaskPart, ...] = ()
@@ -293,6 +294,7 @@ class AttentionEdit:
     gain: tuple[GainPart, ...] = ()
     head_gain: tuple[HeadPart, ...] = ()
     keep: Tensor | None = None
+    read: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -305,10 +307,17 @@ class AttentionEdit:
     @property
     def _count(self) -> int:
         """Parts other than head gains; lengths, because a tuple as a condition would break compiled graphs."""
-        return len(self.mask) + len(self.logit) + len(self.gain) + (self.keep is not None)
+        hidden = (self.keep is not None) + (self.read is not None)
+        return len(self.mask) + len(self.logit) + len(self.gain) + hidden
 
     def then(self, other: AttentionEdit) -> AttentionEdit:
-        """This edit, and ``other`` after it (within each part; the parts keep their order of the module docstring)."""
+        """This edit, and ``other`` after it (within each part; the parts keep their order of the module docstring).
+
+        Raises:
+            OptionError: both choose the slots that KV heads read.
+        """
+        if self.read is not None and other.read is not None:
+            raise OptionError("two methods of the recipe choose the cache slots that heads read; use one of them")
         if self.keep is None or other.keep is None:
             keep = other.keep if self.keep is None else self.keep
         else:
@@ -319,12 +328,13 @@ class AttentionEdit:
             self.gain + other.gain,
             self.head_gain + other.head_gain,
             keep,
+            other.read if self.read is None else self.read,
         )
 
     @property
     def first_row(self) -> int:
         """No query row before this one attends differently (head gains aside); known on the host."""
-        if len(self.mask) or self.keep is not None:
+        if len(self.mask) or self.keep is not None or self.read is not None:
             return 0
         rows = [part.rows for part in self.logit] + [part.rows for part in self.gain]
         return min((0 if part is None else part.first for part in rows), default=sys.maxsize)
@@ -337,7 +347,19 @@ class AttentionEdit:
             tuple(part.slice_rows(start, stop) for part in self.gain),
             tuple(part.slice_rows(start, stop) for part in self.head_gain),
             self.keep,
+            self.read,
         )
+
+    def kept(self, heads: int, keys: int) -> Tensor | None:
+        """``keep`` and ``read`` as bool ``[batch, heads or 1, key]``; None = every slot."""
+        keep = None if self.keep is None else self.keep[:, None]
+        if self.read is None:
+            return keep
+        batch, kv_heads, _ = self.read.shape
+        named = torch.zeros(batch, kv_heads, keys + 1, dtype=torch.bool, device=self.read.device)
+        named.scatter_(2, torch.where(self.read < 0, keys, self.read).long(), True)
+        named = named[..., :keys].repeat_interleave(heads // kv_heads, 1)
+        return named if keep is None else named & keep
 
 
 def select_gains(part: GainPart, mass: Tensor, weighted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

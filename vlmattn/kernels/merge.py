@@ -22,10 +22,14 @@ _QUERY_SIDE = 64.0
 _PAD = 8  # head dimensions stay a multiple of eight
 
 
-def supports(edit: AttentionEdit, see: Visibility, query: Tensor, value: Tensor) -> str | None:
+def supports(
+    edit: AttentionEdit, see: Visibility, query: Tensor, value: Tensor, softcap: float | None = None
+) -> str | None:
     """None if ``attention`` can run this, else the reason in words."""
-    if edit.mask or edit.logit or edit.keep is not None:
-        return "it runs group gains only; this edit has mask, logit or keep parts"
+    if edit.mask or edit.logit or edit.keep is not None or edit.read is not None:
+        return "it runs group gains only; this edit has mask, logit, keep or read parts"
+    if softcap is not None:
+        return "flash attention does not cap scores"
     if len(edit.gain) != 1:
         return f"it runs exactly one group gain, got {len(edit.gain)}"
     if edit.gain[0].weight is not None:
@@ -39,10 +43,18 @@ def supports(edit: AttentionEdit, see: Visibility, query: Tensor, value: Tensor)
     return None
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, scale: float) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    see: Visibility,
+    edit: AttentionEdit,
+    scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Edited attention ``[batch, heads, query, dim]`` for an edit that ``supports`` accepts (head gains not applied).
 
-    ``see.offset`` is the cache slot of the first of these query rows; keys beyond the last row are not read.
+    ``sinks`` (float ``[heads]``) are the scores of one more key per head whose value is zero. ``see.offset`` is the cache slot of the first of these query rows; keys beyond the last row are not read.
     """
     (part,) = edit.gain
     batch, heads, rows, _ = query.shape
@@ -68,6 +80,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: 
                 )
                 _accumulate(out[group, :, :, top:bottom], total[group, :, :, top:bottom], o, lse)
     everything = total.logsumexp(0)
+    if sinks is not None:
+        everything = torch.logaddexp(everything, sinks.float()[:, None])
     mass = torch.where(everything > float("-inf"), (total - everything).exp(), 0.0)  # a row that sees nothing: zeros
     gamma, _ = select_gains(part, mass.permute(1, 2, 3, 0))
     return torch.einsum("bhqg,gbhqd->bhqd", gamma * mass.permute(1, 2, 3, 0), out).to(query.dtype)

@@ -5,6 +5,8 @@ Nothing here is shared with the fast backends: gains are applied key by key and 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,15 @@ from vlmattn.kernels.edit import AttentionEdit, BoostPlan, GainPart, GainPlan, L
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, real: Tensor | None, edit: AttentionEdit, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    real: Tensor | None,
+    edit: AttentionEdit,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Edited attention, float64 ``[batch, heads, query, dim]``.
 
@@ -21,6 +31,7 @@ def attention(
         visible: bool ``[batch, query, key]``, what the unedited model sees (causal and not padding).
         real: bool ``[batch, key]``, False for padding, which no mask part opens; None = no padding.
         scale: factor of the dot products.
+        softcap: scores become ``softcap tanh(s / softcap)``; sinks: float ``[heads]``, scores of one more key without value.
     """
     batch, heads, rows, _ = query.shape
     repeat = heads // key.shape[1]
@@ -32,12 +43,20 @@ def attention(
             real_keys = real_keys & edit.keep[b]
         for i in range(rows):
             scores = torch.stack([key[b, h] @ query[b, h, i].double() * scale for h in range(heads)])
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
             for logit in edit.logit:
                 if _applies(logit.rows, b, i):
                     scores = _edit_scores(scores, logit, b)
-            weights = torch.stack(
-                [_softmax(scores[h], visible[b, i] & real_keys, real_keys, edit.mask, b, h, i) for h in range(heads)]
-            )
+            weights = []
+            for h in range(heads):
+                there = real_keys.clone()
+                if edit.read is not None:
+                    read = edit.read[b, h // repeat].tolist()
+                    there &= torch.tensor([j in read for j in range(len(there))])
+                sink = float("-inf") if sinks is None else float(sinks[h])
+                weights.append(_softmax(scores[h], visible[b, i] & there, there, edit.mask, b, h, i, sink))
+            weights = torch.stack(weights)
             for gain in edit.gain:
                 if _applies(gain.rows, b, i):
                     weights = _gains(weights, gain, b)
@@ -77,7 +96,7 @@ def _edit_scores(scores: Tensor, part: LogitPart, b: int) -> Tensor:
 
 
 def _softmax(
-    score: Tensor, visible: Tensor, real: Tensor, masks: tuple[MaskPart, ...], b: int, h: int, i: int
+    score: Tensor, visible: Tensor, real: Tensor, masks: tuple[MaskPart, ...], b: int, h: int, i: int, sink: float
 ) -> Tensor:
     """Weights of one row and head; a key counts ``counts`` times."""
     visible, counts = visible.clone(), torch.ones_like(score)
@@ -107,14 +126,15 @@ def _softmax(
         else:
             continue
         visible |= opened
-    return _normal(score, visible, counts)
+    return _normal(score, visible, counts, sink)
 
 
-def _normal(score: Tensor, visible: Tensor, counts: Tensor) -> Tensor:
+def _normal(score: Tensor, visible: Tensor, counts: Tensor, sink: float = float("-inf")) -> Tensor:
     if not visible.any():
         return torch.zeros_like(score)
-    weights = counts * torch.exp(score - score[visible].max()) * visible
-    return weights / weights.sum()
+    top = max(float(score[visible].max()), sink)
+    weights = counts * torch.exp(score - top) * visible
+    return weights / (weights.sum() + math.exp(sink - top))
 
 
 def _gains(weights: Tensor, part: GainPart, b: int) -> Tensor:

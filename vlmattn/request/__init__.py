@@ -1,6 +1,7 @@
 """What one generate() call knows: the request on its cache, the step in hand, and the scope that a method sees."""
 
-from vlmattn.request.plan import Directions, Method, Plan, RoleFinder, Watch, Weights
+from vlmattn.request.beside import Stream
+from vlmattn.request.plan import Compare, Directions, Method, Plan, RoleFinder, Watch, Weights
 from vlmattn.request.request import (
     ANSWER,
     IMAGE,
@@ -23,6 +24,7 @@ __all__ = [
     "TEXT",
     "USER",
     "VIDEO",
+    "Compare",
     "Directions",
     "Ledger",
     "Method",
@@ -35,6 +37,7 @@ __all__ = [
     "Slots",
     "Step",
     "Steps",
+    "Stream",
     "Watch",
     "Weights",
     "number_images",

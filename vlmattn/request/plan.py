@@ -19,6 +19,10 @@ Weights = Callable[[int, int], Tensor]
 Watch = Callable[[int, Tensor, Weights], Tensor | None]
 """``watch(layer, out, weights)`` sees head outputs ``[batch, query, heads, dim]`` and may return head gains ``[batch, heads]``."""
 
+Compare = Callable[[int, Tensor, Tensor], Tensor | None]
+"""``compare(layer, prompt, beside)`` sees head outputs ``[batch, query, heads, dim]`` of the prompt and of a stream beside it,
+both before any head gain, and may return head gains ``[batch, heads]`` for the stream."""
+
 
 class Method(Protocol):
     """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
@@ -66,7 +70,7 @@ class Plan:
 
     Attributes:
         by_layer, observing, measuring: methods of each layer.
-        preparing, seeing: methods that run the decoder on other inputs, and that look at the vision tower.
+        preparing, seeing: methods that have the decoder run on other inputs, and that look at the vision tower.
         extending: layers whose observers also see generated tokens.
         directions: (layer, what is added to its projections).
         tower_layers: layers of the vision tower that ``seeing`` methods look at.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlmattn.errors import InputError
 from vlmattn.kernels import Rows, Visibility
-from vlmattn.request.plan import Watch
+from vlmattn.request.beside import Stream
+from vlmattn.request.plan import Compare, Method, Watch
 from vlmattn.request.request import IMAGE, TEXT, VIDEO, Request
 
 Parts = tuple[tuple[slice, "Step | None"], ...]
@@ -43,7 +44,8 @@ class Step:
         base: name of the attention implementation the model had before it was wrapped.
         start: cache slot of the first query row; None in single-token decoding, where nothing needs it.
         plain_mask: the mask can only be causal and padding (no mask from the user).
-        watch: for preparation passes, where no edit runs.
+        watch: for preparation passes and streams beside a prompt, where no edit runs.
+        beside: streams that accompany this prompt.
         slot, capacity: where the one new token goes (a tensor with a static cache of that many slots), for methods that
             observe generated tokens too.
         sight: tower layer -> what was seen there of each encoded image, ``[heads, tokens]``.
@@ -55,6 +57,7 @@ class Step:
     start: int | None
     plain_mask: bool = True
     watch: Watch | None = None
+    beside: tuple[Stream, ...] = ()
     slot: int | Tensor | None = None
     capacity: int = 0
     sight: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -230,14 +233,15 @@ class Sight:
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
-    """The decoder's inputs before a prompt is read, and a way to run the decoder on others.
+    """The decoder's inputs before a prompt is read, and two ways to have the decoder run on others.
 
     Attributes:
         embeds: ``[batch, prompt, hidden]``, image features in place.
         real: bool ``[batch, prompt]``.
         visual: bool ``[batch, prompt]``.
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
-        run: ``run(embeds, real, positions, watch)`` runs the decoder without cache; ``watch`` as in ``Step``.
+        run: ``run(embeds, real, positions, watch)`` runs the decoder at once, without cache; ``watch`` as in ``Step``.
+        beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``Stream`` of them go beside the prompt.
     """
 
     request: Request
@@ -247,3 +251,4 @@ class Preparation:
     visual: Tensor
     positions: Tensor | None
     run: Callable[[Tensor, Tensor, Tensor | None, Watch], None]
+    beside: Callable[[Method, Tensor, Tensor, Tensor | None, frozenset[int], Compare], None]

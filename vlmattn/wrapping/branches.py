@@ -177,7 +177,12 @@ class _Reader:
         attention = Gaze.read(request, tokens.layers(sizes))[..., : self.prompt]
         types = request.types(self.prompt, attention.device)
         visual = (types != TEXT) & self.main.mask.to(attention.device)
-        return (visual & ~tokens.choose(attention, visual)).to(self.ids.device)
+        kept = tokens.choose(attention, visual)
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape != visual.shape:
+            raise InputError(
+                f"branch '{self.branch.name}': choose() of its tokens must return a bool tensor {list(visual.shape)}"
+            )
+        return (visual & ~kept).to(self.ids.device)
 
     def _inputs(self) -> dict[str, Any]:
         """What the branch gives the model, on the device of the main prompt."""
@@ -365,6 +370,10 @@ def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
     if cache is not None and not (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0):
         raise UnsupportedError(
             "a decoding rule cannot go on from past_key_values, which hold no branches; give the whole conversation"
+        )
+    if kwargs.get("position_ids") is not None:
+        raise UnsupportedError(
+            "a decoding rule gives every branch positions of its own, and cannot take position_ids; leave them out"
         )
     scale = setting_of(model, kwargs, "guidance_scale")
     if scale not in (None, 1, 1.0):

@@ -5,8 +5,10 @@ They find the handle on the module they are called with, so that a deep copy of 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import partial
 from types import MethodType
@@ -19,7 +21,7 @@ from transformers import PreTrainedModel
 from vlmattn import attention
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import Family
-from vlmattn.request import TEXT, Plan, Preparation, Request, Scope, Sight, Step, Steps, number_images
+from vlmattn.request import TEXT, Plan, Preparation, Request, Scope, Sight, Step, Steps, Stream, number_images
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.merged import REQUEST, merged_of
@@ -274,7 +276,7 @@ def _show_images(step: Step, start: int, embeds: Tensor) -> None:
 
 
 def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Let methods run the decoder on other inputs."""
+    """Let methods have the decoder run on other inputs, before the prompt or beside it."""
     request, length = step.request, step.request.prompt_length
     embeds = kwargs["inputs_embeds"][:, :length]
     positions = kwargs.get("position_ids")
@@ -282,15 +284,15 @@ def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
     real = request.real(length, embeds.device)
 
     def run(other: Tensor, real: Tensor, positions: Tensor | None, watch: Any) -> None:
-        passing = Step(request, step.base, 0, watch=watch)
-        with torch.no_grad():
-            decoder(
-                inputs_embeds=other,
-                attention_mask=real.long(),
-                position_ids=positions,
-                use_cache=False,
-                **{attention.STEP: passing},
-            )
+        decoder(**_inputs(Step(request, step.base, 0, watch=watch), other, real, positions))
+
+    def beside(
+        method: Any, other: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
+    ) -> None:
+        stream = Stream(method, layers, compare, other)
+        passing = Step(request, step.base, 0, watch=stream.watch)
+        stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing, other, real, positions))
+        step.beside += (stream,)
 
     preparation = Preparation(
         request=request,
@@ -300,9 +302,41 @@ def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
         visual=types != 0,
         positions=None if positions is None else positions[..., :length],
         run=run,
+        beside=beside,
     )
-    for method in request.plan.preparing:
-        method.prepare(preparation)
+    with torch.no_grad():
+        for method in request.plan.preparing:
+            method.prepare(preparation)
+
+
+def _inputs(step: Step, embeds: Tensor, real: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    """What the decoder gets to run on ``embeds`` ``[batch, tokens, hidden]`` without a cache."""
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": real.long(),
+        "position_ids": positions,
+        "use_cache": False,
+        attention.STEP: step,
+    }
+
+
+class _Noting(nn.Module):
+    """Stands in the place of a decoder layer and notes what the decoder gives it."""
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden, self.kwargs = hidden, kwargs
+        return hidden
+
+
+def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...]]:
+    """What enters the first layer, and every layer with the masks and rotary tables that the decoder itself makes for it."""
+    layers: Any = decoder.layers
+    noting = [_Noting() for _ in layers]
+    double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
+    double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
+    type(decoder).forward(double, **inputs)
+    calls = tuple(partial(layer, **noted.kwargs) for layer, noted in zip(layers, noting, strict=True))
+    return noting[0].hidden, calls
 
 
 def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -37,9 +37,9 @@ def refuse_ways(model: PreTrainedModel, rule: str, kwargs: Mapping[str, Any]) ->
     for name in ("do_sample", "stopping_criteria", "assistant_model", "custom_generate"):
         if kwargs.get(name):
             raise UnsupportedError(f"'{rule}' {_CHOOSES} and cannot have {name}; leave it out")
-    if kwargs.get("past_key_values") is not None or kwargs.get("inputs_embeds") is not None:
+    if any(kwargs.get(name) is not None for name in ("past_key_values", "inputs_embeds", "position_ids")):
         raise UnsupportedError(
-            f"'{rule}' needs input_ids of the whole prompt, without past_key_values or inputs_embeds"
+            f"'{rule}' needs input_ids of the whole prompt, without past_key_values or inputs_embeds or position_ids"
         )
 
 

@@ -1,0 +1,144 @@
+"""What edited attention costs on a CPU, paired with plain attention in the same run.
+
+decode     one query row: stock SDPA, the dense backend without an edit, and with the edits of VAR, PAI, both, and GIFT
+prefill    2048 rows, 576 image tokens: stock causal SDPA, VAR on flash segments (merge), VAR dense in chunks of rows (eager)
+memory     growth of the process over the prompt of a whole model (12 layers, 4096 tokens), each in a process of its own
+generate   that model with one image and 64 new tokens
+
+All keys have dominant sinks, as trained models do.
+
+python -m benchmarks.attention --out benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import vlmattn
+from benchmarks import shapes
+from vlmattn.evals.bench import bench, random_inputs, random_model
+from vlmattn.evals.timing import Row, line, paired, peak_bytes, rows, write_csv
+from vlmattn.kernels import AttentionEdit, Visibility, attend, eager
+
+LENGTHS = (700, 4096)
+HEADS = {"MHA 32": (32, 32), "GQA 28/4": (28, 4)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PREFILL, MEMORY = 2048, 4096  # tokens
+SDPA, EAGER = "sdpa", "eager plain"
+
+
+def decode(rounds: int) -> list[Row]:
+    """Rows over stock SDPA, then the same times over the dense backend without an edit."""
+    table = []
+    for keys in LENGTHS:
+        for heads_name, (heads, kv_heads) in HEADS.items():
+            for dtype_name, dtype in DTYPES.items():
+                what = f"decode S={keys} {heads_name} {dtype_name}"
+                seconds = _decode(what, rounds, keys, heads, kv_heads, dtype)
+                table += rows(what, seconds, SDPA)
+                table += rows(what, {name: of for name, of in seconds.items() if name != SDPA}, EAGER)
+    return table
+
+
+def _decode(what: str, rounds: int, keys: int, heads: int, kv_heads: int, dtype: torch.dtype) -> dict[str, list[float]]:
+    query, key, value = shapes.tensors(1, keys, heads, kv_heads, 128, dtype)
+    scale, members = 128**-0.5, shapes.groups(keys)
+    var, pai = shapes.var(members), shapes.pai(members)
+    edits = {EAGER: AttentionEdit(), "eager var": var, "eager pai": pai, "eager pai+var": pai.then(var)}
+    edits["eager gift (key weights)"] = shapes.gift(members)
+    candidates = {
+        SDPA: lambda: F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=heads > kv_heads)
+    }
+    for name, edit in edits.items():
+        candidates[name] = lambda edit=edit: eager.attention(query, key, value, None, None, edit, scale)  # type: ignore[misc]
+    with torch.inference_mode():
+        return paired(candidates, rounds, warm_up=2)
+
+
+def prefill(rounds: int) -> list[Row]:
+    """Rows over stock causal SDPA: 4 heads of 64, so that a round takes a second or two."""
+    table = []
+    members, behind = shapes.groups(PREFILL), shapes.after_image(PREFILL)
+    edit, scale = shapes.var(members, behind), 64**-0.5
+    for name, dtype in DTYPES.items():
+        query, key, value = shapes.tensors(PREFILL, PREFILL, 4, 4, 64, dtype)
+
+        def run(backend: str, query=query, key=key, value=value) -> object:  # type: ignore[no-untyped-def]
+            if backend == SDPA:
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+            return attend(query, key, value, Visibility(None), edit, scale, backend=backend)
+
+        candidates = {"sdpa causal": SDPA, "merge var": "merge", "eager var": "eager"}
+        with torch.inference_mode():
+            seconds = paired({k: lambda v=v, run=run: run(v) for k, v in candidates.items()}, rounds)  # type: ignore[misc]
+        table += rows(f"prefill S={PREFILL} 4 heads of 64 {name}", seconds, "sdpa causal")
+    return table
+
+
+def memory(repeats: int) -> list[Row]:
+    """Peak growth of the process over the prompt, over that of the bare model."""
+    peaks: dict[str, list[float]] = {name: [] for name in ("none", "var")}
+    for name in tqdm([*peaks] * repeats, leave=False, disable=None, desc="memory"):
+        command = [sys.executable, "-m", "benchmarks.attention", "--peak-of", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"the process that measures '{name}' failed: {done.stderr.strip().splitlines()[-1]}")
+        peaks[name].append(float(done.stdout))
+    return rows(f"memory of the prompt, S={MEMORY}, 12 layers", peaks, "none", "mb")
+
+
+def peak_of(preset: str) -> int:
+    """Bytes by which this process grows over a prompt of several images."""
+    warnings.simplefilter("ignore")
+    model = random_model(device="cpu")
+    long = random_inputs(model, images=7, after=MEMORY - 7 * 576 - 2)
+    assert long["input_ids"].shape[1] == MEMORY
+    with torch.inference_mode(), nullcontext() if preset == "none" else vlmattn.applied(model, preset):
+        run = lambda inputs: model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)  # noqa: E731
+        run(random_inputs(model))  # what is loaded on first use is not the prompt's
+        peak = peak_bytes(lambda: run(long), model.device)
+    if peak is None:
+        raise SystemExit("this system does not tell the peak memory of a process (needs Linux and a writable /proc)")
+    return peak
+
+
+def generate(rounds: int) -> list[Row]:
+    """Rows of ``vlmattn.evals.bench``."""
+    warnings.simplefilter("ignore")  # a random model has no known sinks
+    model = random_model(device="cpu")
+    return bench(model, random_inputs(model), ["var", "vhr", "pai"], rounds, 64)
+
+
+PARTS = {"decode": (decode, 31), "prefill": (prefill, 15), "memory": (memory, 3), "generate": (generate, 9)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only", choices=PARTS, help="one part, written to attention-PART.csv")
+    parser.add_argument("--rounds", type=int, help="of every part; 31, 15, 3 and 9 without it")
+    parser.add_argument("--peak-of", metavar="PRESET", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak_of:
+        print(peak_of(options.peak_of))
+        return
+    table: list[Row] = []
+    for name, (measure, rounds) in PARTS.items():
+        if options.only in (None, name):
+            found = measure(options.rounds or rounds)
+            print(*map(line, found), sep="\n", flush=True)
+            table += [{"part": name, **row} for row in found]
+    write_csv(options.out / f"attention{f'-{options.only}' if options.only else ''}.csv", table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,572 @@
+"""Edited attention of a few query rows against a long cache, as two Triton kernels (CUDA and ROCm).
+
+Split-KV flash decoding in which the groups of an edit are virtual query rows: tile row (token, head, group) is the query
+of that head and sees the keys of that group only, so every row is an ordinary online softmax and costs no register more
+than plain decoding; the padding of the tile to 16 rows holds them. The first kernel leaves (o_g, lse_g) for each split of
+the keys; the second merges the splits, turns lse_g into masses M_g, decides the gains and writes
+
+    out = eta_h sum_g gamma_g M_g o_g
+
+Groups that occur in no key of a split move no bytes. Group weights w_j (``BoostPlan``) are G more virtual rows whose
+scores carry log w_j. Without groups (G = 1) the same code is plain attention.
+
+``TRITON_INTERPRET=1``, set before this module is imported, runs it on the CPU (for tests).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlmattn.kernels.edit import AttentionEdit, GainPart, GainPlan, LogitPart, Rows, scale_heads, select_gains
+from vlmattn.kernels.visibility import Visibility
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MOST_GROUPS = 4
+MOST_DIM = 256
+_DTYPES = (torch.bfloat16, torch.float16)
+_MOST_SPLITS = 32
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _table(POINTER, b, stride_b, slot, live, other):
+    """Values ``[BLOCK_N]`` of a table ``[batch, key]``."""
+    return tl.load(POINTER + b * stride_b + slot, mask=live, other=other)
+
+
+@triton.jit
+def _table_of_heads(POINTER, b, stride_b, head, stride_h, slot, live, other, SHARED: tl.constexpr):
+    """Values of a table ``[batch, heads, key]``: ``[1, BLOCK_N]`` if the heads share them, else ``[BLOCK_M, BLOCK_N]``."""
+    if SHARED:
+        found = tl.load(POINTER + b * stride_b + slot, mask=live, other=other)[None, :]
+    else:
+        place = b * stride_b + head[:, None] * stride_h + slot[None, :]
+        found = tl.load(POINTER + place, mask=live[None, :], other=other)
+    return found.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "keys", "split", "offset"])
+def _split_kernel(
+    Q, K, V, OUT, PARTIAL, LSE, GROUP, WEIGHT, MASK, SCALE, LIFT, BIAS, LOGIT_ROW, SLOT,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_wb, stride_mb, stride_mt, stride_cb, stride_ch, stride_lb, stride_lh, stride_bb, stride_bh,
+    stride_sb, stride_sh, tokens, keys, split, offset, scale, softcap, floor,
+    GROUPS: tl.constexpr, WEIGHTED: tl.constexpr, REPEAT: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, MASK_OF_ROWS: tl.constexpr, INDEXED: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_LIFT: tl.constexpr, HAS_BIAS: tl.constexpr, OF_HEADS: tl.constexpr,
+    HAS_LOGIT_ROW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One split of the keys, one KV head, one tile of virtual rows.
+
+    MASKED: 0 no mask, 1 bool, 2 additive (hidden up to ``floor``). WHOLE: there is one split and no group, and the output is written at once.
+    """
+    number = tl.program_id(0)
+    tiles = tl.cdiv(tokens * REPEAT * GROUPS * (2 if WEIGHTED else 1), BLOCK_M)
+    kv_head = tl.program_id(1) // tiles
+    tile = tl.program_id(1) % tiles
+    b = tl.program_id(2).to(tl.int64)
+    virtual: tl.constexpr = GROUPS * (2 if WEIGHTED else 1)
+    rows = tokens * REPEAT * virtual
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < rows
+    token = row // (REPEAT * virtual)
+    head = kv_head * REPEAT + (row // virtual) % REPEAT
+    group = row % GROUPS
+    weighted = row % virtual >= GROUPS
+    d = tl.arange(0, BLOCK_D)
+    q = tl.load(
+        Q + b * stride_qb + head[:, None] * stride_qh + token[:, None] * stride_qt + d[None, :],
+        mask=real[:, None] & (d < DIM)[None, :],
+        other=0.0,
+    )
+    low = number * split
+    high = tl.minimum(low + split, keys)
+    if CAUSAL:  # keys behind the last row of the tile are seen by none
+        last = (tile * BLOCK_M + BLOCK_M - 1) // (REPEAT * virtual)
+        high = tl.minimum(high, offset + tl.minimum(last, tokens - 1) + 1)
+    edited = real
+    if HAS_LOGIT_ROW:
+        edited = tl.load(LOGIT_ROW + b * tokens + token, mask=real, other=0) != 0
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(low, high, BLOCK_N):
+        slot = first + tl.arange(0, BLOCK_N)
+        live = slot < high
+        if INDEXED:
+            slot = tl.load(SLOT + b * stride_sb + kv_head * stride_sh + slot, mask=live, other=-1)
+            live = slot >= 0
+            slot = tl.where(live, slot, 0)
+        place = slot.to(tl.int64)
+        k = tl.load(
+            K + b * stride_kb + kv_head * stride_kh + place[None, :] * stride_ks + d[:, None],
+            mask=live[None, :] & (d < DIM)[:, None],
+            other=0.0,
+        )
+        if UPCAST:
+            s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision="ieee") * scale
+        else:
+            s = tl.dot(q, k) * scale
+        if HAS_SOFTCAP:
+            s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
+        if HAS_SCALE or HAS_LIFT or HAS_BIAS:
+            new = s
+            if HAS_SCALE:
+                new *= _table_of_heads(SCALE, b, stride_cb, head, stride_ch, slot, live, 1.0, not OF_HEADS)
+            if HAS_LIFT:
+                new += tl.abs(s) * _table_of_heads(LIFT, b, stride_lb, head, stride_lh, slot, live, 0.0, not OF_HEADS)
+            if HAS_BIAS:
+                new += _table_of_heads(BIAS, b, stride_bb, head, stride_bh, slot, live, 0.0, not OF_HEADS)
+            if HAS_LOGIT_ROW:
+                new = tl.where(edited[:, None], new, s)
+            s = new
+        seen = live[None, :] & real[:, None]
+        if CAUSAL:
+            seen = seen & (slot[None, :] <= offset + token[:, None])
+        if MASKED:
+            if MASK_OF_ROWS:
+                entry = tl.load(
+                    MASK + b * stride_mb + token[:, None] * stride_mt + slot[None, :],
+                    mask=live[None, :] & real[:, None],
+                    other=0,
+                )
+            else:
+                entry = _table(MASK, b, stride_mb, slot, live, 0)[None, :]
+            if MASKED == 1:
+                seen = seen & (entry != 0)
+            else:
+                entry = entry.to(tl.float32)
+                seen = seen & (entry > floor)
+                s += tl.where(entry > floor, entry, 0.0)
+        if GROUPS > 1:
+            seen = seen & (_table(GROUP, b, stride_gb, slot, live, 255)[None, :] == group[:, None])
+        if WEIGHTED:
+            weight = _table(WEIGHT, b, stride_wb, slot, live, 0.0).to(tl.float32)
+            seen = seen & ((weight > 0)[None, :] | ~weighted[:, None])
+            s += tl.where(weighted[:, None], tl.log(tl.where(weight > 0, weight, 1.0))[None, :], 0.0)
+        s = tl.where(seen, s * _LOG2E, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen so far
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(p, 1)
+        v = tl.load(
+            V + b * stride_vb + kv_head * stride_vh + place[:, None] * stride_vs + d[None, :],
+            mask=live[:, None] & (d < DIM)[None, :],
+            other=0.0,
+        )
+        acc *= shrink[:, None]
+        if UPCAST:
+            acc = tl.dot(p, v.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc)
+        top = new_top
+
+    some = total > 0
+    safe_total = tl.where(some, total, 1.0)
+    o = acc / safe_total[:, None]
+    if WHOLE:
+        heads = REPEAT * (tl.num_programs(1) // tiles)
+        place = ((b * tokens + token) * heads + head)[:, None] * DIM + d[None, :]
+        tl.store(OUT + place, o.to(OUT.dtype.element_ty), mask=real[:, None] & (d < DIM)[None, :])
+    else:
+        kv_heads = tl.num_programs(1) // tiles
+        base = ((b * kv_heads + kv_head) * tl.num_programs(0) + number) * rows
+        tl.store(LSE + base + row, tl.where(some, top + tl.log2(safe_total), float("-inf")), mask=real)
+        tl.store(  # rows that saw nothing leave no output
+            PARTIAL + (base + row)[:, None] * DIM + d[None, :], o, mask=(real & some)[:, None] & (d < DIM)[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=["tokens", "splits"])
+def _merge_kernel(
+    PARTIAL, LSE, OUT, PLAN, GAIN_ROW, GAMMA, SINK, HEAD, HEAD_ROW, stride_eb, tokens, splits,
+    GROUPS: tl.constexpr, WEIGHTED: tl.constexpr, REPEAT: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    MOVES: tl.constexpr, GATES: tl.constexpr, RENORMALISE: tl.constexpr, GIVEN: tl.constexpr,
+    HAS_GAIN_ROW: tl.constexpr, HAS_SINK: tl.constexpr, HAS_HEAD: tl.constexpr, HAS_HEAD_ROW: tl.constexpr,
+):  # fmt: skip
+    """One head of one query row: merge the splits, decide the gains, add the groups.
+
+    MOVES: PLAN holds a ``GainPlan`` (rows taken, given, scale, then the gates' weights with their bound at the end).
+    GIVEN: GAMMA holds the gains.
+    """
+    head = tl.program_id(0)
+    token = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    virtual: tl.constexpr = GROUPS * (2 if WEIGHTED else 1)
+    kv_head = head // REPEAT
+    kv_heads = tl.num_programs(0) // REPEAT
+    rows = tokens * REPEAT * virtual
+    base = (b * kv_heads + kv_head) * splits * rows + (token * REPEAT + head % REPEAT) * virtual
+    g = tl.arange(0, BLOCK_G)
+    number = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    there = g < virtual
+
+    lse = tl.load(
+        LSE + base + number[:, None] * rows + g[None, :],
+        mask=(number < splits)[:, None] & there[None, :],
+        other=float("-inf"),
+    )
+    top = tl.max(tl.max(lse, 0), 0)
+    if HAS_SINK:
+        sink = tl.load(SINK + head).to(tl.float32) * _LOG2E
+        top = tl.maximum(top, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    z = tl.sum(tl.exp2(lse - top), 0)
+    whole = tl.sum(tl.where(g < GROUPS, z, 0.0), 0)  # weighted rows are the same keys once more
+    if HAS_SINK:
+        whole += tl.exp2(sink - top)
+    whole = tl.where(whole > 0, whole, 1.0)
+    gain = tl.where(g < GROUPS, 1.0, 0.0)
+    line = b * tokens + token
+    if MOVES:
+        mass = z / whole
+        taken = tl.load(PLAN + g, mask=there, other=0.0)
+        given = tl.load(PLAN + BLOCK_G + 1 + g, mask=there, other=0.0)
+        room = tl.sum(given * mass, 0)
+        on = room > 1e-20
+        for gate in tl.static_range(GATES):
+            weigh = tl.load(PLAN + (3 + gate) * (BLOCK_G + 1) + g, mask=there, other=0.0)
+            bound = tl.load(PLAN + (3 + gate) * (BLOCK_G + 1) + BLOCK_G)
+            on = on & (tl.sum(weigh * mass, 0) >= bound)
+        moved = 1 - taken + given * tl.sum(taken * mass, 0) / tl.where(room > 1e-20, room, 1.0)
+        moved = tl.where(on, moved, 1.0) * tl.load(PLAN + 2 * (BLOCK_G + 1) + g, mask=there, other=0.0)
+        if RENORMALISE:
+            after = tl.sum(moved * mass, 0)
+            moved *= tl.where(after > 0, tl.sum(mass, 0) / tl.where(after > 0, after, 1.0), 1.0)
+        if HAS_GAIN_ROW:
+            moved = tl.where(tl.load(GAIN_ROW + line) != 0, moved, 1.0)
+        gain = tl.where(there, moved, 0.0)
+    if GIVEN:
+        gain = tl.load(GAMMA + ((b * tl.num_programs(0) + head) * tokens + token) * virtual + g, mask=there, other=0.0)
+    out = tl.zeros([BLOCK_D], tl.float32)
+    for index in range(0, splits):
+        begin = base + index * rows
+        part = tl.load(LSE + begin + g, mask=there, other=float("-inf"))
+        o = tl.load(
+            PARTIAL + (begin + g)[:, None] * DIM + d[None, :],
+            mask=(part > float("-inf"))[:, None] & (d < DIM)[None, :],
+            other=0.0,
+        )
+        out += tl.sum(o * (tl.exp2(part - top) / whole * gain)[:, None], 0)
+    if HAS_HEAD:
+        scaled = out * tl.load(HEAD + b * stride_eb + head).to(tl.float32)
+        if HAS_HEAD_ROW:
+            scaled = tl.where(tl.load(HEAD_ROW + line) != 0, scaled, out)
+        out = scaled
+    tl.store(OUT + (line * tl.num_programs(0) + head) * DIM + d, out.to(OUT.dtype.element_ty), mask=d < DIM)
+
+
+def supports(
+    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, sinks: Tensor | None = None
+) -> str | None:
+    """None if ``attention`` can run this, else what is not allowed, in words."""
+    return _tensors_not_allowed(query, key, value, sinks) or _edit_not_allowed(query, key, see, edit)
+
+
+def _tensors_not_allowed(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> str | None:
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        return f"it needs query [batch, heads, query, dim] and key, value [batch, kv_heads, key, dim], got {shapes}"
+    batch, heads, _, dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != dim or heads % key.shape[1]:
+        return (
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit: same batch and dim, and heads a multiple of"
+            " kv_heads"
+        )
+    if dim > MOST_DIM:
+        return f"it runs head dimensions up to {MOST_DIM}, got {dim}"
+    if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        return f"it runs bfloat16 and float16, all alike, got {query.dtype}, {key.dtype}, {value.dtype}"
+    if any(tensor.stride(-1) != 1 for tensor in (query, key, value)):
+        return "the last dimension of query, key and value must be contiguous"
+    if query.device.type != "cuda" and not INTERPRETED:
+        return f"it runs on CUDA and ROCm devices (elsewhere with TRITON_INTERPRET=1 only), got {query.device.type}"
+    if key.device != query.device or value.device != query.device:
+        return f"query, key and value must be on one device, got {query.device}, {key.device}, {value.device}"
+    if sinks is not None and sinks.shape != (heads,):
+        return f"sink logits must be [{heads}], one per head, got {tuple(sinks.shape)}"
+    return None
+
+
+def _edit_not_allowed(query: Tensor, key: Tensor, see: Visibility, edit: AttentionEdit) -> str | None:
+    several = query.shape[2] > 1
+    if see.mask is not None and see.mask.shape[1] != 1:
+        return "it needs one mask for all heads"
+    if len(edit.logit) > 1 or any(part.guide is not None for part in edit.logit):
+        return "it runs at most one logit part, without a mean over heads"
+    if any(part.heads is not None or part.mix for part in edit.mask):
+        return "it runs mask parts of all heads, and no mixtures"
+    if several and len(edit.mask):
+        return "it runs mask parts for one query row only"
+    if several and edit.keep is not None and not _is_causal(see, query.shape[2]):
+        return "it keeps cache slots for several query rows under a causal mask only"
+    if len(edit.gain) > 1:
+        return f"it runs at most one group gain, got {len(edit.gain)}"
+    if len(edit.gain) and edit.gain[0].plan.groups > MOST_GROUPS:
+        return f"it runs up to {MOST_GROUPS} groups, got {edit.gain[0].plan.groups}"
+    if edit.read is not None and (edit.read.ndim != 3 or edit.read.shape[:2] != key.shape[:2]):
+        return f"slots to read must be [batch, kv_heads, n], got {tuple(edit.read.shape)}"
+    return None
+
+
+def _is_causal(see: Visibility, rows: int) -> bool:
+    """Several rows whose mask need not be read: causal, and padding."""
+    return rows > 1 and (see.mask is None or (see.plain and see.offset is not None))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    see: Visibility,
+    edit: AttentionEdit,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Edited attention ``[batch, heads, query, dim]``, head gains included, for what ``supports`` accepts.
+
+    Args:
+        query: ``[batch, heads, query, dim]``; key, value: ``[batch, kv_heads, key, dim]``; any strides but the last.
+        softcap: scores become ``softcap tanh(s / softcap)`` before the edit.
+        sinks: float ``[heads]``, scores of one more key per head whose value is zero.
+        splits: parts of the keys that run side by side; None = enough to fill the device.
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads, repeat = key.shape[1], heads // key.shape[1]
+    part = edit.gain[0] if len(edit.gain) else None
+    groups = 1 if part is None else part.plan.groups
+    uses_weight = part is not None and part.weight is not None and not isinstance(part.plan, GainPlan)
+    weight = _readable(part.weight) if uses_weight else None  # type: ignore[union-attr, arg-type]
+    rows = tokens * repeat * groups * (1 if weight is None else 2)
+    tile = tile_rows(rows)
+    tiles = triton.cdiv(rows, tile)
+    slots = None if edit.read is None else _readable(edit.read.to(torch.int32))
+    keys = key.shape[2] if slots is None else slots.shape[2]
+    block = block_keys(dim)
+    wanted = splits or _splits(query.device, batch * kv_heads * tiles, keys)
+    length = triton.cdiv(triton.cdiv(keys, wanted), block) * block
+    count = triton.cdiv(keys, length)
+    whole = count == 1 and part is None and sinks is None
+    out = query.new_empty(batch, tokens, heads, dim)
+    partial = lse = query
+    if not whole:
+        partial = query.new_empty(batch, kv_heads, count, rows, dim, dtype=torch.float32)
+        lse = query.new_empty(batch, kv_heads, count, rows, dtype=torch.float32)
+    mask, bias = _one_row_mask(see, edit, key.shape[2]) if tokens == 1 else _mask_of_rows(see, edit)
+    causal = _is_causal(see, tokens)
+    scores = _Scores.of(edit, bias, heads)
+    group = None if part is None else _readable(part.groups)
+    _split_kernel[(count, kv_heads * tiles, batch)](
+        query, key, value, out, partial, lse,
+        *(query if table is None else table for table in (group, weight, mask)), *(query if table is None else table for table in scores.tables),
+        query if scores.rows is None else scores.rows, query if slots is None else slots,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *map(_batch_stride, (group, weight, mask)),
+        0 if mask is None else mask.stride(-2), *scores.strides, *((0, 0) if slots is None else slots.stride()[:2]),
+        tokens, keys, length, (see.offset or 0) if see.mask is not None else 0, scale, softcap or 1.0,
+        torch.finfo(mask.dtype).min / 2 if mask is not None and mask.is_floating_point() else 0.0,
+        GROUPS=groups, WEIGHTED=weight is not None, REPEAT=repeat, DIM=dim, BLOCK_M=tile, BLOCK_N=block,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), CAUSAL=causal,
+        MASKED=0 if mask is None else 1 + mask.is_floating_point(), MASK_OF_ROWS=mask is not None and mask.shape[1] > 1,
+        INDEXED=slots is not None, HAS_SCALE=scores.tables[0] is not None, HAS_LIFT=scores.tables[1] is not None,
+        HAS_BIAS=scores.tables[2] is not None, OF_HEADS=scores.of_heads, HAS_LOGIT_ROW=scores.rows is not None,
+        HAS_SOFTCAP=softcap is not None, WHOLE=whole, UPCAST=INTERPRETED,
+        num_warps=4, num_stages=stages(_target(query.device), dim),
+    )  # fmt: skip
+    if whole:
+        return scale_heads(edit, out.transpose(1, 2))
+    gamma = plan = None
+    if part is not None and isinstance(part.plan, GainPlan):
+        plan = _plan_table(part.plan, triton.next_power_of_2(groups), query.device)
+    elif part is not None:
+        gamma = _gains(part, lse, sinks, tokens, groups)
+    first = edit.head_gain[0] if len(edit.head_gain) and edit.head_gain[0].offset is None else None
+    gain_row = None if part is None or part.rows is None or gamma is not None else _row_flags(part.rows)
+    head_row = None if first is None or first.rows is None else _row_flags(first.rows)
+    tables = (plan, gain_row, gamma, sinks, None if first is None else first.gain.contiguous(), head_row)
+    _merge_kernel[(heads, tokens, batch)](
+        partial, lse, out, *(query if table is None else table for table in tables),
+        0 if first is None else _batch_stride(first.gain), tokens, count,
+        GROUPS=groups, WEIGHTED=weight is not None, REPEAT=repeat, DIM=dim,
+        BLOCK_G=triton.next_power_of_2(groups * (1 if weight is None else 2)), BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_S=max(_MOST_SPLITS, triton.next_power_of_2(count)), MOVES=plan is not None,
+        GATES=0 if plan is None else len(plan) - 3, RENORMALISE=plan is not None and part.plan.renormalise,  # type: ignore[union-attr]
+        GIVEN=gamma is not None, HAS_GAIN_ROW=gain_row is not None, HAS_SINK=sinks is not None,
+        HAS_HEAD=first is not None, HAS_HEAD_ROW=head_row is not None, num_warps=4,
+    )  # fmt: skip
+    return scale_heads(replace(edit, head_gain=edit.head_gain[0 if first is None else 1 :]), out.transpose(1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """The logit part as the kernel reads it: scale, lift and bias ``[batch, key]`` or ``[batch, heads, key]``, or None.
+
+    ``rows``: uint8 ``[batch, query]``, where they apply.
+    """
+
+    tables: tuple[Tensor | None, Tensor | None, Tensor | None]
+    of_heads: bool
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, edit: AttentionEdit, opened: Tensor | None, heads: int) -> _Scores:
+        """``opened``: bias ``[batch, key]`` of keys that a mask part opens in the one query row."""
+        part = edit.logit[0] if len(edit.logit) else LogitPart()
+        tables, rows = (part.scale, part.lift, part.bias), None if part.rows is None else _row_flags(part.rows)
+        if opened is not None:  # one query row: where the part does not apply its tables are neutral
+            on = None if part.rows is None else part.rows.mask
+            scale, lift, bias = (
+                table
+                if table is None or on is None
+                else torch.where(on if table.ndim == 2 else on[:, None], table, neutral)
+                for table, neutral in zip(tables, (1.0, 0.0, 0.0), strict=True)
+            )
+            more = opened if bias is None or bias.ndim == 2 else opened[:, None]
+            tables, rows = (scale, lift, more if bias is None else bias + more), None
+        of_heads = any(table is not None and table.ndim == 3 for table in tables)
+        if of_heads:
+            tables = tuple(  # type: ignore[assignment]
+                table[:, None].expand(-1, heads, -1) if table is not None and table.ndim == 2 else table
+                for table in tables
+            )
+        return cls(tuple(None if table is None else _readable(table) for table in tables), of_heads, rows)  # type: ignore[arg-type]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        found: list[int] = []
+        for table in self.tables:
+            found += [_batch_stride(table), table.stride(1) if table is not None and self.of_heads else 0]
+        return tuple(found)
+
+
+def _mask_of_rows(see: Visibility, edit: AttentionEdit) -> tuple[Tensor | None, None]:
+    """Mask of several query rows: padding and kept slots ``[batch, 1, key]``, or every row's ``[batch, query, key]``."""
+    if see.mask is not None and not _is_causal(see, 2):
+        return _readable(see.mask[:, 0]), None
+    kept = see.real if see.mask is not None else None
+    if edit.keep is not None:
+        kept = edit.keep if kept is None else kept & edit.keep
+    return None if kept is None else _readable(kept)[:, None], None
+
+
+def _one_row_mask(see: Visibility, edit: AttentionEdit, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """Mask ``[batch, 1, key]`` of one query row after the mask parts, and the bias ``[batch, key]`` of opened keys."""
+    mask = None if see.mask is None else see.mask[:, 0, :, :keys]
+    if edit.keep is None and not len(edit.mask):
+        return None if mask is None else _readable(mask), None
+    additive = None
+    if mask is not None and mask.is_floating_point():
+        additive, mask = mask[:, 0], mask > torch.finfo(mask.dtype).min / 2
+        additive = additive.float().masked_fill(~mask[:, 0], 0.0)
+    shown = None if mask is None else mask[:, 0]
+    openable = see.real
+    if edit.keep is not None:
+        shown = edit.keep if shown is None else shown & edit.keep
+        openable = edit.keep if openable is None else openable & edit.keep
+    bias = additive
+    for part in edit.mask:
+        edges = part.edges()[:, 0, 0]
+        before = torch.ones_like(edges) if shown is None else shown
+        if part.weight == 0:
+            shown = before & ~edges
+            continue
+        opened = edges & ~before if openable is None else edges & ~before & openable
+        shown = before | opened
+        if part.weight < 1:
+            soft = torch.where(opened, math.log(part.weight), 0.0)
+            bias = soft if bias is None else bias + soft
+    assert shown is not None
+    return _readable(shown)[:, None], bias
+
+
+def _gains(part: GainPart, lse: Tensor, sinks: Tensor | None, tokens: int, groups: int) -> Tensor:
+    """Gains ``[batch, heads, query, virtual]`` of a plan that looks at all heads, from the splits' log-sum-exp (base 2)."""
+    batch, kv_heads, _, rows = lse.shape
+    merged = (
+        (lse * math.log(2))
+        .logsumexp(2)
+        .view(batch, kv_heads, tokens, -1, groups * (2 if part.weight is not None else 1))
+    )
+    merged = merged.transpose(2, 3).reshape(batch, -1, tokens, merged.shape[-1])
+    everything = merged[..., :groups].logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        everything = torch.logaddexp(everything, sinks.float()[:, None, None])
+    mass = torch.where(everything > float("-inf"), (merged - everything).exp(), 0.0)
+    gamma, delta = select_gains(part, mass[..., :groups], mass[..., groups:] if part.weight is not None else None)
+    if part.weight is not None:
+        gamma = torch.cat([gamma, torch.zeros_like(gamma) if delta is None else delta], -1)
+    return gamma.contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _plan_table(plan: GainPlan, width: int, device: torch.device) -> Tensor:
+    """float32 ``[3 + gates, width + 1]``: taken, given, scale, then each gate's weights with its bound in the last column."""
+    lines = [(plan.taken, 0.0), (plan.given, 0.0), (plan.scale or (1.0,) * plan.groups, 0.0)]
+    lines += [(gate.weights, gate.bound) for gate in plan.gates]
+    padding = (0.0,) * (width - plan.groups)
+    return torch.tensor([(*values, *padding, last) for values, last in lines], device=device)
+
+
+def _readable(table: Tensor) -> Tensor:
+    """With a contiguous last dimension, bytes instead of bools."""
+    table = table if table.stride(-1) == 1 or table.shape[-1] == 1 else table.contiguous()
+    return table.view(torch.uint8) if table.dtype == torch.bool else table
+
+
+def _row_flags(rows: Rows) -> Tensor:
+    return _readable(rows.mask.contiguous())
+
+
+def _batch_stride(table: Tensor | None) -> int:
+    """0 if all rows share it."""
+    return 0 if table is None or table.shape[0] == 1 else table.stride(0)
+
+
+@functools.lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+def _splits(device: torch.device, tasks: int, keys: int) -> int:
+    """Enough splits to fill the device twice, each of 256 keys at least."""
+    return max(1, min(triton.cdiv(2 * _processors(device), tasks), triton.cdiv(keys, 256), _MOST_SPLITS))
+
+
+@functools.lru_cache(maxsize=16)
+def _target(device: torch.device) -> str:
+    """What the kernels are compiled for: "sm_90", "gfx942", ..."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of a tile: a matrix instruction takes 16, and more than 64 spill."""
+    return min(max(16, triton.next_power_of_2(rows)), 64)
+
+
+def block_keys(dim: int) -> int:
+    """Keys that are loaded at once."""
+    return 32 if dim > 128 else 64
+
+
+def stages(target: str, dim: int) -> int:
+    """Loads in flight: three where shared memory has room for them."""
+    return 3 if target in ("sm_80", "sm_90") and dim <= 128 else 2
