@@ -167,7 +167,7 @@ def _split_kernel(
             other=0.0,
         )
         acc *= shrink[:, None]
-        if UPCAST:
+        if UPCAST:  # noqa: SIM108
             acc = tl.dot(p, v.to(tl.float32), acc, input_precision="ieee")
         else:
             acc = tl.dot(p.to(v.dtype), v, acc)
@@ -496,7 +496,7 @@ def _one_row_mask(see: Visibility, edit: AttentionEdit, keys: int) -> tuple[Tens
 
 def _gains(part: GainPart, lse: Tensor, sinks: Tensor | None, tokens: int, groups: int) -> Tensor:
     """Gains ``[batch, heads, query, virtual]`` of a plan that looks at all heads, from the splits' log-sum-exp (base 2)."""
-    batch, kv_heads, _, rows = lse.shape
+    batch, kv_heads = lse.shape[:2]
     merged = (
         (lse * math.log(2))
         .logsumexp(2)
