@@ -48,15 +48,15 @@ def attention(
             for logit in edit.logit:
                 if _applies(logit.rows, b, i):
                     scores = _edit_scores(scores, logit, b)
-            weights = []
+            rows_of_heads = []
             for h in range(heads):
                 there = real_keys.clone()
                 if edit.read is not None:
                     read = edit.read[b, h // repeat].tolist()
                     there &= torch.tensor([j in read for j in range(len(there))])
                 sink = float("-inf") if sinks is None else float(sinks[h])
-                weights.append(_softmax(scores[h], visible[b, i] & there, there, edit.mask, b, h, i, sink))
-            weights = torch.stack(weights)
+                rows_of_heads.append(_softmax(scores[h], visible[b, i] & there, there, edit.mask, b, h, i, sink))
+            weights = torch.stack(rows_of_heads)
             for gain in edit.gain:
                 if _applies(gain.rows, b, i):
                     weights = _gains(weights, gain, b)
