@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import vlmattn.decoding  # noqa: F401  (its methods have names too)
 from vlmattn.errors import InputError, VlmattnError
 from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.interventions import all_presets, find_method
