@@ -2,7 +2,8 @@
 
 decode     one query row: stock SDPA, the dense backend without an edit, and with the edits of VAR, PAI, both, and GIFT
 prefill    2048 rows, 576 image tokens: stock causal SDPA, VAR on flash segments (merge), VAR dense in chunks of rows (eager)
-memory     growth of the process over the prompt of a whole model (12 layers, 4096 tokens), each in a process of its own
+memory     peak growth of the process over the prompt of a whole model (12 layers, 4096 tokens), each in a process of its own:
+           "in use" has the C library give back at once what is freed, "resident" has it keep blocks, as it usually does
 generate   that model with one image and 64 new tokens
 
 All keys have dominant sinks, as trained models do.
@@ -13,6 +14,7 @@ python -m benchmarks.attention --out benchmarks/results
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import warnings
@@ -86,14 +88,22 @@ def prefill(rounds: int) -> list[Row]:
 
 def memory(repeats: int) -> list[Row]:
     """Peak growth of the process over the prompt, over that of the bare model."""
-    peaks: dict[str, list[float]] = {name: [] for name in ("none", "var")}
-    for name in tqdm([*peaks] * repeats, leave=False, disable=None, desc="memory"):
-        command = [sys.executable, "-m", "benchmarks.attention", "--peak-of", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"the process that measures '{name}' failed: {done.stderr.strip().splitlines()[-1]}")
-        peaks[name].append(float(done.stdout))
-    return rows(f"memory of the prompt, S={MEMORY}, 12 layers", peaks, "none", "mb")
+    table = []
+    for what, environment in (("in use", {"MALLOC_MMAP_THRESHOLD_": str(2**20)}), ("resident", {})):
+        peaks: dict[str, list[float]] = {name: [] for name in ("none", "var")}
+        for name in tqdm([*peaks] * repeats, leave=False, disable=None, desc=f"memory {what}"):
+            peaks[name].append(_peak_elsewhere(name, environment))
+        table += rows(f"memory {what}, S={MEMORY}, 12 layers", peaks, "none", "mb")
+    return table
+
+
+def _peak_elsewhere(preset: str, environment: dict[str, str]) -> int:
+    """``peak_of`` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.attention", "--peak-of", preset]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    if done.returncode:
+        raise SystemExit(f"the process that measures '{preset}' failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout)
 
 
 def peak_of(preset: str) -> int:

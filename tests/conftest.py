@@ -7,6 +7,10 @@ os.environ.pop("VLMATTN_BACKEND", None)
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
 from hypothesis import settings
 
 torch.set_num_threads(1)

@@ -106,9 +106,9 @@ def test_a_clock_tells_first_token_step_and_whole(monkeypatch):
     [
         (dict(rounds=0), OptionError, "rounds must be at least 1, got 0"),
         (dict(new_tokens=1), OptionError, "at least 2 new tokens"),
-        (dict(presets=["vra"]), UnknownNameError, "did you mean var"),
+        (dict(presets=["vra"]), UnknownNameError, "did you mean .*var"),
         (dict(presets=["var", "vhr", "var"]), OptionError, "'var' is given twice"),
-        (dict(presets=["agla"]), vlmattn.VlmattnError, "augmented"),
+        (dict(presets=["agla"]), OptionError, "'agla' needs pixel_values .* leave it out"),
         (dict(inputs={"input_ids": torch.tensor([[1, 5, 6, 7]])}), InputError, "no image token"),
     ],
 )
@@ -148,10 +148,8 @@ def test_random_models_read_their_prompts(name, monkeypatch):
     def narrow():
         config = make()
         text = config.get_text_config()
-        text.num_hidden_layers, text.vocab_size = 2, max(1000, text.vocab_size)
-        heads = text.num_attention_heads
-        text.hidden_size, text.intermediate_size = 2 * 64 if heads % 7 else 28 * 32, 64
-        text.num_attention_heads = text.num_key_value_heads = 2 if heads % 7 else 7
+        text.num_hidden_layers, text.hidden_size, text.intermediate_size = 2, 128, 64
+        text.num_attention_heads = text.num_key_value_heads = 1
         if config.model_type == "llava":
             config.vision_config.num_hidden_layers = 2
         else:
@@ -159,17 +157,25 @@ def test_random_models_read_their_prompts(name, monkeypatch):
         return config
 
     monkeypatch.setitem(RANDOM_MODELS, name, narrow)
-    model = random_model(name, "bfloat16", "cpu")
-    assert model.dtype == torch.bfloat16
+    model = random_model(name, device="cpu")
+    assert model.dtype == torch.float32
     assert not model.training
-    inputs = random_inputs(model, batch_size=2, images=2)
-    assert inputs["input_ids"].shape[0] == 2
+    inputs = random_inputs(model, batch_size=2)
     types = find_family(model).token_types(model, inputs["input_ids"])
-    count = 2 * (1296 if "qwen" in name else 576)
+    count = 1296 if "qwen" in name else 576
     assert types.bool().sum(1).tolist() == [count, count]
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
     assert out.shape == (2, inputs["input_ids"].shape[1] + 2)
+
+
+def test_a_random_model_has_the_type_and_the_prompt_that_were_asked_for():
+    model = random_model("random-llava", "bfloat16", "cpu")
+    assert model.dtype == torch.bfloat16
+    inputs = random_inputs(model, images=7, after=62)
+    assert inputs["input_ids"].shape == (1, 4096)
+    assert inputs["pixel_values"].shape == (7, 3, 336, 336)
+    assert inputs["pixel_values"].dtype == torch.bfloat16
 
 
 def test_random_models_have_names():

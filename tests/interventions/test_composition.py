@@ -154,7 +154,7 @@ def test_halves_of_the_layers_are_the_whole(name):
     """The same method on two halves of its layers is one method; state and counts do not get in each other's way."""
     method = fitted(SETTINGS[name], "llava")
     if name.startswith(("gift", "vhr")):
-        pytest.skip("prepares by itself which heads and keys matter, so halves see each other's edits")
+        pytest.skip("reads the prompt another time, and there a half does not see the other's edits")
     inputs = left_padded([dialogue("llava", images=2, seed=3), dialogue("llava", seed=4)])
     bound = method.bind(anatomy("llava"))
     layers = bound.active_layers(anatomy("llava"))

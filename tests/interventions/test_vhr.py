@@ -388,6 +388,19 @@ def test_layers_that_are_computed_again_for_gradients(family, reentrant):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_brought_when_they_are_needed(family):
+    """Hooks of accelerate on every module, which move what a layer gets to where it runs."""
+    accelerate = pytest.importorskip("accelerate")
+    inputs, method = prompt(family), VHR(layers="0:")
+    with vlmattn.applied(build(family), method) as model:
+        wanted = model(**inputs).logits
+    offloaded = accelerate.cpu_offload(build(family), execution_device=torch.device("cpu"))
+    with vlmattn.applied(offloaded, method) as model:
+        assert torch.equal(model(**inputs).logits, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_exception_in_the_middle_leaves_nothing(family, monkeypatch):
     """Raised while the text alone is in layer 2, within the prompt's attention."""
     model, inputs, method = build(family), prompt(family), VHR(layers="0:")

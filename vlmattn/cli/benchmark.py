@@ -138,14 +138,17 @@ def _picture(name: str, path: Path | None) -> Any:
 def _show(model: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One section for each thing that was measured."""
     facts = rows[0]
+    where = facts["gpu"] if facts["device"] == "cuda" else facts["device"]
+    batch = "a prompt" if facts["batch_size"] == 1 else f"{facts['batch_size']} prompts"
     table = Table(
-        title=f"{model} · {facts['dtype']} on {facts['gpu'] if facts['device'] == 'cuda' else facts['device']} · batch"
-        f" {facts['batch_size']} · prompt of {facts['prompt_tokens']} tokens, {facts['image_tokens']} of the image",
+        title=f"{escape(model)}, {facts['dtype']} on {where}\n"
+        f"{batch} of {facts['prompt_tokens']} tokens, {facts['image_tokens']} of the image",
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="extra and ratio (median, quartiles) compare with none in the same round",
+        caption="extra and ratio (median, quartiles) compare with none in the same round"
+        + ("\nmemory is measured once; that of a process is rough" if facts["device"] == "cpu" else ""),
         caption_justify="left",
     )
     table.add_column("", overflow="fold")

@@ -103,7 +103,7 @@ def line(row: Mapping[str, object]) -> str:
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """By how much ``run`` raises the memory in use at its peak: of a CUDA device, or of this process for a CPU (Linux).
 
-    None where it cannot be measured.
+    A process keeps some of what it frees, so that its figure is rough. None where it cannot be measured.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -126,10 +126,13 @@ def _reference(
     mask = see.rows(0, rows, rows, keys, query.device)
     if mask is None:
         mask = torch.ones(1, keys, dtype=torch.bool, device=query.device)
+    everyone = (query.shape[0], 1, rows, keys)
+    bias = None
     if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    visible = mask.expand(query.shape[0], 1, rows, keys)[:, 0]
-    return reference.attention(query, key, value, visible, see.real, edit, scale, softcap, sinks).to(query)
+        additive, mask = mask, mask > torch.finfo(mask.dtype).min / 2
+        bias = additive.masked_fill(~mask, 0.0).expand(everyone)[:, 0]
+    visible = mask.expand(everyone)[:, 0]
+    return reference.attention(query, key, value, visible, see.real, edit, scale, softcap, sinks, bias).to(query)
 
 
 def _eager(

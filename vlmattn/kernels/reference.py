@@ -23,6 +23,7 @@ def attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Edited attention, float64 ``[batch, heads, query, dim]``.
 
@@ -32,6 +33,7 @@ def attention(
         real: bool ``[batch, key]``, False for padding, which no mask part opens; None = no padding.
         scale: factor of the dot products.
         softcap: scores become ``softcap tanh(s / softcap)``; sinks: float ``[heads]``, scores of one more key without value.
+        bias: float ``[batch, query, key]``, values of an additive mask.
     """
     batch, heads, rows, _ = query.shape
     repeat = heads // key.shape[1]
@@ -48,6 +50,8 @@ def attention(
             for logit in edit.logit:
                 if _applies(logit.rows, b, i):
                     scores = _edit_scores(scores, logit, b)
+            if bias is not None:
+                scores = scores + bias[b, i].double()
             rows_of_heads = []
             for h in range(heads):
                 there = real_keys.clone()

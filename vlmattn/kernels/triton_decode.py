@@ -386,7 +386,7 @@ def attention(
         INDEXED=slots is not None, HAS_SCALE=scores.tables[0] is not None, HAS_LIFT=scores.tables[1] is not None,
         HAS_BIAS=scores.tables[2] is not None, OF_HEADS=scores.of_heads, HAS_LOGIT_ROW=scores.rows is not None,
         HAS_SOFTCAP=softcap is not None, WHOLE=whole, UPCAST=INTERPRETED,
-        num_warps=4, num_stages=stages(_target(query.device), dim),
+        num_warps=warps(tile), num_stages=stages(_target(query.device), dim),
     )  # fmt: skip
     if whole:
         return scale_heads(edit, out.transpose(1, 2))
@@ -457,7 +457,8 @@ class _Scores:
 def _mask_of_rows(see: Visibility, edit: AttentionEdit) -> tuple[Tensor | None, None]:
     """Mask of several query rows: padding and kept slots ``[batch, 1, key]``, or every row's ``[batch, query, key]``."""
     if see.mask is not None and not _is_causal(see, 2):
-        return _readable(see.mask[:, 0]), None
+        mask = _readable(see.mask[:, 0])
+        return (mask[:, :1] if mask.stride(1) == 0 else mask), None  # one mask for all rows: a camera against its map
     kept = see.real if see.mask is not None else None
     if edit.keep is not None:
         kept = edit.keep if kept is None else kept & edit.keep
@@ -565,6 +566,11 @@ def tile_rows(rows: int) -> int:
 def block_keys(dim: int) -> int:
     """Keys that are loaded at once."""
     return 32 if dim > 128 else 64
+
+
+def warps(tile: int) -> int:
+    """Four warps of a large tile would spill."""
+    return 8 if tile > 32 else 4
 
 
 def stages(target: str, dim: int) -> int:

@@ -42,9 +42,8 @@ class Stream:
     def follow(self, out: Tensor) -> None:
         """Run the stream's next layer; ``out`` ``[batch, query, heads, dim]`` are the prompt's head outputs there."""
         self._prompt = out
-        with (
-            torch.no_grad()
-        ):  # in an empty context: who collects the layers' outputs for the prompt hears nothing of it
+        with torch.no_grad():
+            # In an empty context: who collects the outputs of layers for the prompt hears nothing of it.
             self.hidden = Context().run(self.calls[self.layer], self.hidden)
         self.layer, self._prompt = self.layer + 1, None
 
