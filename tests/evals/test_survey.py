@@ -202,6 +202,14 @@ def test_runs_without_figures_are_refused(tmp_path, monkeypatch, capsys, content
     assert not (tmp_path / "page.md").exists()
 
 
+def test_times_of_a_busy_machine_are_left_out(summary):
+    assert "| fired | time |" in page(summary, "command")
+    without = page(summary, "command", times=False)
+    assert "| fired |\n" in without
+    assert "Time:" not in without
+    assert " s a sample" not in without
+
+
 @pytest.mark.parametrize(
     ("about", "faithful", "short"),
     [

@@ -74,3 +74,9 @@ def test_the_committed_table_is_of_this_code(compiled):
     for row in compiled:
         found = by_case[tuple(str(row[key]) for key in list(row)[:12])]
         assert {key: str(value) for key, value in row.items()}.items() <= found.items()
+
+
+def test_the_page_is_of_this_code():
+    from benchmarks.kernel_page import page
+
+    assert page() == (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(), "python -m benchmarks.kernel_page"

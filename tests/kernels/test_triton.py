@@ -84,7 +84,6 @@ class Call:
         scale = self.dim**-0.5
         return attend(self.query, self.key, self.value, self.see, edit, scale, backend=backend, **model)[0].float()
 
-
     def check(self, edit: AttentionEdit, changes: bool = True, **model: object) -> None:
         exact = self.run(edit, "reference", **model)
         got = self.run(edit, "triton", **model)
@@ -194,9 +193,13 @@ def test_sinks_and_caps_of_the_model(name):
 def test_other_backends_know_sinks_and_caps(backend):
     call = Call(keys=40, rows=6)
     call.query, call.key, call.value = call.query.float(), call.key.float(), call.value.float()
-    edit = AttentionEdit(gain=(GainPart(call.groups(3), PLANS[3], Rows(torch.ones(2, 6, dtype=torch.bool, device=DEVICE))),))
+    edit = AttentionEdit(
+        gain=(GainPart(call.groups(3), PLANS[3], Rows(torch.ones(2, 6, dtype=torch.bool, device=DEVICE))),)
+    )
     model = dict(sinks=call.uniform(call.heads) * 3, **({"softcap": 2.0} if backend == "eager" else {}))
-    torch.testing.assert_close(call.run(edit, backend, **model), call.run(edit, "reference", **model), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        call.run(edit, backend, **model), call.run(edit, "reference", **model), rtol=0, atol=2e-5
+    )
     if backend == "merge":
         with pytest.raises(UnsupportedError, match="cap"):
             call.run(edit, backend, softcap=2.0)
@@ -237,6 +240,12 @@ def test_several_rows(rows, name):
         "nothing": AttentionEdit(),
     }[name]
     call.check(edit, changes=name != "nothing")
+
+
+def test_several_rows_read_slots_in_any_order():
+    call = Call(rows=40, keys=70)
+    order = torch.stack([torch.randperm(70, generator=call.generator)[:60] for _ in range(4)])
+    call.check(AttentionEdit(read=order.view(2, 2, 60).to(DEVICE)))
 
 
 def test_rows_that_all_see_everything():
@@ -345,7 +354,9 @@ def test_a_forced_kernel_says_what_is_allowed(name):
 
 def test_several_rows_have_no_mask_parts():
     call = Call(rows=3)
-    part = MaskPart(torch.zeros(2, 3, dtype=torch.long, device=DEVICE), torch.zeros(2, 70, dtype=torch.long, device=DEVICE), 0.0)
+    part = MaskPart(
+        torch.zeros(2, 3, dtype=torch.long, device=DEVICE), torch.zeros(2, 70, dtype=torch.long, device=DEVICE), 0.0
+    )
     with pytest.raises(UnsupportedError, match="one query row only"):
         call.run(AttentionEdit(mask=(part,)), "triton")
 
@@ -367,7 +378,11 @@ def test_who_runs_when_nobody_is_forced():
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("recipe", ["pai", VAR(tau=0.5, layers="1:"), [VHR(), VAR(tau=0.5, layers="1:")], VAF(layers="1:3")], ids=["pai", "var", "vhr+var", "vaf"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["pai", VAR(tau=0.5, layers="1:"), [VHR(), VAR(tau=0.5, layers="1:")], VAF(layers="1:3")],
+    ids=["pai", "var", "vhr+var", "vaf"],
+)
 def test_a_whole_model_says_the_same_on_the_kernel(family, recipe, monkeypatch, no_grad):
     model = build(family).to(DEVICE, torch.bfloat16)
     inputs = {name: value.to(DEVICE) for name, value in prompt(family).items()}

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLCon
 
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError, UnknownNameError
-from vlmattn.evals.runner import _recipes, _refuse_missing
+from vlmattn.evals.runner import recipes_of, refuse_missing
 from vlmattn.evals.timing import Row, paired, peak_bytes, rows, synchronise
 from vlmattn.models import find_family
 from vlmattn.recipe import Recipe
@@ -105,7 +105,7 @@ def bench(
     if handle_of(model) is not None:
         raise StateError("the model is wrapped; give bench the bare model: vlmattn.unwrap(model)")
     facts = _facts(model, inputs, new_tokens)
-    runs = {recipe.name: _generation(model, inputs, recipe, processor) for recipe in _recipes(presets).values()}
+    runs = {recipe.name: _generation(model, inputs, recipe, processor) for recipe in recipes_of(presets).values()}
     runs |= beside or {}
     clocks: dict[str, list[Clock]] = {name: [] for name in runs}
     with torch.inference_mode():
@@ -127,7 +127,7 @@ def check(presets: Sequence[str | Recipe], rounds: int, new_tokens: int) -> None
         raise OptionError(f"rounds must be at least 1, got {rounds}")
     if new_tokens < 2:
         raise OptionError(f"there must be at least 2 new tokens (one decode step), got {new_tokens}")
-    _recipes(presets)
+    recipes_of(presets)
 
 
 def _facts(model: Any, inputs: Mapping[str, Any], new_tokens: int) -> Row:
@@ -152,7 +152,7 @@ def _generation(model: Any, inputs: Mapping[str, Any], recipe: Recipe, processor
     def run(new_tokens: int) -> Clock:
         lengths = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         with nullcontext() if recipe.is_none else vlmattn.applied(model, recipe, processor=processor):
-            _refuse_missing(model, recipe.name)
+            refuse_missing(model, recipe.name)
             clock = Clock()
             model.generate(**inputs, **lengths, do_sample=False, pad_token_id=0, streamer=clock)
         return clock

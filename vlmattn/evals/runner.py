@@ -73,7 +73,7 @@ def evaluate(
         raise StateError(
             f"the model is wrapped with '{handle.recipe.name}'; give evaluate the bare model: vlmattn.unwrap(model)"
         )
-    recipes = _recipes(presets)
+    recipes = recipes_of(presets)
     if batch_size < 1:
         raise OptionError(f"the batch size must be at least 1, got {batch_size}")
     settings = {
@@ -91,7 +91,7 @@ def evaluate(
         warnings.simplefilter("ignore")  # said again when it answers
         for recipe in recipes.values():  # what does not fit the model is an error now, not hours later
             with _applied(model, recipe, processor):
-                _refuse_missing(model, recipe.name)
+                refuse_missing(model, recipe.name)
     processor.tokenizer.padding_side = "left"
     with Journal(out, settings, restart) as journal:
         if not journal.resumed:
@@ -157,7 +157,7 @@ def _applied(model: Any, recipe: Recipe, processor: Any) -> AbstractContextManag
     return vlmattn.applied(model, recipe, processor=processor) if not recipe.is_none else nullcontext()
 
 
-def _refuse_missing(model: Any, preset: str) -> None:
+def refuse_missing(model: Any, preset: str) -> None:
     """Raise if a recipe needs inputs of its own with every call."""
     handle = handle_of(model)
     rule = handle.active_plan.decoding if handle is not None else None
@@ -169,7 +169,7 @@ def _refuse_missing(model: Any, preset: str) -> None:
             )
 
 
-def _recipes(presets: Sequence[str | Recipe]) -> dict[str, Recipe]:
+def recipes_of(presets: Sequence[str | Recipe]) -> dict[str, Recipe]:
     """Recipes by name, ``none`` first and always there."""
     recipes = {"none": Recipe("none")}
     for preset in presets:

@@ -98,16 +98,16 @@ def _columns(summary: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]
         yield table, f"{table['suite']} {table['condition']}"
 
 
-def table_of_presets(summary: Mapping[str, Any]) -> str:
+def table_of_presets(summary: Mapping[str, Any], times: bool = True) -> str:
     """One row per preset: where it is from, the headline metrics and their differences, whether it fired, its cost."""
     header = ["preset", "method", "paper", "checked against"]
     header += [f"{where}: {_headline(summary, table['suite'])}" for table, where in _columns(summary)]
-    header += ["fired", "time"]
+    header += ["fired", "time"] if times else ["fired"]
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * len(header)) + "|"]
     for preset in summary["recipes"]:
         cells = [f"`{preset}`", *_origin(preset, summary["recipes"][preset])]
         cells += [_figures(summary, table, preset) for table, _ in _columns(summary)]
-        cells += ["" if preset == "none" else _fired(summary, preset), _time(summary, preset)]
+        cells += ["" if preset == "none" else _fired(summary, preset), *([_time(summary, preset)] if times else [])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -219,8 +219,8 @@ def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
     )
 
 
-def page(summary: Mapping[str, Any], command: str) -> str:
-    """The whole page; ``command`` made it."""
+def page(summary: Mapping[str, Any], command: str, times: bool = True) -> str:
+    """The whole page; ``command`` made it. ``times`` False: the machine did other work meanwhile."""
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     machine = ", ".join(f"{name}: {value}" for name, value in summary["hardware"].items() if value)
     typed = summary.get("command")
@@ -250,10 +250,14 @@ def page(summary: Mapping[str, Any], command: str) -> str:
         "Under each value: the difference to `none` with its 95 % interval (paired bootstrap over images), bold where the",
         "interval leaves out 0, and p of McNemar's exact test on right and wrong answers. A question counts once for each split",
         "of its suite that it belongs to (POPE: the mean over random, popular and adversarial), and once in McNemar's test.",
-        "Fired: how often the method found something to do, in its own count. Time: seconds per sample relative to `none`,",
-        "taken once on this machine; not a benchmark.",
+        "Fired: how often the method found something to do, in its own count."
+        + (
+            " Time: seconds per sample relative to `none`,\ntaken once on this machine; not a benchmark."
+            if times
+            else ""
+        ),
         "",
-        table_of_presets(summary),
+        table_of_presets(summary, times),
         "",
         "## What helps here",
         findings(summary),
@@ -267,9 +271,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="results folder of vlmattn eval")
     parser.add_argument("--out", type=Path, required=True, help="the page, in markdown")
+    parser.add_argument("--without-times", action="store_true", help="the machine did other work during the run")
     options = parser.parse_args()
     try:
-        text = page(read_run(options.run), shlex.join(["python", "-m", "vlmattn.evals.survey", *sys.argv[1:]]))
+        command = shlex.join(["python", "-m", "vlmattn.evals.survey", *sys.argv[1:]])
+        text = page(read_run(options.run), command, not options.without_times)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, text)
     except VlmattnError as error:

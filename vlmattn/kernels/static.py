@@ -106,9 +106,7 @@ def report(cases: tuple[Case, ...] = CASES, targets: tuple[str, ...] = tuple(TAR
             yield resources(case, target)
 
 
-def _compile(
-    kernel: Any, constants: dict[str, Any], dtype: str, target: GPUTarget, options: dict[str, int]
-) -> Any:
+def _compile(kernel: Any, constants: dict[str, Any], dtype: str, target: GPUTarget, options: dict[str, int]) -> Any:
     """The kernel for a target, with the alignment that tensors of the library have."""
     signature = {
         name: "constexpr" if name in constants else _TYPES.get(name, f"*{dtype}" if name.isupper() else "i32")

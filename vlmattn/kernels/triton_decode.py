@@ -32,7 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_GROUPS = 4
 MOST_DIM = 256
 _DTYPES = (torch.bfloat16, torch.float16)
-_MOST_SPLITS = 32
+MOST_SPLITS = 32
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -91,7 +91,7 @@ def _split_kernel(
     )
     low = number * split
     high = tl.minimum(low + split, keys)
-    if CAUSAL:  # keys behind the last row of the tile are seen by none
+    if CAUSAL and not INDEXED:  # keys behind the last row of the tile are seen by none
         last = (tile * BLOCK_M + BLOCK_M - 1) // (REPEAT * virtual)
         high = tl.minimum(high, offset + tl.minimum(last, tokens - 1) + 1)
     edited = real
@@ -351,14 +351,15 @@ def attention(
     kv_heads, repeat = key.shape[1], heads // key.shape[1]
     part = edit.gain[0] if len(edit.gain) else None
     groups = 1 if part is None else part.plan.groups
-    uses_weight = part is not None and part.weight is not None and not isinstance(part.plan, GainPlan)
-    weight = _readable(part.weight) if uses_weight else None  # type: ignore[union-attr, arg-type]
+    weight = None if part is None or isinstance(part.plan, GainPlan) else part.weight
+    group, weight, slots = (
+        None if table is None else _readable(table)
+        for table in (None if part is None else part.groups, weight, edit.read)
+    )
     rows = tokens * repeat * groups * (1 if weight is None else 2)
-    tile = tile_rows(rows)
+    tile, block = tile_rows(rows), block_keys(dim)
     tiles = triton.cdiv(rows, tile)
-    slots = None if edit.read is None else _readable(edit.read.to(torch.int32))
     keys = key.shape[2] if slots is None else slots.shape[2]
-    block = block_keys(dim)
     wanted = splits or _splits(query.device, batch * kv_heads * tiles, keys)
     length = triton.cdiv(triton.cdiv(keys, wanted), block) * block
     count = triton.cdiv(keys, length)
@@ -369,47 +370,66 @@ def attention(
         partial = query.new_empty(batch, kv_heads, count, rows, dim, dtype=torch.float32)
         lse = query.new_empty(batch, kv_heads, count, rows, dtype=torch.float32)
     mask, bias = _one_row_mask(see, edit, key.shape[2]) if tokens == 1 else _mask_of_rows(see, edit)
-    causal = _is_causal(see, tokens)
+    floor = torch.finfo(mask.dtype).min / 2 if mask is not None and mask.is_floating_point() else None
     scores = _Scores.of(edit, bias, heads)
-    group = None if part is None else _readable(part.groups)
     _split_kernel[(count, kv_heads * tiles, batch)](
-        query, key, value, out, partial, lse,
-        *(query if table is None else table for table in (group, weight, mask)), *(query if table is None else table for table in scores.tables),
-        query if scores.rows is None else scores.rows, query if slots is None else slots,
+        query, key, value, out, partial, lse, *_given(query, group, weight, mask, *scores.tables, scores.rows, slots),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *map(_batch_stride, (group, weight, mask)),
-        0 if mask is None else mask.stride(-2), *scores.strides, *((0, 0) if slots is None else slots.stride()[:2]),
-        tokens, keys, length, (see.offset or 0) if see.mask is not None else 0, scale, softcap or 1.0,
-        torch.finfo(mask.dtype).min / 2 if mask is not None and mask.is_floating_point() else 0.0,
+        0 if mask is None else mask.stride(1), *scores.strides, *((0, 0) if slots is None else slots.stride()[:2]),
+        tokens, keys, length, 0 if see.mask is None else see.offset or 0, scale, softcap or 1.0,
+        floor or 0.0,
         GROUPS=groups, WEIGHTED=weight is not None, REPEAT=repeat, DIM=dim, BLOCK_M=tile, BLOCK_N=block,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), CAUSAL=causal,
-        MASKED=0 if mask is None else 1 + mask.is_floating_point(), MASK_OF_ROWS=mask is not None and mask.shape[1] > 1,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), CAUSAL=_is_causal(see, tokens),
+        MASKED=0 if mask is None else 1 if floor is None else 2, MASK_OF_ROWS=mask is not None and mask.shape[1] > 1,
         INDEXED=slots is not None, HAS_SCALE=scores.tables[0] is not None, HAS_LIFT=scores.tables[1] is not None,
         HAS_BIAS=scores.tables[2] is not None, OF_HEADS=scores.of_heads, HAS_LOGIT_ROW=scores.rows is not None,
         HAS_SOFTCAP=softcap is not None, WHOLE=whole, UPCAST=INTERPRETED,
         num_warps=warps(tile), num_stages=stages(_target(query.device), dim),
     )  # fmt: skip
-    if whole:
-        return scale_heads(edit, out.transpose(1, 2))
-    gamma = plan = None
-    if part is not None and isinstance(part.plan, GainPlan):
-        plan = _plan_table(part.plan, triton.next_power_of_2(groups), query.device)
-    elif part is not None:
-        gamma = _gains(part, lse, sinks, tokens, groups)
-    first = edit.head_gain[0] if len(edit.head_gain) and edit.head_gain[0].offset is None else None
-    gain_row = None if part is None or part.rows is None or gamma is not None else _row_flags(part.rows)
-    head_row = None if first is None or first.rows is None else _row_flags(first.rows)
-    tables = (plan, gain_row, gamma, sinks, None if first is None else first.gain.contiguous(), head_row)
+    if not whole:
+        edit = _merge(out, partial, lse, edit, sinks, weight is not None)
+    return scale_heads(edit, out.transpose(1, 2))
+
+
+def _merge(
+    out: Tensor, partial: Tensor, lse: Tensor, edit: AttentionEdit, sinks: Tensor | None, weighted: bool
+) -> AttentionEdit:
+    """Merge the splits into ``out`` ``[batch, query, heads, dim]``; returns the edit less the head gains that went in.
+
+    Args:
+        partial: float32 ``[batch, kv_heads, splits, virtual rows, dim]``; lse: base 2, ``[batch, kv_heads, splits, virtual rows]``.
+    """
+    batch, tokens, heads, dim = out.shape
+    part = edit.gain[0] if len(edit.gain) else None
+    groups, renormalise = 1, False
+    plan = gamma = gain_row = None
+    if part is not None:
+        groups = part.plan.groups
+        if isinstance(part.plan, GainPlan):
+            plan, renormalise = (
+                _plan_table(part.plan, triton.next_power_of_2(groups), out.device),
+                part.plan.renormalise,
+            )
+            gain_row = None if part.rows is None else _row_flags(part.rows)
+        else:
+            gamma = _gains(part, lse, sinks, tokens, weighted)
+    head = edit.head_gain[0] if len(edit.head_gain) and edit.head_gain[0].offset is None else None
+    gain = None if head is None else head.gain.contiguous()
+    head_row = None if head is None or head.rows is None else _row_flags(head.rows)
     _merge_kernel[(heads, tokens, batch)](
-        partial, lse, out, *(query if table is None else table for table in tables),
-        0 if first is None else _batch_stride(first.gain), tokens, count,
-        GROUPS=groups, WEIGHTED=weight is not None, REPEAT=repeat, DIM=dim,
-        BLOCK_G=triton.next_power_of_2(groups * (1 if weight is None else 2)), BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_S=max(_MOST_SPLITS, triton.next_power_of_2(count)), MOVES=plan is not None,
-        GATES=0 if plan is None else len(plan) - 3, RENORMALISE=plan is not None and part.plan.renormalise,  # type: ignore[union-attr]
-        GIVEN=gamma is not None, HAS_GAIN_ROW=gain_row is not None, HAS_SINK=sinks is not None,
-        HAS_HEAD=first is not None, HAS_HEAD_ROW=head_row is not None, num_warps=4,
+        partial, lse, out, *_given(out, plan, gain_row, gamma, sinks, gain, head_row), _batch_stride(gain), tokens, lse.shape[2],
+        GROUPS=groups, WEIGHTED=weighted, REPEAT=heads // lse.shape[1], DIM=dim,
+        BLOCK_G=triton.next_power_of_2(groups * (1 + weighted)), BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_S=max(MOST_SPLITS, triton.next_power_of_2(lse.shape[2])), MOVES=plan is not None,
+        GATES=0 if plan is None else len(plan) - 3, RENORMALISE=renormalise, GIVEN=gamma is not None,
+        HAS_GAIN_ROW=gain_row is not None, HAS_SINK=sinks is not None, HAS_HEAD=gain is not None, HAS_HEAD_ROW=head_row is not None,
     )  # fmt: skip
-    return scale_heads(replace(edit, head_gain=edit.head_gain[0 if first is None else 1 :]), out.transpose(1, 2))
+    return edit if head is None else replace(edit, head_gain=edit.head_gain[1:])
+
+
+def _given(placeholder: Tensor, *tables: Tensor | None) -> tuple[Tensor, ...]:
+    """Kernels take a pointer for everything; what they are told not to read may be any."""
+    return tuple(placeholder if table is None else table for table in tables)
 
 
 @dataclass(frozen=True, eq=False)
@@ -495,21 +515,18 @@ def _one_row_mask(see: Visibility, edit: AttentionEdit, keys: int) -> tuple[Tens
     return _readable(shown)[:, None], bias
 
 
-def _gains(part: GainPart, lse: Tensor, sinks: Tensor | None, tokens: int, groups: int) -> Tensor:
+def _gains(part: GainPart, lse: Tensor, sinks: Tensor | None, tokens: int, weighted: bool) -> Tensor:
     """Gains ``[batch, heads, query, virtual]`` of a plan that looks at all heads, from the splits' log-sum-exp (base 2)."""
-    batch, kv_heads = lse.shape[:2]
-    merged = (
-        (lse * math.log(2))
-        .logsumexp(2)
-        .view(batch, kv_heads, tokens, -1, groups * (2 if part.weight is not None else 1))
-    )
-    merged = merged.transpose(2, 3).reshape(batch, -1, tokens, merged.shape[-1])
+    (batch, kv_heads), groups = lse.shape[:2], part.plan.groups
+    virtual = groups * (1 + weighted)
+    merged = (lse * math.log(2)).logsumexp(2).view(batch, kv_heads, tokens, -1, virtual)
+    merged = merged.transpose(2, 3).reshape(batch, -1, tokens, virtual)
     everything = merged[..., :groups].logsumexp(-1, keepdim=True)
     if sinks is not None:
         everything = torch.logaddexp(everything, sinks.float()[:, None, None])
     mass = torch.where(everything > float("-inf"), (merged - everything).exp(), 0.0)
-    gamma, delta = select_gains(part, mass[..., :groups], mass[..., groups:] if part.weight is not None else None)
-    if part.weight is not None:
+    gamma, delta = select_gains(part, mass[..., :groups], mass[..., groups:] if weighted else None)
+    if weighted:
         gamma = torch.cat([gamma, torch.zeros_like(gamma) if delta is None else delta], -1)
     return gamma.contiguous()
 
@@ -545,7 +562,7 @@ def _processors(device: torch.device) -> int:
 
 def _splits(device: torch.device, tasks: int, keys: int) -> int:
     """Enough splits to fill the device twice, each of 256 keys at least."""
-    return max(1, min(triton.cdiv(2 * _processors(device), tasks), triton.cdiv(keys, 256), _MOST_SPLITS))
+    return max(1, min(triton.cdiv(2 * _processors(device), tasks), triton.cdiv(keys, 256), MOST_SPLITS))
 
 
 @functools.lru_cache(maxsize=16)
