@@ -4,7 +4,7 @@ decode     one query row: stock SDPA, the dense backend without an edit, and wit
 prefill    2048 rows, 576 image tokens: stock causal SDPA, VAR on flash segments (merge), VAR dense in chunks of rows (eager)
 memory     peak growth of the process over the prompt of a whole model (12 layers, 4096 tokens), each in a process of its own:
            "in use" has the C library give back at once what is freed, "resident" has it keep blocks, as it usually does
-generate   that model with one image and 64 new tokens
+generate   that model with one image and 64 new tokens; VAR also on the model as it attends with attn_implementation="eager"
 
 All keys have dominant sinks, as trained models do.
 
@@ -125,7 +125,10 @@ def generate(rounds: int) -> list[Row]:
     """Rows of ``vlmattn.evals.bench``."""
     warnings.simplefilter("ignore")  # a random model has no known sinks
     model = random_model(device="cpu")
-    return bench(model, random_inputs(model), ["var", "vhr", "pai"], rounds, 64)
+    table = bench(model, random_inputs(model), ["var", "vhr", "pai"], rounds, 64)
+    model.set_attn_implementation({"text_config": "eager"})
+    eager = bench(model, random_inputs(model), ["var"], rounds, 64)
+    return table + [row | {"what": f"eager model: {row['what']}"} for row in eager]
 
 
 PARTS = {"decode": (decode, 31), "prefill": (prefill, 15), "memory": (memory, 3), "generate": (generate, 9)}

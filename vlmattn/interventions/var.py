@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -160,6 +161,12 @@ class VAR(Intervention):
         groups: Slots | None = scope.find(self, "groups")
         if groups is None or self.keep == 1:
             return AttentionEdit()
+        runs = scope.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
+        part = GainPart(groups.read(scope.keys, scope.device), self._plan, scope.rows_after_image(), runs)
+        return AttentionEdit(gain=(part,))
+
+    @cached_property
+    def _plan(self) -> GainPlan:
         take = 1 - self.keep
         gates = [
             MassGate((0, 0, 1, 1), self.min_visual),
@@ -167,7 +174,4 @@ class VAR(Intervention):
         ]
         if self.need_visual_sink:
             gates.append(MassGate((0, 0, 0, 1), 1e-30))
-        plan = GainPlan(taken=(0, take, 0, take), given=(0, 0, 1, 0), gates=tuple(gates))
-        runs = scope.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
-        part = GainPart(groups.read(scope.keys, scope.device), plan, scope.rows_after_image(), runs)
-        return AttentionEdit(gain=(part,))
+        return GainPlan(taken=(0, take, 0, take), given=(0, 0, 1, 0), gates=tuple(gates))

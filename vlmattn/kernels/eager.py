@@ -129,13 +129,19 @@ def _hide(score: Tensor, visible: Tensor) -> Tensor:
 
 
 def _apply_gains(attended: Tensor, edit: AttentionEdit) -> Tensor:
+    batch, heads, rows, keys = attended.shape
     for part in edit.gain:
-        member = part.groups[:, None, :, None] == torch.arange(part.plan.groups, device=attended.device)
-        member = member.to(attended.dtype)  # [batch, 1, key, groups]
-        weighted = None if part.weight is None else (attended * part.weight[:, None, None]) @ member
-        gamma, delta = select_gains(part, attended @ member, weighted)
-        gain = gamma @ member.transpose(-1, -2)
+        number = torch.arange(part.plan.groups, device=attended.device)
+        member = (part.groups[:, None] == number[:, None]).to(attended.dtype)  # [batch, groups, key]
+        flat = attended.reshape(batch, heads * rows, keys).transpose(1, 2)
+
+        def masses(of: Tensor, flat: Tensor = flat) -> Tensor:
+            return torch.bmm(of, flat).transpose(1, 2).view(batch, heads, rows, -1)
+
+        weighted = None if part.weight is None else masses(member * part.weight[:, None])
+        gamma, delta = select_gains(part, masses(member), weighted)
+        gain = torch.bmm(gamma.reshape(batch, heads * rows, -1), member)
         if delta is not None and part.weight is not None:
-            gain = gain + (delta @ member.transpose(-1, -2)) * part.weight[:, None, None]
-        attended = attended * gain
+            gain = gain + torch.bmm(delta.reshape(batch, heads * rows, -1), member) * part.weight[:, None]
+        attended = attended * gain.view(attended.shape)
     return attended

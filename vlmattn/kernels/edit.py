@@ -156,16 +156,14 @@ class GainPlan:
     def gains(self, mass: Tensor, weighted: Tensor | None) -> tuple[Tensor, None]:
         """As ``Plan.gains``; any leading dimensions."""
 
-        def weigh(weights: tuple[float, ...]) -> Tensor:
-            return mass @ mass.new_tensor(weights)
-
-        room = weigh(self.given)
-        on = room > _TINY
-        for gate in self.gates:
-            on = on & (weigh(gate.weights) >= gate.bound)
-        share = (weigh(self.taken) / room.clamp_min(_TINY))[..., None]
-        gamma = 1 - mass.new_tensor(self.taken) + mass.new_tensor(self.given) * share
-        gamma = torch.where(on[..., None], gamma, 1.0)
+        # Few operations: in a decode step their number is the cost.
+        kept = tuple(1 - taken for taken in self.taken)
+        table = mass.new_tensor((self.taken, self.given, *(gate.weights for gate in self.gates), kept))
+        sums = torch.nn.functional.linear(mass, table)
+        bounds = mass.new_tensor((_TINY, *(gate.bound for gate in self.gates)))
+        on = (sums[..., 1:-1] >= bounds).all(-1, keepdim=True)
+        ratio = sums[..., :1] / sums[..., 1:2].clamp_min(_TINY)
+        gamma = torch.where(on, torch.addcmul(table[-1], table[1], ratio), 1.0)
         if self.scale is not None:
             gamma = gamma * mass.new_tensor(self.scale)
         if self.renormalise:

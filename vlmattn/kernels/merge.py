@@ -20,6 +20,7 @@ from vlmattn.kernels.visibility import Visibility
 _HIDDEN = -4096.0
 _QUERY_SIDE = 64.0
 _PAD = 8  # head dimensions stay a multiple of eight
+_FEW = 64  # keys that are gathered rather than hiding all others
 
 
 def supports(
@@ -59,32 +60,65 @@ def attention(
     (part,) = edit.gain
     batch, heads, rows, _ = query.shape
     start = see.offset or 0
-    stop = start + rows
     repeat = heads // key.shape[1]
+    stop = start + rows
     key, value = key[:, :, :stop].repeat_interleave(repeat, 1), value[:, :, :stop].repeat_interleave(repeat, 1)
-    groups = part.plan.groups
-    total = query.new_full((groups, batch, heads, rows), float("-inf"), dtype=torch.float32)
-    out = query.new_zeros((groups, batch, heads, rows, value.shape[-1]), dtype=torch.float32)
+    found = [_Group(query, value.shape[-1]) for _ in range(part.plan.groups)]
     for first, last, present in _runs(part, start, stop):
         for group in present:
             member = _members(part, see, group, first, last, alone=len(present) == 1)
+            places = _places(member, query)
+            if places is not None and len(places) <= _FEW:
+                if len(places):
+                    found[group].add(0, *_gathered(query, key, value, member, places, first, start, scale))
+                continue
             if first < start:  # all rows see these keys
                 blocks = [(0, rows, False)]
             else:  # the triangle, and the rows below it
                 blocks = [(first - start, last - start, True), (last - start, rows, False)]
             for top, bottom, causal in blocks:
-                if top == bottom:
-                    continue
-                o, lse = _flash(
-                    query[:, :, top:bottom], key[:, :, first:last], value[:, :, first:last], member, causal, scale
-                )
-                _accumulate(out[group, :, :, top:bottom], total[group, :, :, top:bottom], o, lse)
-    everything = total.logsumexp(0)
+                if top < bottom:
+                    o, lse = _flash(
+                        query[:, :, top:bottom], key[:, :, first:last], value[:, :, first:last], member, causal, scale
+                    )
+                    found[group].add(top, o, lse)
+    total = torch.stack([group.total for group in found], -1)
+    everything = total.logsumexp(-1, keepdim=True)
     if sinks is not None:
-        everything = torch.logaddexp(everything, sinks.float()[:, None])
+        everything = torch.logaddexp(everything, sinks.float()[:, None, None])
     mass = torch.where(everything > float("-inf"), (total - everything).exp(), 0.0)  # a row that sees nothing: zeros
-    gamma, _ = select_gains(part, mass.permute(1, 2, 3, 0))
-    return torch.einsum("bhqg,gbhqd->bhqd", gamma * mass.permute(1, 2, 3, 0), out).to(query.dtype)
+    gamma, _ = select_gains(part, mass)
+    share = (gamma * mass)[..., None]
+    out = query.new_zeros((batch, heads, rows, value.shape[-1]), dtype=torch.float32)
+    for number, group in enumerate(found):
+        if group.out is not None:
+            out.addcmul_(group.out, share[..., number, :])
+    return out.to(query.dtype)
+
+
+class _Group:
+    """What the rows make of one group's keys so far: output and log-sum-exp, merged piece by piece."""
+
+    def __init__(self, query: Tensor, dim: int) -> None:
+        self._shape = (*query.shape[:3], dim)
+        self.total = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
+        self.out: Tensor | None = None
+
+    def add(self, top: int, o: Tensor, lse: Tensor) -> None:
+        """Merge one more disjoint set of keys: outputs and log-sum-exp of the rows from ``top`` on."""
+        lse = lse.masked_fill(lse < _HIDDEN / 2, float("-inf"))
+        if self.out is None and o.shape == self._shape:
+            self.total, self.out = lse, torch.where(lse[..., None] > float("-inf"), o.float(), 0.0)
+            return
+        if self.out is None:
+            self.out = o.new_zeros(self._shape, dtype=torch.float32)
+        rows = slice(top, top + o.shape[2])
+        total, out = self.total[:, :, rows], self.out[:, :, rows]
+        new = torch.logaddexp(total, lse)
+        old_share = torch.where(new > float("-inf"), (total - new).exp(), 0.0)[..., None]
+        new_share = torch.where(new > float("-inf"), (lse - new).exp(), 0.0)[..., None]
+        out.mul_(old_share).add_(o.float() * new_share)
+        total.copy_(new)
 
 
 def _runs(part: GainPart, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
@@ -104,17 +138,37 @@ def _members(part: GainPart, see: Visibility, group: int, first: int, last: int,
     if see.real is not None:
         real = see.real[:, first:last]
         member = real if member is None else member & real
+    if member is not None and member.device.type == "cpu" and bool(member.all()):  # costs nothing to ask there
+        return None
     return member
 
 
-def _accumulate(out: Tensor, total: Tensor, o: Tensor, lse: Tensor) -> None:
-    """Merge one more disjoint set of keys into ``out`` and ``total``, in place."""
-    lse = lse.masked_fill(lse < _HIDDEN / 2, float("-inf"))
-    new = torch.logaddexp(total, lse)
-    old_share = torch.where(new > float("-inf"), (total - new).exp(), 0.0)[..., None]
-    new_share = torch.where(new > float("-inf"), (lse - new).exp(), 0.0)[..., None]
-    out.mul_(old_share).add_(o.float() * new_share)
-    total.copy_(new)
+def _places(member: Tensor | None, query: Tensor) -> Tensor | None:
+    """Places in the run that are members in some row of the batch; None = all, or not known.
+
+    Asked on a CPU only: elsewhere the answer would have to be waited for.
+    """
+    return None if member is None or query.device.type != "cpu" else member.any(0).nonzero().flatten()
+
+
+def _gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    member: Tensor | None,
+    places: Tensor,
+    first: int,
+    start: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention over a few keys of a run that begins at ``first``: output and log-sum-exp ``[batch, heads, query]``."""
+    assert member is not None
+    slots = places + first
+    score = (query.float() @ key[:, :, slots].float().transpose(-1, -2)) * scale
+    rows = torch.arange(start, start + query.shape[2])[:, None]
+    score = score.masked_fill(~(member[:, None, None, places] & (slots <= rows)), _HIDDEN)
+    lse = score.logsumexp(-1)
+    return (score - lse[..., None]).exp() @ value[:, :, slots].float(), lse
 
 
 def _flash(
