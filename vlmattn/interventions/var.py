@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -162,10 +161,10 @@ class VAR(Intervention):
         if groups is None or self.keep == 1:
             return AttentionEdit()
         runs = scope.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
-        part = GainPart(groups.read(scope.keys, scope.device), self._plan, scope.rows_after_image(), runs)
+        plan = scope.request.state.setdefault((self, "plan"), self._plan())  # one for all layers and tokens
+        part = GainPart(groups.read(scope.keys, scope.device), plan, scope.rows_after_image(), runs)
         return AttentionEdit(gain=(part,))
 
-    @cached_property
     def _plan(self) -> GainPlan:
         take = 1 - self.keep
         gates = [

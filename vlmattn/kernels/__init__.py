@@ -14,7 +14,7 @@ from vlmattn.kernels.edit import (
     Rows,
     scale_heads,
 )
-from vlmattn.kernels.visibility import Visibility
+from vlmattn.kernels.visibility import Mask, Visibility
 
 __all__ = [
     "BACKENDS",
@@ -25,6 +25,7 @@ __all__ = [
     "HeadPart",
     "LevelPlan",
     "LogitPart",
+    "Mask",
     "MaskPart",
     "MassGate",
     "Rows",

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.kernels import eager, merge, reference
 from vlmattn.kernels.edit import AttentionEdit, scale_heads
-from vlmattn.kernels.visibility import Visibility
+from vlmattn.kernels.visibility import Mask, Visibility
 
 BACKENDS = ("reference", "eager", "merge", "triton")
 _CHUNK = 2**24  # scores held at once by the dense backend in prefill: 64 MB
@@ -108,8 +108,13 @@ def _not_triton(
 def weights(query: Tensor, key: Tensor, see: Visibility, start: int, stop: int, scale: float) -> Tensor:
     """Unedited attention weights, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
     rows, keys = query.shape[2], key.shape[2]
-    mask = see.rows(start, stop, rows, keys, query.device)
+    mask = _mask(see, start, stop, rows, keys, query.device)
     return eager.weights(query[:, :, start:stop], key, mask, see.real, AttentionEdit(), scale)
+
+
+def _mask(see: Visibility, start: int, stop: int, rows: int, keys: int, device: torch.device) -> Mask | None:
+    mask = see.rows(start, stop, rows, keys, device)
+    return None if mask is None else Mask.of(mask)
 
 
 def _reference(
@@ -148,14 +153,15 @@ def _eager(
 ) -> Tensor:
     rows, keys = query.shape[2], key.shape[2]
     if rows == 1:
-        return eager.attention(query, key, value, see.mask, see.real, edit, scale, dropout, softcap, sinks)
+        mask = see.one_row or _mask(see, 0, 1, 1, keys, query.device)
+        return eager.attention(query, key, value, mask, see.real, edit, scale, dropout, softcap, sinks)
     stock = not dropout and softcap is None and sinks is None  # what SDPA can do
     first = min(edit.first_row, rows) if stock else 0
     out = [_plain(query[:, :, :first], key, value, see, rows, scale)] if first else []
     step = max(16, _CHUNK // (query.shape[0] * query.shape[1] * keys))
     for start in range(first, rows, step):
         stop = min(start + step, rows)
-        mask = see.rows(start, stop, rows, keys, query.device)
+        mask = _mask(see, start, stop, rows, keys, query.device)
         part = edit.slice_rows(start, stop)
         rows_in = query[:, :, start:stop]
         out.append(eager.attention(rows_in, key, value, mask, see.real, part, scale, dropout, softcap, sinks))

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from vlmattn.kernels.edit import AttentionEdit, select_gains
+from vlmattn.kernels.visibility import Mask
 
 
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Mask | None,
     real: Tensor | None,
     edit: AttentionEdit,
     scale: float,
@@ -26,7 +27,7 @@ def attention(
 
     Args:
         query: ``[batch, heads, query, dim]``; key, value: ``[batch, kv_heads, key, dim]`` (grouped-query attention).
-        mask: bool (True = visible) or additive float, ``[batch or 1, heads or 1, query, key]``; None = all visible.
+        mask: of these rows; None = all visible.
         real: bool ``[batch, key]``, False for padding, which no mask part opens; None = no padding.
         dropout: probability of dropping an attention weight (training only).
         softcap: scores become ``softcap tanh(s / softcap)`` before the edit.
@@ -44,7 +45,7 @@ def attention(
 def weights(
     query: Tensor,
     key: Tensor,
-    mask: Tensor | None,
+    mask: Mask | None,
     real: Tensor | None,
     edit: AttentionEdit,
     scale: float,
@@ -58,12 +59,12 @@ def weights(
     score = (packed @ key.transpose(-1, -2)).view(batch, heads, rows, keys).float() * scale
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
-    score, visible = _apply_masks(_edit_scores(score, edit), mask, real, edit)
+    score, blind = _apply_masks(_edit_scores(score, edit), mask, real, edit)
     if sinks is not None:
         sink = sinks.float()[:, None, None].expand(batch, heads, rows, 1)
         return torch.cat([score, sink], -1).softmax(-1)[..., :-1]
     found = score.softmax(-1)
-    return found if visible is None else found.masked_fill(~visible.any(-1, keepdim=True), 0.0)  # rows that see nothing
+    return found if blind is None else found.masked_fill(blind, 0.0)
 
 
 def _per_head(values: Tensor) -> Tensor:
@@ -85,17 +86,16 @@ def _edit_scores(score: Tensor, edit: AttentionEdit) -> Tensor:
 
 
 def _apply_masks(
-    score: Tensor, mask: Tensor | None, real: Tensor | None, edit: AttentionEdit
+    score: Tensor, mask: Mask | None, real: Tensor | None, edit: AttentionEdit
 ) -> tuple[Tensor, Tensor | None]:
-    """Masked scores and what is visible (None = everything)."""
-    visible = None
-    if mask is not None and mask.dtype == torch.bool:
-        visible = mask
-    elif mask is not None:
-        visible = mask > torch.finfo(mask.dtype).min / 2
-        score = score + mask.float().masked_fill(~visible, 0.0)
-    openable = None if real is None else real[:, None, None]
+    """Masked scores, and the rows that see nothing ``[batch, heads, query, 1]`` (None = there are none)."""
+    if mask is not None and mask.bias is not None:
+        score = score + mask.bias
     keep = edit.kept(*score.shape[1::2])
+    if keep is None and len(edit.mask) == 0:
+        return (score, None) if mask is None else (_hide(score, mask.hidden), mask.blind)
+    visible = None if mask is None else mask.visible
+    openable = None if real is None else real[:, None, None]
     if keep is not None:
         keep = keep[:, :, None]
         visible = keep if visible is None else visible & keep
@@ -114,18 +114,19 @@ def _apply_masks(
                 softer = score + math.log(part.weight)
             score = torch.where(opened, softer, score)
             visible = shown | opened
-    return (score, None) if visible is None else (_hide(score, visible), visible)
+    assert visible is not None
+    return _hide(score, ~visible), ~visible.any(-1, keepdim=True)
 
 
 def _mix_bias(score: Tensor, shown: Tensor, opened: Tensor, weight: float) -> Tensor:
     """log(weight Z / (Z + (1 - weight) Z_E)) of each row: the bias that makes one softmax the mixture of two."""
-    inside, outside = (_hide(score, shown).logsumexp(-1), _hide(score, opened).logsumexp(-1))
+    inside, outside = (_hide(score, ~shown).logsumexp(-1), _hide(score, ~opened).logsumexp(-1))
     soft = torch.logaddexp(inside, outside + math.log(max(1 - weight, 1e-30)))
     return (math.log(weight) + inside - soft)[..., None]
 
 
-def _hide(score: Tensor, visible: Tensor) -> Tensor:
-    return score.masked_fill(~visible, torch.finfo(score.dtype).min)
+def _hide(score: Tensor, hidden: Tensor) -> Tensor:
+    return score.masked_fill(hidden, torch.finfo(score.dtype).min)
 
 
 def _apply_gains(attended: Tensor, edit: AttentionEdit) -> Tensor:

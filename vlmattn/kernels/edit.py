@@ -16,7 +16,7 @@ of an edit. ``then`` composes; ``AttentionEdit()`` is the identity.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -141,6 +141,9 @@ class GainPlan:
     scale: tuple[float, ...] | None = None
     gates: tuple[MassGate, ...] = ()
     renormalise: bool = False
+    _made: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         sizes = {len(self.taken), len(self.given)} | {len(gate.weights) for gate in self.gates}
@@ -155,20 +158,28 @@ class GainPlan:
 
     def gains(self, mass: Tensor, weighted: Tensor | None) -> tuple[Tensor, None]:
         """As ``Plan.gains``; any leading dimensions."""
-
-        # Few operations: in a decode step their number is the cost.
-        kept = tuple(1 - taken for taken in self.taken)
-        table = mass.new_tensor((self.taken, self.given, *(gate.weights for gate in self.gates), kept))
-        sums = torch.nn.functional.linear(mass, table)
-        bounds = mass.new_tensor((_TINY, *(gate.bound for gate in self.gates)))
-        on = (sums[..., 1:-1] >= bounds).all(-1, keepdim=True)
+        weights, margins, kept, given = self._tables(mass)
+        sums = torch.nn.functional.linear(mass, weights, margins)
         ratio = sums[..., :1] / sums[..., 1:2].clamp_min(_TINY)
-        gamma = torch.where(on, torch.addcmul(table[-1], table[1], ratio), 1.0)
+        gamma = torch.where((sums >= 0).all(-1, keepdim=True), torch.addcmul(kept, given, ratio), 1.0)
         if self.scale is not None:
             gamma = gamma * mass.new_tensor(self.scale)
         if self.renormalise:
             gamma = gamma * _back_to(mass, gamma * mass)
         return gamma, None
+
+    def _tables(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Weights ``[3 + gates, groups]`` and margins of pool, room, enough room and gates; what is kept; what is given.
+
+        Made once: in a decode step the number of operations is the cost.
+        """
+        key = (like.dtype, like.device)
+        if key not in self._made:
+            weights = (self.taken, self.given, self.given, *(gate.weights for gate in self.gates))
+            margins = (0.0, 0.0, -_TINY, *(-gate.bound for gate in self.gates))
+            kept = tuple(1 - taken for taken in self.taken)
+            self._made[key] = tuple(like.new_tensor(row) for row in (weights, margins, kept, self.given))
+        return self._made[key]
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,9 @@ def attention(
     gamma, _ = select_gains(part, mass)
     share = (gamma * mass)[..., None]
     out = query.new_zeros((batch, heads, rows, value.shape[-1]), dtype=torch.float32)
-    for number, group in enumerate(found):
-        if group.out is not None:
-            out.addcmul_(group.out, share[..., number, :])
+    for number, of in enumerate(found):
+        if of.out is not None:
+            out.addcmul_(of.out, share[..., number, :])
     return out.to(query.dtype)
 
 

@@ -9,6 +9,33 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class Mask:
+    """The mask of some query rows, taken apart once: in a decode step it serves all layers.
+
+    Attributes:
+        visible, hidden: bool ``[batch or 1, heads or 1, query, key]``.
+        bias: values of an additive mask, float32 and 0 where it hides; None = none.
+        blind: bool ``[batch or 1, heads or 1, query, 1]``, rows that see nothing; None = there are none.
+    """
+
+    visible: Tensor
+    hidden: Tensor
+    bias: Tensor | None
+    blind: Tensor | None
+
+    @classmethod
+    def of(cls, given: Tensor) -> Mask:
+        """From a bool mask (True = visible) or an additive one."""
+        additive = given.dtype != torch.bool
+        visible = given > torch.finfo(given.dtype).min / 2 if additive else given
+        hidden = ~visible
+        blind: Tensor | None = hidden.all(-1, keepdim=True)
+        if given.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(blind.any()):  # type: ignore[union-attr]
+            blind = None  # a CPU is asked at no cost
+        return cls(visible, hidden, given.float().masked_fill(hidden, 0.0) if additive else None, blind)
+
+
+@dataclass(frozen=True, eq=False)
 class Visibility:
     """Visible keys of the query rows of one attention call.
 
@@ -18,12 +45,14 @@ class Visibility:
         offset: cache slot of the first query row; None when not known on the host (compiled static cache).
         real: bool ``[batch, key]``, False for padding; None = no padding.
         plain: the mask is exactly causal and not padding (no window, nothing from the user).
+        one_row: the mask of a single query row, taken apart.
     """
 
     mask: Tensor | None
     offset: int | None = 0
     real: Tensor | None = None
     plain: bool = True
+    one_row: Mask | None = None
 
     def rows(self, start: int, stop: int, query_length: int, keys: int, device: torch.device) -> Tensor | None:
         """The mask of the query rows ``start:stop`` in a form that broadcasts to ``[batch, heads, rows, keys]``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import InputError
-from vlmattn.kernels import Rows, Visibility
+from vlmattn.kernels import Mask, Rows, Visibility
 from vlmattn.request.beside import Stream
 from vlmattn.request.plan import Compare, Method, Watch
 from vlmattn.request.request import IMAGE, TEXT, VIDEO, Request
@@ -49,6 +49,7 @@ class Step:
         slot, capacity: where the one new token goes (a tensor with a static cache of that many slots), for methods that
             observe generated tokens too.
         sight: tower layer -> what was seen there of each encoded image, ``[heads, tokens]``.
+        seen: what one query row sees of so many keys, as the last layer had it.
         order: which encoded image each image of the prompt is (beams repeat them); None = one after another.
     """
 
@@ -62,6 +63,7 @@ class Step:
     capacity: int = 0
     sight: dict[int, list[Tensor]] = field(default_factory=dict)
     order: list[int] | None = None
+    seen: tuple[int, Visibility] | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def at(self, cache: Any) -> None:
@@ -178,8 +180,16 @@ class Scope:
         return rows
 
     def visibility(self, mask: Tensor | None) -> Visibility:
-        """What the unedited model sees in this call."""
-        return Visibility(mask, self.step.start, self.request.real(self.keys, self.device), self.step.plain_mask)
+        """What the unedited model sees in this call; in a decode step the same for all layers with the same mask."""
+        known = self.step.seen
+        if known is not None and known[0] == self.keys and known[1].mask is mask:
+            return known[1]
+        one_row = Mask.of(mask[..., : self.keys]) if mask is not None and self.queries == 1 else None
+        real = self.request.real(self.keys, self.device)
+        see = Visibility(mask, self.step.start, real, self.step.plain_mask, one_row)
+        if self.queries == 1:
+            self.step.seen = (self.keys, see)
+        return see
 
     def state(self, method: Hashable, name: str, make: Callable[[], Any]) -> Any:
         """What ``method`` keeps under ``name`` for this layer and request; made by ``make`` at first."""
