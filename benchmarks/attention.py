@@ -5,6 +5,7 @@ prefill    2048 rows, 576 image tokens: stock causal SDPA, VAR on flash segments
 memory     peak growth of the process over the prompt of a whole model (12 layers, 4096 tokens), each in a process of its own:
            "in use" has the C library give back at once what is freed, "resident" has it keep blocks, as it usually does
 generate   that model with one image and 64 new tokens; VAR also on the model as it attends with attn_implementation="eager"
+wide       VAR on two layers of LLaVA-1.5-7B's size, one image and 17 new tokens
 
 All keys have dominant sinks, as trained models do.
 
@@ -24,10 +25,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration
 
 import vlmattn
 from benchmarks import shapes
-from vlmattn.evals.bench import bench, random_inputs, random_model
+from vlmattn.evals.bench import RANDOM_MODELS, bench, random_inputs, random_model
 from vlmattn.evals.timing import Row, line, paired, peak_bytes, rows, write_csv
 from vlmattn.kernels import AttentionEdit, Visibility, attend, eager
 from vlmattn.recipe import Recipe
@@ -36,6 +38,7 @@ LENGTHS = (700, 4096)
 HEADS = {"MHA 32": (32, 32), "GQA 28/4": (28, 4)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREFILL, MEMORY = 2048, 4096  # tokens
+VAR = Recipe.of("var", tau=4.0)  # in random weights one token in fifty is a sink then; with VAR's 20 none would be
 SDPA, EAGER = "sdpa", "eager plain"
 
 
@@ -113,12 +116,7 @@ def peak_of(preset: str) -> int:
     model = random_model(device="cpu")
     long = random_inputs(model, images=7, after=MEMORY - 7 * 576 - 2)
     assert long["input_ids"].shape[1] == MEMORY
-    with (
-        torch.inference_mode(),
-        nullcontext()
-        if preset == "none"
-        else vlmattn.applied(model, Recipe.of(preset, tau=4.0) if preset == "var" else preset),
-    ):
+    with torch.inference_mode(), nullcontext() if preset == "none" else vlmattn.applied(model, VAR):
         run = lambda inputs: model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)  # noqa: E731
         run(random_inputs(model))  # what is loaded on first use is not the prompt's
         peak = peak_bytes(lambda: run(long), model.device)
@@ -131,21 +129,38 @@ def generate(rounds: int) -> list[Row]:
     """Rows of ``vlmattn.evals.bench``."""
     warnings.simplefilter("ignore")  # a random model has no known sinks
     model = random_model(device="cpu")
-    var = Recipe.of("var", tau=4.0)  # in random weights one token in fifty is a sink then; with VAR's 20 none would be
-    table = bench(model, random_inputs(model), [var, "vhr", "pai"], rounds, 64)
+    table = bench(model, random_inputs(model), [VAR, "vhr", "pai"], rounds, 64)
     model.set_attn_implementation({"text_config": "eager"})
-    eager = bench(model, random_inputs(model), [var], rounds, 64)
+    eager = bench(model, random_inputs(model), [VAR], rounds, 64)
     return table + [row | {"what": f"eager model: {row['what']}"} for row in eager]
 
 
-PARTS = {"decode": (decode, 31), "prefill": (prefill, 15), "memory": (memory, 3), "generate": (generate, 9)}
+def wide(rounds: int) -> list[Row]:
+    """Two layers of LLaVA-1.5-7B's size with attn_implementation="eager", VAR in both: what a step of a real model pays."""
+    warnings.simplefilter("ignore")
+    config = RANDOM_MODELS["random-llava-7b"]()
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 2
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation({"text_config": "eager"})
+    table = bench(model, random_inputs(model), [Recipe.of("var", tau=4.0, layers="0:")], rounds, 17)
+    return [row | {"what": f"2 layers of LLaVA-1.5-7B: {row['what']}"} for row in table]
+
+
+PARTS = {
+    "decode": (decode, 31),
+    "prefill": (prefill, 15),
+    "memory": (memory, 3),
+    "generate": (generate, 9),
+    "wide": (wide, 9),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only", choices=PARTS, help="one part, written to attention-PART.csv")
-    parser.add_argument("--rounds", type=int, help="of every part; 31, 15, 3 and 9 without it")
+    parser.add_argument("--rounds", type=int, help="of every part; 31, 15, 3, 9 and 9 without it")
     parser.add_argument("--peak-of", metavar="PRESET", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vlmattn.kernels import triton_decode
+from vlmattn.kernels.triton_kernels import split_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -95,7 +96,7 @@ def resources(case: Case, target: str) -> dict[str, Any]:
     """What the compiler says of one case on one target."""
     goal = TARGETS[target]
     options = dict(num_warps=triton_decode.warps(case.tile), num_stages=triton_decode.stages(target, case.dim))
-    compiled = _compile(triton_decode._split_kernel, case.constants(goal), case.dtype, goal, options)
+    compiled = _compile(split_kernel, case.constants(goal), case.dtype, goal, options)
     return {**asdict(case), "tile": case.tile, "target": target, **_read(compiled, goal)}
 
 
