@@ -33,7 +33,7 @@ bench: $(VENV)/.ready
 
 # In an environment that has torch for its GPU already: pip install --no-deps -e . && make gpu PYTHON=python
 gpu:
-	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest -m gpu tests/kernels/test_triton.py
 	$(PYTHON) -m benchmarks.kernels --out benchmarks/results
 	$(PYTHON) -m vlmattn.cli bench --model random-llava-7b --dtype bfloat16 --presets var,vhr,pai --out benchmarks/results/gpu-llava-7b.csv
 	$(PYTHON) -m vlmattn.cli bench --model random-qwen2.5-vl-7b --dtype bfloat16 --presets var,vhr,pai --out benchmarks/results/gpu-qwen2.5-vl-7b.csv
