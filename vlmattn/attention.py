@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import AttentionEdit, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
-from vlmattn.request import Scope, Step, Steps, Stream, Weights
+from vlmattn.request import Parts, Scope, Step, Steps, Stream, Weights
 
 STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
 
@@ -31,6 +31,22 @@ STEP = "vlmattn_step"  # the keyword argument on which a step travels through th
 NAMES = {"sdpa": "vlmattn", "eager": "vlmattn_eager"}
 
 Output = tuple[Tensor, Tensor | None]
+
+
+@dataclass(eq=False)
+class Probe:
+    """Stands for a step where only the attention weights of a layer are asked for, before the layer runs.
+
+    Attributes:
+        past: keys ``[batch, kv_heads, key, dim]`` that the layer has from before; None = none.
+        weights: what is found; None before.
+    """
+
+    past: Tensor | None
+    weights: Weights | None = None
+    parts: Parts = ((slice(None), None),)
+
+
 Labelled = tuple[Tensor, Tensor | None, str]
 """Head outputs ``[batch, query, heads, dim]``, weights if there are some, and what ``report()`` calls who computed them."""
 
@@ -45,7 +61,11 @@ def _registered(base_name: str) -> Callable[..., Output]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Output:
-        step: Step | Steps | None = kwargs.pop(STEP, None)
+        step: Step | Steps | Probe | None = kwargs.pop(STEP, None)
+        if isinstance(step, Probe):
+            key = key if step.past is None else torch.cat([step.past, key], 2)
+            step.weights = _weights_of(Visibility(attention_mask), query, key, kwargs)
+            return torch.zeros_like(query).transpose(1, 2), None
         base = _base(base_name, module)
         if step is None:
             return base(module, query, key, value, attention_mask, **kwargs)

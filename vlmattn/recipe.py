@@ -17,6 +17,7 @@ from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError
 from vlmattn.interventions import Intervention, Options, all_presets, make_method
 from vlmattn.interventions.files import copy_whole, write_whole
+from vlmattn.interventions.pruning import Pruning
 from vlmattn.interventions.registry import Sizes
 from vlmattn.request import Plan
 
@@ -26,7 +27,7 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attention methods in the order in which they act, and at most one decoding method.
+    """Attention methods in the order in which they act, methods that drop tokens, and at most one decoding method.
 
     ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+vcd"``), ``"none"``, a
     YAML or JSON file, a folder with ``vlmattn_config.json``, a method or a list of methods, a ``ContrastiveDecoding``.
@@ -35,36 +36,40 @@ class Recipe:
     name: str
     interventions: tuple[Intervention, ...] = ()
     decoding: Decoding | Search | ContrastiveDecoding | None = None
+    pruning: tuple[Pruning, ...] = ()
 
     @property
     def methods(self) -> tuple[Options, ...]:
-        """Attention methods and the decoding method."""
-        return (*self.interventions, self.decoding) if isinstance(self.decoding, Options) else self.interventions
+        """All methods that are data."""
+        edits = (*self.interventions, *self.pruning)
+        return (*edits, self.decoding) if isinstance(self.decoding, Options) else edits
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the report calls the methods."""
-        return tuple(map(_name, self.interventions if self.decoding is None else (*self.interventions, self.decoding)))
+        edits = (*self.interventions, *self.pruning)
+        return tuple(map(_name, edits if self.decoding is None else (*edits, self.decoding)))
 
     @property
     def is_none(self) -> bool:
         """The bare model answers."""
-        return not self.interventions and self.decoding is None
+        return not self.interventions and not self.pruning and self.decoding is None
 
     @classmethod
     def _with(cls, name: str, methods: Iterable[Any]) -> Recipe:
-        """From methods of both kinds.
+        """From methods of all kinds.
 
         Raises:
             OptionError: two decoding methods.
         """
         methods = tuple(methods)
-        rules = [method for method in methods if not isinstance(method, Intervention)]
+        rules = [method for method in methods if not isinstance(method, (Intervention, Pruning))]
         if len(rules) > 1:
             names = " and ".join(_name(rule) for rule in rules)
             raise OptionError(f"decoding rules {names} conflict: a recipe has at most one; use one of them")
         edits = tuple(method for method in methods if isinstance(method, Intervention))
-        return cls(name, edits, rules[0] if rules else None)
+        pruning = tuple(method for method in methods if isinstance(method, Pruning))
+        return cls(name, edits, rules[0] if rules else None, pruning)
 
     @classmethod
     def of(cls, spec: Any, **options: Any) -> Recipe:
@@ -129,6 +134,8 @@ class Recipe:
         search = self.decoding if isinstance(self.decoding, Search) else None
         looks = frozenset({sizes.layers - 1}) if search else _watched(contrast, sizes)
         bound = [method.bind(sizes) for method in self.interventions]
+        pruning = self._pruning(sizes, contrast)
+        pruners = [found for found in dict.fromkeys(pruning) if found is not None]
         active = [frozenset(method.active_layers(sizes)) for method in bound]
         for (one, first), (other, second) in combinations(zip(bound, active, strict=True), 2):
             if first & second:
@@ -152,17 +159,24 @@ class Recipe:
             for layer in sorted(layers)
             if (found := method.directions(layer)) is not None
         )
-        seeing = tuple(m for m in bound if _has(m, "encoded"))
+        seeing: list[Intervention | Pruning] = [m for m in bound if _has(m, "encoded")]
+        seeing += [m for m in pruners if _has(m, "encoded")]
+        measured = at("measure", [m.measured_layers(sizes) for m in bound])
         return Plan(
             self.name,
             by_layer=at(None, active),
             preparing=tuple(m for m in bound if _has(m, "prepare")),
             observing=at("observe", active),
             measuring=tuple(
-                (*methods, LastLook() if search else Gaze()) if layer in looks else methods
-                for layer, methods in enumerate(at("measure", [m.measured_layers(sizes) for m in bound]))
+                (
+                    *methods,
+                    *(pruner for pruner in pruners if layer in pruner.measured_layers(sizes)),
+                    *((LastLook() if search else Gaze(),) if layer in looks else ()),
+                )
+                for layer, methods in enumerate(measured)
             ),
-            seeing=seeing,
+            pruning=pruning,
+            seeing=tuple(seeing),
             extending=frozenset().union(*extending),
             directions=tuple(directions),
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
@@ -175,6 +189,29 @@ class Recipe:
             branch_names=self._branch_names(sizes),
             branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
         )
+
+    def _pruning(self, sizes: Sizes, contrast: ContrastiveDecoding | None) -> tuple[Pruning | None, ...]:
+        """For each layer the method that chooses which rows reach it; empty if no method does.
+
+        Raises:
+            OptionError: two methods that choose before the same layer; a decoding rule that must see all tokens.
+        """
+        if not self.pruning:
+            return ()
+        if isinstance(self.decoding, Search) or (contrast is not None and contrast.branches):
+            raise OptionError(
+                f"'{_name(self.pruning[0])}' and '{_name(self.decoding)}' conflict: the decoding rule needs all image tokens in"
+                " every layer; use one of them"
+            )
+        found: list[Pruning | None] = [None] * sizes.layers
+        for method in (method.bind(sizes) for method in self.pruning):
+            for layer in method.stages(sizes):
+                if (other := found[layer]) is not None:
+                    raise OptionError(
+                        f"'{other.info.name}' and '{method.info.name}' conflict: both choose tokens before layer {layer}; use one of them"
+                    )
+                found[layer] = method
+        return tuple(found)
 
     def _contrast(self, sizes: Sizes) -> ContrastiveDecoding | None:
         """Branches and rule for a model; None if there are none or they change nothing."""
@@ -223,6 +260,8 @@ class Recipe:
         """As ``to_dict``, for people: what cannot be read back is shown as it prints."""
         methods = [{"method": method.info.name, **method.options()} for method in self.interventions]
         found = {"schema": _SCHEMA, "name": self.name, "interventions": methods}
+        if self.pruning:
+            found["pruning"] = [{"method": method.info.name, **method.options()} for method in self.pruning]
         if isinstance(self.decoding, ContrastiveDecoding):
             found["decoding"] = repr(self.decoding)
         elif self.decoding is not None:
@@ -237,19 +276,21 @@ class Recipe:
             or not isinstance(data.get("interventions"), list)
         ):
             raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
-        if unknown := set(data) - {"schema", "name", "interventions", "decoding"}:
+        if unknown := set(data) - {"schema", "name", *_KINDS}:
             raise InputError(f"not a recipe: unknown key {', '.join(sorted(map(str, unknown)))}")
         methods: list[Options] = []
-        edits = data["interventions"]
-        for item in edits if data.get("decoding") is None else (*edits, data["decoding"]):
-            if not isinstance(item, Mapping) or not isinstance(item.get("method"), str):
-                raise InputError("not a recipe: every intervention, and decoding, needs a 'method'")
-            method = make_method(item["method"], {str(key): value for key, value in item.items() if key != "method"})
-            if isinstance(method, Intervention) != (len(methods) < len(edits)):
-                raise InputError(
-                    f"not a recipe: '{method.info.name}' is in the wrong place; decoding methods go to 'decoding'"
+        for kind, classes in _KINDS.items():
+            items = data.get(kind) or []
+            for item in items if isinstance(items, list) else [items]:
+                if not isinstance(item, Mapping) or not isinstance(item.get("method"), str):
+                    raise InputError(f"not a recipe: every entry of '{kind}' needs a 'method'")
+                method = make_method(
+                    item["method"], {str(key): value for key, value in item.items() if key != "method"}
                 )
-            methods.append(method)
+                if not isinstance(method, classes):
+                    place = next(name for name, fitting in _KINDS.items() if isinstance(method, fitting))
+                    raise InputError(f"not a recipe: '{method.info.name}' is in the wrong place; it goes to '{place}'")
+                methods.append(method)
         return cls._with(str(data.get("name", "unnamed")), methods)
 
     def to_json(self) -> str:
@@ -310,7 +351,12 @@ class Recipe:
         return cls.from_file(path)
 
 
-_METHODS = (Intervention, Decoding, Search, ContrastiveDecoding)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "interventions": (Intervention,),
+    "pruning": (Pruning,),
+    "decoding": (Decoding, Search),
+}
+_METHODS = (Intervention, Pruning, Decoding, Search, ContrastiveDecoding)
 
 
 def _name(method: Any) -> str:
@@ -331,9 +377,10 @@ def _watched(contrast: ContrastiveDecoding | None, sizes: Sizes) -> frozenset[in
     return frozenset(watched)
 
 
-def _has(method: Intervention, step: str) -> bool:
+def _has(method: Intervention | Pruning, step: str) -> bool:
     """Whether a method implements an optional step."""
-    return getattr(type(method), step) is not getattr(Intervention, step)
+    base = Pruning if isinstance(method, Pruning) else Intervention
+    return getattr(type(method), step) is not getattr(base, step)
 
 
 def _refuse_conflict(one: Intervention, other: Intervention) -> None:

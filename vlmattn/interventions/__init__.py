@@ -13,6 +13,7 @@ from vlmattn.interventions.mma import MMA
 from vlmattn.interventions.pai import PAI
 from vlmattn.interventions.paint import PAINT
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile
+from vlmattn.interventions.pruning import FastV, Pruning, PyramidDrop, SparseVLM
 from vlmattn.interventions.registry import (
     MethodInfo,
     Options,
@@ -37,6 +38,7 @@ __all__ = [
     "VHR",
     "Bidirectional",
     "Calibration",
+    "FastV",
     "FocusDirections",
     "HeadProfile",
     "Heads",
@@ -47,8 +49,11 @@ __all__ = [
     "MethodInfo",
     "Options",
     "PresetInfo",
+    "Pruning",
+    "PyramidDrop",
     "SinkProfile",
     "SoFA",
+    "SparseVLM",
     "all_presets",
     "find_method",
     "make_method",

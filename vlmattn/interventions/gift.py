@@ -116,7 +116,7 @@ class GIFT(Intervention):
         groups = torch.where(visual, 1, torch.where(question, 2, 0)).to(torch.uint8)
         kept = (Slots(1.0, torch.float32), Slots(0, torch.uint8))  # keys that come later weigh 1 and belong to the rest
         for name, slots, values in zip(("weight", "groups"), kept, (weight, groups), strict=True):
-            slots.write(0, values)
+            request.write(slots, values)
             request.state[(self, name)] = slots
         request.ledger.add(("fired", "gift"), asked.sum())
 
@@ -135,7 +135,9 @@ class GIFT(Intervention):
         kept: list[Slots] = [scope.request.state.get((self, name)) for name in ("weight", "groups")]  # type: ignore[misc]
         if None in kept or not self.alpha:
             return AttentionEdit()
-        weight, groups = scope.once(("gift", self), lambda: [slots.read(scope.keys, scope.device) for slots in kept])
+        weight, groups = scope.once(
+            ("gift", self), lambda: [scope.request.read(slots, scope.keys, scope.device) for slots in kept]
+        )
         return AttentionEdit(gain=(GainPart(groups, BoostPlan(), scope.rows_that_predict(), weight=weight),))
 
 

@@ -75,5 +75,5 @@ class PAINT(Intervention):
         kept: Slots | None = scope.request.state.get((self, "lift"))
         if kept is None or not (self.alpha or self.beta):
             return AttentionEdit()
-        lift: Tensor = scope.once(("paint", self), lambda: kept.read(scope.keys, scope.device))
+        lift: Tensor = scope.once(("paint", self), lambda: scope.request.read(kept, scope.keys, scope.device))
         return AttentionEdit(logit=(LogitPart(lift=lift, rows=scope.rows_that_predict()),))

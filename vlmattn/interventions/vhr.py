@@ -53,11 +53,11 @@ class VHR(Intervention):
             return
         order = text.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]  # the text tokens, in order, to the right
         words = text.gather(1, order)
-        last = request.last_prompt_row(words.device)
         layers = frozenset(parse_layers(self.layers, preparation.layers, "vhr.layers"))
 
         def compare(layer: int, prompt: Tensor, beside: Tensor) -> Tensor:
-            seeing = prompt[torch.arange(len(prompt), device=prompt.device), last.to(prompt.device)]
+            last = request.of_layer(layer).last_prompt_row(prompt.device)
+            seeing = prompt[torch.arange(len(prompt), device=prompt.device), last]
             found = self.gains(seeing.float(), beside[:, -1].float())
             gain = torch.where(compared.to(found.device), found, 1.0)
             request.state[(self, layer, "gain")] = gain

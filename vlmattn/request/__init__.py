@@ -13,8 +13,9 @@ from vlmattn.request.request import (
     Request,
     number_images,
 )
-from vlmattn.request.scope import Preparation, Scope, Sight, Step, Steps
+from vlmattn.request.scope import Choice, Parts, Preparation, Scope, Sight, Stage, Step, Steps
 from vlmattn.request.slots import Ledger, Slots
+from vlmattn.request.tokens import Kept, TokenMap
 
 __all__ = [
     "ANSWER",
@@ -24,10 +25,13 @@ __all__ = [
     "TEXT",
     "USER",
     "VIDEO",
+    "Choice",
     "Compare",
     "Directions",
+    "Kept",
     "Ledger",
     "Method",
+    "Parts",
     "Plan",
     "Preparation",
     "Request",
@@ -35,9 +39,11 @@ __all__ = [
     "Scope",
     "Sight",
     "Slots",
+    "Stage",
     "Step",
     "Steps",
     "Stream",
+    "TokenMap",
     "Watch",
     "Weights",
     "number_images",

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmattn.kernels import AttentionEdit
 
 if TYPE_CHECKING:
-    from vlmattn.request.scope import Preparation, Scope, Sight
+    from vlmattn.request.scope import Choice, Preparation, Scope, Sight, Stage
 
 Weights = Callable[[int, int], Tensor]
 """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
@@ -24,24 +24,45 @@ Compare = Callable[[int, Tensor, Tensor], Tensor | None]
 both before any head gain, and may return head gains ``[batch, heads]`` for the stream."""
 
 
-class Method(Protocol):
+class Looker(Protocol):
+    """Who looks at the vision tower and at unedited attention."""
+
+    @property
+    def measures_generated(self) -> bool: ...
+
+    def encoded(self, sight: Sight) -> None: ...
+
+    def measure(self, scope: Scope, weights: Weights) -> None: ...
+
+
+class Method(Looker, Protocol):
     """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
 
     @property
     def observes_generated(self) -> bool: ...
 
-    @property
-    def measures_generated(self) -> bool: ...
-
     def prepare(self, preparation: Preparation) -> None: ...
-
-    def encoded(self, sight: Sight) -> None: ...
 
     def observe(self, scope: Scope, hidden: Tensor) -> None: ...
 
-    def measure(self, scope: Scope, weights: Weights) -> None: ...
-
     def edit(self, scope: Scope) -> AttentionEdit: ...
+
+
+class Pruner(Looker, Protocol):
+    """What the engine asks of a method that drops tokens; ``interventions.pruning.Pruning`` is the real thing."""
+
+    @property
+    def info(self) -> Any: ...
+
+    @property
+    def drops(self) -> bool: ...
+
+    @property
+    def compact(self) -> bool: ...
+
+    def enter(self, stage: Stage) -> None: ...
+
+    def choose(self, stage: Stage) -> Choice: ...
 
 
 class RoleFinder(Protocol):
@@ -79,14 +100,15 @@ class Plan:
         decoding: branches and rule for this model, if there are some, ``branches``: a plan for each branch.
         branch_names: branches that a call may bring inputs for.
         search: the method that chooses the tokens, if it is not the library. ``rule``: what the report calls either.
+        pruning: for each layer the method that chooses which prompt rows reach it, if one does; empty: no layer has one.
     """
 
     name: str
     by_layer: tuple[tuple[Method, ...], ...] = ()
     preparing: tuple[Method, ...] = ()
     observing: tuple[tuple[Method, ...], ...] = ()
-    measuring: tuple[tuple[Method, ...], ...] = ()
-    seeing: tuple[Method, ...] = ()
+    measuring: tuple[tuple[Looker, ...], ...] = ()
+    seeing: tuple[Looker, ...] = ()
     extending: frozenset[int] = frozenset()
     directions: tuple[tuple[int, Directions], ...] = ()
     tower_layers: frozenset[int] = frozenset()
@@ -98,8 +120,9 @@ class Plan:
     rule: str = ""
     branches: tuple[Plan, ...] = ()
     branch_names: tuple[str, ...] = ()
+    pruning: tuple[Pruner | None, ...] = ()
 
     @property
     def is_identity(self) -> bool:
         """Nothing happens in the attention of the main prompt."""
-        return not any(self.by_layer) and not any(self.measuring)
+        return not any(self.by_layer) and not any(self.measuring) and not self.pruning

@@ -16,7 +16,9 @@ from vlmattn.errors import InputError
 from vlmattn.kernels import Rows
 from vlmattn.request.plan import Plan, RoleFinder
 from vlmattn.request.slots import Ledger, Slots
+from vlmattn.request.tokens import Kept, TokenMap
 
+_SLOTS = ("_ids", "_roles", "_turns", "_types", "_images", "_real")
 TEXT, IMAGE, VIDEO = 0, 1, 2  # types of tokens
 SYSTEM, USER, MARKER, ANSWER = range(4)  # roles: outside of turns, a user's turn, the text that ends it, the answer
 
@@ -33,6 +35,11 @@ class Request:
         call: stands for the generate() call that read the prompt, if one did.
         batch: sequences in the prompt; None before it is read.
         state: what methods keep, by (method, layer, name).
+        maps: for each layer which tokens it goes on with; None = all.
+        newest: real tokens of the last part of the prompt in each sequence, (image tokens, others).
+        first_last_row: the lowest slot of a last prompt token in the batch.
+        stop: slots that have been read as prompt, drafts after it included.
+        tokens: the map of a view (``at``); None for the request itself.
     """
 
     def __init__(self, plan: Plan, ledger: Ledger | None = None) -> None:
@@ -54,7 +61,11 @@ class Request:
         self._last_prompt_row: Tensor | None = None
         self._first_row_after_image = 0
         self._with_image: Tensor | None = None
-        self._first_last_row = 0
+        self.first_last_row = self.stop = 0
+        self.maps: list[TokenMap | None] = [None] * len(plan.by_layer)
+        self.newest: tuple[tuple[int, int], ...] = ()
+        self.tokens: TokenMap | None = None
+        self._views: dict[TokenMap, Request] = {}
 
     def extend(
         self,
@@ -90,23 +101,65 @@ class Request:
         self._real.write(start, torch.ones_like(types))
         if real is not None:
             self._real.write(0, real[:, :stop])
-        # One look from the host per prompt: everything below decides shapes.
-        host = torch.device("cpu")
+        types, real = self._survey(stop)
+        if self.plan.pruning:
+            new = slice(start, stop)
+            visual = ((types != TEXT) & real)[:, new].sum(1).tolist()
+            self.newest = tuple((v, r - v) for v, r in zip(visual, real[:, new].sum(1).tolist(), strict=True))
+            self._views = {}
+        self._ids.write(start, images.new_full(images.shape, -1) if ids is None else ids.masked_fill(generated, -1))
+        self.ids_known = ids is not None
+        if finder is not None:
+            self._find_roles(finder, types, real, ids is not None)
+
+    def _survey(self, stop: int) -> tuple[Tensor, Tensor]:
+        """One look from the host per prompt, at types and reality of its slots: what it finds decides shapes."""
+        host, self.stop = torch.device("cpu"), stop
         types, real = self._types.read(stop, host), self._real.read(stop, host)
         self.has_padding = not bool(real.all())
         slots = torch.arange(stop)
         in_prompt = real & (slots < self.prompt_length)
         last = torch.where(in_prompt, slots, -1).amax(1)
-        self._last_prompt_row, self._first_last_row = last, max(int(last.min()), 0)
+        self._last_prompt_row, self.first_last_row = last, max(int(last.min()), 0)
         visual = (types != TEXT) & real
         after = (types == TEXT) & (visual.cumsum(1) > 0)
         self._first_row_after_image = int(torch.where(after, slots, stop).min())
         self._with_image = None if bool(visual.any(1).all()) else visual.any(1)
         self._runs = _column_runs((types == TEXT).any(0), (types != TEXT).any(0))
-        self._ids.write(start, images.new_full(images.shape, -1) if ids is None else ids.masked_fill(generated, -1))
-        self.ids_known = ids is not None
-        if finder is not None:
-            self._find_roles(finder, types, real, ids is not None)
+        return types, real
+
+    def at(self, tokens: TokenMap) -> Request:
+        """The request in the slots of layers that go on with some of the tokens."""
+        if tokens not in self._views:
+            view = Request(self.plan, self.ledger)
+            view.__dict__.update(self.__dict__)  # shares what methods keep
+            for name in _SLOTS:
+                setattr(view, name, getattr(self, name).picked(tokens.slots, tokens.length))
+            if tokens.valid is not None:
+                view._real.hide(~tokens.valid)
+            view.prompt_length, view.tokens = self.prompt_length - tokens.removed, tokens
+            view._survey(self.stop - tokens.removed)
+            self._views[tokens] = view
+        return self._views[tokens]
+
+    def of_layer(self, layer: int) -> Request:
+        """The request in the slots of a layer."""
+        tokens = self.maps[layer]
+        return self if tokens is None else self.at(tokens)
+
+    def read(self, kept: Slots, keys: int, device: torch.device) -> Tensor:
+        """What a method keeps by original slot, in the slots of this view: ``[batch, keys]``."""
+        return (kept if self.tokens is None else kept.picked(self.tokens.slots, self.tokens.length)).read(keys, device)
+
+    def write(self, kept: Slots, values: Tensor) -> None:
+        """Keep values ``[batch, keys]`` of this view by original slot."""
+        kept.write(0, values if self.tokens is None else self.tokens.spread(values, kept.fill))
+
+    def rows_of_prompt(self, start: int, stop: int, device: torch.device) -> Kept:
+        """All rows of the newest part of the prompt."""
+        slots = torch.arange(start, stop, device=device).expand(self.batch or 1, -1)
+        real = self.real(stop, device)
+        return Kept(slots, None if real is None else real[:, start:], tuple(visual for visual, _ in self.newest))
 
     def _find_roles(self, finder: RoleFinder, types: Tensor, real: Tensor, has_ids: bool) -> None:
         needed_by = ", ".join(self.plan.turns)
@@ -138,9 +191,9 @@ class Request:
         copy.__dict__.update(self.__dict__)
         copy.prompt_length += shift
         copy._first_row_after_image += shift
-        copy._first_last_row += shift
+        copy.first_last_row += shift
         copy._runs = tuple((a + shift, b + shift, text, image) for a, b, text, image in self._runs)
-        for name in ("_ids", "_roles", "_turns", "_types", "_images", "_real"):
+        for name in _SLOTS:
             setattr(copy, name, getattr(self, name).moved(rows, shift))
         copy.state = {key: self._moved_state(kept, rows, shift) for key, kept in self.state.items()}
         if self._last_prompt_row is not None:
@@ -149,6 +202,9 @@ class Request:
             copy._with_image = _of_rows(self._with_image, rows)
         if rows is not None:
             copy.batch = len(rows)
+            moved = {tokens: tokens.moved(rows) for tokens in self.maps if tokens is not None}  # layers share them
+            copy.maps, copy._views = [tokens and moved[tokens] for tokens in self.maps], {}
+            copy.newest = tuple(self.newest[row] for row in rows.tolist()) if self.newest else ()
         if shift or hidden is not None:
             copy.has_padding = True
             real = self._real.read(self.prompt_length, torch.device("cpu"))
@@ -232,7 +288,7 @@ class Request:
     def rows_that_predict(self, start: int, queries: int, device: torch.device) -> Rows:
         """The last prompt row of each sequence and every row generated after it."""
         slots = torch.arange(start, start + queries, device=device)
-        return Rows(slots >= self.last_prompt_row(device)[:, None], max(self._first_last_row - start, 0))
+        return Rows(slots >= self.last_prompt_row(device)[:, None], max(self.first_last_row - start, 0))
 
 
 def _of_rows(values: Tensor, rows: Tensor | None) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from vlmattn.errors import InputError
 from vlmattn.kernels import Mask, Rows, Visibility
 from vlmattn.request.beside import Stream
-from vlmattn.request.plan import Compare, Method, Watch
+from vlmattn.request.plan import Compare, Method, Watch, Weights
 from vlmattn.request.request import IMAGE, TEXT, VIDEO, Request
+from vlmattn.request.tokens import Kept, TokenMap
 
 Parts = tuple[tuple[slice, "Step | None"], ...]
 """Row groups of one forward, each with its step; None = unedited."""
@@ -51,6 +52,9 @@ class Step:
         sight: tower layer -> what was seen there of each encoded image, ``[heads, tokens]``.
         seen: what one query row sees of so many keys, as the last layer had it.
         order: which encoded image each image of the prompt is (beams repeat them); None = one after another.
+        rows: prompt rows that are still there; None = all.
+        rotary: makes cosines and sines, for methods that count positions anew.
+        masks: the mask in original slots as the last layer had it, and in the slots of this view.
     """
 
     request: Request
@@ -64,6 +68,9 @@ class Step:
     sight: dict[int, list[Tensor]] = field(default_factory=dict)
     order: list[int] | None = None
     seen: tuple[int, Visibility] | None = None
+    rows: Kept | None = None
+    rotary: Callable[..., tuple[Tensor, Tensor]] | None = None
+    masks: tuple[Tensor | None, Tensor | None] | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def at(self, cache: Any) -> None:
@@ -82,6 +89,21 @@ class Step:
     def is_prompt(self) -> bool:
         """Prompt tokens are being read (not one new token after another, not the draft of assisted decoding)."""
         return self.start is not None and self.start < self.request.prompt_length
+
+    def through(self, tokens: TokenMap | None) -> Step:
+        """This step as layers see it that go on with some of the tokens."""
+        if tokens is None:
+            return self
+
+        def make() -> Step:
+            start = None if self.start is None else tokens.slot(self.start)
+            slot = None if self.slot is None else self.slot - tokens.removed
+            return replace(
+                self, request=self.request.at(tokens), start=start, slot=slot, seen=None, masks=None, _memo={}
+            )
+
+        step: Step = self.once(("through", tokens), make)
+        return step
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A value that all layers of this step share."""
@@ -205,6 +227,52 @@ class Scope:
     def count(self, method: str, amount: int | Tensor) -> None:
         """Tell the report that ``method`` found something to do."""
         self.request.ledger.add(("fired", method), amount)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """The rows of a prompt that enter a layer, for a method that chooses which of them go on.
+
+    Attributes:
+        request: as the layer before had it; layer: the layer that only the chosen rows reach.
+        hidden: ``[batch, rows, hidden]``, the residual stream that enters it.
+        visual: bool ``[batch, rows]``, image tokens. ``text``: other tokens of the prompt. ``images``: int16, number of the
+            image within its row, -1 for text.
+        counts: image tokens among the rows of each sequence; ``given``: those that the prompt had.
+        weights: unedited attention that the layer would pay, see ``Weights``; rows count from the first of these.
+        start: slot of the first row among the keys of ``weights``.
+        tables: cosines and sines of the rows' positions, ``[batch or 1, rows, dim]``.
+    """
+
+    request: Request
+    layer: int
+    hidden: Tensor
+    visual: Tensor
+    text: Tensor
+    images: Tensor
+    counts: tuple[int, ...]
+    given: tuple[int, ...]
+    weights: Weights
+    start: int
+    tables: tuple[Tensor, Tensor]
+
+    def top(self, scores: Tensor, counts: Sequence[int]) -> Tensor:
+        """The ``counts`` image tokens of each sequence with the highest scores ``[batch, rows]``: bool ``[batch, rows]``."""
+        order = scores.float().masked_fill(~self.visual, float("-inf")).argsort(dim=1, descending=True, stable=True)
+        wanted = torch.tensor(counts, device=scores.device)[:, None]
+        return (order.argsort(dim=1) < wanted) & self.visual
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Rows that go on: ``visual`` bool ``[batch, rows]`` of the image tokens, ``counts`` of them in each sequence.
+
+    ``hidden`` ``[batch, rows, hidden]`` replaces the residual stream, for methods that merge tokens.
+    """
+
+    visual: Tensor
+    counts: tuple[int, ...]
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

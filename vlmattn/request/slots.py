@@ -32,14 +32,14 @@ class Slots:
     """One value per cache slot, ``[batch, slots]``. Slots that were never written hold ``fill``."""
 
     def __init__(self, fill: float | bool, dtype: torch.dtype) -> None:
-        self._fill, self._dtype = fill, dtype
+        self.fill, self._dtype = fill, dtype
         self._values: Tensor | None = None
 
     def _grow(self, length: int, batch: int, device: torch.device) -> Tensor:
         values = self._values
         if values is None or values.shape[1] < length:
             room = max(2 * length, 64)  # decoding appends one slot at a time: grow rarely
-            grown = torch.full((batch, room), self._fill, dtype=self._dtype, device=device)
+            grown = torch.full((batch, room), self.fill, dtype=self._dtype, device=device)
             if values is not None:
                 grown[:, : values.shape[1]] = values
             self._values = values = grown
@@ -50,7 +50,7 @@ class Slots:
         stop = start + values.shape[1]
         slots = self._grow(stop, values.shape[0], values.device)
         slots[:, start:stop] = values.to(self._dtype)
-        slots[:, stop:] = self._fill
+        slots[:, stop:] = self.fill
 
     def put(self, slot: int | Tensor, values: Tensor, length: int) -> None:
         """Set one slot to ``values`` ``[batch]``, without knowing on the host which (static cache of ``length`` slots)."""
@@ -67,10 +67,24 @@ class Slots:
 
     def moved(self, rows: Tensor | None = None, shift: int = 0) -> Slots:
         """A copy in which row i is what ``rows[i]`` was and every value lies ``shift`` slots later."""
-        copy = Slots(self._fill, self._dtype)
+        copy = Slots(self.fill, self._dtype)
         if self._values is not None:
             values = self._values if rows is None else self._values[rows.to(self._values.device)]
-            copy._values = torch.nn.functional.pad(values, (shift, 0), value=self._fill)
+            copy._values = torch.nn.functional.pad(values, (shift, 0), value=self.fill)
+        return copy
+
+    def hide(self, slots: Tensor) -> None:
+        """Set the first slots to False where ``slots`` bool ``[batch, some]`` says so."""
+        if self._values is not None:
+            found = self._grow(slots.shape[1], len(slots), slots.device)
+            found[:, : slots.shape[1]] &= ~slots.to(found.device)
+
+    def picked(self, slots: Tensor, length: int) -> Slots:
+        """A copy whose first slots hold what ``slots`` ``[batch, kept]`` held, and then what came from slot ``length`` on."""
+        copy = Slots(self.fill, self._dtype)
+        if self._values is not None:
+            values = self._grow(length, len(slots), slots.device)
+            copy._values = torch.cat([values.gather(1, slots.to(values.device)), values[:, length:]], 1)
         return copy
 
     def read(self, length: int, device: torch.device) -> Tensor:

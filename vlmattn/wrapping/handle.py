@@ -98,7 +98,9 @@ class Handle:
         Returns:
             ``recipe``; ``fired``: how often each method found something to do (each method's docstring says what it
             counts); ``backends``: phase -> backend -> number of attention calls; ``layers``: phase -> backend
-            -> the layers it ran in. ``base:`` names the model's own attention.
+            -> the layers it ran in. ``base:`` names the model's own attention. With methods that drop tokens also
+            ``image_tokens``: how many a sequence with images had in its prompt and in each layer, on average, and their mean
+            over layers (``equivalent``), by which methods compare fairly.
         """
         backends: dict[str, dict[str, int]] = {}
         layers: dict[str, dict[str, list[int]]] = {}
@@ -109,12 +111,24 @@ class Handle:
         for row_of_layers in layers.values():
             for found in row_of_layers.values():
                 found.sort()
-        return {
+        report = {
             "recipe": self.recipe.record(),
             "enabled": self._enabled,
             "fired": self._fired(),
             "backends": backends,
             "layers": layers,
+        }
+        return report | {"image_tokens": self._image_tokens()} if self.recipe.pruning else report
+
+    def _image_tokens(self) -> dict[str, Any]:
+        """Image tokens of a sequence, on average, in the prompt and in each layer."""
+        counts = {name: count for (name,), count in self._ledger.read("image tokens").items()}
+        sequences = max(self._ledger.read("prompts with images").get((), 0), 1)
+        per_layer = [counts.get(str(layer), 0) / sequences for layer in range(self.anatomy.layers)]
+        return {
+            "prompt": counts.get("prompt", 0) / sequences,
+            "per_layer": per_layer,
+            "equivalent": sum(per_layer) / len(per_layer),
         }
 
     def _fired(self) -> dict[str, int]:

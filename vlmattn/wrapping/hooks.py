@@ -23,6 +23,7 @@ from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import Family
 from vlmattn.request import TEXT, Plan, Preparation, Request, Scope, Sight, Step, Steps, Stream, number_images
 from vlmattn.wrapping.call import CALL, Call
+from vlmattn.wrapping.dropping import check_continuation, check_prompt, narrow
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.merged import REQUEST, merged_of
 
@@ -118,6 +119,12 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
         return decoding
     _refuse_packing(inputs)
+    if call.plan.pruning:
+        if inputs.get("labels") is not None:
+            raise UnsupportedError(
+                f"'{call.plan.name}' drops tokens, so there is no loss over all of them; leave labels out"
+            )
+        check_continuation(request, start or request.prompt_length)
     request.ledger, request.call = handle._ledger, call.token
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one per kind of layer
@@ -127,6 +134,8 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         images = number_images(types, handle._family.image_lengths(model, inputs))
         real, finder = None if mask is None else _real_keys(mask), handle.turns if call.plan.uses_turns else None
         request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
+        if call.plan.pruning:
+            check_prompt(request)
     if not request.has_images and not call.plan.texts:
         raise InputError(
             "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
@@ -246,6 +255,8 @@ def _before_decoder(
             blank = step.blank.to(kwargs["inputs_embeds"].device)[..., None]
             kwargs = {**kwargs, "inputs_embeds": kwargs["inputs_embeds"].masked_fill(blank, 0)}
         step = step.parts[0][1] if step.merged is None else None
+    if step is not None and step.request.plan.pruning:
+        step.rotary = decoder.rotary_emb  # type: ignore[assignment]
     if step is not None and step.watch is None and step.is_prompt:
         plan = step.request.plan
         if plan.seeing:
@@ -339,17 +350,25 @@ def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tu
     return noting[0].hidden, calls
 
 
-def _before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_layer(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     step: Step | Steps | None = kwargs.get(attention.STEP)
     if step is None:
-        return
+        return None
     index = int(layer.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     if isinstance(step, Steps) and index in step.early:
         step.early[index] = hidden
+    first = step.parts[0][1]
+    if first is not None and first.request.plan.pruning and first.watch is None:  # never with branches
+        view, hidden, kwargs = narrow(first, layer, index, hidden, kwargs)
+        _observe(view, index, hidden)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for rows, part in step.parts:
         if part is not None and part.watch is None:
             _observe(part, index, hidden[rows])
+    return None
 
 
 def _observe(step: Step, index: int, hidden: Tensor) -> None:

@@ -1,0 +1,124 @@
+"""The shape of a method that drops image tokens: a frozen dataclass that chooses which rows of a prompt reach a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from vlmattn.errors import OptionError, UnsupportedError
+from vlmattn.interventions.registry import MANY, Options, Sizes, option, parse_layers
+from vlmattn.request import Choice, Scope, Sight, Stage, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Options):
+    """Base of all methods that drop tokens. Instances are immutable.
+
+    ``mode`` "drop" takes the rows out: later layers compute and cache the others only. "mask" leaves them in and hides them,
+    which costs more than no pruning: the same choice, to compare with.
+    """
+
+    mode: str = option("drop", about="drop the tokens, or only hide them (to compare)", choices=("drop", "mask"))
+
+    @property
+    def drops(self) -> bool:
+        return self.mode == "drop"
+
+    @property
+    def compact(self) -> bool:
+        """Position ids are counted anew."""
+        return False
+
+    def bind(self, sizes: Sizes) -> Pruning:
+        """This method for one model.
+
+        Raises:
+            OptionError: layers that the model does not have, or in which image features still come in.
+            UnsupportedError: layers that see a sliding window.
+        """
+        if sizes.sliding:
+            raise UnsupportedError(
+                f"'{self.info.name}' drops tokens, and this language model has sliding windows, which count them; use a model"
+                " with full attention in every layer"
+            )
+        for layer in self.stages(sizes):
+            if not 1 <= layer < sizes.layers:
+                raise OptionError(
+                    f"{self.info.name}: tokens can be dropped before the layers 1..{sizes.layers - 1} of this model, got {layer}"
+                )
+            if layer < sizes.deepstack:
+                raise OptionError(
+                    f"{self.info.name}: this model adds image features after its first {sizes.deepstack} layers; drop tokens"
+                    f" before layer {sizes.deepstack} or later, got {layer}"
+                )
+        return self
+
+    def stages(self, sizes: Sizes) -> tuple[int, ...]:
+        """Layers that only the chosen rows reach, ascending."""
+        raise NotImplementedError
+
+    def kept(self, layer: int, given: int, left: int) -> int:
+        """Image tokens of a sequence that go on at the stage before ``layer``.
+
+        Args:
+            given: image tokens in its prompt; left: those that reach the stage.
+        """
+        raise NotImplementedError
+
+    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        """Layers whose attention ``measure`` looks at."""
+        return ()
+
+    def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        """Layers of the vision tower that ``encoded`` looks at."""
+        return ()
+
+    @property
+    def measures_generated(self) -> bool:
+        return False
+
+    def measure(self, scope: Scope, weights: Weights) -> None:
+        """While the prompt is read: unedited attention of a measured layer."""
+
+    def encoded(self, sight: Sight) -> None:
+        """Once the images of new prompt tokens are encoded, before the decoder."""
+
+    def enter(self, stage: Stage) -> None:
+        """Before the first layer: the rows of a part of the prompt that has images."""
+
+    def counts(self, stage: Stage) -> tuple[int, ...]:
+        """Image tokens of each sequence that go on."""
+        return tuple(self.kept(stage.layer, given, left) for given, left in zip(stage.given, stage.counts, strict=True))
+
+    def choose(self, stage: Stage) -> Choice:
+        """Which rows go on."""
+        raise NotImplementedError
+
+
+def check_stages(name: str, layers: str, ratios: tuple[float, ...]) -> None:
+    """Raise unless there is one share of 0..1 for each stage, and none is larger than the one before."""
+    if any(ratio > 1 for ratio in ratios) or any(a < b for a, b in pairwise(ratios)):
+        raise OptionError(f"{name}.keep_ratios must fall and lie within 0..1, got {list(ratios)}")
+    stages = parse_layers(layers, MANY, f"{name}.layers")
+    if len(stages) != len(ratios):
+        raise OptionError(f"{name} has {len(stages)} layers and {len(ratios)} ratios; give one ratio for each layer")
+
+
+def bound_stages(name: str, layers: str, ratios: tuple[float, ...], sizes: Sizes) -> str:
+    """The layers of the stages by their numbers in this model.
+
+    Raises:
+        OptionError: shares of the depth that fall together in a model of few layers.
+    """
+    stages = parse_layers(layers, sizes.layers, f"{name}.layers")
+    if len(stages) != len(ratios):
+        raise OptionError(
+            f"{name}.layers '{layers}' are the layers {list(stages)} of {sizes.layers}, for {len(ratios)} ratios; name"
+            " layers of this model"
+        )
+    return ",".join(map(str, stages))
+
+
+def budget(ratio: float, tokens: int, given: int) -> int:
+    """Image tokens that stay of ``given``: ``tokens`` if it is not 0, else the share ``ratio``, rounded."""
+    return min(tokens, given) if tokens else round(ratio * given)

@@ -1,0 +1,81 @@
+"""PyramidDrop: fewer image tokens from stage to stage (arXiv 2410.17247)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages
+from vlmattn.interventions.registry import Sizes, option, parse_layers, register
+from vlmattn.request import Choice, Stage
+
+
+@register(
+    "pyramiddrop",
+    paper="arXiv:2410.17247 (CVPR 2025)",
+    code="github.com/Cooperx521/PyramidDrop",
+    faithful="released code read",
+    parts="keep",
+    cost="prefill: queries and keys of three layers once more; later layers run on the rest. Decode: fewer keys",
+    presets={
+        "pyramiddrop": (
+            "released code: .5, .25, .125 of the image tokens from a quarter, half, three quarters of the depth on",
+            {},
+        ),
+        "pyramiddrop_positions": (
+            "the same with the tokens' own position ids (models with several axes)",
+            {"positions": "original"},
+        ),
+    },
+)
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(Pruning):
+    """Before each stage's layer m keep the image tokens that the last prompt token would attend to most in m.
+
+    With A the attention that layer m would pay on the rows that are still there, n image tokens in the prompt:
+
+        s_j = mean_h A[h, last row, j];   int(n r_i) image tokens stay before stage i
+
+    Ratios are shares of the tokens that the prompt had. Position ids are counted anew after each stage ("compact", as
+    released) or stay as they are ("original"). Counts dropped tokens.
+
+    Raises:
+        OptionError: as many ratios as layers are missing, ratios that rise, layers out of range; compact positions on a
+            model whose tokens have several (M-RoPE).
+    """
+
+    layers: str = option(
+        "8/32,16/32,24/32",
+        about="first layers of the stages; a/b is a share of the depth",
+        source="released: 8, 16, 24 of 32",
+    )
+    keep_ratios: tuple[float, ...] = option(
+        (0.5, 0.25, 0.125), about="share of the image tokens that stays, stage by stage", source="released"
+    )
+    positions: str = option(
+        "compact", about="position ids of kept tokens", source="released: counted anew", choices=("compact", "original")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stages("pyramiddrop", self.layers, self.keep_ratios)
+
+    @property
+    def compact(self) -> bool:
+        return self.positions == "compact"
+
+    def bind(self, sizes: Sizes) -> PyramidDrop:
+        bound = replace(self, layers=bound_stages("pyramiddrop", self.layers, self.keep_ratios, sizes))
+        Pruning.bind(bound, sizes)
+        return bound
+
+    def stages(self, sizes: Sizes) -> tuple[int, ...]:
+        return parse_layers(self.layers, sizes.layers, "pyramiddrop.layers")
+
+    def kept(self, layer: int, given: int, left: int) -> int:
+        return int(self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)] * given)
+
+    def choose(self, stage: Stage) -> Choice:
+        counts = self.counts(stage)
+        row = stage.request.prompt_length - 1 - stage.start
+        seen = stage.weights(row, row + 1)[:, :, 0].mean(1)
+        return Choice(stage.top(seen[:, stage.start : stage.start + stage.hidden.shape[1]], counts), counts)

@@ -1,0 +1,189 @@
+"""SparseVLM: the words of the question that see the image choose its tokens (arXiv 2410.04417)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages
+from vlmattn.interventions.registry import Sizes, option, parse_layers, register
+from vlmattn.request import Choice, Scope, Slots, Stage, Weights
+
+_ROWS = 64  # rater rows whose attention is looked at together
+_KEEP = (300 / 576, 200 / 576, 110 / 576)
+_KEEP_PLUS = (300 / 576, 200 / 576, 118 / 576)
+
+
+@register(
+    "sparsevlm",
+    paper="arXiv:2410.04417 (ICML 2025)",
+    code="github.com/Gumpest/SparseVLMs",
+    faithful="released code read",
+    parts="keep",
+    cost="prefill: attention rows of the raters in three layers; later layers run on the rest. Decode: fewer keys",
+    presets={
+        "sparsevlm": ("released code, 192 tokens of LLaVA-1.5 on average, dropped tokens merged", {}),
+        "sparsevlm_128": ("released code, 128 tokens", {"keep_ratios": (303 / 576, 110 / 576, 36 / 576)}),
+        "sparsevlm_64": ("released code, 64 tokens", {"keep_ratios": (66 / 576, 30 / 576, 17 / 576)}),
+        "sparsevlm_plus": (
+            "released code 2.0, 192 tokens: no merging, position bias divided out, heads chosen",
+            {"version": "2", "keep_ratios": _KEEP_PLUS},
+        ),
+    },
+)
+@dataclass(frozen=True, kw_only=True)
+class SparseVLM(Pruning):
+    """Go on with the image tokens that the rater words of the question attend to most, and merge some of the others.
+
+    With E the embeddings that enter the decoder (v image tokens, t text after the image):
+
+        m_t = mean_v softmax_t(E_v . E_t);   raters: m_t > mean_t m
+        s_j = mean over heads and raters r of A[h, r, j],   A the unedited attention of the layer before the stage
+
+    round(r_i n) image tokens of n in the prompt stay before stage i, at most all but one of those that are left. Version 1
+    merges: of the m dropped ones the int(.3 m) + 1 with the highest s fall into a tenth as many clusters (density peaks),
+    whose means follow the kept image tokens, and positions are counted anew. Version 2 divides A by what the rotation alone
+    gives, q . k / sqrt(dim) of rotated ones, averages over the ``head_share`` of heads whose raters look most, keeps position
+    ids and merges nothing.
+
+    Text between images counts as text after the image. Ties of density go to the first token, where the released code adds
+    noise. Counts dropped tokens.
+
+    Raises:
+        OptionError: as many ratios as layers are missing, ratios that rise, layers out of range.
+    """
+
+    layers: str = option(
+        "3/32,7/32,16/32",
+        about="first layers of the stages; a/b is a share of the depth",
+        source="released: after 2, 6, 15 of 32",
+    )
+    keep_ratios: tuple[float, ...] = option(
+        _KEEP, about="share of the image tokens that stays, stage by stage", source="released"
+    )
+    version: str = option("1", about="released version of the code", choices=("1", "2"))
+    recycle: float = option(0.3, 0, 1, "version 1: share of the dropped tokens that is merged", source="released")
+    cluster_size: int = option(10, 1, 10**6, "version 1: tokens of a cluster on average", source="released")
+    head_share: float = option(14 / 32, 0, 1, "version 2: share of the heads", source="released: 14 of 32")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stages("sparsevlm", self.layers, self.keep_ratios)
+
+    @property
+    def compact(self) -> bool:
+        return self.version == "1"
+
+    def bind(self, sizes: Sizes) -> SparseVLM:
+        bound = replace(self, layers=bound_stages("sparsevlm", self.layers, self.keep_ratios, sizes))
+        Pruning.bind(bound, sizes)
+        return bound
+
+    def stages(self, sizes: Sizes) -> tuple[int, ...]:
+        return parse_layers(self.layers, sizes.layers, "sparsevlm.layers")
+
+    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(layer - 1 for layer in self.stages(sizes))
+
+    def enter(self, stage: Stage) -> None:
+        """Find the raters."""
+        after = stage.text & (stage.visual.cumsum(1) > 0)
+        words = after.any(0).nonzero().flatten()
+        scores = stage.hidden.float() @ stage.hidden[:, words].float().transpose(1, 2)  # [batch, row, word]
+        share = scores.masked_fill(~after[:, None, words], float("-inf")).softmax(-1).nan_to_num()
+        share = (share * stage.visual[..., None]).sum(1) / stage.visual.sum(1, keepdim=True).clamp_min(1)
+        mean = share.sum(1, keepdim=True) / after.sum(1, keepdim=True).clamp_min(1)
+        raters = torch.zeros_like(after).index_copy_(1, words, after[:, words] & (share > mean))
+        kept: Slots = stage.request.state.setdefault((self, "raters"), Slots(False, torch.bool))
+        kept.write(stage.start, raters)
+
+    def measure(self, scope: Scope, weights: Weights) -> None:
+        start = scope.step.start or 0
+        raters = scope.request.read(scope.request.state[(self, "raters")], start + scope.queries, scope.device)[
+            :, start:
+        ]
+        rows = raters.any(0).nonzero().flatten()
+        seen = []
+        for few in torch.split(rows, _ROWS):
+            first, last = int(few[0]), int(few[-1]) + 1
+            found = weights(first, last)[..., start : start + scope.queries]
+            seen.append(found[:, :, few - first] * raters[:, None, few, None])
+        empty = raters.new_zeros(len(raters), scope.heads, 0, scope.queries, dtype=torch.float32)
+        scope.request.state[(self, "gaze")] = (rows, raters[:, rows], torch.cat(seen, 2) if seen else empty)
+
+    def scores(self, stage: Stage) -> Tensor:
+        """s, float32 ``[batch, rows]``."""
+        rows, raters, seen = stage.request.state[(self, "gaze")]  # seen: [batch, heads, rater, rows]
+        if self.version == "2":
+            bias = _rotation_alone(*stage.tables)
+            seen = seen / bias[:, None, rows.to(bias.device)]
+            per_head = (seen * stage.visual[:, None, None]).sum((2, 3))
+            top = per_head.topk(max(1, round(self.head_share * seen.shape[1])), dim=1).indices
+            seen = seen.gather(1, top[:, :, None, None].expand(-1, -1, *seen.shape[2:]))
+        found: Tensor = seen.mean(1).sum(1) / raters.sum(1, keepdim=True).clamp_min(1)
+        return found
+
+    def kept(self, layer: int, given: int, left: int) -> int:
+        chosen = self._chosen(layer, given, left)
+        return chosen + self._clusters(left - chosen)[1]
+
+    def _chosen(self, layer: int, given: int, left: int) -> int:
+        """Image tokens that stay as they are."""
+        ratio = self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)]
+        return min(round(ratio * given), max(left - 1, 0))
+
+    def _clusters(self, dropped: int) -> tuple[int, int]:
+        """How many of the dropped tokens are merged, and into how many."""
+        if self.version == "2" or not dropped or not self.recycle:
+            return 0, 0
+        merged = int(dropped * self.recycle) + 1
+        return merged, int(merged / self.cluster_size) + 1
+
+    def choose(self, stage: Stage) -> Choice:
+        scores, after = self.scores(stage), self.counts(stage)
+        chosen = [self._chosen(stage.layer, *counts) for counts in zip(stage.given, stage.counts, strict=True)]
+        keep = stage.top(scores, chosen)
+        if chosen == list(after):
+            return Choice(keep, after)
+        hidden = stage.hidden.clone()
+        for row, (count, left) in enumerate(zip(chosen, stage.counts, strict=True)):
+            taken, clusters = self._clusters(left - count)
+            if not clusters:
+                continue
+            mine, others = keep[row].nonzero().flatten(), (stage.visual[row] & ~keep[row]).nonzero().flatten()
+            best = others[scores[row, others].topk(taken).indices]
+            content = torch.cat([hidden[row, mine], cluster_means(stage.hidden[row, best], clusters)])
+            places = torch.cat([mine, others[-clusters:]]).sort().values  # merged tokens follow the kept ones
+            hidden[row, places] = content
+            keep[row, places] = True
+        return Choice(keep, after, hidden)
+
+
+def cluster_means(tokens: Tensor, clusters: int) -> Tensor:
+    """Means ``[clusters, hidden]`` of the density-peak clusters of ``tokens`` ``[count, hidden]``.
+
+    With d_ij = ||x_i - x_j|| / sqrt(hidden): density rho_i = exp(-mean over the ``clusters`` nearest of d^2), delta_i the
+    distance to the nearest token of higher density (the largest distance for the densest); the tokens with the highest
+    rho delta are centres, and every token joins the nearest centre.
+    """
+    distance = torch.cdist(tokens.float()[None], tokens.float()[None])[0] / tokens.shape[-1] ** 0.5
+    density = (-distance.topk(min(clusters, len(tokens)), largest=False).values.square().mean(-1)).exp()
+    density = density - 1e-6 * torch.linspace(0, 1, len(tokens), device=tokens.device)  # no two are the same
+    higher = density[None, :] > density[:, None]
+    delta = torch.where(higher, distance, distance.max()).min(-1).values
+    centres = (delta * density).topk(clusters).indices
+    member = distance[:, centres].argmin(-1)
+    member[centres] = torch.arange(clusters, device=tokens.device)
+    sums = torch.zeros(clusters, tokens.shape[-1], device=tokens.device).index_add_(0, member, tokens.float())
+    counts = torch.bincount(member, minlength=clusters)[:, None]
+    return (sums / (counts + 1e-6)).to(tokens)
+
+
+def _rotation_alone(cos: Tensor, sin: Tensor) -> Tensor:
+    """Scores of queries and keys of ones after the rotation, float32 ``[batch, query, key]``."""
+    half = torch.ones_like(cos[..., : cos.shape[-1] // 2])
+    turned = cos.float() + torch.cat([-half, half], -1) * sin.float()
+    scores: Tensor = turned @ turned.transpose(1, 2) / cos.shape[-1] ** 0.5
+    return scores

@@ -1,0 +1,191 @@
+"""Which tokens of a prompt a layer goes on with: the one owner of the bookkeeping that dropping them takes.
+
+Original slots are those of a cache that keeps everything, the ones that the library counts: its masks, position ids and
+``get_seq_length()`` speak of them. A layer that goes on with fewer tokens has slots of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Rows of one forward that are still there, by original slot.
+
+    Attributes:
+        slots: int64 ``[batch, rows]``, ascending.
+        valid: bool ``[batch, rows]``, False for padding and for fillers that make the rows of a batch equally long; None = all True.
+        visual: image tokens that are left in each sequence.
+        compact: position ids are counted anew.
+    """
+
+    slots: Tensor
+    valid: Tensor | None
+    visual: tuple[int, ...]
+    compact: bool = False
+
+    def narrowed(
+        self, keep: Tensor, visual: Sequence[int], text: Sequence[int], drop: bool, compact: bool
+    ) -> tuple[Kept, Tensor]:
+        """With fewer rows, and which of the present rows these are: int64 ``[batch, rows]``.
+
+        Args:
+            keep: bool ``[batch, rows]`` of the present rows; padding does not count.
+            visual, text: image tokens and others that stay in each sequence.
+            drop: rows really go; else they only become invalid.
+        """
+        stay = keep if self.valid is None else keep & self.valid
+        compact = compact or self.compact
+        if not drop:
+            order = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
+            return Kept(self.slots, stay, tuple(visual), compact), order
+        counts = [v + t for v, t in zip(visual, text, strict=True)]
+        rank = torch.where(stay, 0, 2) if self.valid is None else torch.where(stay, 0, torch.where(self.valid, 2, 1))
+        order = (
+            rank.argsort(dim=1, stable=True)[:, : max(counts)].sort(1).values
+        )  # fillers are padding where there is some
+        valid = None if min(counts) == max(counts) else stay.gather(1, order)
+        return Kept(self.slots.gather(1, order), valid, tuple(visual), compact), order
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """The slots of one layer: slot j holds original slot ``slots[:, j]``, and behind them what came later, without gaps.
+
+    Attributes:
+        slots: int64 ``[batch, kept]``, ascending.
+        valid: bool ``[batch, kept]``, False where nobody may look; None = all True.
+        length: original slots that the map speaks of; slot j from ``kept`` on is original slot ``j + removed``.
+        begin, at: where the newest of them begin, originally and in this layer.
+        lost: int64 ``[batch]``, by how much later position ids are lower because positions are counted anew; None = they stay.
+    """
+
+    slots: Tensor
+    valid: Tensor | None
+    length: int
+    begin: int
+    at: int
+    lost: Tensor | None = None
+
+    @classmethod
+    def of(cls, before: TokenMap | None, kept: Kept, begin: int, stop: int, real: Tensor | None) -> TokenMap:
+        """What ``kept`` of the original slots ``begin:stop`` come to behind what the layer had before.
+
+        Args:
+            real: bool ``[batch, stop]``, original slots that are not padding; None = all.
+        """
+        old = torch.arange(begin, device=kept.slots.device).expand(len(kept.slots), -1)
+        old_valid = None if real is None else real[:, :begin]
+        if before is not None:
+            old = torch.cat([before.slots, old[:, before.length :]], 1)
+            if before.valid is not None:
+                rest = (
+                    before.valid.new_ones(len(old), begin - before.length)
+                    if old_valid is None
+                    else old_valid[:, before.length :]
+                )
+                old_valid = torch.cat([before.valid, rest], 1)
+        slots = torch.cat([old, kept.slots], 1)
+        valid = None
+        if old_valid is not None or kept.valid is not None:
+            ones = torch.ones_like(slots, dtype=torch.bool)
+            parts = (old_valid, ones[:, : old.shape[1]]), (kept.valid, ones[:, old.shape[1] :])
+            valid = torch.cat([one if found is None else found for found, one in parts], 1)
+        lost = None
+        if kept.compact:
+            before_count = stop if real is None else real[:, :stop].sum(1)
+            after_count = slots.shape[1] if valid is None else valid.sum(1)
+            lost = (torch.zeros_like(slots[:, 0]) + before_count) - after_count
+        return cls(slots, valid, stop, begin, old.shape[1], lost)
+
+    @property
+    def kept(self) -> int:
+        return self.slots.shape[1]
+
+    @property
+    def removed(self) -> int:
+        """By how much the layer's cache is shorter."""
+        return self.length - self.kept
+
+    def slot(self, original: int) -> int:
+        """The layer's slot of an original slot where a forward begins."""
+        return self.at if original == self.begin else original - self.removed
+
+    def rows(self, values: Tensor) -> Tensor:
+        """The kept ones among the newest rows: of ``[batch or 1, rows, ...]``, one for each original slot from ``begin`` on."""
+        index = (self.slots[:, self.at :] - self.begin).to(values.device)
+        shape = (*index.shape, *values.shape[2:])
+        return values.expand(len(index), *values.shape[1:]).gather(
+            1, index.view(*index.shape, *(1,) * (values.ndim - 2)).expand(shape)
+        )
+
+    def spread(self, values: Tensor, fill: float | bool) -> Tensor:
+        """Values ``[batch, keys]`` of this layer's slots by original slot; those that are gone get ``fill``."""
+        where = self.slots.to(values.device)
+        out = values.new_full((len(where), self.length), fill).scatter(1, where, values[:, : self.kept])
+        return torch.cat([out, values[:, self.kept :]], 1)
+
+    def positions(self, given: Tensor) -> Tensor:
+        """Position ids counted anew, ``[batch, query]``, from those of the library ``[batch or 1, query]``."""
+        assert self.lost is not None
+        if given.shape[1] == self.length - self.begin:  # the newest rows
+            real = torch.ones_like(self.slots) if self.valid is None else self.valid.long()
+            return (real.cumsum(1) - 1).clamp_min(0)[:, self.at :].to(given.device)
+        return given - self.lost[:, None].to(given.device)
+
+    def mask(
+        self, given: Tensor | None, start: int, queries: int, width: int, additive: torch.dtype | None
+    ) -> Tensor | None:
+        """The mask of a forward in this layer's slots, from the one in original slots.
+
+        Args:
+            given: bool or additive ``[batch or 1, heads or 1, query, original slot]``; None = causal, or everything for one row.
+            start: original slot of the first query row; queries: rows of the layer in this forward.
+            width: slots that the layer's attention gets to see.
+            additive: the dtype of additive masks, for attention that wants one; None = bool.
+        """
+        newest = start == self.begin
+        if given is None:
+            if self.valid is None:
+                return None
+            given = self._causal(start, self.length - start if newest else queries, additive)
+        if newest:
+            given = self.rows(given.expand(len(self.slots), -1, -1, -1).transpose(1, 2)).transpose(1, 2)
+        hidden = torch.finfo(given.dtype).min if given.dtype != torch.bool else False
+        tail = torch.arange(self.kept, width, device=given.device) + self.removed
+        columns = torch.cat([self.slots.to(given.device), tail.expand(len(self.slots), -1)], 1)
+        batch, heads, rows, original = (len(columns), *given.shape[1:])
+        wanted = columns.clamp_max(original - 1)[:, None, None].expand(batch, heads, rows, -1)
+        out = given.expand(batch, -1, -1, -1).gather(3, wanted)
+        if self.valid is not None:
+            seen = pad(self.valid.to(given.device), (0, width - self.kept), value=True)
+            out = out.masked_fill(~seen[:, None, None], hidden)
+        if int(tail.shape[0]) and width + self.removed > original:  # a static cache has room behind
+            out = out.masked_fill((columns >= original)[:, None, None], hidden)
+        if newest and self.valid is not None:  # rows that nobody looks at see themselves: no NaN comes of them
+            own = torch.eye(rows, width, dtype=torch.bool, device=given.device).roll(self.at, 1)
+            own = own & ~self.valid[:, None, self.at :, None].to(given.device)
+            out = out | own if out.dtype == torch.bool else out.masked_fill(own, 0.0)
+        return out
+
+    def _causal(self, start: int, queries: int, additive: torch.dtype | None) -> Tensor:
+        keys = torch.arange(start + queries, device=self.slots.device)
+        sees = (keys <= keys[start:, None])[None, None]
+        if additive is None:
+            return sees
+        return torch.zeros(sees.shape, dtype=additive, device=sees.device).masked_fill(~sees, torch.finfo(additive).min)
+
+    def moved(self, rows: Tensor) -> TokenMap:
+        """For a cache in which row i is what ``rows[i]`` was."""
+
+        def picked(values: Tensor) -> Tensor:
+            return values[rows.to(values.device)]
+
+        valid, lost = (None if values is None else picked(values) for values in (self.valid, self.lost))
+        return replace(self, slots=picked(self.slots), valid=valid, lost=lost)

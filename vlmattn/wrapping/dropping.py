@@ -1,0 +1,174 @@
+"""Fewer tokens from a layer on: what a decoder layer gets of a forward whose request drops prompt tokens.
+
+The library goes on in original slots: it gives every layer the masks, position ids and rotary tables of all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmattn import attention
+from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.request import TEXT, Choice, Request, Stage, Step, TokenMap, Weights
+
+Inputs = tuple[Step, Tensor, dict[str, Any]]
+"""A step, the residual stream and the keyword arguments of a layer."""
+
+
+def check_prompt(request: Request) -> None:
+    """Raise for prompts whose tokens cannot be dropped."""
+    if not any(visual for visual, _ in request.newest):
+        return
+    if request.first_last_row < request.prompt_length - 1:
+        raise InputError(
+            f"'{request.plan.name}' drops tokens, which needs prompts that are padded on the left; set"
+            " processor.tokenizer.padding_side = 'left'"
+        )
+    if bool((request.types(request.prompt_length, torch.device("cpu"))[:, -1] != TEXT).any()):
+        raise InputError(
+            f"'{request.plan.name}' drops image tokens, and a prompt ends in one; put the question behind the image"
+        )
+
+
+def check_continuation(request: Request, start: int) -> None:
+    """Raise if a cache was cropped within a prompt whose tokens are partly gone."""
+    if start < request.prompt_length and any(tokens is not None for tokens in request.maps):
+        raise StateError(
+            f"this cache was cropped to {start} tokens, within a prompt that '{request.plan.name}' has dropped tokens of; start"
+            " a new generate()"
+        )
+
+
+def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
+    """What the layer ``index`` gets, from what the library gives it."""
+    request = step.request
+    if step.is_prompt:
+        if layer.training:
+            raise UnsupportedError(f"'{request.plan.name}' drops tokens, which is for inference; call model.eval()")
+        start, before, given = step.start or 0, request.maps[index], sum(visual for visual, _ in request.newest)
+        if index == 0 and given:
+            for method in dict.fromkeys(request.plan.pruning):
+                if method is not None:
+                    method.enter(_stage(step, layer, index, hidden, kwargs))
+        pruner = request.plan.pruning[index]
+        if pruner is not None and given:
+            stage = _stage(step, layer, index, hidden, kwargs)
+            choice = pruner.choose(stage)
+            request.ledger.add(("fired", pruner.info.name), sum(stage.counts) - sum(choice.counts))
+            hidden = _follow(step, choice, hidden, pruner.drops, pruner.compact)
+        if (rows := step.rows) is not None:
+            real = request.real(request.stop, hidden.device)
+            request.maps[index] = step.once(
+                ("tokens", before, rows), lambda: TokenMap.of(before, rows, start, request.stop, real)
+            )
+        request.ledger.add(("image tokens", str(index)), given if rows is None else sum(rows.visual))
+        if index == 0:
+            request.ledger.add(("prompts with images",), sum(visual > 0 for visual, _ in request.newest))
+            request.ledger.add(("image tokens", "prompt"), given)
+    return _through(step, request.maps[index], index, hidden, kwargs)
+
+
+def _follow(step: Step, choice: Choice, hidden: Tensor, drop: bool, compact: bool) -> Tensor:
+    """Let the chosen rows go on; returns their residual stream."""
+    request, start = step.request, step.start or 0
+    rows = step.rows or request.rows_of_prompt(start, request.stop, hidden.device)
+    if choice.hidden is not None:
+        hidden = choice.hidden
+    elif sum(choice.counts) == sum(rows.visual):
+        return hidden
+    keep = choice.visual | ~_visual(request, rows.slots)
+    step.rows, order = rows.narrowed(keep, choice.counts, [text for _, text in request.newest], drop, compact)
+    return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])) if drop else hidden
+
+
+def _visual(request: Request, slots: Tensor) -> Tensor:
+    """bool ``[batch, rows]``: real image tokens."""
+    visual = request.types(request.stop, slots.device).gather(1, slots) != TEXT
+    real = request.real(request.stop, slots.device)
+    return visual if real is None else visual & real.gather(1, slots)
+
+
+def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Stage:
+    """The rows that are there now, for a method that chooses among them."""
+    request, start = step.request, step.start or 0
+    rows = step.rows or request.rows_of_prompt(start, request.stop, hidden.device)
+    visual = _visual(request, rows.slots)
+    text = ~visual & (rows.slots < request.prompt_length)
+    if rows.valid is not None:
+        visual, text = visual & rows.valid, text & rows.valid
+    before = request.maps[index]
+    now = before
+    if step.rows is not None:
+        now = TokenMap.of(before, rows, start, request.stop, request.real(request.stop, hidden.device))
+    view, _, seen = _through(step, now, index, hidden, kwargs)
+
+    def weights(first: int, last: int) -> Tensor:
+        return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last)
+
+    return Stage(
+        request=view.request,
+        layer=index,
+        hidden=hidden,
+        visual=visual,
+        text=text,
+        images=request.images(request.stop, hidden.device).gather(1, rows.slots),
+        counts=rows.visual,
+        given=tuple(visual for visual, _ in request.newest),
+        weights=weights,
+        start=view.start or 0,
+        tables=seen["position_embeddings"],
+    )
+
+
+def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str, Any], start: int) -> Weights:
+    """Unedited attention of a layer that has not run yet."""
+    past = kwargs["past_key_values"].layers[index].keys[:, :, :start] if start else None
+    probe = attention.Probe(past)
+    with torch.no_grad():
+        layer.self_attn(
+            **{**kwargs, "hidden_states": layer.input_layernorm(hidden), "past_key_values": None, attention.STEP: probe}
+        )
+    assert probe.weights is not None
+    return probe.weights
+
+
+def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
+    """Inputs of a layer that goes on with some of the tokens; ``hidden`` are its rows."""
+    if tokens is None:
+        return step, hidden, kwargs
+    view, queries = step.through(tokens), hidden.shape[1]
+    newest = step.start == tokens.begin
+    cache, given = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    layer_cache = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    static = getattr(layer_cache, "max_cache_len", None)
+    if given is not None:
+        width = given.shape[-1] - (0 if static else tokens.removed)
+    else:
+        held = 0 if layer_cache is None else layer_cache.get_seq_length()
+        width = static or int(held) + queries
+    known = view.masks
+    if known is None or known[0] is not given:
+        start = step.start if step.start is not None else width + tokens.removed - queries
+        additive = hidden.dtype if step.base == "eager" else None
+        view.masks = known = (given, tokens.mask(given, start, queries, width, additive))
+    found = {**kwargs, attention.STEP: view, "attention_mask": known[1]}
+    ids = kwargs.get("position_ids")
+    if tokens.lost is not None:
+        if not isinstance(ids, Tensor) or step.rotary is None:
+            raise UnsupportedError(
+                f"'{step.request.plan.name}' counts positions anew, and this model's layers get none"
+            )
+        found["position_ids"] = positions = tokens.positions(ids)
+        found["position_embeddings"] = view.once(("rotary", hidden.device), lambda: step.rotary(hidden, positions))  # type: ignore[misc]
+    elif newest:
+        if isinstance(ids, Tensor):
+            found["position_ids"] = view.once(("positions", ids.device), lambda: tokens.rows(ids))
+        tables = kwargs["position_embeddings"]
+        found["position_embeddings"] = view.once(
+            ("rotary", hidden.device), lambda: tuple(tokens.rows(table) for table in tables)
+        )
+    return view, hidden, found
