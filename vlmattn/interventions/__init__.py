@@ -13,7 +13,7 @@ from vlmattn.interventions.mma import MMA
 from vlmattn.interventions.pai import PAI
 from vlmattn.interventions.paint import PAINT
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile
-from vlmattn.interventions.pruning import FastV, Pruning, PyramidDrop, SparseVLM
+from vlmattn.interventions.pruning import FastV, Pruning, PyramidDrop, SparseVLM, VisionZip
 from vlmattn.interventions.registry import (
     MethodInfo,
     Options,
@@ -54,6 +54,7 @@ __all__ = [
     "SinkProfile",
     "SoFA",
     "SparseVLM",
+    "VisionZip",
     "all_presets",
     "find_method",
     "make_method",

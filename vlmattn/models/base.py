@@ -129,6 +129,26 @@ class Family(ABC):
             For each image float32 ``[heads, tokens]``, in the order of its tokens in the prompt.
         """
 
+    @abstractmethod
+    def patch_keys(
+        self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Mean key over heads of each image's tokens, before any rotation, in one attention module of the tower.
+
+        Args, order: as for ``summary_attention``. Returns float32 ``[tokens, dim]`` for each image.
+        """
+
+    def patch_features(self, model: PreTrainedModel, output: Any) -> list[tuple[Tensor, Tensor | None]]:
+        """What the tower says of each image before the projection: ``[tokens, width]``, and ``[width]`` of a CLS token.
+
+        Empty where what the language model gets is the first that belongs to single tokens.
+        """
+        return []
+
+    def project(self, model: PreTrainedModel, features: Tensor) -> Tensor:
+        """What the language model gets ``[n, hidden]`` for features ``[n, width]`` of ``patch_features``."""
+        return features
+
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         text = model.config.get_text_config()
         heads = text.num_attention_heads

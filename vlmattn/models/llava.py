@@ -61,5 +61,24 @@ class Llava(Family):
         attention = torch.softmax(query @ key.transpose(-1, -2) * attn.scale, -1)[:, :, 0]
         return list(attention[..., 1:] if model.config.vision_feature_select_strategy == "default" else attention)
 
+    def patch_keys(
+        self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        attn: Any = module
+        keys = attn.k_proj(hidden).unflatten(-1, (attn.num_heads, -1)).mean(2).float()
+        return list(keys[:, 1:] if model.config.vision_feature_select_strategy == "default" else keys)
+
+    def patch_features(self, model: PreTrainedModel, output: Any) -> list[tuple[Tensor, Tensor | None]]:
+        layer = model.config.vision_feature_layer
+        if not isinstance(layer, int):  # features of several layers side by side
+            return []
+        hidden = output.hidden_states[layer]
+        if model.config.vision_feature_select_strategy == "default":
+            return [(image[1:], image[0]) for image in hidden]
+        return [(image, None) for image in hidden]
+
+    def project(self, model: PreTrainedModel, features: Tensor) -> Tensor:
+        return model.model.multi_modal_projector(features)  # type: ignore[no-any-return, union-attr, operator]
+
 
 register_family(Llava())

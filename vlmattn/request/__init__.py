@@ -13,7 +13,7 @@ from vlmattn.request.request import (
     Request,
     number_images,
 )
-from vlmattn.request.scope import Choice, Parts, Preparation, Scope, Sight, Stage, Step, Steps
+from vlmattn.request.scope import Choice, Image, Parts, Preparation, Scope, Sight, Stage, Step, Steps
 from vlmattn.request.slots import Ledger, Slots
 from vlmattn.request.tokens import Kept, TokenMap
 
@@ -28,6 +28,7 @@ __all__ = [
     "Choice",
     "Compare",
     "Directions",
+    "Image",
     "Kept",
     "Ledger",
     "Method",

@@ -36,7 +36,7 @@ class Request:
         batch: sequences in the prompt; None before it is read.
         state: what methods keep, by (method, layer, name).
         maps: for each layer which tokens it goes on with; None = all.
-        newest: real tokens of the last part of the prompt in each sequence, (image tokens, others).
+        newest: real tokens of the last part of the prompt in each sequence: (those of each image, others).
         first_last_row: the lowest slot of a last prompt token in the batch.
         stop: slots that have been read as prompt, drafts after it included.
         tokens: the map of a view (``at``); None for the request itself.
@@ -63,7 +63,7 @@ class Request:
         self._with_image: Tensor | None = None
         self.first_last_row = self.stop = 0
         self.maps: list[TokenMap | None] = [None] * len(plan.by_layer)
-        self.newest: tuple[tuple[int, int], ...] = ()
+        self.newest: tuple[tuple[tuple[int, ...], int], ...] = ()
         self.tokens: TokenMap | None = None
         self._views: dict[TokenMap, Request] = {}
 
@@ -104,8 +104,14 @@ class Request:
         types, real = self._survey(stop)
         if self.plan.pruning:
             new = slice(start, stop)
-            visual = ((types != TEXT) & real)[:, new].sum(1).tolist()
-            self.newest = tuple((v, r - v) for v, r in zip(visual, real[:, new].sum(1).tolist(), strict=True))
+            visual = ((types != TEXT) & real)[:, new]
+            numbers = self._images.read(stop, visual.device)[:, new]
+            sizes = [
+                torch.unique(row[seen], return_counts=True)[1].tolist()
+                for row, seen in zip(numbers, visual, strict=True)
+            ]
+            text = (real[:, new].sum(1) - visual.sum(1)).tolist()
+            self.newest = tuple((tuple(images), other) for images, other in zip(sizes, text, strict=True))
             self._views = {}
         self._ids.write(start, images.new_full(images.shape, -1) if ids is None else ids.masked_fill(generated, -1))
         self.ids_known = ids is not None
@@ -159,7 +165,7 @@ class Request:
         """All rows of the newest part of the prompt."""
         slots = torch.arange(start, stop, device=device).expand(self.batch or 1, -1)
         real = self.real(stop, device)
-        return Kept(slots, None if real is None else real[:, start:], tuple(visual for visual, _ in self.newest))
+        return Kept(slots, None if real is None else real[:, start:], tuple(sum(images) for images, _ in self.newest))
 
     def _find_roles(self, finder: RoleFinder, types: Tensor, real: Tensor, has_ids: bool) -> None:
         needed_by = ", ".join(self.plan.turns)

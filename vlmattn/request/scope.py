@@ -49,7 +49,7 @@ class Step:
         beside: streams that accompany this prompt.
         slot, capacity: where the one new token goes (a tensor with a static cache of that many slots), for methods that
             observe generated tokens too.
-        sight: tower layer -> what was seen there of each encoded image, ``[heads, tokens]``.
+        sight: what was seen of each encoded image in the vision tower.
         seen: what one query row sees of so many keys, as the last layer had it.
         order: which encoded image each image of the prompt is (beams repeat them); None = one after another.
         rows: prompt rows that are still there; None = all.
@@ -65,7 +65,7 @@ class Step:
     beside: tuple[Stream, ...] = ()
     slot: int | Tensor | None = None
     capacity: int = 0
-    sight: dict[int, list[Tensor]] = field(default_factory=dict)
+    sight: Any = None
     order: list[int] | None = None
     seen: tuple[int, Visibility] | None = None
     rows: Kept | None = None
@@ -238,7 +238,7 @@ class Stage:
         hidden: ``[batch, rows, hidden]``, the residual stream that enters it.
         visual: bool ``[batch, rows]``, image tokens. ``text``: other tokens of the prompt. ``images``: int16, number of the
             image within its row, -1 for text.
-        counts: image tokens among the rows of each sequence; ``given``: those that the prompt had.
+        counts: image tokens among the rows of each sequence; ``given``: tokens of each image that it had.
         weights: unedited attention that the layer would pay, see ``Weights``; rows count from the first of these.
         start: slot of the first row among the keys of ``weights``.
         tables: cosines and sines of the rows' positions, ``[batch or 1, rows, dim]``.
@@ -251,7 +251,7 @@ class Stage:
     text: Tensor
     images: Tensor
     counts: tuple[int, ...]
-    given: tuple[int, ...]
+    given: tuple[tuple[int, ...], ...]
     weights: Weights
     start: int
     tables: tuple[Tensor, Tensor]
@@ -276,6 +276,24 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
+class Image:
+    """One image as the vision tower saw it.
+
+    Attributes:
+        attention: tower layer -> how much its summary token attends to each of its tokens, float32 ``[heads, tokens]``.
+        keys: tower layer -> mean key over heads of each token, before any rotation, float32 ``[tokens, dim]``.
+        features: what the tower says of each token, ``[tokens, width]``. ``summary``: and of the CLS token, ``[width]``, if it has one.
+        project: makes features ``[n, width]`` what the language model gets.
+    """
+
+    attention: dict[int, Tensor]
+    keys: dict[int, Tensor]
+    features: Tensor
+    summary: Tensor | None
+    project: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Sight:
     """The images that new prompt tokens stand for, as the vision tower saw them.
 
@@ -284,15 +302,17 @@ class Sight:
         types: uint8 ``[batch, new]``.
         patches: tower layer -> for each image (then each video) how much its summary token attends to each of its
             tokens, float32 ``[heads, tokens]``.
+        images: the same images with more about them, for methods that drop tokens.
     """
 
     request: Request
     start: int
     types: Tensor
     patches: dict[int, list[Tensor]]
+    images: tuple[Image, ...] = ()
 
     def place(self, values: list[Tensor]) -> Tensor:
-        """One value per image token, given image by image, at the slots of the new tokens: ``[batch, new]``, 0 for text.
+        """Values ``[tokens, ...]`` of each image at the slots of the new tokens: ``[batch, new, ...]``, 0 for text.
 
         Raises:
             InputError: not as many values as image tokens.
@@ -305,8 +325,9 @@ class Sight:
                 f"the vision tower saw {len(flat)} image tokens and the prompt has {split + int(videos.sum())}; give the"
                 " images with the prompt, not features that were computed before"
             )
-        out = torch.zeros(self.types.shape, dtype=flat.dtype, device=flat.device)
-        return out.masked_scatter(images, flat[:split]).masked_scatter(videos, flat[split:])
+        out = torch.zeros(*self.types.shape, *flat.shape[1:], dtype=flat.dtype, device=flat.device)
+        out[images], out[videos] = flat[:split], flat[split:]
+        return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ The library goes on in original slots: it gives every layer the masks, position 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from vlmattn import attention
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.request import TEXT, Choice, Request, Stage, Step, TokenMap, Weights
+from vlmattn.wrapping.merged import REQUEST
 
 Inputs = tuple[Step, Tensor, dict[str, Any]]
 """A step, the residual stream and the keyword arguments of a layer."""
@@ -21,7 +23,7 @@ Inputs = tuple[Step, Tensor, dict[str, Any]]
 
 def check_prompt(request: Request) -> None:
     """Raise for prompts whose tokens cannot be dropped."""
-    if not any(visual for visual, _ in request.newest):
+    if not any(images for images, _ in request.newest):
         return
     if request.first_last_row < request.prompt_length - 1:
         raise InputError(
@@ -49,7 +51,7 @@ def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
     if step.is_prompt:
         if layer.training:
             raise UnsupportedError(f"'{request.plan.name}' drops tokens, which is for inference; call model.eval()")
-        start, before, given = step.start or 0, request.maps[index], sum(visual for visual, _ in request.newest)
+        start, before, given = step.start or 0, request.maps[index], sum(sum(images) for images, _ in request.newest)
         if index == 0 and given:
             for method in dict.fromkeys(request.plan.pruning):
                 if method is not None:
@@ -62,12 +64,13 @@ def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
             hidden = _follow(step, choice, hidden, pruner.drops, pruner.compact)
         if (rows := step.rows) is not None:
             real = request.real(request.stop, hidden.device)
+            _speak_original(kwargs.get("past_key_values"))
             request.maps[index] = step.once(
                 ("tokens", before, rows), lambda: TokenMap.of(before, rows, start, request.stop, real)
             )
         request.ledger.add(("image tokens", str(index)), given if rows is None else sum(rows.visual))
         if index == 0:
-            request.ledger.add(("prompts with images",), sum(visual > 0 for visual, _ in request.newest))
+            request.ledger.add(("prompts with images",), sum(bool(images) for images, _ in request.newest))
             request.ledger.add(("image tokens", "prompt"), given)
     return _through(step, request.maps[index], index, hidden, kwargs)
 
@@ -117,7 +120,7 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
         text=text,
         images=request.images(request.stop, hidden.device).gather(1, rows.slots),
         counts=rows.visual,
-        given=tuple(visual for visual, _ in request.newest),
+        given=tuple(images for images, _ in request.newest),
         weights=weights,
         start=view.start or 0,
         tables=seen["position_embeddings"],
@@ -134,6 +137,30 @@ def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str,
         )
     assert probe.weights is not None
     return probe.weights
+
+
+def _speak_original(cache: Any) -> None:
+    """Lengths that the library asks a cache for are in original slots: it cuts its inputs and makes its masks by them."""
+    if cache is not None and "get_seq_length" not in cache.__dict__:
+        cache.get_seq_length = MethodType(_original_length, cache)  # bound, so that a deep copy asks itself
+        cache.get_mask_sizes = MethodType(_original_sizes, cache)
+
+
+def _original_length(self: Any, layer_idx: int = 0) -> Any:
+    length, removed = type(self).get_seq_length(self, layer_idx), _removed(self, layer_idx)
+    return length + removed * (length > 0)  # nothing after a reset
+
+
+def _original_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[int, int]:
+    length, offset = type(self).get_mask_sizes(self, query_length, layer_idx)
+    static = layer_idx < len(self.layers) and hasattr(self.layers[layer_idx], "max_cache_len")
+    return (length if static else length + _removed(self, layer_idx)), offset
+
+
+def _removed(cache: Any, layer: int) -> int:
+    request: Request | None = getattr(cache, REQUEST, None)
+    tokens = request.maps[layer] if request is not None else None
+    return 0 if tokens is None else tokens.removed
 
 
 def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:

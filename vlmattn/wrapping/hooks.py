@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from types import MethodType
@@ -21,7 +21,21 @@ from transformers import PreTrainedModel
 from vlmattn import attention
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import Family
-from vlmattn.request import TEXT, Plan, Preparation, Request, Scope, Sight, Step, Steps, Stream, number_images
+from vlmattn.request import (
+    IMAGE,
+    TEXT,
+    VIDEO,
+    Image,
+    Plan,
+    Preparation,
+    Request,
+    Scope,
+    Sight,
+    Step,
+    Steps,
+    Stream,
+    number_images,
+)
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.dropping import check_continuation, check_prompt, narrow
 from vlmattn.wrapping.handle import Handle, handle_of
@@ -42,6 +56,7 @@ def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.ho
         model.register_forward_hook(_after_model, with_kwargs=True),
         decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True),
         family.tower(model).register_forward_pre_hook(_before_tower, with_kwargs=True),
+        family.tower(model).register_forward_hook(_after_tower),
     ]
     for number, module in enumerate(family.tower_attention(model)):
         hooks.append(module.register_forward_pre_hook(partial(_before_tower_attention, number), with_kwargs=True))
@@ -149,7 +164,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         if request.plan.extending:
             _follow_beams(cache)
     plain = mask is None or mask.ndim == 2 or call.plain_mask
-    return Step(request, handle._base, start, plain, sight=call.sight.patches, order=_image_order(inputs))
+    return Step(request, handle._base, start, plain, sight=call.sight, order=_image_order(inputs))
 
 
 def _image_order(inputs: dict[str, Any]) -> list[int] | None:
@@ -273,17 +288,40 @@ def _show_images(step: Step, start: int, embeds: Tensor) -> None:
     types = request.types(stop, embeds.device)[:, start:]
     if not bool((types != TEXT).any()):
         return
-    patches = {layer: [seen[i] for i in step.order or range(len(seen))] for layer, seen in step.sight.items()}
+    patches = {layer: _ordered(step, seen) for layer, seen in step.sight.patches.items()}
     if not patches:
         raise InputError(
             f"{', '.join(m.info.name for m in request.plan.seeing)} must see the vision tower at work; give pixel_values,"  # type: ignore[attr-defined]
             " not features that were computed before"
         )
-    sight = Sight(request, start, types, patches)
+    sight = Sight(request, start, types, patches, _images(step, patches, types, embeds) if request.plan.pruning else ())
     for method in request.plan.seeing:
         method.encoded(sight)
     if (call := CALL.get()) is not None:
         call.sight.shown = True
+
+
+def _ordered(step: Step, seen: Sequence[Any]) -> list[Any]:
+    """What was seen of the encoded images, for the images of the prompt."""
+    return [seen[i] for i in step.order or range(len(seen))]
+
+
+def _images(step: Step, patches: dict[int, list[Tensor]], types: Tensor, embeds: Tensor) -> tuple[Image, ...]:
+    """All that is known of each image of the prompt."""
+    call = CALL.get()
+    assert call is not None
+    keys = {layer: _ordered(step, seen) for layer, seen in step.sight.keys.items()}
+    features = _ordered(step, step.sight.features)
+    project = partial(call.handle._family.project, call.model)
+    if not features:
+        lengths = [seen.shape[-1] for seen in next(iter(patches.values()))]
+        tokens = torch.cat([embeds[types == kind] for kind in (IMAGE, VIDEO)])
+        features = [(image, None) for image in torch.split(tokens, lengths)]
+    found = []
+    for number, (vectors, summary) in enumerate(features):
+        attention_of, keys_of = ({layer: seen[number] for layer, seen in of.items()} for of in (patches, keys))
+        found.append(Image(attention_of, keys_of, vectors, summary, project))
+    return tuple(found)
 
 
 def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -394,9 +432,21 @@ def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if call is not None and call.plan.tower_layers and call.handle._family.tower(call.model) is tower:
         names = list(inspect.signature(type(tower).forward).parameters)[1:] if args else []
         if call.sight.shown:
-            call.sight.patches.clear()
+            for seen in (call.sight.patches, call.sight.keys, call.sight.features):
+                seen.clear()
             call.sight.shown = False
         call.sight.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _after_tower(tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    call = CALL.get()
+    if (
+        call is not None
+        and call.plan.tower_layers
+        and call.plan.pruning
+        and call.handle._family.tower(call.model) is tower
+    ):
+        call.sight.features += call.handle._family.patch_features(call.model, output)
 
 
 def _before_tower_attention(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -407,8 +457,10 @@ def _before_tower_attention(number: int, module: nn.Module, args: tuple[Any, ...
         return
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     with torch.no_grad():
-        seen = call.handle._family.summary_attention(call.model, module, hidden, call.sight.inputs)
-    call.sight.patches.setdefault(number, []).extend(seen)
+        inputs = (call.model, module, hidden, call.sight.inputs)
+        call.sight.patches.setdefault(number, []).extend(call.handle._family.summary_attention(*inputs))
+        if call.plan.pruning:
+            call.sight.keys.setdefault(number, []).extend(call.handle._family.patch_keys(*inputs))
 
 
 def _hook_projections(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:

@@ -4,5 +4,6 @@ from vlmattn.interventions.pruning.base import Pruning
 from vlmattn.interventions.pruning.fastv import FastV
 from vlmattn.interventions.pruning.pyramiddrop import PyramidDrop
 from vlmattn.interventions.pruning.sparsevlm import SparseVLM
+from vlmattn.interventions.pruning.visionzip import VisionZip
 
-__all__ = ["FastV", "Pruning", "PyramidDrop", "SparseVLM"]
+__all__ = ["FastV", "Pruning", "PyramidDrop", "SparseVLM", "VisionZip"]

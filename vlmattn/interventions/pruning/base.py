@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions.registry import MANY, Options, Sizes, option, parse_layers
@@ -18,6 +20,7 @@ class Pruning(Options):
     which costs more than no pruning: the same choice, to compare with.
     """
 
+    earliest: ClassVar[int] = 1  # the cache of layer 0 stays whole, but for methods that see to that
     mode: str = option("drop", about="drop the tokens, or only hide them (to compare)", choices=("drop", "mask"))
 
     @property
@@ -42,9 +45,9 @@ class Pruning(Options):
                 " with full attention in every layer"
             )
         for layer in self.stages(sizes):
-            if not 1 <= layer < sizes.layers:
+            if not self.earliest <= layer < sizes.layers:
                 raise OptionError(
-                    f"{self.info.name}: tokens can be dropped before the layers 1..{sizes.layers - 1} of this model, got {layer}"
+                    f"{self.info.name}: tokens can be dropped before the layers {self.earliest}..{sizes.layers - 1} of this model, got {layer}"
                 )
             if layer < sizes.deepstack:
                 raise OptionError(
@@ -57,11 +60,11 @@ class Pruning(Options):
         """Layers that only the chosen rows reach, ascending."""
         raise NotImplementedError
 
-    def kept(self, layer: int, given: int, left: int) -> int:
+    def kept(self, layer: int, given: Sequence[int], left: int) -> int:
         """Image tokens of a sequence that go on at the stage before ``layer``.
 
         Args:
-            given: image tokens in its prompt; left: those that reach the stage.
+            given: tokens of each image in its prompt; left: image tokens that reach the stage.
         """
         raise NotImplementedError
 

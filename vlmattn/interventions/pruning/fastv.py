@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlmattn.interventions.pruning.base import Pruning, budget
@@ -57,8 +58,8 @@ class FastV(Pruning):
         seen = weights(row, row + 1)[:, :, 0, start : start + scope.queries].mean(1)
         scope.request.state[(self, "gaze")] = seen
 
-    def kept(self, layer: int, given: int, left: int) -> int:
-        return budget(self.keep_ratio, self.keep_tokens, given)
+    def kept(self, layer: int, given: Sequence[int], left: int) -> int:
+        return budget(self.keep_ratio, self.keep_tokens, sum(given))
 
     def choose(self, stage: Stage) -> Choice:
         counts = self.counts(stage)

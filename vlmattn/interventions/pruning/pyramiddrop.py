@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages
@@ -71,8 +72,8 @@ class PyramidDrop(Pruning):
     def stages(self, sizes: Sizes) -> tuple[int, ...]:
         return parse_layers(self.layers, sizes.layers, "pyramiddrop.layers")
 
-    def kept(self, layer: int, given: int, left: int) -> int:
-        return int(self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)] * given)
+    def kept(self, layer: int, given: Sequence[int], left: int) -> int:
+        return int(self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)] * sum(given))
 
     def choose(self, stage: Stage) -> Choice:
         counts = self.counts(stage)

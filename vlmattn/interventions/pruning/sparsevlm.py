@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,14 +126,14 @@ class SparseVLM(Pruning):
         found: Tensor = seen.mean(1).sum(1) / raters.sum(1, keepdim=True).clamp_min(1)
         return found
 
-    def kept(self, layer: int, given: int, left: int) -> int:
+    def kept(self, layer: int, given: Sequence[int], left: int) -> int:
         chosen = self._chosen(layer, given, left)
         return chosen + self._clusters(left - chosen)[1]
 
-    def _chosen(self, layer: int, given: int, left: int) -> int:
+    def _chosen(self, layer: int, given: Sequence[int], left: int) -> int:
         """Image tokens that stay as they are."""
         ratio = self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)]
-        return min(round(ratio * given), max(left - 1, 0))
+        return min(round(ratio * sum(given)), max(left - 1, 0))
 
     def _clusters(self, dropped: int) -> tuple[int, int]:
         """How many of the dropped tokens are merged, and into how many."""
