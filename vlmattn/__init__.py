@@ -21,6 +21,7 @@ from vlmattn.errors import (
 )
 
 if TYPE_CHECKING:
+    from vlmattn.costs import Cost, cost
     from vlmattn.decoding import (
         AGLA,
         ICD,
@@ -91,6 +92,8 @@ _DECODING = frozenset(
 
 # Imported on first use: `import vlmattn` must work where transformers cannot be imported, to say why.
 _ELSEWHERE = {
+    "Cost": ("costs", "Cost"),
+    "cost": ("costs", "cost"),
     "presets": ("recipe", "all_presets"),
     "supported_families": ("models", "supported_families"),
     "Recipe": ("recipe", "Recipe"),
@@ -145,6 +148,7 @@ __all__ = [
     "Calibration",
     "Contrast",
     "ContrastiveDecoding",
+    "Cost",
     "DeCo",
     "Decoding",
     "DoLa",
@@ -169,6 +173,7 @@ __all__ = [
     "VlmattnError",
     "__version__",
     "applied",
+    "cost",
     "install",
     "load",
     "presets",

@@ -121,6 +121,9 @@ def _run(
         look = _weights_of(scope.visibility(mask), query, key, kwargs)
         for method in measuring:
             method.measure(scope, look)
+    if plan.looking:
+        for policy in plan.looking[layer]:
+            policy.look(scope, query, key)
     if plan.by_layer[layer]:
         _refuse_what_would_be_wrong(step, scope.queries, scope.keys, kwargs)
     attend_with = partial(_attend, base, scope, module, query, key, value, mask, kwargs)
@@ -174,6 +177,8 @@ def _attend(
     if edit.only_head_gain:
         out, attended = base(module, query, key, value, mask, **kwargs)
         return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), attended, f"{label}+head_gain"
+    if edit.read is not None and edit.read.shape[1] != key.shape[1]:  # all KV heads alike
+        edit = replace(edit, read=edit.read.expand(-1, key.shape[1], -1))
     see = scope.visibility(mask)
     out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), kwargs.get("dropout", 0.0))
     return out.transpose(1, 2).contiguous(), None, backend

@@ -17,7 +17,7 @@ from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError
 from vlmattn.interventions import Intervention, Options, all_presets, make_method
 from vlmattn.interventions.files import copy_whole, write_whole
-from vlmattn.interventions.pruning import Pruning
+from vlmattn.interventions.pruning import KVPolicy, Pruning
 from vlmattn.interventions.registry import Sizes
 from vlmattn.request import Plan
 
@@ -159,6 +159,11 @@ class Recipe:
             for layer in sorted(layers)
             if (found := method.directions(layer)) is not None
         )
+        policies = [m for m in bound if isinstance(m, KVPolicy)]
+        if policies and (search or (contrast is not None and contrast.branches)):
+            raise OptionError(
+                f"'{_name(policies[0])}' and '{_name(self.decoding)}' conflict: the decoding rule needs whole caches; use one of them"
+            )
         seeing: list[Intervention | Pruning] = [m for m in bound if _has(m, "encoded")]
         seeing += [m for m in pruners if _has(m, "encoded")]
         measured = at("measure", [m.measured_layers(sizes) for m in bound])
@@ -176,6 +181,14 @@ class Recipe:
                 for layer, methods in enumerate(measured)
             ),
             pruning=pruning,
+            evicting=self._evicting(policies, sizes),
+            policies=tuple(policies),
+            looking=tuple(
+                tuple(m for m in policies if _has(m, "look") and layer in m.active_layers(sizes))
+                for layer in range(sizes.layers)
+            )
+            if any(_has(m, "look") for m in policies)
+            else (),
             seeing=tuple(seeing),
             extending=frozenset().union(*extending),
             directions=tuple(directions),
@@ -212,6 +225,23 @@ class Recipe:
                     )
                 found[layer] = method
         return tuple(found)
+
+    def _evicting(self, policies: Sequence[KVPolicy], sizes: Sizes) -> tuple[KVPolicy | None, ...]:
+        """For each layer the policy that takes slots out of its cache; empty if none does.
+
+        Raises:
+            OptionError: two policies evict in the same layer.
+        """
+        found: list[KVPolicy | None] = [None] * sizes.layers
+        for policy in (policy for policy in policies if _has(policy, "evict")):
+            for layer in policy.active_layers(sizes):
+                if (other := found[layer]) is not None:
+                    raise OptionError(
+                        f"'{_name(other)}' and '{_name(policy)}' conflict: both evict in layer {layer}; use one of them, or layer"
+                        " ranges that do not meet"
+                    )
+                found[layer] = policy
+        return tuple(found) if any(found) else ()
 
     def _contrast(self, sizes: Sizes) -> ContrastiveDecoding | None:
         """Branches and rule for a model; None if there are none or they change nothing."""
@@ -379,7 +409,7 @@ def _watched(contrast: ContrastiveDecoding | None, sizes: Sizes) -> frozenset[in
 
 def _has(method: Intervention | Pruning, step: str) -> bool:
     """Whether a method implements an optional step."""
-    base = Pruning if isinstance(method, Pruning) else Intervention
+    base = next(base for base in (Pruning, KVPolicy, Intervention) if isinstance(method, base))
     return getattr(type(method), step) is not getattr(base, step)
 
 

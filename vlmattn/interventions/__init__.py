@@ -13,7 +13,7 @@ from vlmattn.interventions.mma import MMA
 from vlmattn.interventions.pai import PAI
 from vlmattn.interventions.paint import PAINT
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile
-from vlmattn.interventions.pruning import FastV, Pruning, PyramidDrop, SparseVLM, VisionZip
+from vlmattn.interventions.pruning import AVL, FastV, KVPolicy, Pruning, PyramidDrop, SparseVLM, VisionZip
 from vlmattn.interventions.registry import (
     MethodInfo,
     Options,
@@ -29,6 +29,7 @@ from vlmattn.interventions.var import VAR
 from vlmattn.interventions.vhr import VHR
 
 __all__ = [
+    "AVL",
     "GIFT",
     "MMA",
     "PAI",
@@ -45,6 +46,7 @@ __all__ = [
     "HeadsGuided",
     "Intervention",
     "Isolation",
+    "KVPolicy",
     "Knockout",
     "MethodInfo",
     "Options",

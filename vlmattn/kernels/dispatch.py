@@ -154,6 +154,8 @@ def _eager(
     rows, keys = query.shape[2], key.shape[2]
     if rows == 1:
         mask = see.one_row or _mask(see, 0, 1, 1, keys, query.device)
+        if edit.only_read and softcap is None and sinks is None and not dropout:
+            return eager.reading(query, key, value, mask, see.real, edit, scale)
         return eager.attention(query, key, value, mask, see.real, edit, scale, dropout, softcap, sinks)
     stock = not dropout and softcap is None and sinks is None  # what SDPA can do
     first = min(edit.first_row, rows) if stock else 0

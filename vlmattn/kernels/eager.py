@@ -42,6 +42,32 @@ def attention(
     return (packed @ value).view(batch, heads, rows, value.shape[-1])
 
 
+def reading(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, real: Tensor | None, edit: AttentionEdit, scale: float
+) -> Tensor:
+    """Attention of one row that reads the slots ``edit.read`` and nothing else; arguments as in ``attention``."""
+    assert edit.read is not None
+    batch, heads = query.shape[:2]
+    kv_heads, keys = key.shape[1:3]
+    slots = edit.read.long().clamp_min(0)
+    seen = edit.read >= 0
+    if real is not None:
+        seen = seen & real[:, None].expand(-1, kv_heads, -1).gather(2, slots)
+    bias = None
+    if mask is not None:
+        per_slot = (batch, kv_heads, keys)
+        seen = seen & mask.visible[:, :1, 0].expand(per_slot).gather(2, slots)
+        bias = None if mask.bias is None else mask.bias[:, :1, 0].expand(per_slot).gather(2, slots)
+    key, value = (states.gather(2, slots[..., None].expand(-1, -1, -1, states.shape[-1])) for states in (key, value))
+    packed = query.view(batch, kv_heads, heads // kv_heads, -1)
+    hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~seen, torch.finfo(query.dtype).min
+    )
+    hidden = hidden if bias is None else hidden + bias.to(query.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(packed, key, value, hidden[:, :, None], scale=scale)
+    return out.masked_fill(~seen.any(-1)[..., None, None], 0.0).view(batch, heads, 1, value.shape[-1])
+
+
 def weights(
     query: Tensor,
     key: Tensor,

@@ -314,6 +314,11 @@ class AttentionEdit:
         return self._count == 0 and len(self.head_gain) > 0
 
     @property
+    def only_read(self) -> bool:
+        """Heads read some slots, and that is all (head gains aside)."""
+        return self.read is not None and self._count == 1
+
+    @property
     def _count(self) -> int:
         """Parts other than head gains; lengths, because a tuple as a condition would break compiled graphs."""
         hidden = (self.keep is not None) + (self.read is not None)

@@ -1,7 +1,7 @@
 """What one generate() call knows: the request on its cache, the step in hand, and the scope that a method sees."""
 
 from vlmattn.request.beside import Stream
-from vlmattn.request.plan import Compare, Directions, Method, Plan, RoleFinder, Watch, Weights
+from vlmattn.request.plan import Compare, Directions, Method, Plan, Policy, RoleFinder, Watch, Weights
 from vlmattn.request.request import (
     ANSWER,
     IMAGE,
@@ -13,9 +13,9 @@ from vlmattn.request.request import (
     Request,
     number_images,
 )
-from vlmattn.request.scope import Choice, Image, Parts, Preparation, Scope, Sight, Stage, Step, Steps
+from vlmattn.request.scope import Choice, Eviction, Image, Parts, Preparation, Scope, Sight, Stage, Step, Steps
 from vlmattn.request.slots import Ledger, Slots
-from vlmattn.request.tokens import Kept, TokenMap
+from vlmattn.request.tokens import Kept, TokenMap, closed_up
 
 __all__ = [
     "ANSWER",
@@ -28,12 +28,14 @@ __all__ = [
     "Choice",
     "Compare",
     "Directions",
+    "Eviction",
     "Image",
     "Kept",
     "Ledger",
     "Method",
     "Parts",
     "Plan",
+    "Policy",
     "Preparation",
     "Request",
     "RoleFinder",
@@ -47,5 +49,6 @@ __all__ = [
     "TokenMap",
     "Watch",
     "Weights",
+    "closed_up",
     "number_images",
 ]

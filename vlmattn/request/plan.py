@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmattn.kernels import AttentionEdit
 
 if TYPE_CHECKING:
-    from vlmattn.request.scope import Choice, Preparation, Scope, Sight, Stage
+    from vlmattn.request.scope import Choice, Eviction, Preparation, Scope, Sight, Stage
 
 Weights = Callable[[int, int], Tensor]
 """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
@@ -65,6 +65,20 @@ class Pruner(Looker, Protocol):
     def choose(self, stage: Stage) -> Choice: ...
 
 
+class Policy(Method, Protocol):
+    """What the engine asks of a method that evicts or reads a part; ``interventions.pruning.KVPolicy`` is the real thing."""
+
+    @property
+    def info(self) -> Any: ...
+
+    @property
+    def drops(self) -> bool: ...
+
+    def look(self, scope: Scope, query: Tensor, key: Tensor) -> None: ...
+
+    def evict(self, scope: Scope) -> Eviction | None: ...
+
+
 class RoleFinder(Protocol):
     """Finds the turns of a prompt (``models.Turns`` is the real thing)."""
 
@@ -101,6 +115,9 @@ class Plan:
         branch_names: branches that a call may bring inputs for.
         search: the method that chooses the tokens, if it is not the library. ``rule``: what the report calls either.
         pruning: for each layer the method that chooses which prompt rows reach it, if one does; empty: no layer has one.
+        evicting: for each layer the policy that takes slots out of its cache, if one does; empty: no layer has one.
+        policies: all methods about cached slots, which must know on the host how far a cache is filled.
+        looking: policies of each layer that see its queries and keys.
     """
 
     name: str
@@ -121,8 +138,16 @@ class Plan:
     branches: tuple[Plan, ...] = ()
     branch_names: tuple[str, ...] = ()
     pruning: tuple[Pruner | None, ...] = ()
+    evicting: tuple[Policy | None, ...] = ()
+    policies: tuple[Policy, ...] = ()
+    looking: tuple[tuple[Policy, ...], ...] = ()
 
     @property
     def is_identity(self) -> bool:
         """Nothing happens in the attention of the main prompt."""
         return not any(self.by_layer) and not any(self.measuring) and not self.pruning
+
+    @property
+    def drops(self) -> bool:
+        """Layers may go on with fewer tokens than the prompt has."""
+        return bool(self.pruning or self.evicting)

@@ -66,6 +66,8 @@ class Request:
         self.newest: tuple[tuple[tuple[int, ...], int], ...] = ()
         self.tokens: TokenMap | None = None
         self._views: dict[TokenMap, Request] = {}
+        self._picked: dict[str, Slots] = {}
+        self._surveyed = False
 
     def extend(
         self,
@@ -102,7 +104,7 @@ class Request:
         if real is not None:
             self._real.write(0, real[:, :stop])
         types, real = self._survey(stop)
-        if self.plan.pruning:
+        if self.plan.drops:
             new = slice(start, stop)
             visual = ((types != TEXT) & real)[:, new]
             numbers = self._images.read(stop, visual.device)[:, new]
@@ -120,8 +122,8 @@ class Request:
 
     def _survey(self, stop: int) -> tuple[Tensor, Tensor]:
         """One look from the host per prompt, at types and reality of its slots: what it finds decides shapes."""
-        host, self.stop = torch.device("cpu"), stop
-        types, real = self._types.read(stop, host), self._real.read(stop, host)
+        host, self.stop, self._surveyed = torch.device("cpu"), stop, True
+        types, real = self._slots("_types").read(stop, host), self._slots("_real").read(stop, host)
         self.has_padding = not bool(real.all())
         slots = torch.arange(stop)
         in_prompt = real & (slots < self.prompt_length)
@@ -134,19 +136,44 @@ class Request:
         self._runs = _column_runs((types == TEXT).any(0), (types != TEXT).any(0))
         return types, real
 
-    def at(self, tokens: TokenMap) -> Request:
-        """The request in the slots of layers that go on with some of the tokens."""
-        if tokens not in self._views:
+    def at(self, tokens: TokenMap, in_prompt: bool = True) -> Request:
+        """The request in the slots of layers that go on with some of the tokens.
+
+        ``in_prompt`` False leaves out what only prompt rows ask for and what takes a look from the host.
+        """
+        view = self._views.get(tokens)
+        if view is None:
             view = Request(self.plan, self.ledger)
             view.__dict__.update(self.__dict__)  # shares what methods keep
-            for name in _SLOTS:
-                setattr(view, name, getattr(self, name).picked(tokens.slots, tokens.length))
-            if tokens.valid is not None:
-                view._real.hide(~tokens.valid)
-            view.prompt_length, view.tokens = self.prompt_length - tokens.removed, tokens
-            view._survey(self.stop - tokens.removed)
+            view.prompt_length, view.tokens, view._picked = self.prompt_length - tokens.removed, tokens, {}
+            view.has_padding, view._surveyed = self.has_padding or tokens.valid is not None, False
             self._views[tokens] = view
-        return self._views[tokens]
+        if in_prompt and not view._surveyed:
+            view._survey(self.stop - tokens.removed)
+        return view
+
+    def _slots(self, name: str) -> Slots:
+        """Slots of the prompt; a view picks its own when they are asked for."""
+        kept: Slots = getattr(self, name)
+        if self.tokens is None:
+            return kept
+        if name not in self._picked:
+            self._picked[name] = kept.picked(self.tokens.slots, self.tokens.length)
+            if name == "_real" and self.tokens.valid is not None:
+                self._picked[name].hide(~self.tokens.valid)
+        return self._picked[name]
+
+    def evict(self, layer: int, tokens: TokenMap, order: Tensor, keys: int) -> None:
+        """A layer goes on with the slots ``order`` ``[batch, kept]`` of the ``keys`` it had, which ``tokens`` maps.
+
+        What methods keep by slot of that layer goes along.
+        """
+        if (before := self.maps[layer]) is not None and before not in (*self.maps[:layer], *self.maps[layer + 1 :]):
+            self._views.pop(before, None)
+        self.maps[layer] = tokens
+        for key, kept in self.state.items():
+            if isinstance(kept, Slots) and isinstance(key, tuple) and len(key) == 3 and key[1] == layer:
+                self.state[key] = kept.picked(order, keys)
 
     def of_layer(self, layer: int) -> Request:
         """The request in the slots of a layer."""
@@ -208,8 +235,8 @@ class Request:
             copy._with_image = _of_rows(self._with_image, rows)
         if rows is not None:
             copy.batch = len(rows)
-            moved = {tokens: tokens.moved(rows) for tokens in self.maps if tokens is not None}  # layers share them
-            copy.maps, copy._views = [tokens and moved[tokens] for tokens in self.maps], {}
+            copy.maps, copy._views = list(self.maps), {}
+            copy._move_maps(rows)
             copy.newest = tuple(self.newest[row] for row in rows.tolist()) if self.newest else ()
         if shift or hidden is not None:
             copy.has_padding = True
@@ -231,6 +258,13 @@ class Request:
         for kept in self.state.values():
             if isinstance(kept, Slots):
                 kept.reorder(rows)
+        if self.plan.evicting:  # beams evict for themselves
+            self._move_maps(rows)
+
+    def _move_maps(self, rows: Tensor) -> None:
+        moved = {tokens: tokens.moved(rows) for tokens in self.maps if tokens is not None}  # layers share them
+        self.maps[:] = [tokens and moved[tokens] for tokens in self.maps]
+        self._views.clear()
 
     @property
     def has_images(self) -> bool:
@@ -238,23 +272,23 @@ class Request:
 
     def types(self, keys: int, device: torch.device) -> Tensor:
         """uint8 ``[batch, keys]``: TEXT, IMAGE or VIDEO; generated tokens are TEXT."""
-        return self._types.read(keys, device)
+        return self._slots("_types").read(keys, device)
 
     def images(self, keys: int, device: torch.device) -> Tensor:
         """int16 ``[batch, keys]``: number of the image within its row, -1 for text."""
-        return self._images.read(keys, device)
+        return self._slots("_images").read(keys, device)
 
     def ids(self, keys: int, device: torch.device) -> Tensor:
         """int64 ``[batch, keys]``: token ids of the prompt, -1 where they are not known and for generated tokens."""
-        return self._ids.read(keys, device)
+        return self._slots("_ids").read(keys, device)
 
     def roles(self, keys: int, device: torch.device) -> Tensor:
         """uint8 ``[batch, keys]``: SYSTEM, USER, MARKER or ANSWER; for methods that ask for turns."""
-        return self._roles.read(keys, device)
+        return self._slots("_roles").read(keys, device)
 
     def turns(self, keys: int, device: torch.device) -> Tensor:
         """int16 ``[batch, keys]``: number of the user's turn that a token belongs to, -1 elsewhere."""
-        return self._turns.read(keys, device)
+        return self._slots("_turns").read(keys, device)
 
     def content(self, keys: int, device: torch.device) -> Tensor:
         """bool ``[batch, keys]``: tokens of content words that a user said; for methods that ask for turns."""
@@ -266,7 +300,7 @@ class Request:
 
     def real(self, keys: int, device: torch.device) -> Tensor | None:
         """bool ``[batch, keys]``, False for padding; None when there is none."""
-        return self._real.read(keys, device) if self.has_padding else None
+        return self._slots("_real").read(keys, device) if self.has_padding else None
 
     def runs(self, text: tuple[int, ...], image: tuple[int, ...]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
         """Contiguous runs of prompt slots with the groups that occur there, given those of text and of image tokens."""

@@ -99,7 +99,13 @@ class Step:
             start = None if self.start is None else tokens.slot(self.start)
             slot = None if self.slot is None else self.slot - tokens.removed
             return replace(
-                self, request=self.request.at(tokens), start=start, slot=slot, seen=None, masks=None, _memo={}
+                self,
+                request=self.request.at(tokens, self.is_prompt),
+                start=start,
+                slot=slot,
+                seen=None,
+                masks=None,
+                _memo={},
             )
 
         step: Step = self.once(("through", tokens), make)
@@ -273,6 +279,14 @@ class Choice:
     visual: Tensor
     counts: tuple[int, ...]
     hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Eviction:
+    """Slots of a layer's cache that stay: ``keep`` bool ``[batch, keys]``, ``counts`` of them that are real in each sequence."""
+
+    keep: Tensor
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)

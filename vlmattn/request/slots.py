@@ -35,6 +35,10 @@ class Slots:
         self.fill, self._dtype = fill, dtype
         self._values: Tensor | None = None
 
+    @property
+    def written(self) -> bool:
+        return self._values is not None
+
     def _grow(self, length: int, batch: int, device: torch.device) -> Tensor:
         values = self._values
         if values is None or values.shape[1] < length:

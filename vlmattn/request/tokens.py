@@ -40,18 +40,27 @@ class Kept:
             visual, text: image tokens and others that stay in each sequence.
             drop: rows really go; else they only become invalid.
         """
-        stay = keep if self.valid is None else keep & self.valid
         compact = compact or self.compact
         if not drop:
+            stay = keep if self.valid is None else keep & self.valid
             order = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
             return Kept(self.slots, stay, tuple(visual), compact), order
-        counts = [v + t for v, t in zip(visual, text, strict=True)]
-        rank = torch.where(stay, 0, 2) if self.valid is None else torch.where(stay, 0, torch.where(self.valid, 2, 1))
-        order = (
-            rank.argsort(dim=1, stable=True)[:, : max(counts)].sort(1).values
-        )  # fillers are padding where there is some
-        valid = None if min(counts) == max(counts) else stay.gather(1, order)
+        order, valid = closed_up(keep, self.valid, [v + t for v, t in zip(visual, text, strict=True)])
         return Kept(self.slots.gather(1, order), valid, tuple(visual), compact), order
+
+
+def closed_up(keep: Tensor, valid: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Places ``[batch, max(counts)]`` of those that stay, ascending, and which of them are no fillers (None = all).
+
+    Args:
+        keep, valid: bool ``[batch, places]``, of which ``counts`` are both in each sequence.
+    """
+    stay = keep if valid is None else keep & valid
+    rank = torch.where(stay, 0, 2)
+    if valid is not None:
+        rank = torch.where(valid, rank, 1)  # fillers are padding where there is some
+    order = rank.argsort(dim=1, stable=True)[:, : max(counts)].sort(1).values
+    return order, None if min(counts) == max(counts) else stay.gather(1, order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +113,16 @@ class TokenMap:
             lost = (torch.zeros_like(slots[:, 0]) + before_count) - after_count
         return cls(slots, valid, stop, begin, old.shape[1], lost)
 
+    @classmethod
+    def evicted(cls, before: TokenMap | None, order: Tensor, valid: Tensor | None, keys: int) -> TokenMap:
+        """What is left when of the ``keys`` slots that a layer had those at ``order`` stay, ``valid`` or not."""
+        old = torch.arange(keys, device=order.device).expand(len(order), -1)
+        length = keys
+        if before is not None:
+            length = keys + before.removed
+            old = torch.cat([before.slots, old[:, before.kept :] + before.removed], 1)
+        return cls(old.gather(1, order), valid, length, -1, -1, None if before is None else before.lost)
+
     @property
     def kept(self) -> int:
         return self.slots.shape[1]
@@ -134,7 +153,7 @@ class TokenMap:
     def positions(self, given: Tensor) -> Tensor:
         """Position ids counted anew, ``[batch, query]``, from those of the library ``[batch or 1, query]``."""
         assert self.lost is not None
-        if given.shape[1] == self.length - self.begin:  # the newest rows
+        if self.begin >= 0 and given.shape[1] == self.length - self.begin:  # the newest rows
             real = torch.ones_like(self.slots) if self.valid is None else self.valid.long()
             return (real.cumsum(1) - 1).clamp_min(0)[:, self.at :].to(given.device)
         return given - self.lost[:, None].to(given.device)

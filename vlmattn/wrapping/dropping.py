@@ -56,7 +56,7 @@ def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
             for method in dict.fromkeys(request.plan.pruning):
                 if method is not None:
                     method.enter(_stage(step, layer, index, hidden, kwargs))
-        pruner = request.plan.pruning[index]
+        pruner = request.plan.pruning[index] if request.plan.pruning else None
         if pruner is not None and given:
             stage = _stage(step, layer, index, hidden, kwargs)
             choice = pruner.choose(stage)
@@ -64,7 +64,7 @@ def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
             hidden = _follow(step, choice, hidden, pruner.drops, pruner.compact)
         if (rows := step.rows) is not None:
             real = request.real(request.stop, hidden.device)
-            _speak_original(kwargs.get("past_key_values"))
+            speak_original(kwargs.get("past_key_values"))
             request.maps[index] = step.once(
                 ("tokens", before, rows), lambda: TokenMap.of(before, rows, start, request.stop, real)
             )
@@ -139,7 +139,7 @@ def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str,
     return probe.weights
 
 
-def _speak_original(cache: Any) -> None:
+def speak_original(cache: Any) -> None:
     """Lengths that the library asks a cache for are in original slots: it cuts its inputs and makes its masks by them."""
     if cache is not None and "get_seq_length" not in cache.__dict__:
         cache.get_seq_length = MethodType(_original_length, cache)  # bound, so that a deep copy asks itself

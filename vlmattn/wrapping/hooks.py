@@ -38,6 +38,7 @@ from vlmattn.request import (
 )
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.dropping import check_continuation, check_prompt, narrow
+from vlmattn.wrapping.evicting import after_layer, check_cache
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.merged import REQUEST, merged_of
 
@@ -60,7 +61,9 @@ def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.ho
     ]
     for number, module in enumerate(family.tower_attention(model)):
         hooks.append(module.register_forward_pre_hook(partial(_before_tower_attention, number), with_kwargs=True))
-    hooks += [layer.register_forward_pre_hook(_before_layer, with_kwargs=True) for layer in family.layers(model)]
+    for layer in family.layers(model):
+        hooks.append(layer.register_forward_pre_hook(_before_layer, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after_layer, with_kwargs=True))
     return hooks
 
 
@@ -134,7 +137,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
         return decoding
     _refuse_packing(inputs)
-    if call.plan.pruning:
+    if call.plan.drops:
         if inputs.get("labels") is not None:
             raise UnsupportedError(
                 f"'{call.plan.name}' drops tokens, so there is no loss over all of them; leave labels out"
@@ -149,19 +152,21 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         images = number_images(types, handle._family.image_lengths(model, inputs))
         real, finder = None if mask is None else _real_keys(mask), handle.turns if call.plan.uses_turns else None
         request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
-        if call.plan.pruning:
+        if call.plan.drops:
             check_prompt(request)
     if not request.has_images and not call.plan.texts:
         raise InputError(
             "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
             " call model.vlmattn.disable() for prompts without images"
         )
+    if request.plan.policies:
+        check_cache(request.plan, cache)
     if request.plan.directions and not handle._projecting:
         handle._projecting = True
         handle._hooks += _hook_projections(handle._family, model)
     if cache is not None:
         setattr(cache, REQUEST, request)
-        if request.plan.extending:
+        if request.plan.extending or request.plan.policies:
             _follow_beams(cache)
     plain = mask is None or mask.ndim == 2 or call.plain_mask
     return Step(request, handle._base, start, plain, sight=call.sight, order=_image_order(inputs))
@@ -311,7 +316,7 @@ def _images(step: Step, patches: dict[int, list[Tensor]], types: Tensor, embeds:
     call = CALL.get()
     assert call is not None
     keys = {layer: _ordered(step, seen) for layer, seen in step.sight.keys.items()}
-    features = _ordered(step, step.sight.features)
+    features = _ordered(step, step.sight.features) if step.sight.features else []
     project = partial(call.handle._family.project, call.model)
     if not features:
         lengths = [seen.shape[-1] for seen in next(iter(patches.values()))]
@@ -399,7 +404,7 @@ def _before_layer(
     if isinstance(step, Steps) and index in step.early:
         step.early[index] = hidden
     first = step.parts[0][1]
-    if first is not None and first.request.plan.pruning and first.watch is None:  # never with branches
+    if first is not None and first.request.plan.drops and first.watch is None:  # never with branches
         view, hidden, kwargs = narrow(first, layer, index, hidden, kwargs)
         _observe(view, index, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

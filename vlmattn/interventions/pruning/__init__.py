@@ -1,9 +1,11 @@
 """Methods that drop image tokens: one method, one file, one frozen dataclass."""
 
+from vlmattn.interventions.pruning.avl import AVL
 from vlmattn.interventions.pruning.base import Pruning
 from vlmattn.interventions.pruning.fastv import FastV
+from vlmattn.interventions.pruning.policy import KVPolicy
 from vlmattn.interventions.pruning.pyramiddrop import PyramidDrop
 from vlmattn.interventions.pruning.sparsevlm import SparseVLM
 from vlmattn.interventions.pruning.visionzip import VisionZip
 
-__all__ = ["FastV", "Pruning", "PyramidDrop", "SparseVLM", "VisionZip"]
+__all__ = ["AVL", "FastV", "KVPolicy", "Pruning", "PyramidDrop", "SparseVLM", "VisionZip"]

@@ -21,6 +21,7 @@ class Pruning(Options):
     """
 
     earliest: ClassVar[int] = 1  # the cache of layer 0 stays whole, but for methods that see to that
+    looks_ahead: ClassVar[bool] = False  # asks for ``Stage.weights``, which takes the layer's projections once more
     mode: str = option("drop", about="drop the tokens, or only hide them (to compare)", choices=("drop", "mask"))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
@@ -44,6 +45,7 @@ class PyramidDrop(Pruning):
             model whose tokens have several (M-RoPE).
     """
 
+    looks_ahead: ClassVar[bool] = True
     layers: str = option(
         "8/32,16/32,24/32",
         about="first layers of the stages; a/b is a share of the depth",

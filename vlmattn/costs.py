@@ -1,0 +1,330 @@
+"""What a prompt costs under a recipe, told before it is run: operations and bytes of the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from vlmattn.errors import InputError, OptionError, UnsupportedError
+from vlmattn.interventions.pruning import Pruning
+from vlmattn.models import Anatomy, Family, find_family
+from vlmattn.recipe import Recipe
+from vlmattn.request import Plan, Request, number_images
+from vlmattn.wrapping import applied, handle_of
+from vlmattn.wrapping.dropping import check_prompt
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one batch of prompts costs the language model. Operations are floating-point ones, two for a multiply-add.
+
+    Attributes:
+        rows: rows of each sequence in each layer, padding and fillers included; the layer's cache has as many slots.
+        image_tokens: of a sequence with images, on average, in each layer.
+        linear_flops, attention_flops: prefill, of the layers' matrices and of attention.
+        score_flops: prefill, of what methods look at to choose tokens.
+        head_flops: logits of the last row of each sequence.
+        kv_bytes: the cache after the prompt and the new tokens.
+        weight_bytes: weights that a decode step reads.
+        measured_flops, measured_kv_bytes: of one real prefill; None if it was not run.
+    """
+
+    rows: tuple[int, ...]
+    image_tokens: tuple[float, ...]
+    linear_flops: int
+    attention_flops: int
+    score_flops: int
+    head_flops: int
+    kv_bytes: int
+    weight_bytes: int
+    measured_flops: int | None = None
+    measured_kv_bytes: int | None = None
+
+    @property
+    def prefill_flops(self) -> int:
+        return self.linear_flops + self.attention_flops + self.score_flops + self.head_flops
+
+    @property
+    def decode_bytes(self) -> int:
+        """What a decode step reads: weights and cache."""
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def equivalent(self) -> float:
+        """Image tokens of a sequence, mean over layers: the budget by which methods compare fairly."""
+        return sum(self.image_tokens) / len(self.image_tokens)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a batch of prompts costs without and with a recipe. ``print`` shows a table.
+
+    Attributes:
+        recipe: its name; sequences, tokens: of the batch, padding included; new_tokens: of each sequence in the cache.
+        bare, edited: the model alone and under the recipe.
+    """
+
+    recipe: str
+    sequences: int
+    tokens: int
+    new_tokens: int
+    bare: Load
+    edited: Load
+
+    @property
+    def prefill_ratio(self) -> float:
+        return self.edited.prefill_flops / self.bare.prefill_flops
+
+    @property
+    def kv_ratio(self) -> float:
+        return self.edited.kv_bytes / self.bare.kv_bytes
+
+    @property
+    def decode_ratio(self) -> float:
+        return self.edited.decode_bytes / self.bare.decode_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: all fields, sums and ratios."""
+        found = asdict(self)
+        for name, load in (("bare", self.bare), ("edited", self.edited)):
+            found[name] |= {key: list(found[name][key]) for key in ("rows", "image_tokens")}
+            found[name] |= {key: getattr(load, key) for key in ("prefill_flops", "decode_bytes", "equivalent")}
+        return found | {key: getattr(self, key) for key in ("prefill_ratio", "kv_ratio", "decode_ratio")}
+
+    def __str__(self) -> str:
+        lines = [
+            ("prefill", "prefill_flops", _operations),
+            ("  measured", "measured_flops", _operations),
+            (f"KV cache, {self.new_tokens} new", "kv_bytes", _bytes),
+            ("  measured, 0 new", "measured_kv_bytes", _bytes),
+            ("a decode step reads", "decode_bytes", _bytes),
+            ("image tokens a layer", "equivalent", "{:.1f}".format),
+        ]
+        many = "1 sequence" if self.sequences == 1 else f"{self.sequences} sequences"
+        table = [f"{f'{many} of {self.tokens} tokens':27}{'none':>12}{self.recipe:>14}   ratio"]
+        for what, name, shown in lines:
+            before, after = getattr(self.bare, name), getattr(self.edited, name)
+            if before is not None:
+                ratio = f"{after / before:8.3f}" if before else ""
+                table.append(f"{what:27}{shown(before):>12}{shown(after):>14}{ratio}")
+        return "\n".join([*table, "Language model only; the vision tower is not counted."])
+
+
+def cost(
+    model: PreTrainedModel, inputs: Mapping[str, Any], recipe: Any = None, new_tokens: int = 0, measure: bool = False
+) -> Cost:
+    """What exactly these inputs cost under a recipe and without it. The model does not run, unless to ``measure``.
+
+    With B sequences, n_l rows and W_l weights in the matrices of layer l, h heads and h_kv key heads of width d, hidden
+    size H, vocabulary V, b bytes for a number and t new tokens:
+
+        prefill = B sum_l (2 W_l n_l + 4 h d n_l^2) + score + 2 B H V;   KV bytes = 2 b B h_kv d sum_l (n_l + t)
+
+    A decode step reads all weights and the KV bytes. Of mixtures of experts the active ones count (in a decode step as
+    many as the batch can ask for). n_l is the padded length of the prompt until tokens are dropped, then the longest
+    sequence of the batch: real text and kept image tokens. Score is one row of attention for each layer that a method looks
+    at (SparseVLM looks at one for each rater), and the projections of a layer that it looks at in advance.
+
+    Attention counts in full, also where a causal kernel skips half. Biases, norms, edits of attention weights, what
+    rules do with logits, and the vision tower do not count: recipes without methods that drop tokens have ratio 1.
+
+    Args:
+        model: bare or wrapped; also on the meta device, with nothing allocated.
+        inputs: as for the model: a prompt or a left-padded batch, from its beginning.
+        recipe: see ``Recipe.of``. None: the one on the model, if it is wrapped.
+        new_tokens: of each sequence in the cache, behind the prompt.
+        measure: also run one prefill without and one with the recipe, and count operations (``FlopCounterMode``; flash
+            attention in full as above) and bytes of the cache.
+
+    Raises:
+        InputError: a cache among the inputs, a mask that is not ``[batch, tokens]``, prompts whose tokens cannot be
+            dropped.
+        OptionError: a recipe that does not fit the model; ``new_tokens`` below 0.
+        UnsupportedError: another family; sliding windows; methods that read other prompts too (branches of a decoding
+            rule, beam search, preparation passes) or take slots out of the cache.
+    """
+    if new_tokens < 0:
+        raise OptionError(f"new_tokens must be 0 or more, got {new_tokens}")
+    family, handle = find_family(model), handle_of(model)
+    chosen = Recipe.of(recipe if recipe is not None else handle.recipe if handle is not None else "none")
+    anatomy = family.anatomy(model)
+    plan = chosen.bind(anatomy)
+    _refuse(chosen.name, plan, anatomy)
+    request = _read(family, model, inputs, replace(plan, pruning=plan.pruning or (None,) * anatomy.layers))
+    sizes = _Sizes.of(family, model, anatomy, request.batch or 1, new_tokens)
+    bare, edited = (sizes.load(request, pruning) for pruning in ((None,) * anatomy.layers, request.plan.pruning))
+    if measure:
+        bare = _measured(family, model, inputs, Recipe.of("none"), bare)
+        edited = bare if chosen.is_none else _measured(family, model, inputs, chosen, edited)
+    return Cost(chosen.name, request.batch or 1, request.stop, new_tokens, bare, edited)
+
+
+def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
+    """Raise for what the model of costs does not hold for."""
+    branches = plan.decoding is not None and plan.decoding.branches
+    if plan.policies:
+        names = ", ".join(policy.info.name for policy in plan.policies)
+        raise UnsupportedError(f"cost() does not know caches that shrink later ({names}); leave that method out")
+    if branches or plan.search is not None or plan.preparing:
+        raise UnsupportedError(
+            f"'{name}' has the model read more than the prompt, which cost() does not know; leave that method out, or"
+            " measure it with vlmattn bench"
+        )
+    if anatomy.sliding:
+        raise UnsupportedError("cost() does not know sliding windows; use a model with full attention in every layer")
+
+
+def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], plan: Plan) -> Request:
+    """The prompt as the engine reads it."""
+    if inputs.get("past_key_values") is not None:
+        raise InputError("cost() is about prompts from their beginning; leave past_key_values out")
+    types = family.types_of_call(model, inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != types.shape):
+        raise InputError(f"attention_mask must be of shape [batch, tokens] = {list(types.shape)}; give the processor's")
+    images = number_images(types, family.image_lengths(model, inputs))
+    request = Request(plan)
+    request.extend(0, types, images, None if mask is None else mask != 0, None, inputs.get("input_ids"))
+    if any(plan.pruning):
+        check_prompt(request)
+    return request
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of a language model. ``weights``, ``projections``: of the matrices of each layer and of its attention."""
+
+    anatomy: Anatomy
+    batch: int
+    new_tokens: int
+    weights: tuple[int, ...]
+    projections: tuple[int, ...]
+    head: int
+    read: int
+    number: int
+
+    @classmethod
+    def of(cls, family: Family, model: PreTrainedModel, anatomy: Anatomy, batch: int, new_tokens: int) -> _Sizes:
+        experts = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+        layers, head = family.layers(model), model.get_output_embeddings()
+        read = sum(_matrices(layer, experts and experts * batch)[1] for layer in layers) + _matrices(head, None)[1]
+        return cls(
+            anatomy=anatomy,
+            batch=batch,
+            new_tokens=new_tokens,
+            weights=tuple(_matrices(layer, experts)[0] for layer in layers),
+            projections=tuple(_matrices(layer.self_attn, None)[0] for layer in layers),  # type: ignore[arg-type]
+            head=_matrices(head, None)[0],
+            read=read,
+            number=model.dtype.itemsize,
+        )
+
+    def load(self, request: Request, pruning: Sequence[Any]) -> Load:
+        """What a prompt costs if these methods choose its tokens."""
+        anatomy, given = self.anatomy, [images for images, _ in request.newest]
+        left, length, score = [sum(images) for images in given], request.stop, 0
+        width, rows, visual = anatomy.heads * anatomy.head_dim, [], []
+        looked = [
+            layer for found in dict.fromkeys(pruning) if found is not None for layer in found.measured_layers(anatomy)
+        ]
+        for layer, method in enumerate(pruning):
+            if method is not None and any(left):
+                score += (2 * self.projections[layer] + 2 * width) * length if method.looks_ahead else 0
+                left, length = self._after(method, layer, request, left, length)
+            score += 2 * width * length * looked.count(layer)
+            rows.append(length)
+            visual.append(sum(left) / max(sum(map(bool, given)), 1))
+        slots = sum(rows) + self.new_tokens * len(rows)
+        return Load(
+            rows=tuple(rows),
+            image_tokens=tuple(visual),
+            linear_flops=2 * self.batch * sum(n * weights for n, weights in zip(rows, self.weights, strict=True)),
+            attention_flops=4 * self.batch * width * sum(n * n for n in rows),
+            score_flops=self.batch * score,
+            head_flops=2 * self.batch * self.head,
+            kv_bytes=2 * self.number * self.batch * anatomy.kv_heads * anatomy.head_dim * slots,
+            weight_bytes=self.read,
+        )
+
+    def _after(
+        self, method: Pruning, layer: int, request: Request, left: list[int], length: int
+    ) -> tuple[list[int], int]:
+        """Image tokens of each sequence and rows behind a stage."""
+        kept = [method.kept(layer, images, n) for (images, _), n in zip(request.newest, left, strict=True)]
+        if sum(kept) == sum(left) or not method.drops:
+            return kept, length
+        return kept, max(n + text for n, (_, text) in zip(kept, request.newest, strict=True))
+
+
+def _matrices(module: nn.Module, experts: int | None) -> tuple[int, int]:
+    """Weights of a module's matrices that one row meets, and bytes of all its weights, with so many active experts."""
+    size, held = 0.0, 0.0
+    for part in module.modules():
+        for weight in part.parameters(recurse=False):
+            numbers = weight.numel() if weight.ndim > 1 else 0
+            if isinstance(part, nn.Linear) and weight is part.weight:  # if quantised, several share a byte
+                numbers = part.in_features * part.out_features
+            share = min(experts / len(weight), 1.0) if experts and weight.ndim == 3 else 1.0  # experts are stacked
+            size, held = size + share * numbers, held + share * weight.nbytes
+    return round(size), round(held)
+
+
+def _measured(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], recipe: Recipe, load: Load) -> Load:
+    """With what one prefill really takes."""
+    aten, modules = torch.ops.aten, [family.decoder(model), model.get_output_embeddings()]
+    names = [f"{type(model).__name__}.{name}" for name, module in model.named_modules() if module in modules]
+    own = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention: _attention,
+    }
+    with torch.inference_mode(), _under(model, recipe), FlopCounterMode(display=False, custom_mapping=own) as counter:
+        cache = model(**{**inputs, "use_cache": True, "logits_to_keep": 1}).past_key_values
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return replace(
+        load,
+        measured_flops=sum(sum(counter.flop_counts[name].values()) for name in names),
+        measured_kv_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
+    )
+
+
+def _attention(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of attention, from shapes; key heads may be fewer."""
+    batch, heads, rows, dim = query
+    return 4 * batch * heads * rows * key[2] * dim
+
+
+@contextmanager
+def _under(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
+    """The recipe in force, whether the model is wrapped or not; after it, all is as before."""
+    handle = handle_of(model)
+    if handle is not None:
+        with handle.lent(recipe):
+            yield
+    elif recipe.is_none:
+        yield
+    else:
+        with applied(model, recipe):
+            yield
+
+
+def _operations(count: float) -> str:
+    return _scaled(count, 1000, "FLOP", ("", "k", "M", "G", "T", "P"))
+
+
+def _bytes(count: float) -> str:
+    return _scaled(count, 1024, "B", ("", "Ki", "Mi", "Gi", "Ti"))
+
+
+def _scaled(count: float, step: int, unit: str, prefixes: Sequence[str]) -> str:
+    for prefix in prefixes[:-1]:
+        if count < step:
+            return f"{count:#.4g} {prefix}{unit}"
+        count /= step
+    return f"{count:#.4g} {prefixes[-1]}{unit}"

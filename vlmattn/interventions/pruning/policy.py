@@ -1,0 +1,87 @@
+"""The shape of a policy about cached keys and values: it evicts slots after the prompt, or chooses which ones a step reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import UnsupportedError
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.registry import Sizes, option
+from vlmattn.kernels import AttentionEdit
+from vlmattn.request import TEXT, Eviction, Request, Scope, Slots
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPolicy(Intervention):
+    """Base of policies. A selector scores slots of a layer (``measure``, ``look``); what it selects is evicted or read.
+
+    Evicted slots are gone, and their memory with them; what a step does not read stays where it is. ``mode`` "mask" hides
+    what "drop" evicts: the same choice, to compare with.
+    """
+
+    mode: str = option("drop", about="evict slots, or only hide them (to compare)", choices=("drop", "mask"))
+
+    @property
+    def drops(self) -> bool:
+        return self.mode == "drop"
+
+    def bind(self, sizes: Sizes) -> KVPolicy:
+        if sizes.sliding:
+            raise UnsupportedError(
+                f"'{self.info.name}' chooses cache slots, and this language model has sliding windows, which count them; use a"
+                " model with full attention in every layer"
+            )
+        self.active_layers(sizes)
+        return self
+
+    def look(self, scope: Scope, query: Tensor, key: Tensor) -> None:
+        """Queries ``[batch, heads, query, dim]`` and keys ``[batch, kv_heads, key, dim]`` of an active layer, before the edit."""
+
+    def evict(self, scope: Scope) -> Eviction | None:
+        """Which slots of the layer's cache stay, once the layer has run; None = all."""
+        return None
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        return AttentionEdit()
+
+    def step(self, scope: Scope, advance: bool = False) -> int:
+        """Forwards of this layer since the prompt was read, 0 for the first; ``advance`` counts this one."""
+        key = (self, scope.layer, "step")
+        count: int = 0 if scope.step.is_prompt else scope.request.state.get(key, 0)
+        scope.request.state[key] = 0 if scope.step.is_prompt else count + advance
+        return count
+
+
+def image_tokens(scope: Scope) -> Tensor:
+    """bool ``[batch, keys]``: real image tokens among the slots of a layer."""
+    real = scope.real
+    return scope.visual if real is None else scope.visual & real
+
+
+def find_slots(policy: KVPolicy, scope: Scope, name: str) -> Tensor:
+    """What a policy keeps by slot under ``name``, ``[batch, keys]``."""
+    kept: Slots = scope.request.state[(policy, scope.layer, name)]
+    return kept.read(scope.keys, scope.device)
+
+
+def best(scores: Tensor, among: Tensor, counts: list[int]) -> Tensor:
+    """bool ``[batch, keys]``: the ``counts`` slots of each sequence with the highest scores ``among`` bool ``[batch, keys]``."""
+    order = scores.float().masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(dim=1) < torch.tensor(counts, device=scores.device)[:, None]) & among
+
+
+def slots_of(flags: Tensor, count: int) -> Tensor:
+    """Up to ``count`` slots ``[batch, 1, count]`` where ``flags`` bool ``[batch, keys]`` is set, -1 for none; all KV heads alike."""
+    order = flags.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.where(flags.gather(1, order), order, -1)[:, None]
+
+
+def host_counts(request: Request, keys: int) -> tuple[list[int], list[int]]:
+    """Real image tokens and other real tokens of each sequence among its first ``keys`` slots; one look from the host."""
+    host = torch.device("cpu")
+    visual, real = request.types(keys, host) != TEXT, request.real(keys, host)
+    real = torch.ones_like(visual) if real is None else real
+    return (visual & real).sum(1).tolist(), (~visual & real).sum(1).tolist()

@@ -1,0 +1,57 @@
+"""What policies take out of a layer's cache once its attention has run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmattn import attention
+from vlmattn.errors import UnsupportedError
+from vlmattn.request import Plan, Scope, Step, TokenMap, closed_up
+from vlmattn.wrapping.dropping import speak_original
+
+
+def check_cache(plan: Plan, cache: Any) -> None:
+    """Raise for caches that policies cannot work on."""
+    names = ", ".join(dict.fromkeys(policy.info.name for policy in plan.policies))
+    if cache is None:
+        raise UnsupportedError(f"{names} works on cached keys and values; leave use_cache on")
+    if any(hasattr(layer, "max_cache_len") for layer in cache.layers):
+        raise UnsupportedError(
+            f"{names} must know how far a cache is filled, and a static one does not tell; use a dynamic cache"
+        )
+
+
+def after_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of a decoder layer."""
+    step: Step | None = kwargs.get(attention.STEP)
+    if not isinstance(step, Step) or step.watch is not None or len(step.request.plan.evicting) == 0:
+        return
+    index = int(module.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
+    policy = step.request.plan.evicting[index]
+    if policy is None:
+        return
+    cache = kwargs["past_key_values"]
+    layer, request = cache.layers[index], step.request
+    queries, keys = (args[0] if args else kwargs["hidden_states"]).shape[1], layer.keys.shape[-2]
+    scope = Scope(step, index, queries, keys, layer.keys.device)
+    found = policy.evict(scope)
+    if found is None:
+        return
+    if policy.drops:
+        order, valid = closed_up(found.keep, scope.real, found.counts)
+        layer.keys, layer.values = (_picked(states, order) for states in (layer.keys, layer.values))
+    else:
+        order = torch.arange(keys, device=scope.device).expand(found.keep.shape)
+        valid = found.keep if scope.real is None else found.keep & scope.real
+    request.evict(index, TokenMap.evicted(request.maps[index], order, valid, keys), order, keys)
+    request.ledger.add(("fired", policy.info.name), sum(keys - count for count in found.counts))
+    speak_original(cache)
+
+
+def _picked(states: Tensor, order: Tensor) -> Tensor:
+    """Keys or values ``[batch, kv_heads, slot, dim]`` at the slots ``order`` ``[batch, kept]``."""
+    _, heads, _, dim = states.shape
+    return states.gather(2, order[:, None, :, None].expand(-1, heads, -1, dim))
