@@ -116,14 +116,13 @@ def _run(
     plan = step.request.plan
     scope = Scope(step, layer, query.shape[2], key.shape[2], query.device, query.shape[1])
     edit = AttentionEdit()
+    for policy in plan.looking[layer] if plan.looking else ():
+        policy.look(scope, query, key)
     measuring = [method for method in plan.measuring[layer] if step.is_prompt or method.measures_generated]
     if measuring:
         look = _weights_of(scope.visibility(mask), query, key, kwargs)
         for method in measuring:
             method.measure(scope, look)
-    if plan.looking:
-        for policy in plan.looking[layer]:
-            policy.look(scope, query, key)
     if plan.by_layer[layer]:
         _refuse_what_would_be_wrong(step, scope.queries, scope.keys, kwargs)
     attend_with = partial(_attend, base, scope, module, query, key, value, mask, kwargs)

@@ -13,7 +13,18 @@ from vlmattn.interventions.mma import MMA
 from vlmattn.interventions.pai import PAI
 from vlmattn.interventions.paint import PAINT
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile
-from vlmattn.interventions.pruning import AVL, FastV, KVPolicy, Pruning, PyramidDrop, SparseVLM, VisionZip
+from vlmattn.interventions.pruning import (
+    AVL,
+    FastV,
+    KVPolicy,
+    LongHeads,
+    Pruning,
+    PyramidDrop,
+    RecycledAttention,
+    Rounds,
+    SparseVLM,
+    VisionZip,
+)
 from vlmattn.interventions.registry import (
     MethodInfo,
     Options,
@@ -48,11 +59,14 @@ __all__ = [
     "Isolation",
     "KVPolicy",
     "Knockout",
+    "LongHeads",
     "MethodInfo",
     "Options",
     "PresetInfo",
     "Pruning",
     "PyramidDrop",
+    "RecycledAttention",
+    "Rounds",
     "SinkProfile",
     "SoFA",
     "SparseVLM",

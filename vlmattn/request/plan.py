@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -77,6 +77,15 @@ class Policy(Method, Protocol):
     def look(self, scope: Scope, query: Tensor, key: Tensor) -> None: ...
 
     def evict(self, scope: Scope) -> Eviction | None: ...
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """State of a method that has one entry for each sequence."""
+
+    def reorder(self, rows: Tensor) -> None: ...
+
+    def moved(self, rows: Tensor | None = None, shift: int = 0) -> Any: ...
 
 
 class RoleFinder(Protocol):

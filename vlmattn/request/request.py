@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmattn.errors import InputError
 from vlmattn.kernels import Rows
-from vlmattn.request.plan import Plan, RoleFinder
+from vlmattn.request.plan import Follows, Plan, RoleFinder
 from vlmattn.request.slots import Ledger, Slots
 from vlmattn.request.tokens import Kept, TokenMap
 
@@ -247,7 +247,7 @@ class Request:
         return copy
 
     def _moved_state(self, kept: Any, rows: Tensor | None, shift: int) -> Any:
-        if isinstance(kept, Slots):
+        if isinstance(kept, Follows):
             return kept.moved(rows, shift)
         if isinstance(kept, Tensor) and kept.ndim > 1 and kept.shape[0] == self.batch:  # one for each row
             return _of_rows(kept, rows)
@@ -256,7 +256,7 @@ class Request:
     def reorder(self, rows: Tensor) -> None:
         """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); prompts of beams are the same."""
         for kept in self.state.values():
-            if isinstance(kept, Slots):
+            if isinstance(kept, Follows):
                 kept.reorder(rows)
         if self.plan.evicting:  # beams evict for themselves
             self._move_maps(rows)

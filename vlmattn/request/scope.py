@@ -226,6 +226,14 @@ class Scope:
             self.request.state[key] = make()
         return self.request.state[key]
 
+    def keep(self, method: Hashable, name: str, value: Any) -> None:
+        """Let ``method`` keep a value under ``name`` for this layer."""
+        self.request.state[(method, self.layer, name)] = value
+
+    def kept(self, method: Hashable, name: str) -> Any:
+        """What ``method`` has kept under ``name`` for this layer, and must have."""
+        return self.request.state[(method, self.layer, name)]
+
     def find(self, method: Hashable, name: str) -> Any | None:
         """What ``method`` has kept under ``name`` for this layer, or None."""
         return self.request.state.get((method, self.layer, name))

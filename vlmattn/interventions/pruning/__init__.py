@@ -3,9 +3,23 @@
 from vlmattn.interventions.pruning.avl import AVL
 from vlmattn.interventions.pruning.base import Pruning
 from vlmattn.interventions.pruning.fastv import FastV
+from vlmattn.interventions.pruning.longheads import LongHeads
 from vlmattn.interventions.pruning.policy import KVPolicy
 from vlmattn.interventions.pruning.pyramiddrop import PyramidDrop
+from vlmattn.interventions.pruning.recycled import RecycledAttention
+from vlmattn.interventions.pruning.rounds import Rounds
 from vlmattn.interventions.pruning.sparsevlm import SparseVLM
 from vlmattn.interventions.pruning.visionzip import VisionZip
 
-__all__ = ["AVL", "FastV", "KVPolicy", "Pruning", "PyramidDrop", "SparseVLM", "VisionZip"]
+__all__ = [
+    "AVL",
+    "FastV",
+    "KVPolicy",
+    "LongHeads",
+    "Pruning",
+    "PyramidDrop",
+    "RecycledAttention",
+    "Rounds",
+    "SparseVLM",
+    "VisionZip",
+]

@@ -55,6 +55,19 @@ class KVPolicy(Intervention):
         return count
 
 
+class HeadSlots:
+    """What a policy keeps for each sequence and head, ``[batch, heads, ...]``; follows its sequence through beam search."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def reorder(self, rows: Tensor) -> None:
+        self.values = self.values[rows.to(self.values.device)]
+
+    def moved(self, rows: Tensor | None = None, shift: int = 0) -> HeadSlots:
+        return self if rows is None else HeadSlots(self.values[rows.to(self.values.device)])
+
+
 def image_tokens(scope: Scope) -> Tensor:
     """bool ``[batch, keys]``: real image tokens among the slots of a layer."""
     real = scope.real

@@ -1,0 +1,109 @@
+"""LongHeads: every head reads the tiles of the image that its query is most like (arXiv 2402.10685)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmattn.interventions.pruning.policy import HeadSlots, KVPolicy, host_counts, image_tokens, slots_of
+from vlmattn.interventions.registry import option, register
+from vlmattn.kernels import AttentionEdit
+from vlmattn.request import Scope
+
+
+@register(
+    "longheads",
+    paper="arXiv:2402.10685",
+    code="github.com/LuLuLuyi/LongHeads",
+    faithful="experimental",
+    parts="read",
+    cost="decode: each head reads a few tiles; all are held. Prompt: one vector for each tile and head",
+    presets={"longheads": ("tiles of 64 image tokens, every head reads a quarter of them", {})},
+)
+@dataclass(frozen=True, kw_only=True)
+class LongHeads(KVPolicy):
+    """Let each KV head read text, the first and the last tile of the images, and the tiles nearest to its query.
+
+    The image tokens of a sequence fall into tiles of ``tile`` (never across images). With K_c the keys of tile c and u the mean
+    key of the tile, a tile is represented by
+
+        r_c = sum_j softmax_j(u . K_cj / sqrt(dim)) K_cj
+
+    In every step a KV head scores tiles by the largest q . r_c of its query heads and reads the round(keep n) best of n tiles,
+    the first and the last among them. What was generated is read in full.
+
+    Chunks of text became tiles of images, keys keep their positions, and the query of the representation is the mean key:
+    ours; only the outline of the paper was read. Counts steps of a layer.
+
+    Raises:
+        UnsupportedError: a static cache, no cache.
+    """
+
+    tile: int = option(64, 1, 10**6, "image tokens of a tile", source="ours")
+    keep: float = option(0.25, 0, 1, "share of the tiles that a head reads", source="ours")
+
+    def look(self, scope: Scope, query: Tensor, key: Tensor) -> None:
+        if scope.step.is_prompt:
+            tiles = self._tiles(scope)
+            scope.keep(self, "tiles", HeadSlots(tiles))
+            scope.keep(self, "new", max(host_counts(scope.request, scope.keys)[1]) - scope.keys)
+            scope.keep(self, "centres", HeadSlots(_centres(key[:, :, : scope.keys], tiles)))
+            return
+        tiles, centres = scope.kept(self, "tiles").values, scope.kept(self, "centres").values
+        packed = query[:, :, -1].reshape(len(query), key.shape[1], -1, query.shape[-1]).float()
+        scope.keep(self, "read", self._nearest((packed @ centres.transpose(-1, -2)).amax(2), tiles))
+
+    def _nearest(self, scores: Tensor, tiles: Tensor) -> Tensor:
+        """Slots ``[batch, kv_heads, n]`` of the tiles that are read, -1 for none, from scores ``[batch, kv_heads, tiles]``."""
+        exists = (tiles >= 0).any(-1)  # the first ones of each sequence
+        count = exists.sum(1, keepdim=True)
+        number = torch.arange(tiles.shape[1], device=tiles.device)
+        ends = (number == 0) | (number == count - 1)
+        scores = scores.masked_fill((ends & exists)[:, None], float("inf")).masked_fill(~exists[:, None], float("-inf"))
+        most = min(max(math.ceil(self.keep * tiles.shape[1]), 2), tiles.shape[1])
+        wanted = (self.keep * count).round().long().clamp_min(2).minimum(count)
+        best = scores.topk(most, dim=-1).indices[..., None].expand(-1, -1, -1, tiles.shape[-1])
+        chosen = tiles[:, None].expand(-1, scores.shape[1], -1, -1).gather(2, best)
+        return torch.where((number[:most] < wanted)[:, None, :, None], chosen, -1).flatten(2)
+
+    def _tiles(self, scope: Scope) -> Tensor:
+        """Slots of each tile, int64 ``[batch, tiles, tile]``, -1 where a tile is shorter or there is none."""
+        visual, number = image_tokens(scope), scope.images.long()
+        within = (visual.cumsum(1) - 1).clamp_min(0)
+        starts = visual & (number != torch.nn.functional.pad(number, (1, 0), value=-2)[:, :-1])
+        first = torch.where(starts, within, 0).cummax(1).values
+        place = within - first
+        opens = visual & (place % self.tile == 0)
+        index = (opens.cumsum(1) - 1).clamp_min(0)
+        count = int(opens.sum(1).max())  # one look per prompt and layer
+        slots = torch.arange(scope.keys, device=scope.device).expand_as(index)
+        flat = torch.full((len(index), max(count, 1) * self.tile + 1), -1, device=scope.device)
+        where = torch.where(visual, index * self.tile + place % self.tile, flat.shape[1] - 1)
+        flat.scatter_(1, where, slots)
+        return flat[:, :-1].view(len(index), max(count, 1), self.tile)
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        if scope.step.is_prompt:
+            return AttentionEdit()
+        chosen: Tensor = scope.kept(self, "read")
+        text = ~scope.visual if scope.real is None else ~scope.visual & scope.real
+        words = slots_of(text, scope.kept(self, "new") + scope.keys)
+        scope.count("longheads", 1)
+        return AttentionEdit(read=torch.cat([words.expand(-1, chosen.shape[1], -1), chosen], -1))
+
+
+def _centres(key: Tensor, tiles: Tensor) -> Tensor:
+    """r_c, float32 ``[batch, kv_heads, tiles, dim]``, from keys ``[batch, kv_heads, key, dim]``."""
+    batch, kv_heads, _, dim = key.shape
+    _, count, size = tiles.shape
+    where = tiles.clamp_min(0).view(batch, 1, -1, 1).expand(-1, kv_heads, -1, dim)
+    keys = key.gather(2, where).view(batch, kv_heads, count, size, dim).float()
+    there = (tiles >= 0)[:, None, :, :, None]
+    mean = (keys * there).sum(3) / there.sum(3).clamp_min(1)
+    scores = (keys @ mean[..., None])[..., 0] / dim**0.5
+    share = scores.masked_fill(~there[..., 0], float("-inf")).softmax(-1).nan_to_num()
+    centres: Tensor = (share[..., None] * keys).sum(3)
+    return centres

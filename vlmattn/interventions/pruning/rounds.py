@@ -1,0 +1,96 @@
+"""Round attention: from a layer on read only the images that matter for the question (arXiv 2502.15294)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from vlmattn.errors import OptionError
+from vlmattn.interventions.pruning.policy import KVPolicy, host_counts, image_tokens, slots_of
+from vlmattn.interventions.registry import Sizes, option, parse_layers, register
+from vlmattn.kernels import AttentionEdit
+from vlmattn.request import Eviction, Scope, Weights
+
+
+@register(
+    "rounds",
+    paper="arXiv:2502.15294",
+    code="not available",
+    faithful="experimental",
+    parts="keep, or read",
+    cost="decode: layers after the watershed hold, or read, the tokens of few images",
+    presets={
+        "rounds": ("images that get nine tenths of the gaze in the middle layer; the others are evicted above it", {}),
+        "rounds_read": ("the same, nothing is evicted: a later question chooses anew", {"memory": "read"}),
+    },
+)
+@dataclass(frozen=True, kw_only=True)
+class Rounds(KVPolicy):
+    """Choose images (or video frames given as images) in one layer, and let the layers above go on with those.
+
+    With M_i the unedited attention of the last prompt row on the tokens of image i in the ``watershed`` layer, summed, mean
+    over heads: the images with the highest M stay, as few as hold ``keep_mass`` of the sum of M, at least one. After the
+    prompt the layers above the watershed evict the tokens of the others, or with ``memory`` "read" leave them where they are
+    and do not read them; then every part of the prompt with a question chooses anew.
+
+    The paper chooses among rounds of a dialogue; images in their place, and a share of the mass instead of a fitted number,
+    are ours. Counts evicted slots, or steps of a layer that read a part.
+
+    Raises:
+        OptionError: a watershed that is no layer, or the last.
+        UnsupportedError: a static cache, no cache.
+    """
+
+    watershed: str = option("1/2", about="the layer that chooses; a/b is a share of the depth", source="ours")
+    keep_mass: float = option(0.9, 0, 1, "share of the gaze on images that the kept ones hold", source="ours")
+    memory: str = option("evict", about="what becomes of the others", choices=("evict", "read"))
+
+    def bind(self, sizes: Sizes) -> Rounds:
+        found = parse_layers(self.watershed, sizes.layers, "rounds.watershed")
+        if len(found) != 1 or found[0] >= sizes.layers - 1:
+            raise OptionError(f"rounds.watershed must name one layer before the last, got '{self.watershed}'")
+        above = [layer for layer in self.active_layers(sizes) if layer > found[0]]
+        bound = replace(self, watershed=str(found[0]), layers=",".join(map(str, above)))
+        KVPolicy.bind(bound, sizes)
+        return bound
+
+    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        return (int(self.watershed),)
+
+    def measure(self, scope: Scope, weights: Weights) -> None:
+        start = scope.step.start or 0
+        row = scope.request.prompt_length - 1 - start
+        seen = weights(row, row + 1)[:, :, 0, : scope.keys].mean(1)
+        visual, number = image_tokens(scope), scope.images.long()
+        count = int(number.max()) + 1  # one look per prompt
+        mass = torch.zeros(len(seen), count, device=seen.device).scatter_add_(1, number.clamp_min(0), seen * visual)
+        ranked = mass.sort(dim=1, descending=True, stable=True)
+        before = ranked.values.cumsum(1) - ranked.values
+        stays = before < self.keep_mass * mass.sum(1, keepdim=True)
+        stays[:, 0] = True
+        scope.request.state[(self, "images")] = torch.zeros_like(stays).scatter_(1, ranked.indices, stays)
+
+    def _stay(self, scope: Scope) -> torch.Tensor:
+        """bool ``[batch, keys]``: slots that are no token of another image."""
+        chosen: torch.Tensor = scope.request.state[(self, "images")].to(scope.device)
+        return ~scope.visual | chosen.gather(1, scope.images.long().clamp_min(0))
+
+    def evict(self, scope: Scope) -> Eviction | None:
+        if not scope.step.is_prompt or self.memory == "read":
+            return None
+        stay = self._stay(scope)
+        _, text = host_counts(scope.request, scope.keys)
+        images = (stay & image_tokens(scope)).sum(1).tolist()
+        return Eviction(stay, tuple(n + words for n, words in zip(images, text, strict=True)))
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        if self.memory == "evict" or scope.step.is_prompt:
+            return AttentionEdit()
+        stay, name = self._stay(scope), (self, scope.layer, "most")
+        if (real := scope.real) is not None:
+            stay = stay & real
+        if self.step(scope, advance=True) == 0:
+            scope.request.state[name] = int(stay.sum(1).max()) - scope.keys  # one look per layer and prompt
+        scope.count("rounds", 1)
+        return AttentionEdit(read=slots_of(stay, scope.request.state[name] + scope.keys))
