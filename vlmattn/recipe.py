@@ -29,7 +29,8 @@ _SCHEMA = 1
 class Recipe:
     """Attention methods in the order in which they act, methods that drop tokens, and at most one decoding method.
 
-    ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+vcd"``), ``"none"``, a
+    ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+vcd"``), one that drops tokens
+    with its budget (``"fastv@0.25"``: a quarter of the image tokens stays), ``"none"``, a
     YAML or JSON file, a folder with ``vlmattn_config.json``, a method or a list of methods, a ``ContrastiveDecoding``.
     """
 
@@ -119,9 +120,11 @@ class Recipe:
         for name in (part.strip() for part in text.split("+")):
             if name == "none":
                 continue
+            name, mark, share = name.partition("@")
             if name not in presets:
                 raise UnknownNameError("preset", name, [*presets, "none"])
-            methods.append(make_method(presets[name].method, presets[name].options))
+            method = make_method(presets[name].method, presets[name].options)
+            methods.append(method.at(_share(share)) if mark else method)
         return cls._with(text, methods)
 
     def bind(self, sizes: Sizes) -> Plan:
@@ -391,6 +394,17 @@ _METHODS = (Intervention, Pruning, Decoding, Search, ContrastiveDecoding)
 
 def _name(method: Any) -> str:
     return str(method.info.name) if isinstance(method, Options) else "contrast"
+
+
+def _share(text: str) -> float:
+    """The budget after ``@``."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise OptionError(f"'@{text}' must name a share of the image tokens within 0..1, as in fastv@0.5")
+    return share
 
 
 def _watched(contrast: ContrastiveDecoding | None, sizes: Sizes) -> frozenset[int]:

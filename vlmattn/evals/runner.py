@@ -112,7 +112,7 @@ def evaluate(
                     seconds[name] = round((time.monotonic() - begun) / asked, 5)
                 if asked and not recipe.is_none:
                     report = model.vlmattn.report()
-                    reports[name] = {"fired": report["fired"], "backends": report["backends"]}
+                    reports[name] = {key: report[key] for key in ("fired", "backends", "image_tokens") if key in report}
             write_json(out / _RUNNING, {"reports": reports, "seconds_per_sample": seconds})
         answers = dict(journal.answers)
     tables, overall = [], []

@@ -42,6 +42,15 @@ class Sizes(Protocol):
     @property
     def source(self) -> str: ...
 
+    @property
+    def deepstack(self) -> int: ...
+
+    @property
+    def sliding(self) -> bool: ...
+
+    @property
+    def axes(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class MethodInfo:
@@ -112,6 +121,14 @@ class Options:
                 raise OptionError(f"{where} must be a whole number, got {value!r}")
             if not number or not low <= value <= high:
                 raise OptionError(f"{where} must be a number within {low}..{high}, got {value!r}")
+
+    def at(self, share: float) -> Options:
+        """This method with a budget: the share of the image tokens that it keeps (in its first stage, if there are several).
+
+        Raises:
+            OptionError: the method has no such budget.
+        """
+        raise OptionError(f"'{self.info.name}' keeps no share of the image tokens; leave @{share:g} out")
 
     def options(self) -> dict[str, Any]:
         """All fields with their values, as plain data."""

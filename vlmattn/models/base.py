@@ -22,7 +22,9 @@ class Anatomy:
 
     ``backbone`` is (model type of the language model, hidden size, layers, MLP width): enough to recognise the
     language models of the published sink tables, whatever vision tower is in front of them. ``tower_layers`` counts the
-    attention layers of the vision tower, ``source`` is the folder or hub name that the model came from.
+    attention layers of the vision tower, ``source`` is the folder or hub name that the model came from. ``deepstack``
+    counts the first decoder layers after which visual features are added to the residual stream, ``sliding`` says that
+    some decoder layer sees a sliding window, ``axes`` counts the position ids of a token (3 with M-RoPE).
     """
 
     family: str
@@ -34,6 +36,9 @@ class Anatomy:
     backbone: tuple[str, int, int, int]
     tower_layers: int = 0
     source: str = ""
+    deepstack: int = 0
+    sliding: bool = False
+    axes: int = 1
 
     @property
     def fingerprint(self) -> str:
@@ -101,7 +106,7 @@ class Family(ABC):
         return model.lm_head(hidden)  # type: ignore[no-any-return, operator]
 
     def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Attention module of a decoder layer, its query and its key projection (before the rotation)."""
+        """Attention module of a decoder layer, its query and its key projection (before any norm and the rotation)."""
         attn = layer.self_attn
         return attn, attn.q_proj, attn.k_proj  # type: ignore[return-value, union-attr]
 
@@ -162,6 +167,9 @@ class Family(ABC):
             backbone=(text.model_type, text.hidden_size, text.num_hidden_layers, text.intermediate_size),
             tower_layers=len(self.tower_attention(model)),
             source=model.name_or_path,
+            deepstack=len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ()),
+            sliding=_slides(text),
+            axes=3 if (getattr(text, "rope_parameters", None) or {}).get("mrope_section") else 1,
         )
 
     def types_of_call(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
@@ -179,6 +187,12 @@ class Family(ABC):
                 row = table(torch.tensor(token, device=embeds.device))
                 types[(embeds == row).all(-1)] = kind
         return types
+
+
+def _slides(text: Any) -> bool:
+    """Whether some layer of a language model sees a sliding window, from its config."""
+    window, used = getattr(text, "sliding_window", None), getattr(text, "use_sliding_window", None)
+    return "sliding_attention" in (getattr(text, "layer_types", None) or ()) or (bool(window) and used is not False)
 
 
 def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[int]:

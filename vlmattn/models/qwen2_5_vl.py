@@ -80,7 +80,7 @@ class Qwen25VL(Family):
         for q, k in zip(query.split(sizes), key.split(sizes), strict=True):
             scores = torch.einsum("hd,nhd->hn", q.mean(0), k) * attn.scaling
             found.append(torch.softmax(scores, -1).view(len(scores), -1, unit).sum(-1))
-        return [image.T for image in self._in_order(tower, grid, torch.cat(found, -1).T)]
+        return [image.T for image in self._by_image(tower, grid, torch.cat(found, -1).T)]
 
     def patch_keys(
         self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
@@ -90,13 +90,18 @@ class Qwen25VL(Family):
         attn: Any = module
         keys = attn.qkv(hidden).view(len(hidden), 3, attn.num_heads, -1)[:, 1].float().mean(1)
         unit = tower.spatial_merge_size**2
-        return self._in_order(tower, inputs["grid_thw"], keys.view(-1, unit, keys.shape[-1]).mean(1))
+        return self._by_image(tower, inputs["grid_thw"], keys.view(-1, unit, keys.shape[-1]).mean(1))
 
-    def _in_order(self, tower: Any, grid: Tensor, windowed: Tensor) -> list[Tensor]:
-        """Values ``[token, ...]`` of all images, image by image in the order of the prompt: the tower works window by window."""
-        tokens = torch.empty_like(windowed)
-        tokens[_window_order(tower, grid).to(tokens.device)] = windowed
-        return list(torch.split(tokens, (grid.prod(-1) // tower.spatial_merge_size**2).tolist()))
+    def _by_image(self, tower: Any, grid: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Values ``[token, ...]`` of all images, as the tower has them, image by image."""
+        ordered = self.in_prompt_order(tower, grid, tokens)
+        return list(torch.split(ordered, (grid.prod(-1) // tower.spatial_merge_size**2).tolist()))
+
+    def in_prompt_order(self, tower: Any, grid: Tensor, tokens: Tensor) -> Tensor:
+        """Values ``[token, ...]`` of all images in the order of the prompt; the tower works window by window."""
+        found = torch.empty_like(tokens)
+        found[_window_order(tower, grid).to(tokens.device)] = tokens
+        return found
 
 
 def _window_order(tower: Any, grid: Tensor) -> Tensor:

@@ -361,7 +361,8 @@ class Preparation:
         real: bool ``[batch, prompt]``.
         visual: bool ``[batch, prompt]``.
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
-        run: ``run(embeds, real, positions, watch)`` runs the decoder at once, without cache; ``watch`` as in ``Step``.
+        run: ``run(embeds, real, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same
+            tokens; ``watch`` as in ``Step``.
         beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``Stream`` of them go beside the prompt.
     """
 

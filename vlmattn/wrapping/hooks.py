@@ -272,8 +272,7 @@ def _before_decoder(
     step: Step | Steps | None = kwargs.get(attention.STEP)
     if isinstance(step, Steps):
         if step.blank is not None:
-            blank = step.blank.to(kwargs["inputs_embeds"].device)[..., None]
-            kwargs = {**kwargs, "inputs_embeds": kwargs["inputs_embeds"].masked_fill(blank, 0)}
+            kwargs = {**kwargs, **_blanked(step.blank, kwargs)}
         step = step.parts[0][1] if step.merged is None else None
     if step is not None and step.request.plan.pruning:
         step.rotary = decoder.rotary_emb  # type: ignore[assignment]
@@ -284,6 +283,17 @@ def _before_decoder(
         if plan.preparing and step.start == 0:
             _prepare(step, decoder, kwargs)
     return args, kwargs
+
+
+def _blanked(blank: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's features of the images with zeros for some tokens, those that DeepStack adds later too."""
+    embeds = kwargs["inputs_embeds"]
+    blank = blank.to(embeds.device)
+    found = {"inputs_embeds": embeds.masked_fill(blank[..., None], 0)}
+    if (later := kwargs.get("deepstack_visual_embeds")) is not None:
+        gone = blank[kwargs["visual_pos_masks"].to(blank.device)][:, None]
+        found["deepstack_visual_embeds"] = [features.masked_fill(gone.to(features.device), 0) for features in later]
+    return found
 
 
 def _show_images(step: Step, start: int, embeds: Tensor) -> None:
@@ -336,9 +346,14 @@ def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
     positions = kwargs.get("position_ids")
     types = request.types(length, embeds.device)
     real = request.real(length, embeds.device)
+    later = {
+        name: kwargs[name] for name in ("visual_pos_masks", "deepstack_visual_embeds") if kwargs.get(name) is not None
+    }
+    if later:
+        later["visual_pos_masks"] = later["visual_pos_masks"][:, :length]
 
     def run(other: Tensor, real: Tensor, positions: Tensor | None, watch: Any) -> None:
-        decoder(**_inputs(Step(request, step.base, 0, watch=watch), other, real, positions))
+        decoder(**_inputs(Step(request, step.base, 0, watch=watch), other, real, positions), **later)
 
     def beside(
         method: Any, other: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any

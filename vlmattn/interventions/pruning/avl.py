@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,9 @@ class AVL(KVPolicy):
             raise OptionError(
                 f"avl.keep_core {self.keep_core:g} must not exceed keep_secondary {self.keep_secondary:g}"
             )
+
+    def at(self, share: float) -> AVL:
+        return replace(self, keep_secondary=share, keep_core=share * self.keep_core / self.keep_secondary)
 
     def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
         return self.active_layers(sizes)

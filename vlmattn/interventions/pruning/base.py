@@ -24,6 +24,9 @@ class Pruning(Options):
     looks_ahead: ClassVar[bool] = False  # asks for ``Stage.weights``, which takes the layer's projections once more
     mode: str = option("drop", about="drop the tokens, or only hide them (to compare)", choices=("drop", "mask"))
 
+    #: How positions are kept, for methods that may count them anew.
+    keeping: ClassVar[str] = "use positions='original'"
+
     @property
     def drops(self) -> bool:
         return self.mode == "drop"
@@ -37,13 +40,18 @@ class Pruning(Options):
         """This method for one model.
 
         Raises:
-            OptionError: layers that the model does not have, or in which image features still come in.
+            OptionError: layers that the model does not have, or in which image features still come in; positions counted
+                anew where a token has several.
             UnsupportedError: layers that see a sliding window.
         """
         if sizes.sliding:
             raise UnsupportedError(
                 f"'{self.info.name}' drops tokens, and this language model has sliding windows, which count them; use a model"
                 " with full attention in every layer"
+            )
+        if self.compact and sizes.axes > 1:
+            raise OptionError(
+                f"{self.info.name} counts positions anew, and tokens of this model have {sizes.axes} positions each; {self.keeping}"
             )
         for layer in self.stages(sizes):
             if not self.earliest <= layer < sizes.layers:
@@ -121,6 +129,11 @@ def bound_stages(name: str, layers: str, ratios: tuple[float, ...], sizes: Sizes
             " layers of this model"
         )
     return ",".join(map(str, stages))
+
+
+def scaled(ratios: tuple[float, ...], first: float) -> tuple[float, ...]:
+    """Shares in the same proportion whose first is ``first``."""
+    return tuple(first * ratio / ratios[0] for ratio in ratios)
 
 
 def budget(ratio: float, tokens: int, given: int) -> int:

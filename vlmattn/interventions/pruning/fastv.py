@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmattn.interventions.pruning.base import Pruning, budget
 from vlmattn.interventions.registry import Sizes, option, register
@@ -45,6 +45,9 @@ class FastV(Pruning):
     layer: int = option(2, 0, 10**4, "K, the first layer that only kept tokens reach", source="paper: 2")
     keep_ratio: float = option(0.5, 0, 1, "share of the image tokens that stays", source="paper: R = .5")
     keep_tokens: int = option(0, 0, 10**6, "image tokens of a sequence that stay; 0: by keep_ratio")
+
+    def at(self, share: float) -> FastV:
+        return replace(self, keep_ratio=share, keep_tokens=0)
 
     def stages(self, sizes: Sizes) -> tuple[int, ...]:
         return (self.layer,)

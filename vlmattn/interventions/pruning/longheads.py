@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class LongHeads(KVPolicy):
 
     tile: int = option(64, 1, 10**6, "image tokens of a tile", source="ours")
     keep: float = option(0.25, 0, 1, "share of the tiles that a head reads", source="ours")
+
+    def at(self, share: float) -> LongHeads:
+        return replace(self, keep=share)
 
     def look(self, scope: Scope, query: Tensor, key: Tensor) -> None:
         if scope.step.is_prompt:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages
+from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages, scaled
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.request import Choice, Stage
 
@@ -70,6 +70,9 @@ class PyramidDrop(Pruning):
         bound = replace(self, layers=bound_stages("pyramiddrop", self.layers, self.keep_ratios, sizes))
         Pruning.bind(bound, sizes)
         return bound
+
+    def at(self, share: float) -> PyramidDrop:
+        return replace(self, keep_ratios=scaled(self.keep_ratios, share))
 
     def stages(self, sizes: Sizes) -> tuple[int, ...]:
         return parse_layers(self.layers, sizes.layers, "pyramiddrop.layers")

@@ -46,6 +46,10 @@ class Rounds(KVPolicy):
     keep_mass: float = option(0.9, 0, 1, "share of the gaze on images that the kept ones hold", source="ours")
     memory: str = option("evict", about="what becomes of the others", choices=("evict", "read"))
 
+    def at(self, share: float) -> Rounds:
+        """``share`` is that of the gaze on images, not of the tokens."""
+        return replace(self, keep_mass=share)
+
     def bind(self, sizes: Sizes) -> Rounds:
         found = parse_layers(self.watershed, sizes.layers, "rounds.watershed")
         if len(found) != 1 or found[0] >= sizes.layers - 1:

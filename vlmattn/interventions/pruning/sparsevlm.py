@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages
+from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages, scaled
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.request import Choice, Scope, Slots, Stage, Weights
 
@@ -56,6 +57,7 @@ class SparseVLM(Pruning):
         OptionError: as many ratios as layers are missing, ratios that rise, layers out of range.
     """
 
+    keeping: ClassVar[str] = "use version='2'"
     layers: str = option(
         "3/32,7/32,16/32",
         about="first layers of the stages; a/b is a share of the depth",
@@ -81,6 +83,9 @@ class SparseVLM(Pruning):
         bound = replace(self, layers=bound_stages("sparsevlm", self.layers, self.keep_ratios, sizes))
         Pruning.bind(bound, sizes)
         return bound
+
+    def at(self, share: float) -> SparseVLM:
+        return replace(self, keep_ratios=scaled(self.keep_ratios, share))
 
     def stages(self, sizes: Sizes) -> tuple[int, ...]:
         return parse_layers(self.layers, sizes.layers, "sparsevlm.layers")

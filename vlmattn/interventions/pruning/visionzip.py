@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from vlmattn.errors import OptionError
-from vlmattn.interventions.pruning.base import Pruning
+from vlmattn.interventions.pruning.base import Pruning, scaled
 from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.request import Choice, Image, Sight, Stage
 
@@ -74,6 +74,10 @@ class VisionZip(Pruning):
     @property
     def compact(self) -> bool:
         return self.positions == "compact"
+
+    def at(self, share: float) -> VisionZip:
+        dominant, contextual = scaled((self.dominant + self.contextual, self.dominant, self.contextual), share)[1:]
+        return replace(self, dominant=dominant, contextual=min(contextual, 1 - dominant))
 
     def stages(self, sizes: Sizes) -> tuple[int, ...]:
         return (0,)

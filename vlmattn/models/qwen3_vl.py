@@ -1,0 +1,27 @@
+"""Qwen3-VL: as Qwen2.5-VL, with DeepStack, normed queries and keys, and a vision tower without windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vlmattn.models.base import register_family
+from vlmattn.models.qwen2_5_vl import Qwen25VL
+
+
+class Qwen3VL(Qwen25VL):
+    """Every frame of a video has markers and a timestamp of its own, so it counts as an image.
+
+    The timestamps are text: they stay where a branch drops the image. Directions are added to queries and keys before
+    their norms.
+    """
+
+    model_types: ClassVar[Mapping[str, str]] = {"qwen3_vl": "Qwen/Qwen3-VL-8B-Instruct"}
+
+    def in_prompt_order(self, tower: Any, grid: Tensor, tokens: Tensor) -> Tensor:
+        return tokens
+
+
+register_family(Qwen3VL())
