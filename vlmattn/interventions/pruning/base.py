@@ -111,24 +111,22 @@ def check_stages(name: str, layers: str, ratios: tuple[float, ...]) -> None:
     """Raise unless there is one share of 0..1 for each stage, and none is larger than the one before."""
     if any(ratio > 1 for ratio in ratios) or any(a < b for a, b in pairwise(ratios)):
         raise OptionError(f"{name}.keep_ratios must fall and lie within 0..1, got {list(ratios)}")
-    stages = parse_layers(layers, MANY, f"{name}.layers")
-    if len(stages) != len(ratios):
-        raise OptionError(f"{name} has {len(stages)} layers and {len(ratios)} ratios; give one ratio for each layer")
+    if any(len(parse_layers(part, MANY, f"{name}.layers")) != 1 for part in layers.split(",")):
+        raise OptionError(f"{name}.layers must name one layer for each stage, got '{layers}'")
+    if (stages := len(layers.split(","))) != len(ratios):
+        raise OptionError(f"{name} has {stages} layers and {len(ratios)} ratios; give one ratio for each layer")
 
 
-def bound_stages(name: str, layers: str, ratios: tuple[float, ...], sizes: Sizes) -> str:
-    """The layers of the stages by their numbers in this model.
-
-    Raises:
-        OptionError: shares of the depth that fall together in a model of few layers.
-    """
-    stages = parse_layers(layers, sizes.layers, f"{name}.layers")
-    if len(stages) != len(ratios):
-        raise OptionError(
-            f"{name}.layers '{layers}' are the layers {list(stages)} of {sizes.layers}, for {len(ratios)} ratios; name"
-            " layers of this model"
-        )
-    return ",".join(map(str, stages))
+def stage_layers(name: str, layers: str, sizes: Sizes) -> tuple[int, ...]:
+    """The layers of the stages in this model: in one of few layers shares of the depth move up, so that each has its own."""
+    found: list[int] = []
+    for part in layers.split(","):
+        (layer,) = parse_layers(part, sizes.layers, f"{name}.layers")
+        lowest = found[-1] + 1 if found else 1
+        found.append(max(layer, lowest) if "/" in part else layer)
+    if any(a >= b for a, b in pairwise(found)):
+        raise OptionError(f"{name}.layers must ascend, got {found} in {sizes.layers} layers")
+    return tuple(found)
 
 
 def scaled(ratios: tuple[float, ...], first: float) -> tuple[float, ...]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages, scaled
-from vlmattn.interventions.registry import Sizes, option, parse_layers, register
+from vlmattn.interventions.pruning.base import Pruning, check_stages, scaled, stage_layers
+from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.request import Choice, Stage
 
 
@@ -67,7 +67,7 @@ class PyramidDrop(Pruning):
         return self.positions == "compact"
 
     def bind(self, sizes: Sizes) -> PyramidDrop:
-        bound = replace(self, layers=bound_stages("pyramiddrop", self.layers, self.keep_ratios, sizes))
+        bound = replace(self, layers=",".join(map(str, self.stages(sizes))))
         Pruning.bind(bound, sizes)
         return bound
 
@@ -75,7 +75,7 @@ class PyramidDrop(Pruning):
         return replace(self, keep_ratios=scaled(self.keep_ratios, share))
 
     def stages(self, sizes: Sizes) -> tuple[int, ...]:
-        return parse_layers(self.layers, sizes.layers, "pyramiddrop.layers")
+        return stage_layers("pyramiddrop", self.layers, sizes)
 
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:
         return int(self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)] * sum(given))

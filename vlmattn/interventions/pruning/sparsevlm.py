@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.pruning.base import Pruning, bound_stages, check_stages, scaled
-from vlmattn.interventions.registry import Sizes, option, parse_layers, register
+from vlmattn.interventions.pruning.base import Pruning, check_stages, scaled, stage_layers
+from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.request import Choice, Scope, Slots, Stage, Weights
 
 _ROWS = 64  # rater rows whose attention is looked at together
@@ -80,7 +80,7 @@ class SparseVLM(Pruning):
         return self.version == "1"
 
     def bind(self, sizes: Sizes) -> SparseVLM:
-        bound = replace(self, layers=bound_stages("sparsevlm", self.layers, self.keep_ratios, sizes))
+        bound = replace(self, layers=",".join(map(str, self.stages(sizes))))
         Pruning.bind(bound, sizes)
         return bound
 
@@ -88,7 +88,7 @@ class SparseVLM(Pruning):
         return replace(self, keep_ratios=scaled(self.keep_ratios, share))
 
     def stages(self, sizes: Sizes) -> tuple[int, ...]:
-        return parse_layers(self.layers, sizes.layers, "sparsevlm.layers")
+        return stage_layers("sparsevlm", self.layers, sizes)
 
     def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(layer - 1 for layer in self.stages(sizes))
