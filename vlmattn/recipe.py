@@ -198,7 +198,7 @@ class Recipe:
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
             turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
             uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
-            texts=not any(m.needs_images for m in bound) and not self.is_none,
+            texts=not any(m.needs_images for m in bound) and not pruners and not self.is_none,
             decoding=contrast,
             search=search,
             rule=_name(self.decoding) if self.decoding is not None else "",

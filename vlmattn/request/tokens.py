@@ -92,6 +92,7 @@ class TokenMap:
         old = torch.arange(begin, device=kept.slots.device).expand(len(kept.slots), -1)
         old_valid = None if real is None else real[:, :begin]
         if before is not None:
+            before = before.until(begin)
             old = torch.cat([before.slots, old[:, before.length :]], 1)
             if before.valid is not None:
                 rest = (
@@ -123,6 +124,13 @@ class TokenMap:
             old = torch.cat([before.slots, old[:, before.kept :] + before.removed], 1)
         return cls(old.gather(1, order), valid, length, -1, -1, None if before is None else before.lost)
 
+    def until(self, stop: int) -> TokenMap:
+        """Without the original slots from ``stop`` on: drafts that were read with the prompt and cut off."""
+        if (cut := self.length - stop) <= 0:
+            return self
+        valid = None if self.valid is None else self.valid[:, :-cut]
+        return replace(self, slots=self.slots[:, :-cut], valid=valid, length=stop)
+
     @property
     def kept(self) -> int:
         return self.slots.shape[1]
@@ -150,10 +158,13 @@ class TokenMap:
         out = values.new_full((len(where), self.length), fill).scatter(1, where, values[:, : self.kept])
         return torch.cat([out, values[:, self.kept :]], 1)
 
-    def positions(self, given: Tensor) -> Tensor:
-        """Position ids counted anew, ``[batch, query]``, from those of the library ``[batch or 1, query]``."""
+    def positions(self, given: Tensor, newest: bool) -> Tensor:
+        """Position ids counted anew, ``[batch, query]``, from those of the library ``[batch or 1, query]``.
+
+        ``newest``: of the newest rows, not of some that came later.
+        """
         assert self.lost is not None
-        if self.begin >= 0 and given.shape[1] == self.length - self.begin:  # the newest rows
+        if newest:
             real = torch.ones_like(self.slots) if self.valid is None else self.valid.long()
             return (real.cumsum(1) - 1).clamp_min(0)[:, self.at :].to(given.device)
         return given - self.lost[:, None].to(given.device)
@@ -169,6 +180,8 @@ class TokenMap:
             width: slots that the layer's attention gets to see.
             additive: the dtype of additive masks, for attention that wants one; None = bool.
         """
+        if width < self.kept:
+            return self.until(width + self.removed).mask(given, start, queries, width, additive)
         newest = start == self.begin
         if given is None:
             if self.valid is None:

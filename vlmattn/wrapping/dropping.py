@@ -189,7 +189,7 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
             raise UnsupportedError(
                 f"'{step.request.plan.name}' counts positions anew, and this model's layers get none"
             )
-        found["position_ids"] = positions = tokens.positions(ids)
+        found["position_ids"] = positions = tokens.positions(ids, newest)
         found["position_embeddings"] = view.once(("rotary", hidden.device), lambda: step.rotary(hidden, positions))  # type: ignore[misc]
     elif newest:
         if isinstance(ids, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class RecycledAttention(KVPolicy):
         UnsupportedError: a static cache, no cache.
     """
 
+    needs_images: ClassVar[bool] = False
     keys: int = option(256, 1, 10**6, "slots that a KV head reads, besides new ones", source="ours")
     stride: int = option(8, 1, 10**6, "steps from one full step to the next", source="ours")
     trigger: str = option("stride", about="what brings a full step", choices=("stride", "similarity"))

@@ -112,7 +112,7 @@ class SparseVLM(Pruning):
         ]
         rows = raters.any(0).nonzero().flatten()
         seen = []
-        for few in torch.split(rows, _ROWS):
+        for few in torch.split(rows, _ROWS) if len(rows) else ():
             first, last = int(few[0]), int(few[-1]) + 1
             found = weights(first, last)[..., start : start + scope.queries]
             seen.append(found[:, :, few - first] * raters[:, None, few, None])
