@@ -164,7 +164,10 @@ def html_report(result: Result) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     machine = ", ".join(f"{name}: {value}" for name, value in summary["hardware"].items() if value)
     recipes = html.escape(
-        "\n\n".join(f"{name}: {recipe['interventions']}" for name, recipe in summary["recipes"].items())
+        "\n\n".join(
+            f"{name}: {recipe['interventions'] + recipe.get('pruning', [])}"
+            for name, recipe in summary["recipes"].items()
+        )
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -23,6 +23,7 @@ from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.interventions import all_presets, find_method
 from vlmattn.interventions.files import write_whole
 
+FEWER_TOKENS = "<!-- fewer image tokens: written by vlmattn.evals.curve -->"  # begins a section that is kept
 _LEVEL = 0.05  # of the 95 % intervals in the summary
 _NEEDED = {"overall", "metrics", "titles", "recipes", "reports", "seconds_per_sample"}
 
@@ -130,7 +131,8 @@ def _figures(summary: Mapping[str, Any], table: Mapping[str, Any], preset: str) 
 def _origin(preset: str, recipe: Mapping[str, Any]) -> list[str]:
     """Cells: methods, papers, what the preset was checked against."""
     rule = recipe.get("decoding")
-    methods = [item["method"] for item in (*recipe["interventions"], *([rule] if isinstance(rule, dict) else []))]
+    edits = (*recipe["interventions"], *recipe.get("pruning", ()))
+    methods = [item["method"] for item in (*edits, *([rule] if isinstance(rule, dict) else []))]
     if not methods:
         return ["a rule made by hand", "", "own settings"] if rule else ["the bare model", "", ""]
     infos = [find_method(name).info for name in methods]
@@ -276,6 +278,8 @@ def main() -> None:
     try:
         command = shlex.join(["python", "-m", "vlmattn.evals.survey", *sys.argv[1:]])
         text = page(read_run(options.run), command, not options.without_times)
+        _, mark, kept = (options.out.read_text() if options.out.exists() else "").partition(FEWER_TOKENS)
+        text += f"\n{mark}{kept}" if mark else ""
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, text)
     except VlmattnError as error:
