@@ -10,7 +10,8 @@ from tiny import build, left_padded, prompt
 from transformers import CompileConfig
 
 import vlmattn
-from vlmattn import PAINT, RBD, VAF, VAR, VCD, VHR, Knockout
+from vlmattn import PAI, PAINT, RBD, VAF, VAR, VCD, VHR, Knockout
+from vlmattn.interventions import FastV, PyramidDrop, VisionZip
 
 SINKS = VAR(tau=2.0, dims=(3, 17), layers="0:", max_sink=1.0, min_visual=0.0)
 RECIPES = {
@@ -28,6 +29,10 @@ RECIPES = {
     "rbd": "rbd",
     "pai+vcd": "pai+vcd",
     "var+rbd": [SINKS, RBD()],
+    "fastv": [FastV(layer=1)],
+    "pyramiddrop": [PyramidDrop(layers="1,2,3")],
+    "visionzip": [VisionZip(dominant=0.3, contextual=0.2)],
+    "fastv+pai": [FastV(layer=1), PAI(layers="0:")],
 }
 
 

@@ -257,7 +257,7 @@ class _Sizes:
         self, method: Pruning, layer: int, request: Request, left: list[int], length: int
     ) -> tuple[list[int], int]:
         """Image tokens of each sequence and rows behind a stage."""
-        kept = [method.kept(layer, images, n) for (images, _), n in zip(request.newest, left, strict=True)]
+        kept = [min(method.kept(layer, images, n), n) for (images, _), n in zip(request.newest, left, strict=True)]
         if sum(kept) == sum(left) or not method.drops:
             return kept, length
         return kept, max(n + text for n, (_, text) in zip(kept, request.newest, strict=True))

@@ -65,7 +65,7 @@ class Request:
         self.maps: list[TokenMap | None] = [None] * len(plan.by_layer)
         self.newest: tuple[tuple[tuple[int, ...], int], ...] = ()
         self.tokens: TokenMap | None = None
-        self._views: dict[TokenMap, Request] = {}
+        self._views: list[Request] = []  # no dict: compiled graphs would watch the order of its keys
         self._picked: dict[str, Slots] = {}
         self._surveyed = False
 
@@ -114,7 +114,7 @@ class Request:
             ]
             text = (real[:, new].sum(1) - visual.sum(1)).tolist()
             self.newest = tuple((tuple(images), other) for images, other in zip(sizes, text, strict=True))
-            self._views = {}
+            self._views = []
         self._ids.write(start, images.new_full(images.shape, -1) if ids is None else ids.masked_fill(generated, -1))
         self.ids_known = ids is not None
         if finder is not None:
@@ -141,13 +141,13 @@ class Request:
 
         ``in_prompt`` False leaves out what only prompt rows ask for and what takes a look from the host.
         """
-        view = self._views.get(tokens)
+        view = next((view for view in self._views if view.tokens is tokens), None)
         if view is None:
             view = Request(self.plan, self.ledger)
             view.__dict__.update(self.__dict__)  # shares what methods keep
             view.prompt_length, view.tokens, view._picked = self.prompt_length - tokens.removed, tokens, {}
             view.has_padding, view._surveyed = self.has_padding or tokens.valid is not None, False
-            self._views[tokens] = view
+            self._views.append(view)
         if in_prompt and not view._surveyed:
             view._survey(self.stop - tokens.removed)
         return view
@@ -169,7 +169,7 @@ class Request:
         What methods keep by slot of that layer goes along.
         """
         if (before := self.maps[layer]) is not None and before not in (*self.maps[:layer], *self.maps[layer + 1 :]):
-            self._views.pop(before, None)
+            self._views[:] = [view for view in self._views if view.tokens is not before]
         self.maps[layer] = tokens
         for key, kept in self.state.items():
             if isinstance(kept, Slots) and isinstance(key, tuple) and len(key) == 3 and key[1] == layer:
@@ -235,7 +235,7 @@ class Request:
             copy._with_image = _of_rows(self._with_image, rows)
         if rows is not None:
             copy.batch = len(rows)
-            copy.maps, copy._views = list(self.maps), {}
+            copy.maps, copy._views = list(self.maps), []
             copy._move_maps(rows)
             copy.newest = tuple(self.newest[row] for row in rows.tolist()) if self.newest else ()
         if shift or hidden is not None:

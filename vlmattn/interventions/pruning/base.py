@@ -99,8 +99,9 @@ class Pruning(Options):
         """Before the first layer: the rows of a part of the prompt that has images."""
 
     def counts(self, stage: Stage) -> tuple[int, ...]:
-        """Image tokens of each sequence that go on."""
-        return tuple(self.kept(stage.layer, given, left) for given, left in zip(stage.given, stage.counts, strict=True))
+        """Image tokens of each sequence that go on: never more than there are."""
+        pairs = zip(stage.given, stage.counts, strict=True)
+        return tuple(min(self.kept(stage.layer, given, left), left) for given, left in pairs)
 
     def choose(self, stage: Stage) -> Choice:
         """Which rows go on."""
