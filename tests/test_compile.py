@@ -10,8 +10,7 @@ from tiny import build, left_padded, prompt
 from transformers import CompileConfig
 
 import vlmattn
-from vlmattn import PAI, PAINT, RBD, VAF, VAR, VCD, VHR, Knockout
-from vlmattn.interventions import FastV, PyramidDrop, VisionZip
+from vlmattn import PAI, PAINT, RBD, VAF, VAR, VCD, VHR, FastV, Knockout, PyramidDrop, VisionZip
 
 SINKS = VAR(tau=2.0, dims=(3, 17), layers="0:", max_sink=1.0, min_visual=0.0)
 RECIPES = {
