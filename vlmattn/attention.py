@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from vlmattn.errors import UnsupportedError
-from vlmattn.kernels import AttentionEdit, Visibility, attend, scale_heads
+from vlmattn.kernels import AttentionEdit, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
 from vlmattn.request import Parts, Scope, Step, Steps, Stream, Weights
 
@@ -67,6 +67,8 @@ def _registered(base_name: str) -> Callable[..., Output]:
             step.weights = _weights_of(Visibility(attention_mask), query, key, kwargs)
             return torch.zeros_like(query).transpose(1, 2), None
         base = _base(base_name, module)
+        if isinstance(key, SplitStates) and isinstance(value, SplitStates):
+            return _run_apart(base, step, module, query, key, value, attention_mask, kwargs)
         if step is None:
             return base(module, query, key, value, attention_mask, **kwargs)
         if isinstance(step, Step):
@@ -74,6 +76,32 @@ def _registered(base_name: str) -> Callable[..., Output]:
         return _run_parts(base, step, module, query, key, value, attention_mask, kwargs)
 
     return forward
+
+
+def _run_apart(
+    base: Callable[..., Output],
+    step: Step | Steps | None,
+    module: nn.Module,
+    query: Tensor,
+    key: SplitStates,
+    value: SplitStates,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Output:
+    """Attention of a layer whose KV heads keep different tokens: those that keep all, then the others."""
+    packed, outs = query.unflatten(1, (key.kv_heads, -1)), []  # type: ignore[no-untyped-call]
+    near_mask = key.near_mask(query.shape[2], query, base is not _base("sdpa", module))
+    for heads, keys, values, seen in (
+        (key.full_heads, key.full, value.full, mask),
+        (key.near_heads, key.near, value.near, near_mask),
+    ):
+        if len(heads):
+            out, _ = base(module, packed[:, heads].flatten(1, 2), keys, values, seen, **kwargs)
+            outs.append(out.unflatten(2, (len(heads), -1)))
+    if isinstance(step, Step):
+        phase = "decode" if query.shape[2] == 1 else "prefill"
+        step.request.ledger.add(("calls", phase, "split", str(module.layer_idx)))
+    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), None
 
 
 def _run_parts(

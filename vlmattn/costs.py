@@ -145,10 +145,10 @@ def cost(
 
     Raises:
         InputError: a cache among the inputs, a mask that is not ``[batch, tokens]``, prompts whose tokens cannot be
-            dropped.
+            dropped (without images, padded on the right, ending in an image).
         OptionError: a recipe that does not fit the model; ``new_tokens`` below 0.
         UnsupportedError: another family; sliding windows; methods that read other prompts too (branches of a decoding
-            rule, beam search, preparation passes) or take slots out of the cache.
+            rule, beam search, preparation passes); policies about cached tokens.
     """
     if new_tokens < 0:
         raise OptionError(f"new_tokens must be 0 or more, got {new_tokens}")
@@ -171,7 +171,9 @@ def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
     branches = plan.decoding is not None and plan.decoding.branches
     if plan.policies:
         names = ", ".join(policy.info.name for policy in plan.policies)
-        raise UnsupportedError(f"cost() does not know caches that shrink later ({names}); leave that method out")
+        raise UnsupportedError(
+            f"cost() does not know what {names} does with cached tokens; leave that method out, or measure it with vlmattn bench"
+        )
     if branches or plan.search is not None or plan.preparing:
         raise UnsupportedError(
             f"'{name}' has the model read more than the prompt, which cost() does not know; leave that method out, or"
@@ -193,6 +195,11 @@ def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], pla
     request = Request(plan)
     request.extend(0, types, images, None if mask is None else mask != 0, None, inputs.get("input_ids"))
     if any(plan.pruning):
+        if not request.has_images:
+            raise InputError(
+                f"no image tokens in the prompt, and '{plan.name}' drops some; put the image placeholder into it"
+                " (processor.apply_chat_template does)"
+            )
         check_prompt(request)
     return request
 
@@ -236,7 +243,8 @@ class _Sizes:
         ]
         for layer, method in enumerate(pruning):
             if method is not None and any(left):
-                score += (2 * self.projections[layer] + 2 * width) * length if method.looks_ahead else 0
+                if method.looks_ahead:
+                    score += (2 * self.projections[layer] + 2 * width) * length
                 left, length = self._after(method, layer, request, left, length)
             score += 2 * width * length * looked.count(layer)
             rows.append(length)

@@ -236,7 +236,7 @@ class Recipe:
             OptionError: two policies evict in the same layer.
         """
         found: list[KVPolicy | None] = [None] * sizes.layers
-        for policy in (policy for policy in policies if _has(policy, "evict")):
+        for policy in (policy for policy in policies if _has(policy, "evict") or _has(policy, "split")):
             for layer in policy.active_layers(sizes):
                 if (other := found[layer]) is not None:
                     raise OptionError(
@@ -434,6 +434,12 @@ def _refuse_conflict(one: Intervention, other: Intervention) -> None:
         raise OptionError(
             f"'{one.info.name}' is in the recipe twice for the same layers; use one of them, or layer ranges that do not meet"
         )
+    for policy, other_one in ((one, other), (other, one)):
+        if isinstance(policy, KVPolicy) and _has(policy, "split"):
+            raise OptionError(
+                f"{names}: '{policy.info.name}' keeps the heads of a layer apart, where '{other_one.info.name}' cannot act; use"
+                " one of them, or layer ranges that do not meet"
+            )
     for opening, hiding in ((one, other), (other, one)):
         if shared := sorted(opening.opens() & hiding.hides()):
             raise OptionError(

@@ -92,9 +92,10 @@ class GIFT(Intervention):
 
     def _follow(self, request: Request, start: int, stop: int, device: torch.device, weights: Weights) -> None:
         """Find the key weights from the rows of the question among the slots ``start:stop``."""
-        visual = request.types(stop, device) != TEXT
+        image, real = request.types(stop, device) != TEXT, request.real(stop, device)
+        visual = image if real is None else image & real
         turns = request.turns(stop, device)
-        question = ~visual & (request.roles(stop, device) == USER) & (turns == turns.amax(1, keepdim=True))
+        question = ~image & (request.roles(stop, device) == USER) & (turns == turns.amax(1, keepdim=True))
         question = question & (visual.cumsum(1) > 0)
         telling = question & request.content(stop, device)
         telling = torch.where(telling.any(1, keepdim=True), telling, question)

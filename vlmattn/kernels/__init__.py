@@ -14,6 +14,7 @@ from vlmattn.kernels.edit import (
     Rows,
     scale_heads,
 )
+from vlmattn.kernels.split import SplitStates
 from vlmattn.kernels.visibility import Mask, Visibility
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "MaskPart",
     "MassGate",
     "Rows",
+    "SplitStates",
     "Visibility",
     "attend",
     "scale_heads",

@@ -13,7 +13,19 @@ from vlmattn.request.request import (
     Request,
     number_images,
 )
-from vlmattn.request.scope import Choice, Eviction, Image, Parts, Preparation, Scope, Sight, Stage, Step, Steps
+from vlmattn.request.scope import (
+    Choice,
+    Eviction,
+    HeadSplit,
+    Image,
+    Parts,
+    Preparation,
+    Scope,
+    Sight,
+    Stage,
+    Step,
+    Steps,
+)
 from vlmattn.request.slots import Ledger, Slots
 from vlmattn.request.tokens import Kept, TokenMap, closed_up
 
@@ -29,6 +41,7 @@ __all__ = [
     "Compare",
     "Directions",
     "Eviction",
+    "HeadSplit",
     "Image",
     "Kept",
     "Ledger",

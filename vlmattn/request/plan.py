@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmattn.kernels import AttentionEdit
 
 if TYPE_CHECKING:
-    from vlmattn.request.scope import Choice, Eviction, Preparation, Scope, Sight, Stage
+    from vlmattn.request.scope import Choice, Eviction, HeadSplit, Preparation, Scope, Sight, Stage
 
 Weights = Callable[[int, int], Tensor]
 """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
@@ -77,6 +77,8 @@ class Policy(Method, Protocol):
     def look(self, scope: Scope, query: Tensor, key: Tensor) -> None: ...
 
     def evict(self, scope: Scope) -> Eviction | None: ...
+
+    def split(self, scope: Scope) -> HeadSplit | None: ...
 
 
 @runtime_checkable

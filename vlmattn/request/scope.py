@@ -297,6 +297,22 @@ class Eviction:
     counts: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class HeadSplit:
+    """KV heads of a layer in two stores.
+
+    Attributes:
+        full: KV heads that keep every token.
+        sinks, window: the others keep the first ``sinks`` real tokens of the prompt and the last ``window``, for each sequence.
+        compensate: and the mean of what they let go.
+    """
+
+    full: tuple[int, ...]
+    sinks: int
+    window: tuple[int, ...]
+    compensate: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Image:
     """One image as the vision tower saw it.

@@ -38,7 +38,8 @@ def check_prompt(request: Request) -> None:
 
 def check_continuation(request: Request, start: int) -> None:
     """Raise if a cache was cropped within a prompt whose tokens are partly gone."""
-    if start < request.prompt_length and any(tokens is not None for tokens in request.maps):
+    dropped = max((tokens.length for tokens in request.maps if tokens is not None), default=0)
+    if start < min(request.prompt_length, dropped):  # a map may also speak of drafts behind the prompt
         raise StateError(
             f"this cache was cropped to {start} tokens, within a prompt that '{request.plan.name}' has dropped tokens of; start"
             " a new generate()"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlmattn import attention
 from vlmattn.errors import UnsupportedError
 from vlmattn.request import Plan, Scope, Step, TokenMap, closed_up
 from vlmattn.wrapping.dropping import speak_original
+from vlmattn.wrapping.split import SplitLayer, picked
 
 
 def check_cache(plan: Plan, cache: Any) -> None:
@@ -35,23 +36,22 @@ def after_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     cache = kwargs["past_key_values"]
     layer, request = cache.layers[index], step.request
+    if isinstance(layer, SplitLayer):
+        return
     queries, keys = (args[0] if args else kwargs["hidden_states"]).shape[1], layer.keys.shape[-2]
     scope = Scope(step, index, queries, keys, layer.keys.device)
+    if step.is_prompt and (split := policy.split(scope)) is not None:
+        cache.layers[index] = apart = SplitLayer(layer, scope.real, split)
+        request.ledger.add(("fired", policy.info.name), apart.let_go)
     found = policy.evict(scope)
     if found is None:
         return
     if policy.drops:
         order, valid = closed_up(found.keep, scope.real, found.counts)
-        layer.keys, layer.values = (_picked(states, order) for states in (layer.keys, layer.values))
+        layer.keys, layer.values = (picked(states, order) for states in (layer.keys, layer.values))
     else:
         order = torch.arange(keys, device=scope.device).expand(found.keep.shape)
         valid = found.keep if scope.real is None else found.keep & scope.real
     request.evict(index, TokenMap.evicted(request.maps[index], order, valid, keys), order, keys)
     request.ledger.add(("fired", policy.info.name), sum(keys - count for count in found.counts))
     speak_original(cache)
-
-
-def _picked(states: Tensor, order: Tensor) -> Tensor:
-    """Keys or values ``[batch, kv_heads, slot, dim]`` at the slots ``order`` ``[batch, kept]``."""
-    _, heads, _, dim = states.shape
-    return states.gather(2, order[:, None, :, None].expand(-1, heads, -1, dim))

@@ -2,10 +2,12 @@
 
 from vlmattn.interventions.pruning.avl import AVL
 from vlmattn.interventions.pruning.base import Pruning
+from vlmattn.interventions.pruning.duo import DuoAttention
 from vlmattn.interventions.pruning.fastv import FastV
 from vlmattn.interventions.pruning.longheads import LongHeads
 from vlmattn.interventions.pruning.policy import KVPolicy
 from vlmattn.interventions.pruning.pyramiddrop import PyramidDrop
+from vlmattn.interventions.pruning.razor import RazorAttention
 from vlmattn.interventions.pruning.recycled import RecycledAttention
 from vlmattn.interventions.pruning.rounds import Rounds
 from vlmattn.interventions.pruning.sparsevlm import SparseVLM
@@ -13,11 +15,13 @@ from vlmattn.interventions.pruning.visionzip import VisionZip
 
 __all__ = [
     "AVL",
+    "DuoAttention",
     "FastV",
     "KVPolicy",
     "LongHeads",
     "Pruning",
     "PyramidDrop",
+    "RazorAttention",
     "RecycledAttention",
     "Rounds",
     "SparseVLM",

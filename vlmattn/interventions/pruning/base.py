@@ -110,7 +110,7 @@ class Pruning(Options):
 
 def check_stages(name: str, layers: str, ratios: tuple[float, ...]) -> None:
     """Raise unless there is one share of 0..1 for each stage, and none is larger than the one before."""
-    if any(ratio > 1 for ratio in ratios) or any(a < b for a, b in pairwise(ratios)):
+    if not all(0 <= ratio <= 1 for ratio in ratios) or any(a < b for a, b in pairwise(ratios)):
         raise OptionError(f"{name}.keep_ratios must fall and lie within 0..1, got {list(ratios)}")
     if any(len(parse_layers(part, MANY, f"{name}.layers")) != 1 for part in layers.split(",")):
         raise OptionError(f"{name}.layers must name one layer for each stage, got '{layers}'")

@@ -11,7 +11,7 @@ from vlmattn.errors import UnsupportedError
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.registry import Sizes, option
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import TEXT, Eviction, Request, Scope, Slots
+from vlmattn.request import TEXT, Eviction, HeadSplit, Request, Scope, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,10 @@ class KVPolicy(Intervention):
 
     def evict(self, scope: Scope) -> Eviction | None:
         """Which slots of the layer's cache stay, once the layer has run; None = all."""
+        return None
+
+    def split(self, scope: Scope) -> HeadSplit | None:
+        """Which KV heads of the layer keep everything from now on, once a prompt has run through it; None = all."""
         return None
 
     def edit(self, scope: Scope) -> AttentionEdit:

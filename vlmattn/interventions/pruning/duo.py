@@ -1,0 +1,40 @@
+"""DuoAttention: some heads keep everything, the others stream (arXiv 2410.10819)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmattn.interventions.pruning.headwise import HeadWise
+from vlmattn.interventions.registry import option, register
+
+
+@register(
+    "duo",
+    paper="arXiv:2410.10819 (ICLR 2025)",
+    code="github.com/mit-han-lab/duo-attention (not read)",
+    faithful="experimental",
+    parts="keep",
+    cost="decode: streaming heads hold, and read, few tokens; two attention calls a layer",
+    presets={"duo": ("half of the KV heads stream; needs a profile of the model's heads", {})},
+)
+@dataclass(frozen=True, kw_only=True)
+class DuoAttention(HeadWise):
+    """Retrieval heads keep every token; streaming heads the first ``sinks`` and the last ``recent``.
+
+    The paper trains a gate for each KV head and takes a quantile of the gates; here the ``share`` of KV heads with the
+    highest score of a HeadProfile keeps everything: calibration instead of training. Memory is saved, not masked: the heads of
+    a layer live in two stores. Counts tokens of heads that were let go after prompts.
+
+    Raises:
+        OptionError: no heads and no profile, heads that the model does not have, attention edits in the same layers.
+        UnsupportedError: a static cache, no cache, assisted decoding.
+    """
+
+    sinks: int = option(64, 1, 10**6, "first tokens that every head keeps", source="paper, recalled: 64")
+    recent: int = option(256, 1, 10**6, "last tokens that every head keeps", source="paper, recalled: 256")
+    share: float = option(
+        0.5, 0, 1, "share of the KV heads that keep everything", source="paper, recalled: half for MHA"
+    )
+
+    def window(self, tokens: int) -> int:
+        return self.recent

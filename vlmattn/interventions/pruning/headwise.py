@@ -1,0 +1,84 @@
+"""What RazorAttention and DuoAttention share: some KV heads keep every token, the others the first and the last."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from vlmattn.errors import OptionError
+from vlmattn.interventions.files import beside
+from vlmattn.interventions.profiles import HeadProfile
+from vlmattn.interventions.pruning.policy import KVPolicy, host_counts
+from vlmattn.interventions.registry import Sizes, option
+from vlmattn.request import HeadSplit, Scope
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadWise(KVPolicy):
+    """Base of policies by heads. Which KV heads keep everything is ``heads``, or the best ``share`` by a score of a HeadProfile.
+
+    The score of a KV head is the largest of its query heads'. Layers whose heads all keep everything are left alone.
+    """
+
+    needs_images: ClassVar[bool] = False
+    files: ClassVar[Mapping[str, str]] = {"profile": HeadProfile.FILE_NAME}
+    compensate: ClassVar[bool] = False
+    sinks: int = 4
+    share: float = 0.25
+    heads: str = option("", about="KV heads that keep everything, layer.head joined by commas; empty: by share")
+    profile: str = option("", about="HeadProfile file; empty: vlmattn_heads.json beside the model")
+    score: str = option("retrieval", about="score of the profile by which heads keep everything")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads and not re.fullmatch(r"\s*\d+\.\d+\s*(,\s*\d+\.\d+\s*)*", self.heads):
+            raise OptionError(f"{self.info.name}.heads must look like '12.3,14.7' (layer.KV head), got '{self.heads}'")
+        if self.mode == "mask":
+            raise OptionError(f"{self.info.name} has no mode 'mask'; compare with a larger share")
+
+    def at(self, share: float) -> HeadWise:
+        """``share`` is that of the KV heads which keep everything."""
+        return replace(self, share=share)
+
+    def window(self, tokens: int) -> int:
+        """Most recent tokens that the other heads keep of a prompt of so many tokens."""
+        raise NotImplementedError
+
+    def bind(self, sizes: Sizes) -> HeadWise:
+        KVPolicy.bind(self, sizes)
+        chosen = [tuple(map(int, place.split("."))) for place in self.heads.split(",") if place.strip()]
+        path = self.profile
+        if not chosen:
+            path = path or str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
+            if not path:
+                raise OptionError(
+                    f"{self.info.name}: which heads keep everything? Give heads='12.3,14.7' (layer.KV head), or measure them:"
+                    " find_heads(model, samples).save(folder of the model)"
+                )
+            chosen = self._best(path, sizes)
+        for layer, head in chosen:
+            if layer >= sizes.layers or head >= sizes.kv_heads:
+                raise OptionError(
+                    f"{self.info.name}.heads names KV head {head} of layer {layer}, but the model has {sizes.layers} layers of"
+                    f" {sizes.kv_heads} KV heads"
+                )
+        return replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
+
+    def _best(self, path: str, sizes: Sizes) -> list[tuple[int, ...]]:
+        found = HeadProfile.load(path)
+        found.check(sizes, f"{self.info.name}.profile")
+        found.top(self.score, 1.0)  # says which scores there are
+        repeat, table = sizes.heads // sizes.kv_heads, found.scores[self.score]
+        ranked = sorted(
+            ((layer, head) for layer in self.active_layers(sizes) for head in range(sizes.kv_heads)),
+            key=lambda place: -max(table[place[0]][place[1] * repeat : (place[1] + 1) * repeat]),
+        )
+        return list(ranked[: max(1, round(self.share * len(ranked)))])
+
+    def split(self, scope: Scope) -> HeadSplit | None:
+        full = [int(place.split(".")[1]) for place in self.heads.split(",") if int(place.split(".")[0]) == scope.layer]
+        images, text = host_counts(scope.request, scope.keys)
+        window = tuple(self.window(n + words) for n, words in zip(images, text, strict=True))
+        return HeadSplit(tuple(full), self.sinks, window, self.compensate)

@@ -1,0 +1,50 @@
+"""RazorAttention: retrieval heads keep everything, the others a window and the mean of the rest (arXiv 2407.15891)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmattn.interventions.pruning.headwise import HeadWise
+from vlmattn.interventions.registry import option, register
+
+
+@register(
+    "razor",
+    paper="arXiv:2407.15891 (ICLR 2025)",
+    code="not read",
+    faithful="experimental",
+    parts="keep",
+    cost="decode: most heads hold, and read, few tokens; two attention calls a layer",
+    presets={"razor": ("constants recalled from the paper, not verified; needs a profile of the model's heads", {})},
+)
+@dataclass(frozen=True, kw_only=True)
+class RazorAttention(HeadWise):
+    """Retrieval heads keep every token; the others the first ones, the last ones, and one token for all between.
+
+    Of a prompt of N tokens a KV head that is no retrieval head keeps the first ``sinks``, the last max(``recent``,
+    N / ``fraction``), and a compensation token of the dropped set D, to which what leaves the window later is added:
+
+        k = mean_D k_j,  v = mean_D v_j,  softmax term |D| exp(q . k / sqrt(dim))
+
+    Keys are averaged as they are, rotated. Retrieval heads are the ``share`` of KV heads with the highest score of a
+    HeadProfile, where the paper finds echo and induction heads on repeated random tokens: ours, until such a score is there.
+    Memory is saved, not masked: the heads of a layer live in two stores. Counts tokens of heads that were let go after prompts.
+
+    Raises:
+        OptionError: no heads and no profile, heads that the model does not have, attention edits in the same layers.
+        UnsupportedError: a static cache, no cache, assisted decoding.
+    """
+
+    compensate: ClassVar[bool] = True
+    sinks: int = option(4, 1, 10**6, "first tokens that every head keeps", source="paper, recalled: N0 = 4")
+    recent: int = option(4000, 1, 10**6, "least length of the window", source="paper, recalled: S0 = 4000")
+    fraction: float = option(
+        5.0, 1, 10**6, "the window is this part of the prompt, if that is more", source="paper, recalled: C = 5"
+    )
+    share: float = option(
+        0.15, 0, 1, "share of the KV heads that keep everything", source="paper, recalled: 1 % echo + 14 % induction"
+    )
+
+    def window(self, tokens: int) -> int:
+        return max(self.recent, int(tokens / self.fraction))
