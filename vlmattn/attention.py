@@ -89,17 +89,18 @@ def _run_apart(
     kwargs: dict[str, Any],
 ) -> Output:
     """Attention of a layer whose KV heads keep different tokens: those that keep all, then the others."""
-    packed, outs = query.unflatten(1, (key.kv_heads, -1)), []  # type: ignore[no-untyped-call]
-    near_mask = key.near_mask(query.shape[2], query, base is not _base("sdpa", module))
+    batch, _, queries, dim = query.shape
+    packed, outs = query.reshape(batch, key.kv_heads, -1, queries, dim), []
+    near_mask = key.near_mask(queries, query, base is not _base("sdpa", module))
     for heads, keys, values, seen in (
         (key.full_heads, key.full, value.full, mask),
         (key.near_heads, key.near, value.near, near_mask),
     ):
         if len(heads):
             out, _ = base(module, packed[:, heads].flatten(1, 2), keys, values, seen, **kwargs)
-            outs.append(out.unflatten(2, (len(heads), -1)))
+            outs.append(out.view(batch, queries, len(heads), -1, out.shape[-1]))
     if isinstance(step, Step):
-        phase = "decode" if query.shape[2] == 1 else "prefill"
+        phase = "decode" if queries == 1 else "prefill"
         step.request.ledger.add(("calls", phase, "split", str(module.layer_idx)))
     return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), None
 

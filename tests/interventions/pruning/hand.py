@@ -1,4 +1,4 @@
-"""A decoder run by hand on the modules of a bare tiny model: no engine, no cache class, every key and weight in sight."""
+"""A decoder run by hand on the modules of a bare tiny model: no engine, no cache class, every key in sight."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ class Hand:
         self.decoder = model.model.language_model
         self.keys: list[Tensor | None] = [None] * len(self.decoder.layers)
         self.values: list[Tensor | None] = [None] * len(self.decoder.layers)
-        self.weights: list[Tensor | None] = [None] * len(self.decoder.layers)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -64,14 +63,18 @@ class Hand:
             self.values[index] = value = heads[2] if before is None else torch.cat([before, heads[2]], 2)
             repeat = query.shape[1] // key.shape[1]
             seen = self.see(index, self.step, query[0], key[0])
-            scores = (query @ key.repeat_interleave(repeat, 1).transpose(2, 3)) * attn.head_dim**-0.5
-            shown = seen.expand(key.shape[1], -1, -1).repeat_interleave(repeat, 0)[None]
-            self.weights[index] = weights = scores.masked_fill(~shown, float("-inf")).softmax(-1)
-            out = (weights @ value.repeat_interleave(repeat, 1)).transpose(1, 2).flatten(2)
+            shown = seen.expand(key.shape[1], -1, -1).repeat_interleave(repeat, 0)
+            wide = (query[0], key[0].repeat_interleave(repeat, 0), value[0].repeat_interleave(repeat, 0))
+            out = self.attend(*wide, shown).transpose(0, 1).flatten(1)[None]
             hidden = hidden + attn.o_proj(out)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         self.step += 1
         return self.model.lm_head(self.decoder.norm(hidden[:, -1:]))[0, 0]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        """Head outputs of one sequence, all ``[heads, ...]``."""
+        scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+        return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
 
     def generate(self, inputs: dict[str, Tensor], new: int) -> Tensor:
         """Greedy logits ``[new, vocabulary]`` of a prompt."""

@@ -1,0 +1,1 @@
+"""Puts this folder on the path, for the folders in it too: ``from methods import SETTINGS``."""
