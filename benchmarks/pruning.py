@@ -1,7 +1,7 @@
-"""What dropping image tokens saves, measured beside the prediction of ``vlmattn.cost``: 12 layers, 768 wide, 576 + 60 tokens.
+"""What dropping image tokens saves, beside the prediction of ``vlmattn.cost``: 12 layers, 768 wide, 576 + 60 tokens.
 
 first token   of generate(), which is the prefill; ``predicted`` is the ratio of operations, ``limit`` that plus 0.08
-decode step   the median of 16; ``predicted`` is the ratio of bytes read. Weights dominate with one short prompt: no claim
+decode step   the median of 16; ``predicted`` is the ratio of bytes read. Weights dominate at one short prompt: no claim
 KV cache      bytes after one prefill, and the ratio predicted
 
 python -m benchmarks.pruning --out benchmarks/results

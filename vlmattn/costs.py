@@ -129,8 +129,8 @@ def cost(
 
     A decode step reads all weights and the KV bytes. Of mixtures of experts the active ones count (in a decode step as
     many as the batch can ask for). n_l is the padded length of the prompt until tokens are dropped, then the longest
-    sequence of the batch: real text and kept image tokens. Score is one row of attention for each layer that a method looks
-    at (SparseVLM looks at one for each rater), and the projections of a layer that it looks at in advance.
+    sequence of the batch: real text and kept image tokens. Score is one row of attention for each layer that a method
+    looks at (SparseVLM looks at one for each rater), and the projections of a layer that it looks at in advance.
 
     Attention counts in full, also where a causal kernel skips half. Biases, norms, edits of attention weights, what
     rules do with logits, and the vision tower do not count: recipes without methods that drop tokens have ratio 1.
@@ -172,7 +172,8 @@ def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
     if plan.policies:
         names = ", ".join(policy.info.name for policy in plan.policies)
         raise UnsupportedError(
-            f"cost() does not know what {names} does with cached tokens; leave that method out, or measure it with vlmattn bench"
+            f"cost() does not know what {names} does with cached tokens; leave that method out, or measure it with"
+            " vlmattn bench"
         )
     if branches or plan.search is not None or plan.preparing:
         raise UnsupportedError(

@@ -26,7 +26,8 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         device, heads = layer.keys.device, layer.keys.shape[1]
         self.lazy_initialization(layer.keys, layer.values)
-        self.split, self.length = split, layer.keys.shape[-2]
+        self.split = split
+        self.length: int = layer.keys.shape[-2]
         self.full_heads = torch.tensor(split.full, dtype=torch.long, device=device)
         self.near_heads = torch.tensor(
             [h for h in range(heads) if h not in split.full], dtype=torch.long, device=device
