@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import tiny
 import torch
+from tiny import build, prompt
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 import vlmattn
-from tests import tiny
+from vlmattn import AVL, DuoAttention, FastV, LongHeads, RecycledAttention
 from vlmattn.errors import InputError, OptionError, UnsupportedError
 from vlmattn.evals.bench import RANDOM_MODELS
 
@@ -198,8 +200,6 @@ def test_errors() -> None:
         vlmattn.cost(model, {**inputs, "attention_mask": torch.ones(1, 1, 4, 4)})
     with pytest.raises(InputError, match="no image tokens in the prompt, and 'fastv' drops some"):
         vlmattn.cost(model, {"input_ids": torch.tensor([[5, 6, 7]])}, "fastv")
-    with pytest.raises(UnsupportedError, match="does not know what avl does with cached tokens"):
-        vlmattn.cost(model, inputs, "avl")
     with pytest.raises(InputError, match="without input_ids or inputs_embeds"):
         vlmattn.cost(model, {})
     with pytest.raises(OptionError, match="dropped before the layers"):
@@ -208,3 +208,33 @@ def test_errors() -> None:
     ids = torch.nn.functional.pad(inputs["input_ids"], (0, 2))
     with pytest.raises(InputError, match="padded on the left"):
         vlmattn.cost(model, {**inputs, "input_ids": ids, "attention_mask": right}, "fastv")
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        AVL(keep_secondary=0.25, keep_core=0.1),
+        DuoAttention(heads="0.0,1.1", sinks=2, recent=4),
+        RecycledAttention(keys=8, stride=4),
+        LongHeads(tile=2),
+    ],
+    ids=["avl", "duo", "recycled", "longheads"],
+)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_policies_hold_what_was_said(policy, family):
+    model, inputs = build(family), prompt(family, 2)
+    found = vlmattn.cost(model, inputs, policy, measure=True)
+    assert found.edited.kv_bytes == found.edited.measured_kv_bytes
+    assert found.edited.prefill_flops >= found.bare.prefill_flops, "they act after the prompt"
+    assert found.edited.kv_read < found.bare.kv_read
+    assert found.edited.decode_bytes == found.edited.weight_bytes + found.edited.kv_read
+
+
+def test_a_policy_beside_dropped_rows():
+    found = vlmattn.cost(build("llava"), prompt("llava", 2), [FastV(layer=2, keep_ratio=0.5), AVL()], measure=True)
+    assert found.edited.kv_bytes == found.edited.measured_kv_bytes
+
+
+def test_policies_that_decide_by_the_prompt_are_refused():
+    with pytest.raises(UnsupportedError, match="what rounds holds or reads is known only once the prompt is read"):
+        vlmattn.cost(build("llava"), prompt("llava", 2), "rounds")

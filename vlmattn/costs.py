@@ -26,23 +26,27 @@ class Load:
     """What one batch of prompts costs the language model. Operations are floating-point ones, two for a multiply-add.
 
     Attributes:
-        rows: rows of each sequence in each layer, padding and fillers included; the layer's cache has as many slots.
+        rows: rows of each sequence in each layer, padding and fillers included.
+        slots, read: slots of a layer's cache after the prompt, and slots that a step reads, mean over KV heads and sequences.
         image_tokens: of a sequence with images, on average, in each layer.
         linear_flops, attention_flops: prefill, of the layers' matrices and of attention.
         score_flops: prefill, of what methods look at to choose tokens.
         head_flops: logits of the last row of each sequence.
-        kv_bytes: the cache after the prompt and the new tokens.
+        kv_bytes: the cache after the prompt and the new tokens. kv_read: what a step reads of it.
         weight_bytes: weights that a decode step reads.
         measured_flops, measured_kv_bytes: of one real prefill; None if it was not run.
     """
 
     rows: tuple[int, ...]
+    slots: tuple[float, ...]
+    read: tuple[float, ...]
     image_tokens: tuple[float, ...]
     linear_flops: int
     attention_flops: int
     score_flops: int
     head_flops: int
     kv_bytes: int
+    kv_read: int
     weight_bytes: int
     measured_flops: int | None = None
     measured_kv_bytes: int | None = None
@@ -54,7 +58,7 @@ class Load:
     @property
     def decode_bytes(self) -> int:
         """What a decode step reads: weights and cache."""
-        return self.weight_bytes + self.kv_bytes
+        return self.weight_bytes + self.kv_read
 
     @property
     def equivalent(self) -> float:
@@ -94,7 +98,7 @@ class Cost:
         """Plain data: all fields, sums and ratios."""
         found = asdict(self)
         for name, load in (("bare", self.bare), ("edited", self.edited)):
-            found[name] |= {key: list(found[name][key]) for key in ("rows", "image_tokens")}
+            found[name] |= {key: list(found[name][key]) for key in ("rows", "slots", "read", "image_tokens")}
             found[name] |= {key: getattr(load, key) for key in ("prefill_flops", "decode_bytes", "equivalent")}
         return found | {key: getattr(self, key) for key in ("prefill_ratio", "kv_ratio", "decode_ratio")}
 
@@ -127,7 +131,8 @@ def cost(
 
         prefill = B sum_l (2 W_l n_l + 4 h d n_l^2) + score + 2 B H V;   KV bytes = 2 b B h_kv d sum_l (n_l + t)
 
-    A decode step reads all weights and the KV bytes. Of mixtures of experts the active ones count (in a decode step as
+    A decode step reads all weights and the KV bytes. Policies change what is held and read (mean over steps; what is evicted
+    while the answer is written is not counted). Of mixtures of experts the active ones count (in a decode step as
     many as the batch can ask for). n_l is the padded length of the prompt until tokens are dropped, then the longest
     sequence of the batch: real text and kept image tokens. Score is one row of attention for each layer that a method
     looks at (SparseVLM looks at one for each rater), and the projections of a layer that it looks at in advance.
@@ -148,7 +153,7 @@ def cost(
             dropped (without images, padded on the right, ending in an image).
         OptionError: a recipe that does not fit the model; ``new_tokens`` below 0.
         UnsupportedError: another family; sliding windows; methods that read other prompts too (branches of a decoding
-            rule, beam search, preparation passes); policies about cached tokens.
+            rule, beam search, preparation passes); policies that decide by the prompt.
     """
     if new_tokens < 0:
         raise OptionError(f"new_tokens must be 0 or more, got {new_tokens}")
@@ -159,7 +164,8 @@ def cost(
     _refuse(chosen.name, plan, anatomy)
     request = _read(family, model, inputs, replace(plan, pruning=plan.pruning or (None,) * anatomy.layers))
     sizes = _Sizes.of(family, model, anatomy, request.batch or 1, new_tokens)
-    bare, edited = (sizes.load(request, pruning) for pruning in ((None,) * anatomy.layers, request.plan.pruning))
+    bare = sizes.load(request, (None,) * anatomy.layers, ())
+    edited = sizes.load(request, request.plan.pruning, plan.policies)
     if measure:
         bare = _measured(family, model, inputs, Recipe.of("none"), bare)
         edited = bare if chosen.is_none else _measured(family, model, inputs, chosen, edited)
@@ -169,12 +175,6 @@ def cost(
 def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
     """Raise for what the model of costs does not hold for."""
     branches = plan.decoding is not None and plan.decoding.branches
-    if plan.policies:
-        names = ", ".join(policy.info.name for policy in plan.policies)
-        raise UnsupportedError(
-            f"cost() does not know what {names} does with cached tokens; leave that method out, or measure it with"
-            " vlmattn bench"
-        )
     if branches or plan.search is not None or plan.preparing:
         raise UnsupportedError(
             f"'{name}' has the model read more than the prompt, which cost() does not know; leave that method out, or"
@@ -234,14 +234,14 @@ class _Sizes:
             number=model.dtype.itemsize,
         )
 
-    def load(self, request: Request, pruning: Sequence[Any]) -> Load:
-        """What a prompt costs if these methods choose its tokens."""
+    def load(self, request: Request, pruning: Sequence[Any], policies: Sequence[Any]) -> Load:
+        """What a prompt costs if these methods choose its tokens, and these policies what is cached."""
         anatomy, given = self.anatomy, [images for images, _ in request.newest]
         left, length, score = [sum(images) for images in given], request.stop, 0
         width, rows, visual = anatomy.heads * anatomy.head_dim, [], []
-        looked = [
-            layer for found in dict.fromkeys(pruning) if found is not None for layer in found.measured_layers(anatomy)
-        ]
+        slots, read = [], []
+        looking = [found for found in (*dict.fromkeys(pruning), *policies) if found is not None]
+        looked = [layer for found in looking for layer in found.measured_layers(anatomy)]
         for layer, method in enumerate(pruning):
             if method is not None and any(left):
                 if method.looks_ahead:
@@ -249,18 +249,49 @@ class _Sizes:
                 left, length = self._after(method, layer, request, left, length)
             score += 2 * width * length * looked.count(layer)
             rows.append(length)
+            held, seen = self._cached(request, policies, layer, left, length)
+            slots.append(held)
+            read.append(seen)
             visual.append(sum(left) / max(sum(map(bool, given)), 1))
-        slots = sum(rows) + self.new_tokens * len(rows)
+        slot = 2 * self.number * self.batch * anatomy.kv_heads * anatomy.head_dim
+        new = self.new_tokens * len(rows)
         return Load(
             rows=tuple(rows),
+            slots=tuple(slots),
+            read=tuple(read),
             image_tokens=tuple(visual),
             linear_flops=2 * self.batch * sum(n * weights for n, weights in zip(rows, self.weights, strict=True)),
             attention_flops=4 * self.batch * width * sum(n * n for n in rows),
             score_flops=self.batch * score,
             head_flops=2 * self.batch * self.head,
-            kv_bytes=2 * self.number * self.batch * anatomy.kv_heads * anatomy.head_dim * slots,
+            kv_bytes=round(slot * (sum(slots) + new)),
+            kv_read=round(slot * (sum(read) + new)),
             weight_bytes=self.read,
         )
+
+    def _cached(
+        self, request: Request, policies: Sequence[Any], layer: int, left: list[int], length: int
+    ) -> tuple[float, float]:
+        """Slots that a layer holds after the prompt, and that a step reads.
+
+        Raises:
+            UnsupportedError: a policy that decides by the prompt.
+        """
+        held, read = float(length), float(length)
+        for policy in (policy for policy in policies if layer in policy.active_layers(self.anatomy)):
+            found = [
+                policy.cached(layer, n, text, self.anatomy.kv_heads)
+                for n, (_, text) in zip(left, request.newest, strict=True)
+            ]
+            if any(one is None for one in found):
+                raise UnsupportedError(
+                    f"what {policy.info.name} holds or reads is known only once the prompt is read; leave it out of cost(), or"
+                    " measure it with vlmattn bench"
+                )
+            if policy.shrinks and policy.drops:
+                held = max(one[0] for one in found)
+            read = min(held, sum(one[1] for one in found) / len(found))
+        return held, read
 
     def _after(
         self, method: Pruning, layer: int, request: Request, left: list[int], length: int
@@ -295,11 +326,11 @@ def _measured(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any],
     }
     with torch.inference_mode(), _under(model, recipe), FlopCounterMode(display=False, custom_mapping=own) as counter:
         cache = model(**{**inputs, "use_cache": True, "logits_to_keep": 1}).past_key_values
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    held = sum(getattr(layer, "nbytes", 0) or layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return replace(
         load,
         measured_flops=sum(sum(counter.flop_counts[name].values()) for name in names),
-        measured_kv_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
+        measured_kv_bytes=held,
     )
 
 

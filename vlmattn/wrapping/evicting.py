@@ -14,12 +14,12 @@ from vlmattn.wrapping.dropping import speak_original
 from vlmattn.wrapping.split import SplitLayer, picked
 
 
-def check_cache(plan: Plan, cache: Any) -> None:
-    """Raise for caches that policies cannot work on."""
+def check_cache(plan: Plan, cache: Any, used: bool) -> None:
+    """Raise for caches that policies cannot work on; ``used`` without a cache: the decoder is going to make one."""
     names = ", ".join(dict.fromkeys(policy.info.name for policy in plan.policies))
-    if cache is None:
+    if not used:
         raise UnsupportedError(f"{names} works on cached keys and values; leave use_cache on")
-    if any(hasattr(layer, "max_cache_len") for layer in cache.layers):
+    if cache is not None and any(hasattr(layer, "max_cache_len") for layer in cache.layers):
         raise UnsupportedError(
             f"{names} must know how far a cache is filled, and a static one does not tell; use a dynamic cache"
         )

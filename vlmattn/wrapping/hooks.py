@@ -160,7 +160,12 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             " call model.vlmattn.disable() for prompts without images"
         )
     if request.plan.policies:
-        check_cache(request.plan, cache)
+        wanted = inputs.get("use_cache")
+        check_cache(
+            request.plan,
+            cache,
+            cache is not None or (model.config.get_text_config().use_cache if wanted is None else wanted),
+        )
     if request.plan.directions and not handle._projecting:
         handle._projecting = True
         handle._hooks += _hook_projections(handle._family, model)

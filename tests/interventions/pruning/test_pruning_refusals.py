@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_a_prompt_without_images(family):
     """As for edits; a later turn may have none, and so may some sequences of a batch."""
     model, text = vlmattn.wrap(build(family), EARLY), torch.tensor([[1, 5, 6, 7]])
     words = {"input_ids": text, "attention_mask": torch.ones_like(text)}
-    for call in (model, model.generate):
+    for call in (model, partial(model.generate, max_new_tokens=2)):
         with pytest.raises(InputError, match=r"no image tokens in the prompt.*model\.vlmattn\.disable"):
             call(**words)
     model.vlmattn.disable()
@@ -200,15 +201,13 @@ def test_a_cache_that_was_cropped_into_the_prompt(words):
             cache = model(**inputs, use_cache=True).past_key_values
             cache.crop(kept - cache.get_seq_length())
             assert cache.get_seq_length() == kept
-            ids = torch.tensor([words])
+            more, call = {"input_ids": torch.tensor([words]), "past_key_values": cache}, model
+            if ask == "generate":
+                ids = torch.cat([inputs["input_ids"][:, :kept], more["input_ids"]], 1)
+                more |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                call = partial(model.generate, max_new_tokens=2)
             with pytest.raises(StateError, match=rf"cropped to {kept} tokens, within a prompt .*start a new generate"):
-                if ask == "directly":
-                    model(input_ids=ids, past_key_values=cache)
-                else:
-                    ids = torch.cat([inputs["input_ids"][:, :kept], ids], 1)
-                    generate(
-                        model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
-                    )
+                call(**more)
 
 
 @no_grad

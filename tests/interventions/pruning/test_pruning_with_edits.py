@@ -97,6 +97,11 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).nan_to_num(posinf=0, neginf=0).abs().max())
 
 
+@functools.cache
+def unedited(family: str, fast: Pruning) -> Tensor:
+    return answers(family, [fast])
+
+
 def hiding(method: Pruning) -> Pruning:
     return replace(method, mode="mask")
 
@@ -108,7 +113,7 @@ def test_an_edit_is_the_same_behind_dropped_tokens(family, name):
     fast, edit = FastV(layer=first_layer(family) + EDITS.index(name) % 2), fitted(SETTINGS[name], family)
     dropped = answers(family, [edit, fast])
     assert apart(dropped, answers(family, [edit, hiding(fast)])) < TOLERANCE
-    assert apart(dropped, answers(family, [fast])) > ACTS, "the edit acts"
+    assert apart(dropped, unedited(family, fast)) > ACTS, "the edit acts"
     whole = apart(dropped, answers(family, [edit]))
     if name == "knockout_image_text":
         assert whole < TOLERANCE, "no text sees an image, so nobody misses the tokens"
@@ -203,7 +208,7 @@ def test_rules_of_early_layers_work_on_fewer_tokens(family, rule):
     assert torch.equal(dropped.isinf(), hidden.isinf()), "what DeCo leaves out"
     assert apart(dropped, hidden) < TOLERANCE
     assert apart(dropped, answers(family, [rule])) > ACTS
-    assert apart(dropped, answers(family, [fast])) > ACTS / 2
+    assert apart(dropped, unedited(family, fast)) > ACTS / 2
     for row, inputs in zip(dropped, prompts_of(family), strict=True):
         assert apart(row, answers(family, [fast, rule], inputs=inputs)[0]) < TOLERANCE
     with wrapped(family, [fast, rule]) as model:

@@ -264,6 +264,20 @@ def second_turn_with_an_image(model: PreTrainedModel, name: str) -> list[Tensor]
     return found
 
 
+def second_turn_with_an_image_in_a_batch(model: PreTrainedModel, name: str) -> list[Tensor]:
+    """Through generate(): a new image for each sequence, everything else is about the whole conversation."""
+    inputs, new = left_padded(three(name)), prompt(family_of(name), 1, 5, seed=4)
+    first = answer(model, inputs)
+    ids = torch.cat([first.sequences, new["input_ids"].expand(3, -1)], 1)
+    mask = inputs["attention_mask"]
+    more = dict(input_ids=ids, past_key_values=first.past_key_values)
+    more["attention_mask"] = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    more["pixel_values"] = torch.cat([new["pixel_values"] * (row + 1) for row in range(3)])
+    if "image_grid_thw" in new:
+        pytest.skip("the library itself counts positions of all images, and is given one")
+    return [torch.stack(first.logits), torch.stack(answer(model, more).logits)]
+
+
 def forwards(model: PreTrainedModel, name: str) -> list[Tensor]:
     """Direct calls with a cache: the prompt, one token after another, several at once."""
     first, _ = conversation(name)
@@ -306,7 +320,7 @@ def cropped_behind_the_prompt(model: PreTrainedModel, name: str) -> list[Tensor]
 
 WAYS = [
     greedy, ragged, one_without_image, static, recomputed, beams, sampled, drafted, second_turn_of_text,
-    second_turn_with_an_image, forwards, copied, cropped_behind_the_prompt,
+    second_turn_with_an_image, second_turn_with_an_image_in_a_batch, forwards, copied, cropped_behind_the_prompt,
 ]  # fmt: skip
 
 
@@ -316,10 +330,11 @@ def bare(name: str, attn: str, way: Callable) -> list[Tensor]:
 
 
 MATRIX = [
-    *((name, attn, method) for name in MODELS for attn in ("sdpa", "eager") for method in ("fastv_quarter", "pyramid_last")),
-    ("llava", "sdpa", "fastv"),
+    *((name, "sdpa", method) for name in FAMILIES for method in ("fastv_quarter", "pyramid_last")),
+    *((name, "eager", "pyramid_last") for name in FAMILIES),
     ("llava", "sdpa", "pyramid"),
-]  # fmt: skip
+    ("llava_qwen2", "eager", "fastv"),
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -417,6 +432,7 @@ def test_stages_are_counted():
     assert "image_tokens" not in vlmattn.wrap(build("llava"), "pai").vlmattn.report()
 
 
+@pytest.mark.filterwarnings("ignore:vlmattn.*never fired:UserWarning")
 @pytest.mark.parametrize("tokens", [0, 1, 5, 16, 400])
 def test_a_number_of_tokens_is_that_of_a_sequence(tokens):
     model, prompts = model_of("llava"), three("llava")

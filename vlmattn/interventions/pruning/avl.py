@@ -68,6 +68,12 @@ class AVL(KVPolicy):
     def at(self, share: float) -> AVL:
         return replace(self, keep_secondary=share, keep_core=share * self.keep_core / self.keep_secondary)
 
+    def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float]:
+        """Before text is pruned."""
+        held = min(round(self.keep_secondary * images), images) + text
+        core = min(round(self.keep_core * images), held - text) + text
+        return held, ((self.refresh - 1) * core + held) / self.refresh
+
     def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
         return self.active_layers(sizes)
 

@@ -77,8 +77,19 @@ class HeadWise(KVPolicy):
         )
         return list(ranked[: max(1, round(self.share * len(ranked)))])
 
+    def _full(self, layer: int) -> tuple[int, ...]:
+        """KV heads of a layer that keep everything (once bound)."""
+        places = (place.split(".") for place in self.heads.split(",") if place)
+        return tuple(int(head) for number, head in places if int(number) == layer)
+
+    def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float]:
+        tokens = images + text
+        near = self.sinks + min(self.window(tokens), tokens) if tokens > self.sinks else tokens
+        full = len(self._full(layer))
+        held = (full * tokens + (kv_heads - full) * near) / kv_heads
+        return held, held
+
     def split(self, scope: Scope) -> HeadSplit | None:
-        full = [int(place.split(".")[1]) for place in self.heads.split(",") if int(place.split(".")[0]) == scope.layer]
         images, text = host_counts(scope.request, scope.keys)
         window = tuple(self.window(n + words) for n, words in zip(images, text, strict=True))
-        return HeadSplit(tuple(full), self.sinks, window, self.compensate)
+        return HeadSplit(self._full(scope.layer), self.sinks, window, self.compensate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,11 +43,18 @@ class LongHeads(KVPolicy):
         UnsupportedError: a static cache, no cache.
     """
 
+    shrinks: ClassVar[bool] = False
     tile: int = option(64, 1, 10**6, "image tokens of a tile", source="ours")
     keep: float = option(0.25, 0, 1, "share of the tiles that a head reads", source="ours")
 
     def at(self, share: float) -> LongHeads:
         return replace(self, keep=share)
+
+    def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float]:
+        """As if the image tokens were one image."""
+        tiles = math.ceil(images / self.tile)
+        read = min(max(round(self.keep * tiles), 2), tiles) * self.tile
+        return images + text, min(read, images) + text
 
     def look(self, scope: Scope, query: Tensor, key: Tensor) -> None:
         if scope.step.is_prompt:

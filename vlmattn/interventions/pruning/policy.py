@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class KVPolicy(Intervention):
     what "drop" evicts: the same choice, to compare with.
     """
 
+    shrinks: ClassVar[bool] = True  # its layers hold less after the prompt
     mode: str = option("drop", about="evict slots, or only hide them (to compare)", choices=("drop", "mask"))
 
     @property
@@ -36,6 +38,14 @@ class KVPolicy(Intervention):
             )
         self.active_layers(sizes)
         return self
+
+    def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float] | None:
+        """Slots of a sequence that an active layer holds after the prompt, and that a step reads, mean over KV heads (and steps).
+
+        For ``vlmattn.cost``; None = known only once the prompt has been read. Args: real image tokens that reach the layer,
+        other real tokens.
+        """
+        return None
 
     def look(self, scope: Scope, query: Tensor, key: Tensor) -> None:
         """Queries ``[batch, heads, query, dim]`` and keys ``[batch, kv_heads, key, dim]`` of an active layer, before the edit."""

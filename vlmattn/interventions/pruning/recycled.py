@@ -45,10 +45,19 @@ class RecycledAttention(KVPolicy):
     """
 
     needs_images: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
     keys: int = option(256, 1, 10**6, "slots that a KV head reads, besides new ones", source="ours")
     stride: int = option(8, 1, 10**6, "steps from one full step to the next", source="ours")
     trigger: str = option("stride", about="what brings a full step", choices=("stride", "similarity"))
     similar: float = option(0.8, -1, 1, "cosine of queries below which a step is full", source="ours")
+
+    def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float] | None:
+        held = images + text
+        return (
+            None
+            if self.trigger == "similarity"
+            else (held, ((self.stride - 1) * min(self.keys, held) + held) / self.stride)
+        )
 
     def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
         return self.active_layers(sizes)

@@ -14,8 +14,11 @@ from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.request import Choice, Scope, Slots, Stage, Weights
 
 _ROWS = 64  # rater rows whose attention is looked at together
-_KEEP = (300 / 576, 200 / 576, 110 / 576)
-_KEEP_PLUS = (300 / 576, 200 / 576, 118 / 576)
+
+
+def _of_576(*tokens: int) -> tuple[float, ...]:
+    """The released counts, for the 576 tokens of LLaVA-1.5, as shares."""
+    return tuple(count / 576 for count in tokens)
 
 
 @register(
@@ -27,12 +30,16 @@ _KEEP_PLUS = (300 / 576, 200 / 576, 118 / 576)
     cost="prefill: attention rows of the raters in three layers; later layers run on the rest. Decode: fewer keys",
     presets={
         "sparsevlm": ("released code, 192 tokens of LLaVA-1.5 on average, dropped tokens merged", {}),
-        "sparsevlm_128": ("released code, 128 tokens", {"keep_ratios": (303 / 576, 110 / 576, 36 / 576)}),
-        "sparsevlm_64": ("released code, 64 tokens", {"keep_ratios": (66 / 576, 30 / 576, 17 / 576)}),
+        "sparsevlm_128": ("released code, 128 tokens", {"keep_ratios": _of_576(303, 110, 36)}),
+        "sparsevlm_96": ("released code, 96 tokens", {"keep_ratios": _of_576(238, 48, 26)}),
+        "sparsevlm_64": ("released code, 64 tokens", {"keep_ratios": _of_576(66, 30, 17)}),
         "sparsevlm_plus": (
             "released code 2.0, 192 tokens: no merging, position bias divided out, heads chosen",
-            {"version": "2", "keep_ratios": _KEEP_PLUS},
+            {"version": "2", "keep_ratios": _of_576(300, 200, 118)},
         ),
+        "sparsevlm_plus_128": ("released code 2.0, 128 tokens", {"version": "2", "keep_ratios": _of_576(238, 108, 60)}),
+        "sparsevlm_plus_96": ("released code 2.0, 96 tokens", {"version": "2", "keep_ratios": _of_576(246, 54, 28)}),
+        "sparsevlm_plus_64": ("released code 2.0, 64 tokens", {"version": "2", "keep_ratios": _of_576(66, 34, 20)}),
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,7 @@ class SparseVLM(Pruning):
         source="released: after 2, 6, 15 of 32",
     )
     keep_ratios: tuple[float, ...] = option(
-        _KEEP, about="share of the image tokens that stays, stage by stage", source="released"
+        _of_576(300, 200, 110), about="share of the image tokens that stays, stage by stage", source="released"
     )
     version: str = option("1", about="released version of the code", choices=("1", "2"))
     recycle: float = option(0.3, 0, 1, "version 1: share of the dropped tokens that is merged", source="released")
