@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 IMAGE_TOKEN = 99
@@ -20,13 +22,15 @@ TEXT = dict(
     vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
-FAMILIES = ("llava", "qwen2_5_vl")
-TOKENS_PER_IMAGE = {"llava": 16, "qwen2_5_vl": 4}
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl")
+TOKENS_PER_IMAGE = {"llava": 16, "qwen2_5_vl": 4, "qwen3_vl": 4}
+SEEDS = {"qwen3_vl": 14}  # a model that writes neither placeholders nor the end where tests need other tokens
+QWEN_TOKENS = dict(image_token_id=IMAGE_TOKEN, video_token_id=98, vision_start_token_id=97, vision_end_token_id=96)
 
 
 def build(family: str, attn: str = "sdpa", seed: int = 0, config: Any = None) -> PreTrainedModel:
     """A random model in eval mode. Weights are large enough for attention to be far from uniform."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + SEEDS.get(family, 0))
     if family == "llava":
         vision = dict(
             model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -39,17 +43,26 @@ def build(family: str, attn: str = "sdpa", seed: int = 0, config: Any = None) ->
             image_seq_length=16,
         )
         model = LlavaForConditionalGeneration(config)
-    else:
+    elif family == "qwen2_5_vl":
         text = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
         vision = dict(
             depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=64, num_heads=4, patch_size=4, spatial_merge_size=2,
             temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1],
         )  # fmt: skip
-        config = config or Qwen2_5_VLConfig(
-            text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, video_token_id=98, vision_start_token_id=97,
-            vision_end_token_id=96,
-        )  # fmt: skip
+        config = config or Qwen2_5_VLConfig(text_config=text, vision_config=vision, **QWEN_TOKENS)
         model = Qwen2_5_VLForConditionalGeneration(config)
+    else:
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        vision = dict(
+            depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=64, num_heads=4, patch_size=4, spatial_merge_size=2,
+            temporal_patch_size=2, num_position_embeddings=16, deepstack_visual_indexes=[0, 1],
+        )  # fmt: skip
+        text = {**TEXT, "head_dim": 8, "rope_parameters": rope}
+        config = config or Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_TOKENS)
+        model = Qwen3VLForConditionalGeneration(config)
+        for parameter in model.model.visual.deepstack_merger_list.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(0, 0.1)  # as large as the residual stream
     for parameter in model.model.language_model.parameters():
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.3)

@@ -253,10 +253,11 @@ def test_a_row_without_an_image_is_answered_by_the_model_itself(family, recipe):
     assert torch.equal(tokens[1], generate(build(family), text)[0])
 
 
-def video(words: int, seed: int) -> dict[str, Tensor]:
+def video(family: str, words: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(5, 90, (words,), generator=generator).tolist()
-    ids = torch.tensor([[1, 7, 97, *[98] * 8, 96, *text]])
+    film = [97, *[98] * 8, 96] if family == "qwen2_5_vl" else [50, 97, *[98] * 4, 96, 51, 97, *[98] * 4, 96]
+    ids = torch.tensor([[1, 7, *film, *text]])
     return dict(
         input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=2 * (ids == 98).int(),
         pixel_values_videos=torch.randn(32, 96, generator=generator), video_grid_thw=torch.tensor([[2, 4, 4]]),
@@ -264,8 +265,9 @@ def video(words: int, seed: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("recipe", ["vcd", "rbd", "avisc"])
-def test_videos_are_images_too(recipe):
-    model, rows = wrapped("qwen2_5_vl"), [video(4, 1), video(7, 2)]
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_videos_are_images_too(family, recipe):
+    model, rows = wrapped(family), [video(family, 4, 1), video(family, 7, 2)]
     together = generate(model, left_padded(rows), recipe)
     for row, inputs in enumerate(rows):
         assert torch.equal(together[row], generate(model, inputs, recipe)[0])
@@ -471,7 +473,7 @@ def test_edits_act_among_the_image_tokens_that_a_branch_sees(family, edit):
         seen[-1, gone] = False
         dense = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
         more = {}
-        if family == "qwen2_5_vl":
+        if family != "llava":
             grids = {name: inputs[name] for name in inputs if name != "pixel_values"}
             space = build(family).model.get_rope_index(**grids)[0]
             more["position_ids"] = torch.cat([torch.arange(len(ids)).expand(1, 1, -1), space])
@@ -535,7 +537,7 @@ def test_unwrap_leaves_a_bare_model(family, recipe, tmp_path):
     )
     assert all(map(torch.equal, found.logits, wanted.logits))
     assert {layer.keys.shape[0] for layer in found.past_key_values.layers} == {3}
-    if family == "qwen2_5_vl":
+    if family != "llava":
         assert torch.equal(model.model.rope_deltas, untouched.model.rope_deltas)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [kind.__name__]

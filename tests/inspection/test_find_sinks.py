@@ -24,7 +24,7 @@ def deep(family):
     config = build(family).config.to_dict()
     config["text_config"].pop("layer_types", None)
     config["text_config"] |= {"num_hidden_layers": LAYERS, "hidden_size": 256, "num_attention_heads": 32, "head_dim": 8}
-    if family == "qwen2_5_vl":
+    if family != "llava":
         config["vision_config"]["out_hidden_size"] = 256
     return build(family, config=type(build(family).config).from_dict(config))
 

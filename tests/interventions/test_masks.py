@@ -76,7 +76,7 @@ def write(family: str, *turns: list[int | str], seed: int = 3) -> list[Token]:
             facts = dict(turn=turn, instruction=True)
             if part == "img":
                 tokens = [Token(IMAGE_TOKEN, image=images, turn=turn)] * TOKENS_PER_IMAGE[family]
-                marks = family == "qwen2_5_vl"
+                marks = family != "llava"
                 out += [*[Token(97, **facts)] * marks, *tokens, *[Token(96, **facts)] * marks]
                 images += 1
             elif part == "sep":
@@ -483,7 +483,7 @@ def test_a_second_turn_with_an_image_on_the_same_cache(family, name):
             piece["pixel_values"] = (
                 inputs["pixel_values"][: 2 * patches] if a == 0 else inputs["pixel_values"][2 * patches :]
             )
-            if family == "qwen2_5_vl":
+            if family != "llava":
                 piece["mm_token_type_ids"] = inputs["mm_token_type_ids"][:, a:b]
                 piece["image_grid_thw"] = inputs["image_grid_thw"][:2]
         out = model(**piece, past_key_values=cache, use_cache=True)

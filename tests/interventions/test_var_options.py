@@ -279,7 +279,7 @@ def test_a_second_turn_keeps_the_sinks_that_were_generated(family):
     ids = torch.cat([out.sequences, torch.tensor([[50, MASSIVE, 51]])], 1)
     whole = [*tokens, *[Token(i) for i in ids[0, len(tokens) :].tolist()]]
     second = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
-    if family == "qwen2_5_vl":
+    if family != "llava":
         second["mm_token_type_ids"] = (ids == 99).int()
     again = [Say(SAID, len(whole))]
     got = generate(model, second, 4, past_key_values=out.past_key_values, logits_processor=again)

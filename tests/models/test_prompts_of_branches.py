@@ -408,19 +408,20 @@ def batches(family: str) -> dict[str, dict[str, Tensor]]:
             pixel_values=torch.randn(48 + 8, 96), image_grid_thw=torch.tensor([[1, 8, 6], [1, 2, 4]]),
         )  # fmt: skip
         made["grids"] = left_padded([prompt(family), wide])
-        made["video"] = video(3)
+        made["video"] = video(3, family)
     return made
 
 
-def video(frames: int) -> dict[str, Tensor]:
-    """A prompt with an image and a video of 4 x 4 patches a frame."""
-    ids = torch.tensor([[1, 7, 97, *[IMAGE_TOKEN] * 4, 96, 8, 97, *[98] * 4 * frames, 96, 8, 9]])
+def video(frames: int, family: str) -> dict[str, Tensor]:
+    """A prompt with an image and a video of 4 x 4 patches a frame; Qwen3-VL has a time before every frame."""
+    film = [97, *[98] * 4 * frames, 96] if family == "qwen2_5_vl" else [50, 97, *[98] * 4, 96] * frames
+    ids = torch.tensor([[1, 7, 97, *[IMAGE_TOKEN] * 4, 96, 8, *film, 8, 9]])
     types = (ids == IMAGE_TOKEN).int() + 2 * (ids == 98).int()
     return dict(
         input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=types,
         pixel_values=torch.randn(16, 96), image_grid_thw=torch.tensor([[1, 4, 4]]),
         pixel_values_videos=torch.randn(16 * frames, 96), video_grid_thw=torch.tensor([[frames, 4, 4]]),
-        second_per_grid_ts=torch.tensor([0.5]),
+        **({"second_per_grid_ts": torch.tensor([0.5])} if family == "qwen2_5_vl" else {}),
     )  # fmt: skip
 
 
@@ -512,8 +513,9 @@ def test_pixels_of_qwen_rows(rows):
     assert find_family(model).pixels(model, inputs) == {"pixel_values": wanted}
 
 
-def test_pixels_of_videos():
-    model, inputs = build("qwen2_5_vl"), video(3)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_pixels_of_videos(family):
+    model, inputs = build(family), video(3, family)
     assert find_family(model).pixels(model, inputs) == {"pixel_values": [16], "pixel_values_videos": [48]}
     assert find_family(model).pixels(model, {"input_ids": inputs["input_ids"]}) == {}
 
