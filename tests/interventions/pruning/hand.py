@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from tiny import build, generate, prompt
 from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
+
+import vlmattn
 
 See = Callable[[int, int, Tensor, Tensor], Tensor]
 """``see(layer, step, query, key)``: bool ``[kv_heads or 1, queries, keys]``, what each row of one sequence may see; step 0 is the prompt."""
@@ -85,3 +89,23 @@ class Hand:
             token = logits[-1].argmax()[None, None]
             logits.append(self.run(self.model.get_input_embeddings()(token), positions))
         return torch.stack(logits)
+
+
+def check_isolation(policy: Any, new: int) -> None:
+    """Two threads do not meet, and an unwrapped model is as before."""
+    inputs, bare = prompt("llava", 2), generate(build("llava"), prompt("llava", 2), new)
+    model = vlmattn.wrap(build("llava"), policy)
+    alone, found = generate(model, inputs, new), {}
+
+    def ask(number: int) -> None:
+        found[number] = generate(model, inputs, new)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert all(torch.equal(out, alone) for out in found.values())
+    vlmattn.unwrap(model)
+    assert torch.equal(generate(model, inputs, new), bare)

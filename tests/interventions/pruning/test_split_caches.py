@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
-from hand import Hand, causal
+from hand import Hand, causal, check_isolation
 from tiny import build, generate, left_padded, prompt
 
 import vlmattn
@@ -157,21 +156,7 @@ def test_beside_dropped_rows():
 
 @every_policy
 def test_unwrapped_is_as_before_and_threads_do_not_meet(name):
-    inputs, bare = prompt("llava", 2), generate(build("llava"), prompt("llava", 2), NEW)
-    model = wrapped("llava", POLICIES[name])
-    alone, found = generate(model, inputs, NEW), {}
-
-    def ask(number):
-        found[number] = generate(model, inputs, NEW)
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(out, alone) for out in found.values())
-    vlmattn.unwrap(model)
-    assert torch.equal(generate(model, inputs, NEW), bare)
+    check_isolation(POLICIES[name], NEW)
 
 
 def test_heads_come_from_a_profile(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
@@ -108,26 +108,45 @@ class Pruning(Options):
         raise NotImplementedError
 
 
-def check_stages(name: str, layers: str, ratios: tuple[float, ...]) -> None:
-    """Raise unless there is one share of 0..1 for each stage, and none is larger than the one before."""
-    if not all(0 <= ratio <= 1 for ratio in ratios) or any(a < b for a, b in pairwise(ratios)):
-        raise OptionError(f"{name}.keep_ratios must fall and lie within 0..1, got {list(ratios)}")
-    if any(len(parse_layers(part, MANY, f"{name}.layers")) != 1 for part in layers.split(",")):
-        raise OptionError(f"{name}.layers must name one layer for each stage, got '{layers}'")
-    if (stages := len(layers.split(","))) != len(ratios):
-        raise OptionError(f"{name} has {stages} layers and {len(ratios)} ratios; give one ratio for each layer")
+@dataclass(frozen=True, kw_only=True)
+class Staged(Pruning):
+    """Base of methods that keep fewer tokens from stage to stage: one layer and one share for each."""
 
+    layers: str = ""
+    keep_ratios: tuple[float, ...] = ()
 
-def stage_layers(name: str, layers: str, sizes: Sizes) -> tuple[int, ...]:
-    """The layers of the stages in this model: in one of few layers shares of the depth move up, so that each has its own."""
-    found: list[int] = []
-    for part in layers.split(","):
-        (layer,) = parse_layers(part, sizes.layers, f"{name}.layers")
-        lowest = found[-1] + 1 if found else 1
-        found.append(max(layer, lowest) if "/" in part else layer)
-    if any(a >= b for a, b in pairwise(found)):
-        raise OptionError(f"{name}.layers must ascend, got {found} in {sizes.layers} layers")
-    return tuple(found)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name, ratios, parts = self.info.name, self.keep_ratios, self.layers.split(",")
+        if not all(0 <= ratio <= 1 for ratio in ratios) or any(a < b for a, b in pairwise(ratios)):
+            raise OptionError(f"{name}.keep_ratios must fall and lie within 0..1, got {list(ratios)}")
+        if any(len(parse_layers(part, MANY, f"{name}.layers")) != 1 for part in parts):
+            raise OptionError(f"{name}.layers must name one layer for each stage, got '{self.layers}'")
+        if len(parts) != len(ratios):
+            raise OptionError(f"{name} has {len(parts)} layers and {len(ratios)} ratios; give one ratio for each layer")
+
+    def at(self, share: float) -> Staged:
+        return replace(self, keep_ratios=scaled(self.keep_ratios, share))
+
+    def bind(self, sizes: Sizes) -> Staged:
+        bound = replace(self, layers=",".join(map(str, self.stages(sizes))))
+        Pruning.bind(bound, sizes)
+        return bound
+
+    def stages(self, sizes: Sizes) -> tuple[int, ...]:
+        """In a model of few layers shares of the depth move up, so that each stage has a layer of its own."""
+        found: list[int] = []
+        for part in self.layers.split(","):
+            (layer,) = parse_layers(part, sizes.layers, f"{self.info.name}.layers")
+            lowest = found[-1] + 1 if found else 1
+            found.append(max(layer, lowest) if "/" in part else layer)
+        if any(a >= b for a, b in pairwise(found)):
+            raise OptionError(f"{self.info.name}.layers must ascend, got {found} in {sizes.layers} layers")
+        return tuple(found)
+
+    def ratio(self, layer: int) -> float:
+        """Share that stays before a stage's layer (once bound)."""
+        return self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)]
 
 
 def scaled(ratios: tuple[float, ...], first: float) -> tuple[float, ...]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmattn.interventions.pruning.base import Pruning, check_stages, scaled, stage_layers
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.interventions.pruning.base import Staged
+from vlmattn.interventions.registry import option, register
 from vlmattn.request import Choice, Stage
 
 
@@ -30,7 +30,7 @@ from vlmattn.request import Choice, Stage
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(Pruning):
+class PyramidDrop(Staged):
     """Before each stage's layer m keep the image tokens that the last prompt token would attend to most in m.
 
     With A the attention that layer m would pay on the rows that are still there, n image tokens in the prompt:
@@ -58,27 +58,12 @@ class PyramidDrop(Pruning):
         "compact", about="position ids of kept tokens", source="released: counted anew", choices=("compact", "original")
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_stages("pyramiddrop", self.layers, self.keep_ratios)
-
     @property
     def compact(self) -> bool:
         return self.positions == "compact"
 
-    def bind(self, sizes: Sizes) -> PyramidDrop:
-        bound = replace(self, layers=",".join(map(str, self.stages(sizes))))
-        Pruning.bind(bound, sizes)
-        return bound
-
-    def at(self, share: float) -> PyramidDrop:
-        return replace(self, keep_ratios=scaled(self.keep_ratios, share))
-
-    def stages(self, sizes: Sizes) -> tuple[int, ...]:
-        return stage_layers("pyramiddrop", self.layers, sizes)
-
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:
-        return int(self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)] * sum(given))
+        return int(self.ratio(layer) * sum(given))
 
     def choose(self, stage: Stage) -> Choice:
         counts = self.counts(stage)

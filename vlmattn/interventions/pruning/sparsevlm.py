@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.pruning.base import Pruning, check_stages, scaled, stage_layers
+from vlmattn.interventions.pruning.base import Staged
 from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.request import Choice, Scope, Slots, Stage, Weights
 
@@ -43,7 +43,7 @@ def _of_576(*tokens: int) -> tuple[float, ...]:
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(Pruning):
+class SparseVLM(Staged):
     """Go on with the image tokens that the rater words of the question attend to most, and merge some of the others.
 
     With E the embeddings that enter the decoder (v image tokens, t text after the image):
@@ -78,24 +78,9 @@ class SparseVLM(Pruning):
     cluster_size: int = option(10, 1, 10**6, "version 1: tokens of a cluster on average", source="released")
     head_share: float = option(14 / 32, 0, 1, "version 2: share of the heads", source="released: 14 of 32")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_stages("sparsevlm", self.layers, self.keep_ratios)
-
     @property
     def compact(self) -> bool:
         return self.version == "1"
-
-    def bind(self, sizes: Sizes) -> SparseVLM:
-        bound = replace(self, layers=",".join(map(str, self.stages(sizes))))
-        Pruning.bind(bound, sizes)
-        return bound
-
-    def at(self, share: float) -> SparseVLM:
-        return replace(self, keep_ratios=scaled(self.keep_ratios, share))
-
-    def stages(self, sizes: Sizes) -> tuple[int, ...]:
-        return stage_layers("sparsevlm", self.layers, sizes)
 
     def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(layer - 1 for layer in self.stages(sizes))
@@ -128,7 +113,7 @@ class SparseVLM(Pruning):
 
     def scores(self, stage: Stage) -> Tensor:
         """s, float32 ``[batch, rows]``."""
-        rows, raters, seen = stage.request.state[(self, "gaze")]  # seen: [batch, heads, rater, rows]
+        rows, raters, seen = stage.request.state.pop((self, "gaze"))  # seen: [batch, heads, rater, rows]
         if self.version == "2":
             bias = _rotation_alone(*stage.tables)
             seen = seen / bias[:, None, rows.to(bias.device)]
@@ -144,7 +129,7 @@ class SparseVLM(Pruning):
 
     def _chosen(self, layer: int, given: Sequence[int], left: int) -> int:
         """Image tokens that stay as they are."""
-        ratio = self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)]
+        ratio = self.ratio(layer)
         return min(round(ratio * sum(given)), max(left - 1, 0))
 
     def _clusters(self, dropped: int) -> tuple[int, int]:
