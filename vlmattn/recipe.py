@@ -313,10 +313,11 @@ class Recipe:
             raise InputError(f"not a recipe: unknown key {', '.join(sorted(map(str, unknown)))}")
         methods: list[Options] = []
         for kind, classes in _KINDS.items():
-            items = data.get(kind) or []
+            given = data.get(kind)
+            items = [] if given is None else [given] if kind == "decoding" else given
             for item in items if isinstance(items, list) else [items]:
                 if not isinstance(item, Mapping) or not isinstance(item.get("method"), str):
-                    raise InputError(f"not a recipe: every entry of '{kind}' needs a 'method'")
+                    raise InputError("not a recipe: every intervention, pruning method and decoding needs a 'method'")
                 method = make_method(
                     item["method"], {str(key): value for key, value in item.items() if key != "method"}
                 )

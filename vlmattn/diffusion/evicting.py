@@ -63,9 +63,9 @@ def evicted(
     A cache that was made in the block is of use within it only.
 
     Raises:
-        OptionError: a ratio out of 0..1, no such mode, a schedule without steps or about sliding layers only.
+        OptionError: a ratio out of 0..1, no such mode, no steps for a schedule, a schedule about sliding layers only.
         InputError: a prompt as embeddings, or padded on the right.
-        StateError: more denoising steps than ``steps``.
+        StateError: more denoising steps than ``steps``, one block within another.
         UnsupportedError: another model, flash or flex attention, a static, quantised or offloaded cache, images in a later turn.
     """
     if mode not in ("drop", "mask"):
@@ -184,6 +184,8 @@ class _Eviction:
             if (state := _state(cache)) is not None:
                 state.step = -1
             return None
+        if _PROMPT in kwargs:
+            raise StateError("one evicted() block lies in another on the same model; leave the outer one first")
         if ids is None:
             raise InputError("evicted() finds image tokens by input_ids, and the prompt came as embeddings")
         self.check(cache)
@@ -264,9 +266,8 @@ class _Eviction:
         """Places of the slots that stay, and which of them are no fillers; in "mask" mode all places."""
         if self.drop:
             return closed_up(keep, valid, [count + other for count, other in zip(counts, others, strict=True)])
-        return torch.arange(keep.shape[1], device=keep.device).expand(
-            keep.shape
-        ), keep if valid is None else keep & valid
+        everything = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
+        return everything, keep if valid is None else keep & valid
 
     def after_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if (prompt := kwargs.get(_PROMPT)) is not None:
@@ -305,7 +306,7 @@ class _Eviction:
         """What a layer of the decoder reads in the present step: the cache, or a view of it, and its map."""
         held, prompt, layer = state.layers[index], state.prompt, cache.layers[index]
         share = share_of(self.schedule, state.step if self.steps else 0, self.steps or 1, index, self.layers)
-        counts = counts_of(share, prompt.given)
+        counts = tuple(map(min, counts_of(share, prompt.given), held.counts))
         if counts == held.counts:
             return cache, tokens
         slots = layer.keys.shape[-2]

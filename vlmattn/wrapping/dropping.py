@@ -145,11 +145,19 @@ def speak_original(cache: Any) -> None:
     if cache is not None and "get_seq_length" not in cache.__dict__:
         cache.get_seq_length = MethodType(_original_length, cache)  # bound, so that a deep copy asks itself
         cache.get_mask_sizes = MethodType(_original_sizes, cache)
+        cache.reset = MethodType(_reset, cache)
 
 
 def _original_length(self: Any, layer_idx: int = 0) -> Any:
     length, removed = type(self).get_seq_length(self, layer_idx), _removed(self, layer_idx)
-    return length + removed * (length > 0)  # nothing after a reset
+    return length + removed * (length > 0)  # nothing before the first layer has run
+
+
+def _reset(self: Any) -> None:
+    """A cache that was reset may serve a prompt whose tokens all stay, also of a model that is not wrapped."""
+    for name in ("get_seq_length", "get_mask_sizes", "reset"):
+        self.__dict__.pop(name, None)
+    self.reset()
 
 
 def _original_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[int, int]:

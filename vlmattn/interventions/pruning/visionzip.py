@@ -20,7 +20,7 @@ from vlmattn.request import Choice, Image, Sight, Stage
     "visionzip",
     paper="arXiv:2412.04467 (CVPR 2025)",
     code="github.com/dvlab-research/VisionZip",
-    faithful="released code read",
+    faithful="released code",
     parts="keep",
     cost="all layers run on the rest, from the first on; the vision tower is as it was. Decode: fewer keys",
     presets={
