@@ -901,3 +901,15 @@ def test_rows_and_runs_are_what_loops_find(layout, data):
         expected = ((0, 1) if TEXT in column else ()) + ((2,) if any(kind != TEXT for kind in column) else ())
         assert groups == expected
     assert len(slots) == stop
+
+
+@pytest.mark.parametrize("recipe", ["pai", "fastv"])
+def test_a_cache_that_was_reset_is_new_for_the_bare_model_too(recipe):
+    model, inputs = build("llava"), prompt("llava")
+    bare = generate(model, inputs)
+    vlmattn.wrap(model, recipe)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+    generate(model, inputs, past_key_values=cache)
+    cache.reset()
+    model.vlmattn.disable()
+    assert torch.equal(generate(model, inputs, past_key_values=cache), bare)

@@ -17,6 +17,7 @@ from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import Family, find_family
 from vlmattn.request import TEXT, Plan
 from vlmattn.wrapping.call import CALL, Call, TowerView
+from vlmattn.wrapping.dropping import speak_original
 from vlmattn.wrapping.merged import REQUEST, Merged, View
 
 _NOT_PASSED_ON = frozenset(
@@ -81,6 +82,9 @@ class Fan:
             views.append(reader.beside() if branch.shares_prompt else reader.anew())
         merged = Merged(self.contrast, views, call, len(ids) == len(self.inputs["input_ids"]))
         merged.fill(self._target, views)
+        if call.plan.drops:
+            setattr(self._target, REQUEST, main.request)
+            speak_original(self._target)
         t = torch.arange(1, kept + 1, device=ids.device)
         output.logits = merged.scores(call.model, [view.logits for view in views], early, t)
         output.past_key_values, self.cache, self.ropes = self._target, None, merged.ropes

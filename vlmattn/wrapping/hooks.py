@@ -128,6 +128,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     start = int(cache.get_seq_length()) if cache is not None else 0
     if start == 0:
         if call.plan.is_identity:
+            delattr(cache, REQUEST)  # of a prompt before the cache was reset
             return None
         request = Request(call.plan)
     elif request is None:
@@ -278,7 +279,7 @@ def _before_decoder(
     if isinstance(step, Steps):
         if step.blank is not None:
             kwargs = {**kwargs, **_blanked(step.blank, kwargs)}
-        step = step.parts[0][1] if step.merged is None else None
+        step = step.parts[0][1]
     if step is not None and step.request.plan.pruning:
         step.rotary = decoder.rotary_emb  # type: ignore[assignment]
     if step is not None and step.watch is None and step.is_prompt:

@@ -223,7 +223,6 @@ def test_rules_of_early_layers_work_on_fewer_tokens(family, rule):
 
 
 @pytest.mark.parametrize("rule", [DoLa(), DeCo()], ids=["dola", "deco"])
-@pytest.mark.xfail(strict=True, reason="decode steps of a rule know neither the rotary module nor the layers' lengths")
 @pytest.mark.parametrize("recipe", ["pyramiddrop", "visionzip", "sparsevlm"])
 def test_rules_of_early_layers_work_where_positions_are_counted_anew(recipe, rule):
     """And where layer 0 has fewer tokens already."""
