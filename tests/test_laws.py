@@ -912,4 +912,4 @@ def test_a_cache_that_was_reset_is_new_for_the_bare_model_too(recipe):
     generate(model, inputs, past_key_values=cache)
     cache.reset()
     model.vlmattn.disable()
-    assert torch.equal(generate(model, inputs, past_key_values=cache), bare)
+    close(generate(model, inputs, past_key_values=cache), bare)
