@@ -151,7 +151,7 @@ class Toy(nn.Module):
 
     @torch.no_grad()
     def denoise(self, ids, real, hide=None, steps=STEPS, **inputs):
-        """Logits of every step; ``hide(step, layer, hidden, tables)`` gives rows that are frozen and hidden: bool ``[batch, rows]``."""
+        """Logits of every step; ``hide(step, layer, hidden, tables)``: rows that are frozen and hidden, bool ``[batch, rows]``."""
         found, ids = [], ids.clone()
         position = (real.cumsum(1) - 1).clamp_min(0)
         angle = (position[..., None] * 0.3 ** torch.arange(WIDTH // HEADS // 2)).repeat(1, 1, 2)
@@ -321,11 +321,13 @@ def test_refusals(toy):
     for inputs, error in (
         ({"use_cache": True}, "use_cache=False"),
         ({"past_key_values": DynamicCache()}, "use_cache=False"),
-        ({"rotary": torch.zeros(2, ids.shape[1])}, "get rotary, of which nobody knows the rows"),
-        ({"position_embeddings": None}, "without_positions=True"),
+        ({"table": torch.zeros(2, ids.shape[1])}, "get table, of which nobody knows the rows"),
+        ({}, "without_positions=True"),
+        ({"position_ids": torch.zeros(3, 2, ids.shape[1])}, "several positions for a row"),
+        ({"position_embeddings": (torch.zeros(2, 1, ids.shape[1]),) * 2}, "several positions for a row"),
     ):
         with thinned(toy.layers, visual, Constant(0.5), 1, real=real), pytest.raises(UnsupportedError, match=error):
-            toy.layers[0](torch.zeros(2, ids.shape[1], WIDTH), **{"position_embeddings": 0, **inputs})
+            toy.layers[0](torch.zeros(2, ids.shape[1], WIDTH), **inputs)
     for options, error in (
         ({"select": 3}, "select must be one of the layers 0..2"),
         ({"steps": 0}, "steps must count"),
@@ -337,6 +339,11 @@ def test_refusals(toy):
             thinned(toy.layers, visual, **{"schedule": Constant(), "steps": 1, **options}),
         ):
             pass
+    with (
+        thinned(toy.layers, visual, Constant(0.5), 1, real=real, score=lambda layer, look: look.hidden),
+        pytest.raises(OptionError, match="score must be"),
+    ):
+        toy.denoise(ids, real)
     plain = nn.Identity()
     with (
         thinned([plain], visual, Constant(0.5), 1, without_positions=True),

@@ -47,13 +47,13 @@ def evicted(
 ) -> Iterator[Evicted]:
     """Let a DiffusionGemma model keep part of the image tokens between reading the prompt and denoising, for the block.
 
-    Its encoder writes keys and values once; every denoising step of every canvas reads them. With n image tokens in a sequence
-    and a_j the attention that the last prompt row pays to slot j in a layer with full attention, mean over heads:
+    Its encoder writes keys and values once; every denoising step of every canvas reads them. With n image tokens in a
+    sequence and a_j the attention that the last prompt row pays to slot j in a full-attention layer, mean over heads:
 
-        held:           the round(max_s keep(s, l) n) image tokens with the highest a stay in layer l, the others are evicted
+        held:           the round(max_s keep(s, l) n) image tokens with the highest a stay in layer l
         read in step s: the round(keep(s, l) n) highest of them
 
-    Text and finished canvases stay, and positions as they were. Sliding layers are left alone: their window counts slots.
+    Text and finished canvases stay, and positions as they were. Sliding layers are left alone: a window counts slots.
 
     Args:
         keep_ratio: the share that stays, or a ``Schedule`` of it (steps count anew for each canvas).
@@ -66,7 +66,8 @@ def evicted(
         OptionError: a ratio out of 0..1, no such mode, no steps for a schedule, a schedule about sliding layers only.
         InputError: a prompt as embeddings, or padded on the right.
         StateError: more denoising steps than ``steps``, one block within another.
-        UnsupportedError: another model, flash or flex attention, a static, quantised or offloaded cache, images in a later turn.
+        UnsupportedError: another model, flash or flex attention, a static, quantised or offloaded cache, images in a
+            later turn.
     """
     if mode not in ("drop", "mask"):
         raise OptionError(f"mode must be drop or mask, got {mode!r}")
@@ -155,7 +156,8 @@ class _Eviction:
         acts = [index for index in range(self.layers) if min(self.shares(index)) < 1]
         if acts and not set(acts) & set(self.full):
             raise OptionError(
-                f"{keep_ratio!r} is about sliding layers only, which keep all their slots; layers with full attention: {self.full}"
+                f"{keep_ratio!r} is about sliding layers only, which keep all their slots; layers with full attention:"
+                f" {self.full}"
             )
 
     def shares(self, index: int) -> list[float]:
@@ -223,7 +225,8 @@ class _Eviction:
             real = seen.any(dim=(1, 2))[:, : ids.shape[1]].expand(ids.shape)
         if not bool(real[:, -1].all()):
             raise InputError(
-                "evicted() asks the last prompt row, which is padding here; set processor.tokenizer.padding_side = 'left'"
+                "evicted() asks the last prompt row, which is padding here; set"
+                " processor.tokenizer.padding_side = 'left'"
             )
         visual = (ids == self.image) & real
         given = visual.sum(1).tolist()
@@ -281,7 +284,8 @@ class _Eviction:
         state.step += 1
         if self.steps is not None and state.step >= self.steps:
             raise StateError(
-                f"this is denoising step {state.step + 1} of a canvas, and evicted() was told of {self.steps}; give steps=max_denoising_steps"
+                f"this is denoising step {state.step + 1} of a canvas, and evicted() was told of {self.steps}; give"
+                " steps=max_denoising_steps"
             )
         self.report.read.append([])
 

@@ -48,7 +48,7 @@ def gaze(query: Tensor, key: Tensor, real: Tensor, scaling: float) -> Tensor:
 
 
 def rotated(attn: nn.Module, states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys ``[batch, heads, rows, dim]`` at their positions, as the file of their attention module rotates them."""
+    """Queries or keys ``[batch, heads, rows, dim]``, rotated as the file of their attention module does it."""
     rotate = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
         return states
@@ -62,11 +62,11 @@ def answer_attention(layer: nn.Module, look: Look) -> Tensor:
 
         s_j = mean_{i in A} mean_h softmax_j(q_hi k_hj / sqrt(d))
 
-    From the layer's query and key projections, for the rows A only. Rotated where the layer gets ``position_embeddings`` and the
-    file of its attention module has ``apply_rotary_pos_emb``; else by content. Padding gets none.
+    From its query and key projections, for the rows A only. Rotated where the layer gets ``position_embeddings``
+    and the file of its attention module has ``apply_rotary_pos_emb``; else by content. Padding gets none.
 
     Raises:
-        UnsupportedError: no ``input_layernorm``, or no ``self_attn`` with ``q_proj``, ``k_proj`` and heads of a known width.
+        UnsupportedError: no ``input_layernorm``, or no ``self_attn`` with ``q_proj``, ``k_proj`` and known heads.
     """
     attn: Any = getattr(layer, "self_attn", None)
     if not hasattr(layer, "input_layernorm") or not all(hasattr(attn, name) for name in ("q_proj", "k_proj")):
@@ -88,7 +88,7 @@ def answer_attention(layer: nn.Module, look: Look) -> Tensor:
 
 
 def _heads(attn: Any, states: Tensor, norm: str) -> Tensor:
-    """Projected rows ``[batch, rows, heads dim]`` as ``[batch, heads, rows, dim]``, normed where the attention norms heads."""
+    """Projected rows ``[batch, rows, heads dim]`` as ``[batch, heads, rows, dim]``, with the norm of heads if any."""
     heads = getattr(attn, "num_heads", None)
     dim = getattr(attn, "head_dim", None) or (heads and attn.q_proj.out_features // heads)
     if dim is None:

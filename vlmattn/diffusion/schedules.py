@@ -14,7 +14,7 @@ class Schedule(Protocol):
     """How many image tokens a layer sees in a denoising step. Anything with this method will do."""
 
     def keep(self, step: int, steps: int, layer: int, layers: int) -> float:
-        """Share of the image tokens, 0..1, in step ``step`` of ``steps`` and layer ``layer`` of ``layers``, both from 0."""
+        """Share of the image tokens, 0..1, in step ``step`` of ``steps`` and ``layer`` of ``layers``, both from 0."""
         ...
 
 
@@ -67,7 +67,9 @@ class Constant:
 
 @dataclass(frozen=True)
 class Progressive:
-    """Evenly from ``start`` in the first step to ``end`` in the last: later steps mend what earlier ones lost (arXiv 2511.15098).
+    """Evenly from ``start`` in the first step to ``end`` in the last (arXiv 2511.15098).
+
+    Later steps mend what earlier ones lost.
 
         keep(s) = start + (end - start) s / (S - 1)
 
@@ -106,9 +108,9 @@ class LateStep:
 
 @dataclass(frozen=True)
 class LayerSkip:
-    """Image tokens pass by the layers ``layers``, but for ``share`` of them (for models that began autoregressive, arXiv 2511.15098).
+    """Image tokens pass by the layers ``layers``, but for ``share`` of them (arXiv 2511.15098).
 
-    ``layers`` are numbers, or a range as methods have it: "1,3", "1/2:".
+    For models that began autoregressive. ``layers`` are numbers, or a range as methods have it: "1,3", "1/2:".
 
     Raises:
         OptionError: a share out of 0..1, layers that the model does not have.

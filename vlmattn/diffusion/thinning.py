@@ -39,22 +39,23 @@ def thinned(
     """Let the layers of a bidirectional denoiser compute fewer image rows, for the block.
 
     Each forward of the stack is a denoising step. With n image tokens in a sequence, x the residual stream and K the
-    round(keep(s, l) n) of them with the highest scores (ties: the first), layer l computes the rows of text and of K in step s:
+    round(keep(s, l) n) of them with the highest scores (ties: the first), in step s layer l computes text and K:
 
         x'_i = layer_l(x_text, x_K)_i  for text and K,     x'_i = x_i  for the others and for padding
 
-    Kept rows keep their positions. Scores are taken when layer ``select`` is entered, in the first step only (``persist``,
-    arXiv 2601.20168) or in every step; as long as there are none all image tokens go through, unless none is kept.
+    Kept rows keep their positions. Scores are taken when layer ``select`` is entered, in the first step only
+    (``persist``, arXiv 2601.20168) or in every step; as long as there are none all image tokens go through, unless none
+    is kept.
 
     Args:
-        layers: decoder layers in order. Each gets ``hidden_states`` ``[batch, rows, hidden]`` first or by keyword, and by
-            keyword may get ``attention_mask`` (2D, or 4D ``[batch or 1, heads or 1, rows or 1, rows]``), ``position_ids`` and
-            ``position_embeddings`` (``[batch or 1, rows, ...]``).
+        layers: decoder layers in order. Each gets ``hidden_states`` ``[batch, rows, hidden]`` first or by keyword, and
+            by keyword may get ``attention_mask`` (2D, or 4D ``[batch or 1, heads or 1, rows or 1, rows]``),
+            ``position_ids`` and ``position_embeddings`` (``[batch or 1, rows, ...]``).
         visual: bool ``[batch, rows]``, image tokens. real: False for padding; None = none.
         answer: bool ``[batch, rows]``, rows whose gaze counts; None = all that are no image tokens.
         schedule: see ``Schedule``. steps: forwards of the stack in one answer.
-        without_positions: layers may get no positions. Right if those lie in the residual stream; layers that count their
-            rows themselves count them anew then.
+        without_positions: layers may get no positions. Right if those lie in the residual stream; layers that count
+            their rows themselves count them anew then.
         score: see ``Score``.
 
     Raises:
@@ -129,10 +130,8 @@ class Thinning:
         self._check_inputs(hidden, args[1:], kwargs)
         if number == 0:
             self._begin_step()
-        if number == self._select and (self.step == 0 or not self._persist):
-            answer, real = self._asked.to(hidden.device), self._there.to(hidden.device)
-            self.scores = no_grad(self._score, layer, Look(hidden, answer, real, kwargs))
-            self._kept.clear()
+        if number == self._select and (self.scores is None or not self._persist):
+            self._take_scores(layer, hidden, kwargs)
         counts = counts_of(share_of(self._schedule, self.step, self._steps, number, len(self._layers)), self._given)
         if list(counts) == self._given or (self.scores is None and any(counts)):
             self.rows[-1].append(hidden.shape[1])
@@ -155,10 +154,20 @@ class Thinning:
         whole = hidden.scatter(1, rows[..., None].expand(-1, -1, hidden.shape[-1]), new)
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
+    def _take_scores(self, layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
+        answer, real = self._asked.to(hidden.device), self._there.to(hidden.device)
+        self.scores = no_grad(self._score, layer, Look(hidden, answer, real, kwargs))
+        self._kept.clear()
+        if self.scores.shape != self._visual.shape:
+            raise OptionError(
+                f"score must be {list(self._visual.shape)}, one for each row, got {list(self.scores.shape)}"
+            )
+
     def _begin_step(self) -> None:
         if self.step + 1 >= self._steps:
             raise StateError(
-                f"this is forward {self.step + 2} of a denoiser of {self._steps} steps; begin a new thinned() for each answer"
+                f"this is forward {self.step + 2} of a denoiser of {self._steps} steps; begin a new thinned() for each"
+                " answer"
             )
         self.step += 1
         self.rows.append([])
@@ -176,12 +185,13 @@ class Thinning:
     def _check_inputs(self, hidden: Tensor, others: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if hidden.shape[:2] != self._visual.shape:
             raise InputError(
-                f"a layer got {list(hidden.shape[:2])} rows and visual has {list(self._visual.shape)}; give visual (and real) for"
-                " all rows that the stack sees, those of classifier-free guidance too"
+                f"a layer got {list(hidden.shape[:2])} rows and visual has {list(self._visual.shape)}; give visual (and"
+                " real) for all rows that the stack sees, those of classifier-free guidance too"
             )
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in _CACHES):
             raise UnsupportedError(
-                "the layers use a cache; thinned() is for denoisers that see all rows in every step: call with use_cache=False"
+                "the layers use a cache; thinned() is for denoisers that see all rows in every step: call with"
+                " use_cache=False"
             )
         if any(value is not None and not isinstance(value, (bool, int, float, str)) for value in others):
             raise UnsupportedError(
@@ -192,7 +202,14 @@ class Thinning:
             raise UnsupportedError(
                 f"the layers get {', '.join(unknown)}, of which nobody knows the rows; known: {', '.join(known)}"
             )
-        if not self._without_positions and all(kwargs.get(name) is None for name in _BY_ROW[1:]):
+        tables = kwargs.get("position_embeddings")
+        placed = [kwargs.get("position_ids"), *((tables,) if tables is None or isinstance(tables, Tensor) else tables)]
+        placed = [values for values in placed if values is not None]
+        if any(len(values) not in (1, len(hidden)) or values.shape[1:2] != hidden.shape[1:2] for values in placed):
+            raise UnsupportedError(
+                "positions must be [batch or 1, rows, ...]; several positions for a row are not known here"
+            )
+        if not placed and not self._without_positions:
             raise UnsupportedError(
                 "the layers get no position_ids or position_embeddings; if positions lie in the residual stream say"
                 " without_positions=True"
