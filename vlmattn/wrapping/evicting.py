@@ -40,7 +40,8 @@ def after_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     queries, keys = (args[0] if args else kwargs["hidden_states"]).shape[1], layer.keys.shape[-2]
     scope = Scope(step, index, queries, keys, layer.keys.device)
-    if step.is_prompt and (split := policy.split(scope)) is not None:
+    split = policy.split(scope) if step.is_prompt else None
+    if split is not None and len(split.full) < layer.keys.shape[1]:
         cache.layers[index] = apart = SplitLayer(layer, scope.real, split)
         request.ledger.add(("fired", policy.info.name), apart.let_go)
     found = policy.evict(scope)

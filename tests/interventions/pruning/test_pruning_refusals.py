@@ -300,7 +300,7 @@ def test_recipes_without_pruning_do_not_name_it():
         (InputError, r"unknown key prunning", lambda d: d.update(prunning=d.pop("pruning"))),
         (InputError, r"'fastv' is in the wrong place; it goes to 'pruning'", lambda d: d.update(interventions=d.pop("pruning"))),
         (InputError, r"'pai' is in the wrong place; it goes to 'interventions'", lambda d: d["pruning"].append({"method": "pai"})),
-        (InputError, r"every entry of 'pruning' needs a 'method'", lambda d: d["pruning"].append({"layer": 2})),
+        (InputError, r"every intervention, pruning method and decoding needs a 'method'", lambda d: d["pruning"].append({"layer": 2})),
         (UnknownNameError, r"unknown option of 'fastv' 'ratio'", lambda d: d["pruning"][0].update(ratio=0.5)),
         (UnknownNameError, r"unknown method 'fastw'; did you mean fastv", lambda d: d["pruning"][0].update(method="fastw")),
         (OptionError, r"fastv\.keep_ratio must be a number", lambda d: d["pruning"][0].update(keep_ratio=2)),
