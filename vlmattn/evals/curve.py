@@ -83,15 +83,15 @@ def picture(summary: Mapping[str, Any]) -> str:
         bare = found["rows"]["none"]["metrics"][metric["name"]]
         axis.axhspan(bare["low"], bare["high"], color="#eeeeee")
         axis.axhline(bare["value"], color="#666", lw=0.8)
-        for colour, (method, budgets) in zip(_COLOURS * 9, curves(summary).items(), strict=False):
+        for number, (method, budgets) in enumerate(curves(summary).items()):
             values = [found["rows"][name]["metrics"][metric["name"]]["value"] for _, name in budgets]
             axis.plot(
                 [1.0, *(share for share, _ in budgets)],
                 [bare["value"], *values],
-                "o-",
+                "o-" if number < len(_COLOURS) else "s--",
                 ms=3,
                 lw=1.2,
-                color=colour,
+                color=_COLOURS[number % len(_COLOURS)],
                 label=method,
             )
         axis.set_xlim(1.03, 0)
@@ -116,10 +116,11 @@ def section(summary: Mapping[str, Any], command: str, image: str) -> str:
             "## Fewer image tokens",
             f"Written by `{command}`; do not edit it by hand. Answers: `{summary.get('command') or 'from Python'}`; model, samples and",
             "statistics as above. Budget: the share of the image tokens that a method keeps (in its first stage; the next ones in",
-            "proportion), for `avl` that it holds, for `longheads` that a head reads, for `rounds` of the gaze. The third column is what",
-            "makes methods comparable: image tokens in a layer while the prompt is read, mean over layers. Policies (`avl`, `longheads`,",
-            "`rounds`) leave it at 100 %: they act after the prompt, so the first word of an answer is the bare model's. In brackets the",
-            "difference to `none` with its 95 % interval, bold where that leaves out 0.",
+            "proportion), for `avl` that it holds, for `longheads` and `recycled` that a head reads, for `rounds` of the gaze, for `razor`",
+            "and `duo` of the heads that keep everything. The third column is what makes methods comparable: image tokens in a layer while",
+            "the prompt is read, mean over layers. Policies about the cache leave it at 100 %: they act after the prompt, so the first word",
+            "of an answer is the bare model's, and answers of one word say nothing about them. In brackets the difference to `none` with its",
+            "95 % interval, bold where that leaves out 0.",
             "",
             f"![Accuracy against kept image tokens]({image})",
             "",

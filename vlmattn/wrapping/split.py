@@ -6,81 +6,135 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
-from vlmattn.errors import UnsupportedError
+from vlmattn.errors import StateError, UnsupportedError
 from vlmattn.kernels import SplitStates
 from vlmattn.request import HeadSplit
 
 
 class SplitLayer(DynamicLayer):  # type: ignore[misc]
-    """``keys`` and ``values`` hold every token, for the full heads; ``near`` ones the first and the last tokens, for the others.
+    """``keys`` and ``values`` hold every token, for the full heads; ``near`` the first and the last tokens, for the others.
 
-    Places of a near store: ``sinks`` first tokens of each sequence, then a window whose newest token is the last place. What
-    leaves the window may go on as a mean, in a place of its own before the others.
+    Places of a near store: the ``front``, then a window whose newest token is the last place. What leaves the window of a
+    sequence goes to the front until there are ``sinks`` tokens, its first ones. What leaves later may go on as a mean, in a place
+    of its own before the others.
     """
 
     is_croppable = False
 
     def __init__(self, layer: DynamicLayer, real: Tensor | None, split: HeadSplit) -> None:
         super().__init__()
-        device, heads = layer.keys.device, layer.keys.shape[1]
         self.lazy_initialization(layer.keys, layer.values)
-        self.split = split
-        self.length: int = layer.keys.shape[-2]
+        (batch, heads, length, _), device = layer.keys.shape, layer.keys.device
+        self.split, self.front, self.length = split, 0, int(length)
         self.full_heads = torch.tensor(split.full, dtype=torch.long, device=device)
         self.near_heads = torch.tensor(
             [h for h in range(heads) if h not in split.full], dtype=torch.long, device=device
         )
         self.keys, self.values = layer.keys[:, self.full_heads], layer.values[:, self.full_heads]
-        near = [layer.keys[:, self.near_heads], layer.values[:, self.near_heads]]
-        batch, _, _, _dim = near[0].shape
+        self.near = [states[:, self.near_heads] for states in (layer.keys, layer.values)]
         self.window = torch.tensor(split.window, device=device)
         self.count = torch.zeros(batch, device=device)
-        self.sums = [torch.zeros(*states.shape[:2], states.shape[-1], device=device) for states in near]
-        real = torch.ones(batch, self.length, dtype=torch.bool, device=device) if real is None else real
-        order = real.to(torch.uint8).argsort(dim=1, stable=True)  # the real tokens, in order, to the right
-        first = (~real).sum(1, keepdim=True) + torch.arange(split.sinks, device=device)
-        places = torch.arange(self.length, device=device).expand(batch, -1)
-        sinks = first < self.length
-        self.valid = torch.cat([sinks, real.gather(1, order) & (places >= first[:, :1] + split.sinks)], 1)
-        where = torch.cat([first.clamp_max(self.length - 1), places], 1)
-        self.near = [picked(states, order.gather(1, where)) for states in near]
+        wide = torch.promote_types(layer.keys.dtype, torch.float32)
+        self.sums = [states.new_zeros(states[:, :, 0].shape, dtype=wide) for states in self.near if split.compensate]
+        left = [tokens - window for tokens, window in zip(split.tokens, split.window, strict=True)]
+        self.least, self.most = min(left), max(left)  # bounds of how many tokens have left a window
+        self.settled = split.sinks == 0
+        self.arriving: Tensor | None = None
+        self.valid = torch.ones(batch, length, dtype=torch.bool, device=device) if real is None else real
+        self.padding = (~self.valid).sum(1)
+        if real is not None:
+            self._close_up()
         self._trim()
-        self.let_go = len(self.near_heads) * (real.sum() - self.valid.sum())
+        self.let_go = len(self.near_heads) * ((length - self.padding).sum() - self.valid.sum())
+
+    def _close_up(self) -> None:
+        """Move the tokens of the window to its right end."""
+        front = torch.arange(self.front, device=self.valid.device).expand(len(self.valid), -1)
+        order = self.valid[:, self.front :].to(torch.uint8).argsort(dim=1, stable=True) + self.front
+        order = torch.cat([front, order], 1)
+        self.near, self.valid = [picked(states, order) for states in self.near], self.valid.gather(1, order)
 
     def _trim(self) -> None:
-        """Let go what has left the window of its sequence."""
-        sinks, places = self.split.sinks, self.near[0].shape[-2]
-        from_right = torch.arange(places - 1, -1, -1, device=self.valid.device)
-        sink = torch.arange(places, device=self.valid.device) < sinks
-        gone = self.valid & ~sink & (from_right >= self.window[:, None])
+        """Let what has left the window of its sequence go to the front, into the mean or away."""
+        front, places = self.front, self.near[0].shape[-2]
+        stop = places - min(self.split.window)  # places from here on are within all windows
+        if stop <= front:
+            return
+        from_right = torch.arange(places - 1 - front, places - 1 - stop, -1, device=self.valid.device)
+        leaves = self.valid[:, front:stop] & (from_right >= self.window[:, None])
+        heads, seen, lost = [states[..., :front, :] for states in self.near], self.valid[:, :front], leaves
+        if not self.settled:
+            heads, seen, lost = self._seat(leaves)
+            self.settled = self.least >= self.split.sinks
         if self.split.compensate:
-            self.count = self.count + gone.sum(1)
+            self.count = self.count + lost.sum(1)
             for sums, states in zip(self.sums, self.near, strict=True):
-                sums += (states.float() * gone[:, None, :, None]).sum(2)
-        self.valid = self.valid & ~gone
-        begin = max(places - max(self.split.window), sinks)
-        if begin > sinks:
-            self.valid = torch.cat([self.valid[:, :sinks], self.valid[:, begin:]], 1)
-            self.near = [torch.cat([states[..., :sinks, :], states[..., begin:, :]], -2) for states in self.near]
+                sums += (states[..., front:stop, :].to(sums.dtype) * lost[:, None, :, None]).sum(2)
+        begin = max(places - max(self.split.window), front)
+        window = torch.cat([self.valid[:, front:stop] & ~leaves, self.valid[:, stop:]], 1)
+        self.valid = torch.cat([seen, window[:, begin - front :]], 1)
+        self.near = [
+            torch.cat([head, states[..., begin:, :]], -2) for head, states in zip(heads, self.near, strict=True)
+        ]
+        self.front = seen.shape[1]
+
+    def _seat(self, leaves: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The front with the first of those that leave the window, its valid places, and who found no place."""
+        front, wanted = self.front, min(max(self.most, 0), self.split.sinks)
+        room = wanted + 1 - front  # the last place takes those that get none
+        place = self.valid[:, :front].sum(1, keepdim=True) + leaves.cumsum(1) - 1
+        seated = leaves & (place < wanted)
+        place = torch.where(seated, place, wanted)
+        heads = []
+        for states in self.near:
+            leaving = states[..., front : front + leaves.shape[1], :]
+            head = pad(states[..., :front, :], (0, 0, 0, room))
+            heads.append(head.scatter(2, place[:, None, :, None].expand_as(leaving), leaving)[..., :-1, :])
+        seen = pad(self.valid[:, :front], (0, room), value=False).scatter(1, place, torch.ones_like(leaves))[:, :-1]
+        return heads, seen, leaves & ~seated
+
+    def expect(self, real: Tensor | None) -> None:
+        """Hear that a prompt comes next, and which slots of it and of all before are not padding (None = all).
+
+        Raises:
+            StateError: it hides tokens that the near heads have kept in place of others.
+        """
+        self.arriving = None
+        if real is None:
+            return
+        if not torch.equal((~real[:, : self.length]).sum(1), self.padding):
+            raise StateError(
+                "the attention mask of this turn hides tokens of the turns before, which heads with a window have kept in place"
+                " of others; continue sequences that ended at different lengths one by one"
+            )
+        self.padding = (~real).sum(1)
+        new = real[:, self.length :]
+        self.arriving = None if bool(new.all()) else new
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Append ``[batch, heads, new, dim]``; what attention gets still has what leaves the window with the last of them."""
-        new = [key_states, value_states]
+        """Append ``[batch, heads, new, dim]``; one token sees the window that ends in it, several the one before them too."""
+        new, tokens, arriving = (key_states, value_states), key_states.shape[-2], self.arriving
         self.keys, self.values = (
             torch.cat([states, more[:, self.full_heads]], -2)
             for states, more in zip((self.keys, self.values), new, strict=True)
         )
-        self.length += key_states.shape[-2]
         self.near = [
             torch.cat([states, more[:, self.near_heads]], -2) for states, more in zip(self.near, new, strict=True)
         ]
-        self.valid = torch.nn.functional.pad(self.valid, (0, key_states.shape[-2]), value=True)
-        if key_states.shape[-2] == 1:
+        fresh = self.valid.new_ones(len(self.valid), tokens) if arriving is None else arriving
+        self.valid, self.arriving = torch.cat([self.valid, fresh], 1), None
+        self.length, self.most = self.length + tokens, self.most + tokens
+        if arriving is None:
+            self.least += tokens
+        if tokens == 1:
             self._trim()
             return self._states()
         found = self._states()
+        if arriving is not None:
+            self._close_up()
         self._trim()
         return found
 
@@ -107,15 +161,20 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
         )
 
     def reset(self) -> None:
-        raise UnsupportedError("a cache that keeps its heads apart cannot be used for another prompt; give a new one")
+        """Become the empty layer of the library that this one replaced: the next prompt may be another model's."""
+        self.__dict__.clear()
+        self.__class__ = DynamicLayer
+        DynamicLayer.__init__(self)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = self.keys[indices], self.values[indices]
-        self.near, self.sums = ([states[indices] for states in found] for found in (self.near, self.sums))
-        self.valid, self.window, self.count = self.valid[indices], self.window[indices], self.count[indices]
+        rows = indices.to(self.keys.device)
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.near, self.sums = ([states[rows] for states in found] for found in (self.near, self.sums))
+        self.valid, self.window, self.count = self.valid[rows], self.window[rows], self.count[rows]
+        self.padding = self.padding[rows]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx.to(self.keys.device))
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.keys), device=self.keys.device).repeat_interleave(repeats))
@@ -123,10 +182,7 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(
-            states.nbytes
-            for states in (self.keys, self.values, *self.near, *(self.sums if self.split.compensate else ()))
-        )
+        return sum(states.nbytes for states in (self.keys, self.values, *self.near, *self.sums))
 
 
 def picked(states: Tensor, order: Tensor) -> Tensor:
