@@ -11,7 +11,7 @@ from tiny import build, prompt
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 import vlmattn
-from vlmattn import AVL, DuoAttention, FastV, LongHeads, RecycledAttention
+from vlmattn import AVL, DuoAttention, FastV, LongHeads, RazorAttention, RecycledAttention
 from vlmattn.errors import InputError, OptionError, UnsupportedError
 from vlmattn.evals.bench import RANDOM_MODELS
 
@@ -216,10 +216,11 @@ def test_errors() -> None:
     [
         AVL(keep_secondary=0.25, keep_core=0.1),
         DuoAttention(heads="0.0,1.1", sinks=2, recent=4),
+        RazorAttention(heads="0.0,0.1,1.1", sinks=2, recent=4),
         RecycledAttention(keys=8, stride=4),
         LongHeads(tile=2),
     ],
-    ids=["avl", "duo", "recycled", "longheads"],
+    ids=["avl", "duo", "razor", "recycled", "longheads"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_policies_hold_what_was_said(policy, family):

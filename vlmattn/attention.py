@@ -90,6 +90,8 @@ def _run_apart(
 ) -> Output:
     """Attention of a layer whose KV heads keep different tokens: those that keep all, then the others."""
     batch, _, queries, dim = query.shape
+    if isinstance(step, Step):
+        _refuse_measuring_apart(step, int(module.layer_idx))  # type: ignore[arg-type]
     packed, outs = query.reshape(batch, key.kv_heads, -1, queries, dim), []
     near_mask = key.near_mask(queries, query, base is not _base("sdpa", module))
     for heads, keys, values, seen in (
@@ -103,6 +105,22 @@ def _run_apart(
         phase = "decode" if queries == 1 else "prefill"
         step.request.ledger.add(("calls", phase, "split", str(module.layer_idx)))
     return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), None
+
+
+def _refuse_measuring_apart(step: Step, layer: int) -> None:
+    """Raise if a method wants to know what rows look at, where some heads have let tokens go."""
+    plan, images = step.request.plan, any(images for images, _ in step.request.newest)
+    for method in plan.measuring[layer]:
+        if method.measures_generated or (step.is_prompt and (images or method not in plan.pruning)):
+            raise refusal_of_apart(step, layer)
+
+
+def refusal_of_apart(step: Step, layer: int) -> UnsupportedError:
+    """Why a further prompt cannot go through a layer whose heads are kept apart."""
+    return UnsupportedError(
+        f"'{step.request.plan.name}' must measure attention to all tokens in layer {layer}, where some heads have let tokens of"
+        " the prompts before go; give the whole conversation as one prompt"
+    )
 
 
 def _run_parts(

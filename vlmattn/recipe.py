@@ -163,7 +163,8 @@ class Recipe:
             if (found := method.directions(layer)) is not None
         )
         policies = [m for m in bound if isinstance(m, KVPolicy)]
-        if policies and (search or (contrast is not None and contrast.branches)):
+        evicting = self._evicting(policies, sizes)
+        if policies and (search or (contrast is not None and (contrast.branches or evicting))):
             raise OptionError(
                 f"'{_name(policies[0])}' and '{_name(self.decoding)}' conflict: the decoding rule needs whole caches; use one of them"
             )
@@ -184,7 +185,7 @@ class Recipe:
                 for layer, methods in enumerate(measured)
             ),
             pruning=pruning,
-            evicting=self._evicting(policies, sizes),
+            evicting=evicting,
             policies=tuple(policies),
             looking=tuple(
                 tuple(m for m in policies if _has(m, "look") and layer in m.active_layers(sizes))

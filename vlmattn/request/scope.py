@@ -303,13 +303,15 @@ class HeadSplit:
 
     Attributes:
         full: KV heads that keep every token.
-        sinks, window: the others keep the first ``sinks`` real tokens of the prompt and the last ``window``, for each sequence.
-        compensate: and the mean of what they let go.
+        sinks, window: the others keep the first ``sinks`` real tokens of each sequence and its last ``window``.
+        tokens: real tokens of each sequence so far.
+        compensate: they also keep the mean of what they let go.
     """
 
     full: tuple[int, ...]
     sinks: int
     window: tuple[int, ...]
+    tokens: tuple[int, ...]
     compensate: bool
 
 

@@ -16,6 +16,7 @@ from vlmattn import attention
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.request import TEXT, Choice, Request, Stage, Step, TokenMap, Weights
 from vlmattn.wrapping.merged import REQUEST
+from vlmattn.wrapping.split import SplitLayer
 
 Inputs = tuple[Step, Tensor, dict[str, Any]]
 """A step, the residual stream and the keyword arguments of a layer."""
@@ -111,6 +112,8 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
     view, _, seen = _through(step, now, index, hidden, kwargs)
 
     def weights(first: int, last: int) -> Tensor:
+        if view.start and isinstance(kwargs["past_key_values"].layers[index], SplitLayer):
+            raise attention.refusal_of_apart(step, index)
         return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last)
 
     return Stage(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import cache_utils
 
 from vlmattn import attention
 from vlmattn.errors import UnsupportedError
@@ -23,6 +24,24 @@ def check_cache(plan: Plan, cache: Any, used: bool) -> None:
         raise UnsupportedError(
             f"{names} must know how far a cache is filled, and a static one does not tell; use a dynamic cache"
         )
+    if cache is not None and plan.evicting and _keeps_elsewhere(cache):
+        raise UnsupportedError(
+            f"{names} takes keys and values out of the cache, which a quantized or an offloaded one keeps elsewhere; use a"
+            " plain dynamic cache"
+        )
+
+
+def _keeps_elsewhere(cache: Any) -> bool:
+    quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+    return bool(getattr(cache, "offloading", False)) or any(isinstance(layer, quantized) for layer in cache.layers)
+
+
+def before_layer(step: Step, index: int, rows: int, cache: Any) -> None:
+    """Tell a layer that keeps its heads apart which tokens of a further prompt are padding; ``rows`` reach it."""
+    if step.is_prompt and cache is not None and index < len(cache.layers):
+        layer = cache.layers[index]
+        if isinstance(layer, SplitLayer):
+            layer.expect(step.request.real(layer.length + rows, layer.keys.device))
 
 
 def after_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -38,7 +38,7 @@ from vlmattn.request import (
 )
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.dropping import check_continuation, check_prompt, narrow
-from vlmattn.wrapping.evicting import after_layer, check_cache
+from vlmattn.wrapping.evicting import after_layer, before_layer, check_cache
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.merged import REQUEST, merged_of
 
@@ -427,6 +427,7 @@ def _before_layer(
     first = step.parts[0][1]
     if first is not None and first.request.plan.drops and first.watch is None:  # never with branches
         view, hidden, kwargs = narrow(first, layer, index, hidden, kwargs)
+        before_layer(view, index, hidden.shape[1], kwargs.get("past_key_values"))
         _observe(view, index, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for rows, part in step.parts:

@@ -83,13 +83,16 @@ class HeadWise(KVPolicy):
         return tuple(int(head) for number, head in places if int(number) == layer)
 
     def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float]:
+        """A mean of what was let go counts as one more slot."""
         tokens = images + text
-        near = self.sinks + min(self.window(tokens), tokens) if tokens > self.sinks else tokens
+        near = min(self.sinks + self.window(tokens), tokens) + self.compensate
         full = len(self._full(layer))
+        if full == kv_heads:
+            return tokens, tokens
         held = (full * tokens + (kv_heads - full) * near) / kv_heads
         return held, held
 
     def split(self, scope: Scope) -> HeadSplit | None:
-        images, text = host_counts(scope.request, scope.keys)
-        window = tuple(self.window(n + words) for n, words in zip(images, text, strict=True))
-        return HeadSplit(self._full(scope.layer), self.sinks, window, self.compensate)
+        tokens = tuple(n + words for n, words in zip(*host_counts(scope.request, scope.keys), strict=True))
+        window = tuple(map(self.window, tokens))
+        return HeadSplit(self._full(scope.layer), self.sinks, window, tokens, self.compensate)
