@@ -623,12 +623,11 @@ def test_other_models_are_refused_with_the_supported_ones():
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     for model in (llama, nn.Linear(2, 2), build("llava").model):
-        with pytest.raises(UnsupportedError, match=r"supported: llava \(llava-hf/llava-1\.5-7b-hf\), qwen2_5_vl"):
+        with pytest.raises(
+            UnsupportedError,
+            match=r"is not (supported|a transformers PreTrainedModel).*supported: .*llava, .*qwen2_5_vl",
+        ):
             vlmattn.wrap(model, "pai")
-    model = build("llava")
-    model.config.vision_config.model_type = "pixtral"
-    with pytest.raises(UnsupportedError, match="supported towers: clip_vision_model"):
-        vlmattn.wrap(model, "pai")
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])

@@ -6,41 +6,10 @@ import copy
 
 import pytest
 import torch
-from tiny import TEXT, build, generate, prompt
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from tiny import build, prompt
 
 import vlmattn
 from vlmattn import PAI, VAR, StateError, UnsupportedError
-
-
-def sliding_llava(window: int):
-    vision = dict(
-        model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        image_size=16, patch_size=4, projection_dim=32,
-    )  # fmt: skip
-    text = dict(model_type="mistral", head_dim=8, sliding_window=window, **TEXT)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_index=99, image_seq_length=16)
-    ).eval()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("words", [4, 12])
-def test_a_sliding_window_that_is_reached(words):
-    """In the prompt, or by the tokens that are generated."""
-    model, inputs = vlmattn.wrap(sliding_llava(28), PAI(layers="0:")), prompt("llava", words=words)
-    with pytest.raises(UnsupportedError, match="sliding window"):
-        generate(model, inputs, new=12)
-
-
-@torch.no_grad()
-def test_a_sliding_window_that_is_not_reached():
-    inputs = prompt("llava")
-    torch.manual_seed(0)
-    wide = generate(vlmattn.wrap(sliding_llava(200), PAI(layers="0:")), inputs)
-    torch.manual_seed(0)
-    never = generate(vlmattn.wrap(sliding_llava(10**6), PAI(layers="0:")), inputs)
-    torch.testing.assert_close(wide, never)
 
 
 @torch.no_grad()
@@ -112,11 +81,3 @@ def test_a_copied_cache_holds_no_model():
             walk(child)
 
     walk(cache._vlmattn_request)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("option", ["softcap", "s_aux"])
-def test_attention_of_other_kinds(option):
-    model, inputs = vlmattn.wrap(build("llava"), PAI(layers="0:")), prompt("llava")
-    with pytest.raises(UnsupportedError, match="soft-capped scores or sink logits"):
-        model(**inputs, **{option: 5.0})

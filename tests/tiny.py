@@ -70,6 +70,18 @@ def build(family: str, attn: str = "sdpa", seed: int = 0, config: Any = None) ->
     return model.eval()
 
 
+def windowed(window: int, kind: str = "mistral", attn: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+    """A LLaVA whose language model has a window in all layers (mistral), or in every second one (qwen2)."""
+    vision = dict(
+        model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        image_size=16, patch_size=4, projection_dim=32,
+    )  # fmt: skip
+    text = dict(model_type=kind, head_dim=8, sliding_window=window, **TEXT)
+    if kind == "qwen2":
+        text |= dict(use_sliding_window=True, layer_types=["sliding_attention", "full_attention"] * 2)
+    return build("llava", attn, seed, config=LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, image_seq_length=16))  # fmt: skip
+
+
 def prompt(family: str, images: int = 1, words: int = 4, seed: int = 1) -> dict[str, Tensor]:
     """One prompt: a few words, images, ``words`` more words."""
     generator = torch.Generator().manual_seed(seed)

@@ -161,17 +161,16 @@ def _run(
         gain = step.watch(layer, out, _weights_of(Visibility(mask), query, key, kwargs))
         return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), attended
     plan = step.request.plan
+    step = _in_window(step, query, key.shape[2])
     scope = Scope(step, layer, query.shape[2], key.shape[2], query.device, query.shape[1])
     edit = AttentionEdit()
     for policy in plan.looking[layer] if plan.looking else ():
         policy.look(scope, query, key)
     measuring = [method for method in plan.measuring[layer] if step.is_prompt or method.measures_generated]
     if measuring:
-        look = _weights_of(scope.visibility(mask), query, key, kwargs)
+        look = _weights_of(_seen(scope, mask, kwargs), query, key, kwargs)
         for method in measuring:
             method.measure(scope, look)
-    if plan.by_layer[layer]:
-        _refuse_what_would_be_wrong(step, scope.queries, scope.keys, kwargs)
     attend_with = partial(_attend, base, scope, module, query, key, value, mask, kwargs)
     streams = [stream for stream in step.beside if stream.waits_at(layer)]
     if len(streams) > 0:
@@ -225,8 +224,9 @@ def _attend(
         return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), attended, f"{label}+head_gain"
     if edit.read is not None and edit.read.shape[1] != key.shape[1]:  # all KV heads alike
         edit = replace(edit, read=edit.read.expand(-1, key.shape[1], -1))
-    see = scope.visibility(mask)
-    out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), kwargs.get("dropout", 0.0))
+    see, dropout = _seen(scope, mask, kwargs), kwargs.get("dropout", 0.0)
+    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), dropout, **score)
     return out.transpose(1, 2).contiguous(), None, backend
 
 
@@ -236,7 +236,8 @@ def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
 
 def _weights_of(see: Visibility, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Weights:
     """Unedited attention of a few query rows, computed when a method asks."""
-    return lambda start, stop: attention_weights(query, key, see, start, stop, _scale(query, kwargs))
+    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    return lambda start, stop: attention_weights(query, key, see, start, stop, _scale(query, kwargs), **score)
 
 
 def base_label(name: str) -> str:
@@ -244,17 +245,25 @@ def base_label(name: str) -> str:
     return f"base:{name}"
 
 
-def _refuse_what_would_be_wrong(step: Step, queries: int, keys: int, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise UnsupportedError(
-            "attention with soft-capped scores or sink logits cannot be edited yet; unwrap the model"
-        )
-    window = kwargs.get("sliding_window")
-    if (window is not None and keys >= window) or (step.start is not None and keys < step.start + queries):
-        raise UnsupportedError(
-            f"the layer sees {keys} tokens through a sliding window ({window}); edits need the whole prompt: use shorter"
-            " prompts or a model without a sliding window"
-        )
+def _in_window(step: Step, query: Tensor, keys: int) -> Step:
+    """The step in the slots of a layer that has fewer keys than there were tokens: a sliding window goes with the last."""
+    last = step.start if step.start is not None else step.slot
+    if not isinstance(last, int):  # no window that could be reached
+        return step
+    passed = last + query.shape[2] - keys
+    if passed <= 0:
+        return step
+    view = step.through(step.request.windowed(passed, query.device))
+    view.passed = passed
+    return view
+
+
+def _seen(scope: Scope, mask: Tensor | None, kwargs: dict[str, Any]) -> Visibility:
+    """What the unedited model sees; the mask of a window that is shorter than the prompt is not just causal."""
+    see, window = scope.visibility(mask), kwargs.get("sliding_window")
+    if window is None or scope.keys <= window or scope.queries == 1:
+        return see
+    return replace(see, plain=False, window=window)
 
 
 def register() -> None:

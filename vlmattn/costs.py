@@ -16,7 +16,7 @@ from vlmattn.errors import InputError, OptionError, UnsupportedError
 from vlmattn.interventions.pruning import Pruning
 from vlmattn.models import Anatomy, Family, find_family
 from vlmattn.recipe import Recipe
-from vlmattn.request import Plan, Request, number_images
+from vlmattn.request import Plan, Request
 from vlmattn.wrapping import applied, handle_of
 from vlmattn.wrapping.dropping import check_prompt
 
@@ -180,7 +180,7 @@ def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
             f"'{name}' has the model read more than the prompt, which cost() does not know; leave that method out, or"
             " measure it with vlmattn bench"
         )
-    if anatomy.sliding:
+    if anatomy.window:
         raise UnsupportedError("cost() does not know sliding windows; use a model with full attention in every layer")
 
 
@@ -192,7 +192,7 @@ def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], pla
     mask = inputs.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != types.shape):
         raise InputError(f"attention_mask must be of shape [batch, tokens] = {list(types.shape)}; give the processor's")
-    images = number_images(types, family.image_lengths(model, inputs))
+    images = family.image_numbers(model, inputs, types)
     request = Request(plan)
     request.extend(0, types, images, None if mask is None else mask != 0, None, inputs.get("input_ids"))
     if any(plan.pruning):

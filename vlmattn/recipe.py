@@ -14,7 +14,7 @@ import yaml
 
 from vlmattn.decoding import Branch, ContrastiveDecoding, Decoding, Gaze, Instead
 from vlmattn.decoding.search import LastLook, Search
-from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError
+from vlmattn.errors import InputError, OptionError, UnknownNameError, UnsupportedError, VlmattnError
 from vlmattn.interventions import Intervention, Options, all_presets, make_method
 from vlmattn.interventions.files import copy_whole, write_whole
 from vlmattn.interventions.pruning import KVPolicy, Pruning
@@ -132,9 +132,11 @@ class Recipe:
 
         Raises:
             OptionError: what does not fit the model; methods that conflict in some layer (named, with the reason).
+            UnsupportedError: a method that the model's family cannot have.
         """
         contrast = self._contrast(sizes)
         search = self.decoding if isinstance(self.decoding, Search) else None
+        self._refuse(sizes, deciding=search is not None or contrast is not None)
         looks = frozenset({sizes.layers - 1}) if search else _watched(contrast, sizes)
         bound = [method.bind(sizes) for method in self.interventions]
         pruning = self._pruning(sizes, contrast)
@@ -206,6 +208,15 @@ class Recipe:
             branch_names=self._branch_names(sizes),
             branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
         )
+
+    def _refuse(self, sizes: Sizes, deciding: bool) -> None:
+        """Raise ``UnsupportedError`` if the model's family cannot have one of the methods."""
+        reasons = dict(sizes.refused)
+        for method in (*self.interventions, *self.pruning):
+            if (reason := reasons.get(kind_of(method))) is not None:
+                raise UnsupportedError(f"'{method.info.name}' does not run on {sizes.family}: {reason}")
+        if deciding and (reason := reasons.get("decoding")) is not None:
+            raise UnsupportedError(f"'{_name(self.decoding)}' does not run on {sizes.family}: {reason}")
 
     def _pruning(self, sizes: Sizes, contrast: ContrastiveDecoding | None) -> tuple[Pruning | None, ...]:
         """For each layer the method that chooses which rows reach it; empty if no method does.
@@ -392,6 +403,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "decoding": (Decoding, Search),
 }
 _METHODS = (Intervention, Pruning, Decoding, Search, ContrastiveDecoding)
+
+
+def kind_of(method: Options) -> str:
+    """Which kind of method this is, as families support or refuse them (``models.KINDS``)."""
+    if isinstance(method, (Pruning, KVPolicy)):
+        return "pruning"
+    return "masks" if isinstance(method, Intervention) and method.opens() | method.hides() else "edits"
 
 
 def _name(method: Any) -> str:

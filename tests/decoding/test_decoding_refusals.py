@@ -287,7 +287,9 @@ def test_encoders_with_a_decoder_are_refused_at_wrap(config):
             BartConfig(**small, **ends, **layers, encoder_ffn_dim=8, decoder_ffn_dim=8)
         )
     before = set(model.__dict__)
-    with pytest.raises(UnsupportedError, match=r"is not supported; supported: .*llava .*qwen2_5_vl"):
+    with pytest.raises(
+        UnsupportedError, match=r"is not supported: it is an encoder-decoder.*supported: .*llava, .*qwen2_5_vl"
+    ):
         vlmattn.wrap(model, "vcd")
     assert set(model.__dict__) == before
 
@@ -311,9 +313,9 @@ def mistral(window: int | None) -> PreTrainedModel:
     return other_text(model_type="mistral", head_dim=8, sliding_window=window)
 
 
-def qwen2() -> PreTrainedModel:
+def qwen2(window: int = 200) -> PreTrainedModel:
     """Sliding in the upper layers only."""
-    return other_text(model_type="qwen2", use_sliding_window=True, sliding_window=200, max_window_layers=2)
+    return other_text(model_type="qwen2", use_sliding_window=True, sliding_window=window, max_window_layers=2)
 
 
 def recurrent() -> PreTrainedModel:
@@ -324,24 +326,27 @@ def recurrent() -> PreTrainedModel:
     return other_text(model_type="qwen3_next", head_dim=8, layer_types=kinds, **experts, **linear)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: mistral(28), lambda: mistral(500), qwen2], ids=["reached", "wide", "upper layers"]
-)
-@pytest.mark.parametrize(
-    "recipe", ["vcd", "m3id", "rbd", "dola_low"], ids=["equal lengths", "shorter", "shared", "no branch"]
-)
-def test_sliding_windows(make, recipe):
-    model, inputs = make(), prompt("llava", words=12)
+def test_a_branch_from_the_middle_of_a_window():
+    model, inputs = mistral(24), prompt("llava", words=12)
     before = generate(model, inputs)
-    vlmattn.wrap(model, recipe)
+    vlmattn.wrap(model, "rbd")
     for _ in range(2):
         with pytest.raises(
-            UnsupportedError, match=rf"^the decoding rule of '{recipe}' needs full attention in every layer"
+            UnsupportedError, match=r"goes on from the main prompt, of which the sliding window of 24 tokens"
         ):
             generate(model, inputs)
     assert torch.equal(generate(model, inputs, preset="none"), before)
     vlmattn.unwrap(model)
     assert torch.equal(generate(model, inputs), before)
+
+
+@pytest.mark.parametrize("make", [mistral, qwen2])
+def test_a_static_cache_with_windows(make):
+    model = vlmattn.wrap(make(200), "vcd")
+    with pytest.raises(
+        UnsupportedError, match=r"cannot share this cache among branches, StaticSlidingWindowLayer; use a dynamic"
+    ):
+        generate(model, prompt("llava"), cache_implementation="static", disable_compile=True)
 
 
 @pytest.mark.parametrize("recipe", ["vcd", "m3id", "rbd", "dola_low"])

@@ -17,8 +17,8 @@ from vlmattn.inspection.measuring import only, prepared_one
 from vlmattn.interventions import Intervention, MethodInfo
 from vlmattn.interventions.registry import Sizes
 from vlmattn.kernels import AttentionEdit
-from vlmattn.models import Family, find_family
-from vlmattn.request import TEXT, Scope, Weights, number_images
+from vlmattn.models import Family, find_family, marks_of
+from vlmattn.request import TEXT, Scope, Weights
 
 Message = Mapping[str, Any]
 """One message of a chat: ``{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", ...}]}``."""
@@ -198,7 +198,7 @@ def _owners(
     """The unit of every token of the prompt ``[tokens]``, -1 for none; on the cpu."""
     ids = inputs["input_ids"]
     types = family.token_types(model, ids)
-    numbers = number_images(types, family.image_lengths(model, inputs))[0].long().cpu()
+    numbers = family.image_numbers(model, inputs, types, marks_of(family, processor))[0].long().cpu()
     earlier = sum(_is_visual(part) for message in chat[:-1] for part in message.get("content") or ())
     content = chat[-1]["content"]
     by_image = [-1] * earlier + [unit for part, unit in zip(content, owners, strict=True) if _is_visual(part)]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions.registry import MANY, Options, Sizes, option, parse_layers
 from vlmattn.kernels import AttentionEdit
 from vlmattn.request import Directions, Preparation, Scope, Sight, Weights
@@ -36,12 +36,12 @@ class Intervention(Options):
         return self
 
     def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        """Indices of the layers the method acts in; at least one."""
-        found = parse_layers(self.layers, sizes.layers, f"{self.info.name}.layers")
+        """Indices of the layers the method acts in, which have self-attention; at least one."""
+        attending = range(sizes.layers) if sizes.attending is None else sizes.attending
+        found = tuple(n for n in parse_layers(self.layers, sizes.layers, f"{self.info.name}.layers") if n in attending)
         if not found:
-            raise OptionError(
-                f"{self.info.name}.layers '{self.layers}' selects none of the layers 0..{sizes.layers - 1}"
-            )
+            which = f"0..{sizes.layers - 1}" if sizes.attending is None else f"with attention, {list(attending)}"
+            raise OptionError(f"{self.info.name}.layers '{self.layers}' selects none of the layers {which}")
         return found
 
     def opens(self) -> frozenset[str]:
@@ -89,3 +89,13 @@ class Intervention(Options):
     def edit(self, scope: Scope) -> AttentionEdit:
         """What to do with the attention of this layer; ``AttentionEdit()`` for nothing."""
         raise NotImplementedError
+
+
+def check_tower(name: str, sizes: Sizes) -> None:
+    """Raise if method ``name``, which looks at the vision tower's last layer but one, cannot do so in a model."""
+    if not sizes.tower_layers:
+        raise UnsupportedError(
+            f"'{name}' does not run on {sizes.family}: the image tokens of its prompts are not those of its vision tower"
+        )
+    if sizes.tower_layers < 2:
+        raise OptionError(f"{name} needs a vision tower of at least two layers, got {sizes.tower_layers}")

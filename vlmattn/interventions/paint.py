@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.errors import OptionError
-from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.base import Intervention, check_tower
 from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.request import Scope, Sight, Slots
@@ -48,8 +47,7 @@ class PAINT(Intervention):
     layers: str = option("2:", about="decoder layers", source="released code: start 2, end 32 of 32")
 
     def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        if sizes.tower_layers < 2:
-            raise OptionError(f"paint needs a vision tower of at least two layers, got {sizes.tower_layers}")
+        check_tower("paint", sizes)
         return (0, sizes.tower_layers - 2)
 
     def encoded(self, sight: Sight) -> None:

@@ -162,7 +162,7 @@ class VAR(Intervention):
             return AttentionEdit()
         runs = scope.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
         plan = scope.request.state.setdefault((self, "plan"), self._plan())  # one for all layers and tokens
-        part = GainPart(groups.read(scope.keys, scope.device), plan, scope.rows_after_image(), runs)
+        part = GainPart(scope.read(groups), plan, scope.rows_after_image(), runs)
         return AttentionEdit(gain=(part,))
 
     def _plan(self) -> GainPlan:

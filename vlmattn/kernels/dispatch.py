@@ -105,16 +105,25 @@ def _not_triton(
     return triton_decode.supports(query, key, value, see, edit, sinks)
 
 
-def weights(query: Tensor, key: Tensor, see: Visibility, start: int, stop: int, scale: float) -> Tensor:
+def weights(
+    query: Tensor,
+    key: Tensor,
+    see: Visibility,
+    start: int,
+    stop: int,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Unedited attention weights, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
     rows, keys = query.shape[2], key.shape[2]
     mask = _mask(see, start, stop, rows, keys, query.device)
-    return eager.weights(query[:, :, start:stop], key, mask, see.real, AttentionEdit(), scale)
+    return eager.weights(query[:, :, start:stop], key, mask, see.real, AttentionEdit(), scale, softcap, sinks)
 
 
 def _mask(see: Visibility, start: int, stop: int, rows: int, keys: int, device: torch.device) -> Mask | None:
     mask = see.rows(start, stop, rows, keys, device)
-    return None if mask is None else Mask.of(mask)
+    return None if mask is None else Mask.of(mask, see.reach(start, stop, keys, device))
 
 
 def _reference(
@@ -137,7 +146,8 @@ def _reference(
         additive, mask = mask, mask > torch.finfo(mask.dtype).min / 2
         bias = additive.masked_fill(~mask, 0.0).expand(everyone)[:, 0]
     visible = mask.expand(everyone)[:, 0]
-    return reference.attention(query, key, value, visible, see.real, edit, scale, softcap, sinks, bias).to(query)
+    reach = see.reach(0, rows, keys, query.device)
+    return reference.attention(query, key, value, visible, see.real, edit, scale, softcap, sinks, bias, reach).to(query)
 
 
 def _eager(

@@ -126,6 +126,8 @@ def _apply_masks(
         keep = keep[:, :, None]
         visible = keep if visible is None else visible & keep
         openable = keep if openable is None else openable & keep
+    if mask is not None and mask.reach is not None:
+        openable = mask.reach if openable is None else openable & mask.reach
     for part in edit.mask:
         edges = part.edges()
         shown = torch.ones_like(edges) if visible is None else visible

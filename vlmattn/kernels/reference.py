@@ -24,6 +24,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """Edited attention, float64 ``[batch, heads, query, dim]``.
 
@@ -34,6 +35,7 @@ def attention(
         scale: factor of the dot products.
         softcap: scores become ``softcap tanh(s / softcap)``; sinks: float ``[heads]``, scores of one more key without value.
         bias: float ``[batch, query, key]``, values of an additive mask.
+        reach: bool ``[query, key]``, keys that a mask part may open; None = all.
     """
     batch, heads, rows, _ = query.shape
     repeat = heads // key.shape[1]
@@ -58,8 +60,9 @@ def attention(
                 if edit.read is not None:
                     read = edit.read[b, h // repeat].tolist()
                     there &= torch.tensor([j in read for j in range(len(there))])
+                openable = there if reach is None else there & reach[i]
                 sink = float("-inf") if sinks is None else float(sinks[h])
-                rows_of_heads.append(_softmax(scores[h], visible[b, i] & there, there, edit.mask, b, h, i, sink))
+                rows_of_heads.append(_softmax(scores[h], visible[b, i] & there, openable, edit.mask, b, h, i, sink))
             weights = torch.stack(rows_of_heads)
             for gain in edit.gain:
                 if _applies(gain.rows, b, i):
@@ -100,7 +103,7 @@ def _edit_scores(scores: Tensor, part: LogitPart, b: int) -> Tensor:
 
 
 def _softmax(
-    score: Tensor, visible: Tensor, real: Tensor, masks: tuple[MaskPart, ...], b: int, h: int, i: int, sink: float
+    score: Tensor, visible: Tensor, openable: Tensor, masks: tuple[MaskPart, ...], b: int, h: int, i: int, sink: float
 ) -> Tensor:
     """Weights of one row and head; a key counts ``counts`` times."""
     visible, counts = visible.clone(), torch.ones_like(score)
@@ -116,7 +119,7 @@ def _softmax(
         if mask.weight == 0:
             visible &= ~edge
             continue
-        opened = edge & ~visible & real
+        opened = edge & ~visible & openable
         if mask.mix and visible.any():
             both = (1 - mask.weight) * _normal(score, visible, counts) + mask.weight * _normal(
                 score, visible | opened, counts

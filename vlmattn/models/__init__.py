@@ -1,7 +1,65 @@
 """Model-specific patchers: one small file per family."""
 
-from vlmattn.models import llava, qwen2_5_vl, qwen3_vl  # noqa: F401  (they register themselves)
-from vlmattn.models.base import Anatomy, Family, find_family, register_family, supported_families
+from vlmattn.models import (  # noqa: F401  (they register themselves)
+    aria,
+    aya_vision,
+    blip2,
+    cohere2_vision,
+    deepseek_vl,
+    emu3,
+    fast_vlm,
+    florence2,
+    gemma3,
+    gemma3n,
+    glm4v,
+    idefics2,
+    idefics3,
+    internvl,
+    janus,
+    kimi_k25,
+    lfm2_vl,
+    llama4,
+    llava,
+    llava_next,
+    llava_onevision,
+    mistral3,
+    mllama,
+    ovis2,
+    paligemma,
+    perception_lm,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    smolvlm,
+    video_llava,
+    vipllava,
+)
+from vlmattn.models.base import (
+    KINDS,
+    OF_IMAGES,
+    OF_TOKENS,
+    Anatomy,
+    Family,
+    find_family,
+    marks_of,
+    register_family,
+    registered,
+    supported_families,
+)
+from vlmattn.models.generic import Generic
 from vlmattn.models.turns import Turns
 
-__all__ = ["Anatomy", "Family", "Turns", "find_family", "register_family", "supported_families"]
+__all__ = [
+    "KINDS",
+    "OF_IMAGES",
+    "OF_TOKENS",
+    "Anatomy",
+    "Family",
+    "Generic",
+    "Turns",
+    "find_family",
+    "marks_of",
+    "register_family",
+    "registered",
+    "supported_families",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +12,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError, UnsupportedError
-from vlmattn.request import IMAGE, TEXT, VIDEO
+from vlmattn.request import IMAGE, TEXT, VIDEO, number_images
+
+#: Kinds of methods, as families support or refuse them.
+KINDS = ("edits", "masks", "pruning", "decoding")
+#: Inputs of forward() that say what kind each token is.
+OF_TOKENS = ("mm_token_type_ids", "token_type_ids")
+#: Inputs of forward() that belong to images.
+OF_IMAGES = (
+    "pixel_values",
+    "pixel_values_images",
+    "pixel_values_videos",
+    "pixel_attention_mask",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "image_sizes",
+    "image_sizes_videos",
+    "batch_num_images",
+    "spatial_shapes",
+    "aspect_ratio_ids",
+    "aspect_ratio_mask",
+    "cross_attention_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -23,8 +44,10 @@ class Anatomy:
     ``backbone`` is (model type of the language model, hidden size, layers, MLP width): enough to recognise the
     language models of the published sink tables, whatever vision tower is in front of them. ``tower_layers`` counts the
     attention layers of the vision tower, ``source`` is the folder or hub name that the model came from. ``deepstack``
-    counts the first decoder layers after which visual features are added to the residual stream, ``sliding`` says that
-    some decoder layer sees a sliding window, ``axes`` counts the position ids of a token (3 with M-RoPE).
+    counts the first decoder layers after which visual features are added to the residual stream, ``window`` is the length
+    of the sliding window that some decoder layer sees (0 = none does), ``axes`` counts the position ids of a token (3 with
+    M-RoPE). ``attending`` are the layers with self-attention (None = all). ``causal`` False: image tokens may see tokens
+    behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids tell). ``refused``: kinds of methods (``KINDS``) that the family cannot have, and why.
     """
 
     family: str
@@ -37,8 +60,12 @@ class Anatomy:
     tower_layers: int = 0
     source: str = ""
     deepstack: int = 0
-    sliding: bool = False
+    window: int = 0
     axes: int = 1
+    attending: tuple[int, ...] | None = None
+    causal: bool = True
+    leading: int = 0
+    refused: tuple[tuple[str, str], ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -47,14 +74,52 @@ class Anatomy:
         return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
 
 
-class Family(ABC):
-    """One family of models: where its decoder is, how its image tokens are found, what is odd about it."""
+class Family:
+    """One family of models: where its decoder is, how its image tokens are found, what is odd about it.
+
+    What is here fits most: the decoder is ``model.model.language_model``, image tokens are ``config.image_token_id``, an
+    image is an unbroken run of them.
+    """
 
     #: ``config.model_type`` values this class serves, each with the checkpoints people know.
-    model_types: ClassVar[Mapping[str, str]]
+    model_types: ClassVar[Mapping[str, str]] = {}
+    #: Config fields with ids of tokens that are in a prompt for the sake of its images, placeholders aside.
+    markers: ClassVar[tuple[str, ...]] = ()
+    #: False: the bare model lets image tokens see tokens behind them.
+    causal: ClassVar[bool] = True
+    #: Pixel tensors have one row for each sequence of the batch, not for each image.
+    by_sequence: ClassVar[bool] = False
+    #: Kinds of methods (``KINDS``) that the family cannot have, and why.
+    refused: ClassVar[Mapping[str, str]] = {}
+    #: Why nothing at all runs on the family; "" = something does.
+    unsupported: ClassVar[str] = ""
+    #: What the decoder gets beside embeddings, mask and positions, for passes that read other inputs.
+    also_given: ClassVar[tuple[str, ...]] = ("visual_pos_masks", "deepstack_visual_embeds")
 
-    def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most families have nothing to refuse)
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Texts of tokens that tell images apart, which the tokenizer knows and the config may not."""
+        return ()
+
+    def check(self, model: PreTrainedModel) -> None:
         """Raise ``UnsupportedError`` for variants of the family that would be wrong."""
+
+    def refuses(self, model: PreTrainedModel) -> Mapping[str, str]:
+        """Kinds of methods that this model cannot have, and why."""
+        if all(self.attention(layer) is not None for layer in self.layers(model)):
+            return self.refused
+        why = "some of its layers have no attention but a state of all tokens before; attention edits act in the others"
+        return dict.fromkeys(("pruning", "decoding"), f"{why}, and these methods need attention in every layer") | dict(
+            self.refused
+        )
+
+    def entry(self, model: PreTrainedModel) -> nn.Module:
+        """The module whose forward every step of generate() goes through."""
+        return model  # type: ignore[no-any-return]
+
+    def leading(self, model: PreTrainedModel) -> int:
+        """Image tokens that lead every prompt, where the module that is entered gets embeddings without token ids."""
+        return 0
 
     def decoder(self, model: PreTrainedModel) -> nn.Module:
         """The text decoder: the module that gets ``inputs_embeds`` and holds ``layers``."""
@@ -64,31 +129,84 @@ class Family(ABC):
         """Decoder layers in order; each gets the residual stream as its first argument."""
         return self.decoder(model).layers  # type: ignore[return-value]
 
+    def attention(self, layer: nn.Module) -> nn.Module | None:
+        """The self-attention module of a decoder layer; None for layers that have none."""
+        return getattr(layer, "self_attn", None)
+
+    def residual(self, hidden: Tensor) -> Tensor:
+        """The residual stream ``[batch, tokens, hidden]`` in what a decoder layer gets."""
+        return hidden
+
+    def placeholders(self, model: PreTrainedModel) -> dict[int, int]:
+        """Token ids that stand for visual features, each with its type."""
+        names = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+        found = {getattr(model.config, name, None): kind for name, kind in names.items()}
+        return {token: kind for token, kind in found.items() if token is not None}
+
     def token_types(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
         """uint8 ``[batch, tokens]``: TEXT, IMAGE or VIDEO, from token ids."""
         types = torch.full_like(ids, TEXT, dtype=torch.uint8)
-        types[ids == model.config.image_token_id] = IMAGE
-        video = getattr(model.config, "video_token_id", None)
-        if video is not None:
-            types[ids == video] = VIDEO
+        for token, kind in self.placeholders(model).items():
+            types[ids == token] = kind
         return types
 
-    @abstractmethod
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        """Tokens of each image of a forward call, in (row, token) order; None when the inputs do not tell."""
+        """Tokens of each image of a forward call, in (row, token) order; None: unbroken runs of image tokens are images."""
+        return None
 
-    @abstractmethod
+    def image_numbers(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], types: Tensor, marks: Mapping[str, int] | None = None
+    ) -> Tensor:
+        """int16 ``[batch, tokens]``: number of the image of each visual token within its row, -1 for text.
+
+        Args:
+            types: of the tokens of the call; marks: ids of the tokens ``marks``, None = the tokenizer is not known.
+        """
+        return number_images(types, self.image_lengths(model, inputs))
+
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """Rows of each pixel tensor of a call that belong to each sequence of the batch: name -> counts."""
+        names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+        return {name: counts for name, counts in self.per_row(model, inputs).items() if name in names}
 
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """As ``pixels``, for all inputs that come image by image."""
-        return self.pixels(model, inputs)
+        found = {}
+        for name in OF_IMAGES:
+            if isinstance(inputs.get(name), Tensor):
+                found[name] = self.rows_of(model, inputs, len(inputs[name]))
+        return found
+
+    def rows_of(self, model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -> list[int]:
+        """How many of the ``count`` rows of an input belong to each sequence of the batch.
+
+        Raises:
+            InputError: the images do not fit the image tokens of the prompts.
+        """
+        types = self.token_types(model, inputs["input_ids"])
+        if self.by_sequence or len(types) == 1:
+            return [count // len(types)] * len(types)
+        numbers = self.image_numbers(model, inputs, types)
+        images = [(row[row >= 0].unique(return_counts=True)[1]).tolist() for row in numbers]
+        if sum(map(len, images)) != count:
+            return share_out([sum(row) for row in images], self.tiles(model, inputs, sum(map(sum, images)), count))
+        return [len(row) for row in images]
+
+    def tiles(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], tokens: int, count: int
+    ) -> list[tuple[int, int]]:
+        """(tokens, rows) of each of the ``count`` rows of pixels, which have ``tokens`` image tokens: they are tiles, all alike."""
+        return [(tokens // count if count else 0, 1)] * count
 
     def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
         """Token ids that are in a prompt for the sake of its images only."""
-        found = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
-        return tuple(token for token in found if token is not None)
+        found = (getattr(model.config, name, None) for name in self.markers)
+        return (*self.placeholders(model), *(token for token in found if token is not None))
+
+    def retyped(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Inputs that say what kind each token is, made anew for other ``input_ids``."""
+        types = self.token_types(model, inputs["input_ids"])
+        return {name: types.to(inputs[name].dtype) for name in OF_TOKENS if name in inputs}
 
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """Position ids ``[..., batch, tokens]`` of a prompt as generate() makes them, without a trace on the model."""
@@ -96,29 +214,47 @@ class Family(ABC):
         return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
     def rotary(self, model: PreTrainedModel) -> nn.Module:
-        """The module that makes cosines and sines of positions."""
-        return self.decoder(model).rotary_emb  # type: ignore[return-value]
+        """The module that makes cosines and sines of positions.
+
+        Raises:
+            UnsupportedError: there is none, or tables differ between layers.
+        """
+        decoder = self.decoder(model)
+        found = getattr(decoder, "rotary_emb", None)
+        rope = getattr(getattr(found, "config", None), "rope_parameters", None) or {}
+        if found is None or "rope_theta" not in rope:
+            raise UnsupportedError(f"the positions of {type(model).__name__} are not one rotary table for all layers")
+        return found  # type: ignore[no-any-return]
 
     def logits(self, model: PreTrainedModel, hidden: Tensor, normed: bool = True) -> Tensor:
         """What the residual stream says at any depth: final norm (or none) and head."""
         if normed:
-            hidden = self.decoder(model).norm(hidden)  # type: ignore[operator]
-        return model.lm_head(hidden)  # type: ignore[no-any-return, operator]
+            hidden = self.norm(model)(hidden)
+        return model.get_output_embeddings()(hidden)  # type: ignore[no-any-return, operator, misc]
+
+    def norm(self, model: PreTrainedModel) -> nn.Module:
+        """The norm before the head."""
+        return self.decoder(model).norm  # type: ignore[return-value]
 
     def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Attention module of a decoder layer, its query and its key projection (before any norm and the rotation)."""
-        attn = layer.self_attn
-        return attn, attn.q_proj, attn.k_proj  # type: ignore[return-value, union-attr]
+        """Attention module of a decoder layer, its query and its key projection (before any norm and the rotation).
 
-    @abstractmethod
-    def tower(self, model: PreTrainedModel) -> nn.Module:
-        """The vision tower."""
+        Raises:
+            UnsupportedError: queries and keys do not come from a projection each.
+        """
+        attn: Any = self.attention(layer)
+        if not hasattr(attn, "q_proj") or not hasattr(attn, "k_proj"):
+            raise UnsupportedError(f"{type(attn).__name__} has no query and key projections to add directions to")
+        return attn, attn.q_proj, attn.k_proj
 
-    @abstractmethod
+    def tower(self, model: PreTrainedModel) -> nn.Module | None:
+        """The vision tower, where each image token of the prompt is one of its tokens (or a few); None = it is not looked at."""
+        return None
+
     def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         """Attention modules of the vision tower, in order."""
+        return ()
 
-    @abstractmethod
     def summary_attention(
         self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
     ) -> list[Tensor]:
@@ -133,8 +269,8 @@ class Family(ABC):
         Returns:
             For each image float32 ``[heads, tokens]``, in the order of its tokens in the prompt.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def patch_keys(
         self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
     ) -> list[Tensor]:
@@ -142,6 +278,7 @@ class Family(ABC):
 
         Args, order: as for ``summary_attention``. Returns float32 ``[tokens, dim]`` for each image.
         """
+        raise NotImplementedError
 
     def patch_features(self, model: PreTrainedModel, output: Any) -> list[tuple[Tensor, Tensor | None]]:
         """What the tower says of each image before the projection: ``[tokens, width]``, and ``[width]`` of a CLS token.
@@ -157,6 +294,7 @@ class Family(ABC):
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         text = model.config.get_text_config()
         heads = text.num_attention_heads
+        attending = tuple(n for n, layer in enumerate(self.layers(model)) if self.attention(layer) is not None)
         return Anatomy(
             family=model.config.model_type,
             layers=text.num_hidden_layers,
@@ -164,12 +302,16 @@ class Family(ABC):
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             hidden_size=text.hidden_size,
-            backbone=(text.model_type, text.hidden_size, text.num_hidden_layers, text.intermediate_size),
+            backbone=(text.model_type, text.hidden_size, text.num_hidden_layers, _mlp_width(text)),
             tower_layers=len(self.tower_attention(model)),
             source=model.name_or_path,
-            deepstack=len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ()),
-            sliding=_slides(text),
+            deepstack=len(getattr(_vision(model), "deepstack_visual_indexes", None) or ()),
+            window=_window(text),
             axes=3 if (getattr(text, "rope_parameters", None) or {}).get("mrope_section") else 1,
+            attending=None if len(attending) == text.num_hidden_layers else attending,
+            causal=self.causal,
+            leading=self.leading(model),
+            refused=tuple(self.refuses(model).items()),
         )
 
     def types_of_call(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
@@ -181,18 +323,45 @@ class Family(ABC):
             raise InputError("the model was called without input_ids or inputs_embeds")
         table = model.get_input_embeddings()
         types = torch.full(embeds.shape[:2], TEXT, dtype=torch.uint8, device=embeds.device)
-        for name, kind in (("image_token_id", IMAGE), ("video_token_id", VIDEO)):
-            token = getattr(model.config, name, None)
-            if token is not None:
-                row = table(torch.tensor(token, device=embeds.device))
-                types[(embeds == row).all(-1)] = kind
+        for token, kind in self.placeholders(model).items():
+            row = table(torch.tensor(token, device=embeds.device))
+            types[(embeds == row).all(-1)] = kind
         return types
 
 
-def _slides(text: Any) -> bool:
-    """Whether some layer of a language model sees a sliding window, from its config."""
-    window, used = getattr(text, "sliding_window", None), getattr(text, "use_sliding_window", None)
-    return "sliding_attention" in (getattr(text, "layer_types", None) or ()) or (bool(window) and used is not False)
+def _vision(model: PreTrainedModel) -> Any:
+    return getattr(model.config, "vision_config", None)
+
+
+def _mlp_width(text: Any) -> int:
+    width = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 0
+    return int(width if isinstance(width, int) else width[0])
+
+
+def _window(text: Any) -> int:
+    """The length of the sliding window that some layer of a language model sees, from its config; 0 = none does."""
+    kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+    if kinds is not None and "chunked_attention" in kinds:
+        return int(text.attention_chunk_size)
+    if kinds is not None:
+        return int(window or 0) if "sliding_attention" in kinds else 0
+    return int(window) if window and getattr(text, "use_sliding_window", None) is not False else 0
+
+
+def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of each image, where generate() encoded the images before the first forward."""
+    encoded = inputs.get("mm_encoder_outputs") or {}
+    found = [encoded[kind].pooler_output for kind in ("image", "video") if encoded.get(kind) is not None]
+    return [len(features) for features in found[0]] if len(found) == 1 else None
+
+
+def marks_of(family: Family, processor: Any) -> dict[str, int]:
+    """Token ids of ``family.marks``, as far as the tokenizer of a processor knows them."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is None:
+        return {}
+    vocabulary = tokenizer.get_vocab()
+    return {text: vocabulary[text] for text in family.marks if text in vocabulary}
 
 
 def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[int]:
@@ -219,29 +388,52 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> None:
-    """Make a family known; its model types must be free."""
+    """Make a family known, so that ``wrap`` serves its model types.
+
+    Raises:
+        UnsupportedError: a model type that is served already, or none at all.
+    """
+    if not family.model_types:
+        raise UnsupportedError(
+            f"{type(family).__name__} names no model types; give it model_types = {{'type': 'checkpoint'}}"
+        )
     for model_type in family.model_types:
         if model_type in _FAMILIES:
             raise UnsupportedError(
                 f"model type '{model_type}' is already served by {type(_FAMILIES[model_type]).__name__}"
             )
-        _FAMILIES[model_type] = family
+    _FAMILIES.update(dict.fromkeys(family.model_types, family))
+
+
+def registered() -> dict[str, Family]:
+    """Model types and the families that serve them."""
+    return dict(sorted(_FAMILIES.items()))
 
 
 def supported_families() -> dict[str, str]:
     """Model types and the checkpoints they stand for."""
-    return {name: family.model_types[name] for name, family in sorted(_FAMILIES.items())}
+    return {name: family.model_types[name] for name, family in registered().items() if not family.unsupported}
 
 
 def find_family(model: nn.Module) -> Family:
-    """The family of a model, or an error that lists the supported ones."""
-    supported = ", ".join(f"{name} ({what})" for name, what in supported_families().items())
+    """The family of a model.
+
+    Raises:
+        UnsupportedError: a model that is no vision-language model, or one whose attention cannot be reached.
+    """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"{type(model).__name__} is not a transformers PreTrainedModel; supported: {supported}")
+        raise UnsupportedError(f"{type(model).__name__} is not a transformers PreTrainedModel; {_known()}")
     family = _FAMILIES.get(model.config.model_type)
-    if family is None or not hasattr(model, "generate"):
-        raise UnsupportedError(
-            f"{type(model).__name__} (model type '{model.config.model_type}') is not supported; supported: {supported}"
-        )
+    if family is not None and family.unsupported:
+        raise UnsupportedError(f"{type(model).__name__} is not supported: {family.unsupported}; {_known()}")
+    if family is None or not model.can_generate():
+        from vlmattn.models.generic import generic_family
+
+        family = generic_family(model, _known())
     family.check(model)
     return family
+
+
+def _known() -> str:
+    """What is supported, for messages."""
+    return f"supported: {', '.join(supported_families())}; see vlmattn.supported_families()"

@@ -17,16 +17,11 @@ class Qwen25VL(Family):
     """Images and videos are always separated by their markers, so unbroken runs are whole images."""
 
     model_types: ClassVar[Mapping[str, str]] = {"qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct"}
-
-    def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        return None
-
-    def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
-        return {name: counts for name, counts in self.per_row(model, inputs).items() if name.startswith("pixel_values")}
+    markers: ClassVar[tuple[str, ...]] = ("vision_start_token_id", "vision_end_token_id")
 
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
-        tower: Any = self.tower(model)
-        types, merged = self.token_types(model, inputs["input_ids"]), tower.spatial_merge_size**2
+        types = self.token_types(model, inputs["input_ids"])
+        merged = model.config.vision_config.spatial_merge_size**2
         found = {}
         for kind, name, sizes in (
             (IMAGE, "pixel_values", "image_grid_thw"),
@@ -38,10 +33,6 @@ class Qwen25VL(Family):
                 found[name] = share_out(tokens, [(count // merged, count) for count in patches])
                 found[sizes] = share_out(tokens, [(count // merged, 1) for count in patches])
         return found
-
-    def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
-        markers = (getattr(model.config, f"vision_{end}_token_id", None) for end in ("start", "end"))
-        return (*super().image_ids(model), *(token for token in markers if token is not None))
 
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """``[4, batch, tokens]``: of the text, then time, height and width."""
@@ -61,7 +52,7 @@ class Qwen25VL(Family):
         space, _ = model.model.get_rope_index(**{name: inputs.get(name) for name in names})  # type: ignore[union-attr, operator]
         return torch.cat([text[None], space.to(text)])
 
-    def tower(self, model: PreTrainedModel) -> nn.Module:
+    def tower(self, model: PreTrainedModel) -> nn.Module | None:
         return model.model.visual  # type: ignore[no-any-return, union-attr]
 
     def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:

@@ -18,7 +18,10 @@ class Qwen3VL(Qwen25VL):
     their norms.
     """
 
-    model_types: ClassVar[Mapping[str, str]] = {"qwen3_vl": "Qwen/Qwen3-VL-8B-Instruct"}
+    model_types: ClassVar[Mapping[str, str]] = {
+        "qwen3_vl": "Qwen/Qwen3-VL-8B-Instruct",
+        "qwen3_vl_moe": "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    }
 
     def in_prompt_order(self, tower: Any, grid: Tensor, tokens: Tensor) -> Tensor:
         return tokens

@@ -65,6 +65,7 @@ class Request:
         self.maps: list[TokenMap | None] = [None] * len(plan.by_layer)
         self.newest: tuple[tuple[tuple[int, ...], int], ...] = ()
         self.tokens: TokenMap | None = None
+        self._window: TokenMap | None = None
         self._views: list[Request] = []  # no dict: compiled graphs would watch the order of its keys
         self._picked: dict[str, Slots] = {}
         self._surveyed = False
@@ -152,6 +153,14 @@ class Request:
             view._survey(self.stop - tokens.removed)
         return view
 
+    def windowed(self, first: int, device: torch.device) -> TokenMap:
+        """The slots from ``first`` on, which are all that a layer with a sliding window has left."""
+        wanted, known = (self.batch or 1, max(first, self.stop)), self._window
+        if known is None or known.removed != first or (len(known.slots), known.length) != wanted:
+            self._views[:] = [view for view in self._views if view.tokens is not known]
+            self._window = known = TokenMap.window(wanted[0], first, wanted[1], device)
+        return known
+
     def _slots(self, name: str) -> Slots:
         """Slots of the prompt; a view picks its own when they are asked for."""
         kept: Slots = getattr(self, name)
@@ -233,9 +242,9 @@ class Request:
             copy._last_prompt_row = _of_rows(self._last_prompt_row, rows) + shift
         if self._with_image is not None:
             copy._with_image = _of_rows(self._with_image, rows)
+        copy._views, copy._window = [], None
         if rows is not None:
-            copy.batch = len(rows)
-            copy.maps, copy._views = list(self.maps), []
+            copy.batch, copy.maps = len(rows), list(self.maps)
             copy._move_maps(rows)
             copy.newest = tuple(self.newest[row] for row in rows.tolist()) if self.newest else ()
         if shift or hidden is not None:

@@ -14,6 +14,7 @@ from vlmattn.kernels import Mask, Rows, Visibility
 from vlmattn.request.beside import Stream
 from vlmattn.request.plan import Compare, Method, Watch, Weights
 from vlmattn.request.request import IMAGE, TEXT, VIDEO, Request
+from vlmattn.request.slots import Slots
 from vlmattn.request.tokens import Kept, TokenMap
 
 Parts = tuple[tuple[slice, "Step | None"], ...]
@@ -55,6 +56,7 @@ class Step:
         rows: prompt rows that are still there; None = all.
         rotary: makes cosines and sines, for methods that count positions anew.
         masks: the mask in original slots as the last layer had it, and in the slots of this view.
+        passed: slots that the layer's sliding window has left behind.
     """
 
     request: Request
@@ -71,6 +73,7 @@ class Step:
     rows: Kept | None = None
     rotary: Callable[..., tuple[Tensor, Tensor]] | None = None
     masks: tuple[Tensor | None, Tensor | None] | None = None
+    passed: int = 0
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def at(self, cache: Any) -> None:
@@ -237,6 +240,11 @@ class Scope:
     def find(self, method: Hashable, name: str) -> Any | None:
         """What ``method`` has kept under ``name`` for this layer, or None."""
         return self.request.state.get((method, self.layer, name))
+
+    def read(self, kept: Slots) -> Tensor:
+        """What a method has kept about the slots of this layer, ``[batch, keys]``."""
+        passed = self.step.passed
+        return kept.read(passed + self.keys, self.device)[:, passed:]
 
     def count(self, method: str, amount: int | Tensor) -> None:
         """Tell the report that ``method`` found something to do."""

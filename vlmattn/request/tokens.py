@@ -124,6 +124,11 @@ class TokenMap:
             old = torch.cat([before.slots, old[:, before.kept :] + before.removed], 1)
         return cls(old.gather(1, order), valid, length, -1, -1, None if before is None else before.lost)
 
+    @classmethod
+    def window(cls, batch: int, first: int, stop: int, device: torch.device) -> TokenMap:
+        """The original slots from ``first`` to ``stop``, and all behind them: what a sliding window has left."""
+        return cls(torch.arange(first, stop, device=device).expand(batch, -1), None, stop, -1, -1)
+
     def until(self, stop: int) -> TokenMap:
         """Without the original slots from ``stop`` on: drafts that were read with the prompt and cut off."""
         if (cut := self.length - stop) <= 0:

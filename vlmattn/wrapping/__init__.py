@@ -62,11 +62,6 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         raise StateError(
             f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first"
         )
-    if any(not hasattr(layer, "self_attn") for layer in family.layers(model)):
-        raise UnsupportedError(
-            f"{type(model).__name__} has decoder layers without attention (a '{model.config.get_text_config().model_type}' language"
-            " model), which cannot be edited; use one with attention in every layer"
-        )
     chosen = Recipe.of(_saved_recipe(model) if recipe is None else recipe, **options)
     text = model.config.get_text_config()
     base = _base_name(text._attn_implementation)
@@ -81,7 +76,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         )
     WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
     handle._originals = {name: model.__dict__[name] for name in _INSTANCE_METHODS if name in model.__dict__}
-    model.__dict__["vlmattn"] = handle
+    model.__dict__["vlmattn"] = family.entry(model).__dict__["vlmattn"] = handle
     model.__dict__["generate"] = MethodType(_generate, model)
     model.__dict__["prepare_inputs_for_generation"] = MethodType(_prepare_inputs, model)
     model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
@@ -104,7 +99,8 @@ def unwrap(model: _M) -> _M:
     for name in _INSTANCE_METHODS:
         del model.__dict__[name]
     model.__dict__.update(handle._originals)
-    del model.__dict__["vlmattn"]
+    handle._family.entry(model).__dict__.pop("vlmattn", None)
+    model.__dict__.pop("vlmattn", None)
     text = model.config.get_text_config()
     others = WRAPPED.get(id(text), weakref.WeakSet())
     others.discard(model)

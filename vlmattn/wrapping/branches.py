@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead, Noise
 from vlmattn.errors import InputError, UnsupportedError
-from vlmattn.models import Family, find_family
+from vlmattn.models import OF_IMAGES, OF_TOKENS, Family, find_family
 from vlmattn.request import TEXT, Plan
 from vlmattn.wrapping.call import CALL, Call, TowerView
 from vlmattn.wrapping.dropping import speak_original
@@ -22,14 +22,6 @@ from vlmattn.wrapping.merged import REQUEST, Merged, View
 
 _NOT_PASSED_ON = frozenset(
     ("position_ids", "past_key_values", "inputs_embeds", "mm_encoder_outputs", "use_cache", "labels", "logits_to_keep")
-)
-_OF_IMAGES = (
-    "pixel_values",
-    "pixel_values_videos",
-    "image_grid_thw",
-    "video_grid_thw",
-    "second_per_grid_ts",
-    "image_sizes",
 )
 
 
@@ -120,6 +112,11 @@ class _Reader:
     def beside(self) -> View:
         """From the last prompt token on with hidden keys; everything before is the main prompt's."""
         prompt, drafts, hidden = self.prompt, self.ids.shape[1] - self.prompt, self._hidden()
+        if 0 < self.call.handle.anatomy.window <= prompt:
+            raise UnsupportedError(
+                f"branch '{self.branch.name}' goes on from the main prompt, of which the sliding window of"
+                f" {self.call.handle.anatomy.window} tokens has left a part behind; use shorter prompts, or a rule with other branches"
+            )
         cache = new_cache(self.call.model)
         for number, layer in enumerate(self.main.cache.layers):
             cache.update(layer.keys[..., : prompt - 1, :], layer.values[..., : prompt - 1, :], number)
@@ -144,8 +141,8 @@ class _Reader:
             inputs["input_ids"] = torch.cat([inputs["input_ids"], drafts], 1)
             inputs["attention_mask"] = pad(inputs["attention_mask"], (0, count), value=1)
             positions = torch.cat([positions, last + torch.arange(1, count + 1, device=last.device)], -1)
-            if "mm_token_type_ids" in inputs:
-                inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (0, count))
+            for name in inputs.keys() & set(OF_TOKENS):
+                inputs[name] = pad(inputs[name], (0, count))
         blank = None if self.branch.tokens is None else pad(self._hidden()[:: self.times], (0, count))
         call = replace(
             self.call, plan=self.plan, prompt_length=mask.shape[1], plain_mask=True, fan=None, blank=blank,
@@ -204,7 +201,7 @@ class _Reader:
         if branch.prompt != "same" or branch.image == "drop":
             self._change_prompt(inputs)
         if branch.image == "drop":
-            inputs = {name: value for name, value in inputs.items() if name not in _OF_IMAGES}
+            inputs = {name: value for name, value in inputs.items() if name not in OF_IMAGES}
         elif (
             branch.image == "same"
             and not given
@@ -272,9 +269,7 @@ class _Reader:
         longest = max(map(len, rows))
         inputs["input_ids"] = _left_padded(rows, longest, _padding_id(model)).to(device)
         inputs["attention_mask"] = _left_padded([torch.ones_like(row) for row in rows], longest, 0).to(device)
-        if "mm_token_type_ids" in inputs:
-            types = family.token_types(model, inputs["input_ids"])
-            inputs["mm_token_type_ids"] = types.to(inputs["mm_token_type_ids"].dtype)
+        inputs |= family.retyped(model, inputs)
 
 
 def _check_prompts(
@@ -355,7 +350,7 @@ def _check_given(model: PreTrainedModel, plan: Plan, given: Mapping[str, Any]) -
         if branch is not None and branch.shares_prompt:
             useless = set(inputs)
         elif branch is not None and branch.image == "drop":
-            useless |= set(inputs) & set(_OF_IMAGES)
+            useless |= set(inputs) & set(OF_IMAGES)
         if useless:
             raise InputError(
                 f"the branch '{name}' has no use for {', '.join(sorted(useless))} in branch_inputs; leave it out"

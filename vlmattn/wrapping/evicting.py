@@ -44,12 +44,11 @@ def before_layer(step: Step, index: int, rows: int, cache: Any) -> None:
             layer.expect(step.request.real(layer.length + rows, layer.keys.device))
 
 
-def after_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def after_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of a decoder layer."""
     step: Step | None = kwargs.get(attention.STEP)
     if not isinstance(step, Step) or step.watch is not None or len(step.request.plan.evicting) == 0:
         return
-    index = int(module.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
     policy = step.request.plan.evicting[index]
     if policy is None:
         return

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vlmattn.errors import OptionError
-from vlmattn.models import Anatomy, Family, Turns
+from vlmattn.models import Anatomy, Family, Turns, marks_of
 from vlmattn.recipe import Recipe
 from vlmattn.request import Ledger, Plan
 
@@ -32,6 +32,7 @@ class Handle:
         self.anatomy, self._family, self._base = anatomy, family, base
         self._processor = processor
         self.turns: Turns | None = None
+        self._marks: dict[str, int] | None = None
         self._enabled, self._projecting, self._rotating = True, False, False
         self._rotaries: dict[tuple[float, torch.device], nn.Module] = {}
         self._plans: dict[Recipe, Plan] = {}
@@ -66,6 +67,18 @@ class Handle:
             if len(self._plans) > _KEPT:  # recipes made anew for every call
                 del self._plans[next(iter(self._plans))]
         return self._plans[recipe]
+
+    @property
+    def marks(self) -> dict[str, int]:
+        """Ids of tokens that tell images apart, from the processor or from the tokenizer in the model's folder."""
+        if self._marks is None:
+            known = (
+                self._processor
+                if self._processor is not None or not self._family.marks
+                else _tokenizer(self.anatomy.source)
+            )
+            self._marks = marks_of(self._family, known)
+        return self._marks
 
     def rotary(self, module: Any, factor: float) -> nn.Module:
         """A module like the model's rotary embedding, with ``factor`` times its base."""
@@ -186,3 +199,13 @@ def _turns(processor: Any, source: str, needed_by: tuple[str, ...]) -> Turns | N
         raise OptionError(
             f"{names} must know where the user's turn ends; give the processor: wrap(model, ..., processor=processor)"
         ) from error
+
+
+def _tokenizer(source: str) -> Any:
+    """The tokenizer in the folder that the model came from, or None."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except Exception:  # no folder, or none in it
+        return None

@@ -34,7 +34,6 @@ from vlmattn.request import (
     Step,
     Steps,
     Stream,
-    number_images,
 )
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.dropping import check_continuation, check_prompt, narrow
@@ -51,19 +50,20 @@ WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
 
 def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
     """Put the hooks on a model that has its handle; removing them is up to the caller."""
-    decoder = family.decoder(model)
+    decoder, entry = family.decoder(model), family.entry(model)
     hooks = [
-        model.register_forward_pre_hook(_before_model, with_kwargs=True),
-        model.register_forward_hook(_after_model, with_kwargs=True),
-        decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True),
-        family.tower(model).register_forward_pre_hook(_before_tower, with_kwargs=True),
-        family.tower(model).register_forward_hook(_after_tower),
+        entry.register_forward_pre_hook(_before_model, with_kwargs=True),
+        entry.register_forward_hook(_after_model, with_kwargs=True),
+        decoder.register_forward_pre_hook(partial(_before_decoder, family.also_given), with_kwargs=True),
     ]
+    if (tower := family.tower(model)) is not None:
+        hooks.append(tower.register_forward_pre_hook(_before_tower, with_kwargs=True))
+        hooks.append(tower.register_forward_hook(_after_tower))
     for number, module in enumerate(family.tower_attention(model)):
         hooks.append(module.register_forward_pre_hook(partial(_before_tower_attention, number), with_kwargs=True))
-    for layer in family.layers(model):
-        hooks.append(layer.register_forward_pre_hook(_before_layer, with_kwargs=True))
-        hooks.append(layer.register_forward_hook(after_layer, with_kwargs=True))
+    for index, layer in enumerate(family.layers(model)):
+        hooks.append(layer.register_forward_pre_hook(partial(_before_layer, index, family), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(partial(after_layer, index), with_kwargs=True))
     return hooks
 
 
@@ -121,7 +121,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         request = _repeated(request, cache, len(tokens))
     if request is not None and tokens.shape[1] == 1:
         decoding = Step(request, handle._base, None)
-        if cache is not None and request.plan.extending:
+        if cache is not None and (request.plan.extending or handle.anatomy.window):
             decoding.at(cache)
         if request.call is call.token:  # one token after another in generate(): nothing here may wait for the device
             return decoding
@@ -149,8 +149,11 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     if isinstance(mask, dict):  # one per kind of layer
         mask = mask.get("full_attention")
     if start == 0 or call.prompt_length is None or start < call.prompt_length:  # not the draft of assisted decoding
-        types = handle._family.types_of_call(model, inputs)
-        images = number_images(types, handle._family.image_lengths(model, inputs))
+        if handle.anatomy.leading:
+            types = _leading_types(handle.anatomy.leading, start, inputs)
+        else:
+            types = handle._family.types_of_call(model, inputs)
+        images = handle._family.image_numbers(model, inputs, types, handle.marks)
         real, finder = None if mask is None else _real_keys(mask), handle.turns if call.plan.uses_turns else None
         request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
         if call.plan.drops:
@@ -174,8 +177,32 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         setattr(cache, REQUEST, request)
         if request.plan.extending or request.plan.policies:
             _follow_beams(cache)
-    plain = mask is None or mask.ndim == 2 or call.plain_mask
+    if handle.anatomy.window:
+        _check_windows(cache, handle.anatomy.window)
+    plain = handle.anatomy.causal and (mask is None or mask.ndim == 2 or call.plain_mask)
     return Step(request, handle._base, start, plain, sight=call.sight, order=_image_order(inputs))
+
+
+def _leading_types(count: int, start: int, inputs: dict[str, Any]) -> Tensor:
+    """Types of tokens of which the first ``count`` real ones stand for the image."""
+    embeds = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"][..., None]
+    mask, types = (
+        inputs.get("attention_mask"),
+        torch.full(embeds.shape[:2], TEXT, dtype=torch.uint8, device=embeds.device),
+    )
+    if start == 0:
+        real = torch.ones_like(types) if mask is None else mask[:, : types.shape[1]].long()
+        types[(real.cumsum(1) <= count) & (real != 0)] = IMAGE
+    return types
+
+
+def _check_windows(cache: Any, window: int) -> None:
+    """Which tokens a full ring of slots holds is not known on the host."""
+    layers = getattr(cache, "layers", ())
+    if any(getattr(layer, "is_sliding", False) and getattr(layer, "max_cache_len", 0) >= window for layer in layers):
+        raise UnsupportedError(
+            f"a static cache outgrows the sliding window of {window} tokens; use a dynamic cache, or fewer tokens"
+        )
 
 
 def _image_order(inputs: dict[str, Any]) -> list[int] | None:
@@ -273,7 +300,7 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _before_decoder(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    also_given: tuple[str, ...], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     step: Step | Steps | None = kwargs.get(attention.STEP)
     if isinstance(step, Steps):
@@ -281,13 +308,13 @@ def _before_decoder(
             kwargs = {**kwargs, **_blanked(step.blank, kwargs)}
         step = step.parts[0][1]
     if step is not None and step.request.plan.pruning:
-        step.rotary = decoder.rotary_emb  # type: ignore[assignment]
+        step.rotary = getattr(decoder, "rotary_emb", None)
     if step is not None and step.watch is None and step.is_prompt:
         plan = step.request.plan
         if plan.seeing:
             _show_images(step, step.start or 0, kwargs["inputs_embeds"])
         if plan.preparing and step.start == 0:
-            _prepare(step, decoder, kwargs)
+            _prepare(step, decoder, kwargs, also_given)
     return args, kwargs
 
 
@@ -345,17 +372,15 @@ def _images(step: Step, patches: dict[int, list[Tensor]], types: Tensor, embeds:
     return tuple(found)
 
 
-def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any], also_given: tuple[str, ...]) -> None:
     """Let methods have the decoder run on other inputs, before the prompt or beside it."""
     request, length = step.request, step.request.prompt_length
     embeds = kwargs["inputs_embeds"][:, :length]
     positions = kwargs.get("position_ids")
     types = request.types(length, embeds.device)
     real = request.real(length, embeds.device)
-    later = {
-        name: kwargs[name] for name in ("visual_pos_masks", "deepstack_visual_embeds") if kwargs.get(name) is not None
-    }
-    if later:
+    later = {name: kwargs[name] for name in also_given if kwargs.get(name) is not None}
+    if "visual_pos_masks" in later:
         later["visual_pos_masks"] = later["visual_pos_masks"][:, :length]
 
     def run(other: Tensor, real: Tensor, positions: Tensor | None, watch: Any) -> None:
@@ -415,15 +440,14 @@ def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tu
 
 
 def _before_layer(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    index: int, family: Family, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     step: Step | Steps | None = kwargs.get(attention.STEP)
     if step is None:
         return None
-    index = int(layer.self_attn.layer_idx)  # type: ignore[union-attr, arg-type]
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     if isinstance(step, Steps) and index in step.early:
-        step.early[index] = hidden
+        step.early[index] = family.residual(hidden)
     first = step.parts[0][1]
     if first is not None and first.request.plan.drops and first.watch is None:  # never with branches
         view, hidden, kwargs = narrow(first, layer, index, hidden, kwargs)
@@ -432,7 +456,7 @@ def _before_layer(
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for rows, part in step.parts:
         if part is not None and part.watch is None:
-            _observe(part, index, hidden[rows])
+            _observe(part, index, family.residual(hidden)[rows])
     return None
 
 

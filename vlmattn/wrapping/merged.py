@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vlmattn.decoding import ContrastiveDecoding
 from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.models import OF_TOKENS
 from vlmattn.request import Request, Step, Steps
 from vlmattn.wrapping.call import Call
 from vlmattn.wrapping.room import RoomyLayer
@@ -94,23 +95,29 @@ class Merged:
         for request in self.requests:
             if request is not None:
                 request.call = call.token
+        self._window = call.handle.anatomy.window
         self._alone, self._ledger, self._rule = alone, call.handle._ledger, call.plan.rule
 
     def fill(self, cache: Any, views: Sequence[View]) -> None:
         """Move the keys and values of all groups into the cache of the call."""
         grown = self.longest - self.prompt
         for number, parts in enumerate(zip(*(view.cache.layers for view in views), strict=True)):
-            if any(getattr(part, "is_sliding", False) for part in parts) or not hasattr(parts[0], "keys"):
+            layer: Any = cache.layers[number] if number < len(cache.layers) else None
+            sliding = getattr(parts[0], "is_sliding", False)
+            if not hasattr(parts[0], "keys") or (sliding and type(layer) is not DynamicSlidingWindowLayer):
                 raise UnsupportedError(
-                    f"the decoding rule of '{self._name}' needs full attention in every layer, and this model's cache forgets; use a"
-                    " language model without sliding windows, or attention edits only"
+                    f"the decoding rule of '{self._name}' cannot share this cache among branches, {type(layer or parts[0]).__name__};"
+                    " use a dynamic cache of a model with attention in every layer"
                 )
             wanted = max(part.keys.shape[-2] for part in parts)
             keys, values = (
                 torch.cat([pad(getattr(part, name), (0, 0, wanted - part.keys.shape[-2], 0)) for part in parts])
                 for name in ("keys", "values")
             )
-            layer = cache.layers[number] if number < len(cache.layers) else None
+            if sliding:  # each group holds the last tokens of its own prompt
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values, layer.cumulative_length = keys, values, self.longest
+                continue
             if type(layer) is DynamicLayer and not cache.offloading:
                 cache.layers[number] = RoomyLayer(keys, values)
                 continue
@@ -140,7 +147,7 @@ class Merged:
         shape = (*positions.shape[:-2], self.rows, positions.shape[-1])
         rows = (1,) * (positions.ndim - 2) + (self.groups, 1)
         found["position_ids"] = positions.expand(shape).repeat(rows) - self._offset.to(positions.device)
-        for name in ("token_type_ids", "mm_token_type_ids"):
+        for name in OF_TOKENS:
             if isinstance(found.get(name), Tensor):
                 found[name] = found[name].repeat(self.groups, 1)
         return input_ids.repeat(self.groups, 1), found
@@ -155,7 +162,7 @@ class Merged:
                 parts[-1] = (slice(parts[-1][0].start, rows.stop), None)
                 continue
             step = None if request is None else Step(request, self._base, start)
-            if step is not None and start is None and step.request.plan.extending:
+            if step is not None and start is None and (step.request.plan.extending or self._window):
                 step.at(cache)
             parts.append((rows, step))
         return Steps(tuple(parts), dict.fromkeys(self.contrast.layers), merged=self)

@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import InputError, UnsupportedError
+from vlmattn.models import OF_TOKENS
 from vlmattn.request import TEXT, Request
 from vlmattn.wrapping.branches import new_cache, setting_of
 from vlmattn.wrapping.call import CALL, Call, TowerView
@@ -74,7 +75,7 @@ def searching(search: Search, inputs: Mapping[str, Any]) -> Callable[..., Any]:
 
 def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str, Any]]:
     """The inputs of each row by itself, without padding."""
-    family, names = call.handle._family, ("attention_mask", "mm_token_type_ids", "token_type_ids")
+    family = call.handle._family
     mask = inputs.get("attention_mask")
     real = torch.ones_like(ids) if mask is None else mask.to(ids.device)
     if bool((real.diff(dim=1) < 0).any()):
@@ -85,7 +86,7 @@ def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str,
     for row in range(len(ids)):
         kept = real[row].bool()
         one: dict[str, Any] = {"input_ids": ids[row : row + 1, kept], "attention_mask": real[row : row + 1, kept]}
-        for name in names[1:]:
+        for name in OF_TOKENS:
             if isinstance(inputs.get(name), Tensor):
                 one[name] = inputs[name].to(ids.device)[row : row + 1, kept]
         for name, rows in counts.items():

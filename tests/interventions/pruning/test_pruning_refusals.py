@@ -109,7 +109,7 @@ def test_sliding_windows():
     with pytest.raises(
         UnsupportedError, match=r"'fastv' drops tokens, .* sliding windows, .*full attention in every layer"
     ):
-        Recipe.of("fastv").bind(replace(SIZES, sliding=True))
+        Recipe.of("fastv").bind(replace(SIZES, window=28))
     vision = build("llava").config.vision_config
     text = dict(model_type="mistral", head_dim=8, sliding_window=28, **TEXT)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, image_seq_length=16)

@@ -44,7 +44,7 @@ class Pruning(Options):
                 anew where a token has several.
             UnsupportedError: layers that see a sliding window.
         """
-        if sizes.sliding:
+        if sizes.window:
             raise UnsupportedError(
                 f"'{self.info.name}' drops tokens, and this language model has sliding windows, which count them; use a model"
                 " with full attention in every layer"

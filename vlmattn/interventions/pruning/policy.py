@@ -31,7 +31,7 @@ class KVPolicy(Intervention):
         return self.mode == "drop"
 
     def bind(self, sizes: Sizes) -> KVPolicy:
-        if sizes.sliding:
+        if sizes.window:
             raise UnsupportedError(
                 f"'{self.info.name}' chooses cache slots, and this language model has sliding windows, which count them; use a"
                 " model with full attention in every layer"

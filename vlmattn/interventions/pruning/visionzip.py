@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from vlmattn.errors import OptionError
+from vlmattn.interventions.base import check_tower
 from vlmattn.interventions.pruning.base import Pruning, scaled
 from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.request import Choice, Image, Sight, Stage
@@ -83,8 +84,7 @@ class VisionZip(Pruning):
         return (0,)
 
     def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        if sizes.tower_layers < 2:
-            raise OptionError(f"visionzip needs a vision tower of at least two layers, got {sizes.tower_layers}")
+        check_tower("visionzip", sizes)
         return (sizes.tower_layers - 2,)
 
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:

@@ -1,0 +1,19 @@
+"""Aya Vision: tiles named by tokens between <|START_OF_IMG|> and <|END_OF_IMG|>, a Cohere 2 language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vlmattn.models.base import register_family
+from vlmattn.models.tiles import Tiled
+
+
+class AyaVision(Tiled):
+    """Three layers with a window and rotary positions, then one without either; attention and MLP in parallel."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"aya_vision": "CohereLabs/aya-vision-8b"}
+    first: ClassVar[str] = "<|START_OF_IMG|>"
+
+
+register_family(AyaVision())

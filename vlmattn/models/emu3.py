@@ -1,0 +1,34 @@
+"""Emu3: images are tokens of a codebook, as many as the size of the image wants, with a token at the end of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlmattn.errors import UnsupportedError
+from vlmattn.models.base import Family, register_family
+from vlmattn.request import IMAGE
+
+
+class Emu3(Family):
+    """Row ends stand on image tokens of the prompt too, so an image is one run."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"emu3": "BAAI/Emu3-Chat-hf"}
+
+    def check(self, model: PreTrainedModel) -> None:
+        if "<image>" not in (model.config.vocabulary_map or {}):
+            raise UnsupportedError(
+                "config.vocabulary_map of this Emu3 has no '<image>', so image tokens cannot be found"
+            )
+
+    def decoder(self, model: PreTrainedModel) -> nn.Module:
+        return model.model.text_model  # type: ignore[no-any-return, union-attr]
+
+    def placeholders(self, model: PreTrainedModel) -> dict[int, int]:
+        return {model.config.vocabulary_map["<image>"]: IMAGE}
+
+
+register_family(Emu3())

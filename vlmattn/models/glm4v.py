@@ -1,0 +1,38 @@
+"""GLM-4.1V, GLM-4.5V (mixture of experts) and GLM-4.6V: images of any size between markers, M-RoPE positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlmattn.models.base import register_family
+from vlmattn.models.qwen2_5_vl import Qwen25VL
+
+
+class Glm4v(Qwen25VL):
+    """Frames of a video have timestamps between them and count as images. The tower ends in a convolution and is not looked
+    at."""
+
+    model_types: ClassVar[Mapping[str, str]] = {
+        "glm4v": "zai-org/GLM-4.1V-9B-Thinking",
+        "glm4v_moe": "zai-org/GLM-4.5V",
+        "glm46v": "zai-org/GLM-4.6V-Flash",
+    }
+    markers: ClassVar[tuple[str, ...]] = (
+        "image_start_token_id",
+        "image_end_token_id",
+        "video_start_token_id",
+        "video_end_token_id",
+    )
+
+    def tower(self, model: PreTrainedModel) -> nn.Module | None:
+        return None
+
+    def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        return ()
+
+
+register_family(Glm4v())

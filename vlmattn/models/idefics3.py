@@ -1,0 +1,26 @@
+"""Idefics3: an image is tiles, <row_1_col_1> and so on, and then the whole image in small behind <global-img>."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlmattn.models.base import register_family
+from vlmattn.models.tiles import Tiled
+
+
+class Idefics3(Tiled):
+    """Patches are shuffled into tokens, so the tower is not looked at."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"idefics3": "HuggingFaceM4/Idefics3-8B-Llama3"}
+    by_sequence: ClassVar[bool] = True
+    last: ClassVar[str] = "<global-img>"
+
+    def decoder(self, model: PreTrainedModel) -> nn.Module:
+        return model.model.text_model  # type: ignore[no-any-return, union-attr]
+
+
+register_family(Idefics3())

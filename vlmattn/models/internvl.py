@@ -1,0 +1,17 @@
+"""InternVL 2.5, 3 and 3.5 in their Hugging Face form: all tiles of an image in one run between <img> and </img>."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vlmattn.models.base import Family, register_family
+
+
+class InternVL(Family):
+    """Patches are shuffled into tokens, so the tower is not looked at. Frames of a video count as images."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"internvl": "OpenGVLab/InternVL3-8B-hf"}
+
+
+register_family(InternVL())

@@ -1,0 +1,33 @@
+"""LLaVA-OneVision: as LLaVA-NeXT with more tiles, and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmattn.models.base import register_family
+from vlmattn.models.llava_next import LlavaNext, features_of
+
+
+class LlavaOnevision(LlavaNext):
+    """An image among others in its prompt may be given without tiles (``batch_num_images``)."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"llava_onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf"}
+
+    def packed(self, model: PreTrainedModel, sizes: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+        features = features_of(model, sizes)
+        if (counts := inputs.get("batch_num_images")) is not None:
+            tiled = [count == 1 for count in counts.tolist() for _ in range(count)]
+            features = [found if whole else found[:1] for found, whole in zip(features, tiled, strict=True)]
+        aspect = model.config.vision_aspect_ratio
+        lengths = model.model.pack_image_features(  # type: ignore[union-attr, operator]
+            features, sizes, image_newline=torch.empty(1), vision_aspect_ratio=aspect
+        )[1]
+        return lengths.tolist()  # type: ignore[no-any-return]
+
+
+register_family(LlavaOnevision())

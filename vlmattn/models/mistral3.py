@@ -1,0 +1,23 @@
+"""Mistral Small 3.1 and Ministral 3: a Pixtral tower whose patches are merged, images of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from vlmattn.models.base import Family, register_family
+from vlmattn.models.llava import pixtral_lengths
+
+
+class Mistral3(Family):
+    """Every row of an image ends in [IMG_BREAK] or [IMG_END], so an image is several runs."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"mistral3": "mistralai/Mistral-Small-3.1-24B-Instruct-2503"}
+
+    def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
+        return pixtral_lengths(model, inputs, model.config.spatial_merge_size)
+
+
+register_family(Mistral3())

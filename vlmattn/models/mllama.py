@@ -1,0 +1,21 @@
+"""Llama 3.2 Vision: images are read by cross-attention layers, between layers of self-attention over the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vlmattn.models.base import Family, register_family
+
+_WHY = "its image tokens are not in the decoder's sequence but in cross-attention layers of their own"
+
+
+class Mllama(Family):
+    """A prompt has one placeholder for each image."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct"}
+    by_sequence: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("edits", "masks", "pruning"), _WHY)
+
+
+register_family(Mllama())

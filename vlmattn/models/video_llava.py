@@ -1,0 +1,29 @@
+"""Video-LLaVA: images (``pixel_values_images``) and videos of eight frames, a tower for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from vlmattn.models.base import Family, encoded_lengths, register_family
+
+
+class VideoLlava(Family):
+    """All images have the same number of tokens and no separators; a video is one run."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"video_llava": "LanguageBind/Video-LLaVA-7B-hf"}
+
+    def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
+        pixels = inputs.get("pixel_values_images")
+        if (
+            (found := encoded_lengths(inputs)) is not None
+            or pixels is None
+            or inputs.get("pixel_values_videos") is not None
+        ):
+            return found
+        return [int((inputs["input_ids"] == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
+
+
+register_family(VideoLlava())
