@@ -179,7 +179,7 @@ def test_tune_on_published_files(run, tmp_path):
 def test_doctor_is_content(run):
     code, out, _ = run("doctor")
     assert code == 0
-    for word in ("torch", "backend merge", "family llava", "found", "no trouble"):
+    for word in ("torch", "backend merge", "model types", "found", "no trouble"):
         assert word in out
 
 

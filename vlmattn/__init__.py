@@ -74,7 +74,7 @@ if TYPE_CHECKING:
         VisionZip,
     )
     from vlmattn.interventions import all_presets as presets
-    from vlmattn.models import supported_families
+    from vlmattn.models import Family, register_family, supported_families
     from vlmattn.recipe import Recipe
     from vlmattn.wrapping import applied, install, unwrap, wrap
 
@@ -107,6 +107,8 @@ _ELSEWHERE = {
     "Cost": ("costs", "Cost"),
     "cost": ("costs", "cost"),
     "presets": ("recipe", "all_presets"),
+    "Family": ("models", "Family"),
+    "register_family": ("models", "register_family"),
     "supported_families": ("models", "supported_families"),
     "Recipe": ("recipe", "Recipe"),
     "applied": ("wrapping", "applied"),
@@ -166,6 +168,7 @@ __all__ = [
     "Decoding",
     "DoLa",
     "DuoAttention",
+    "Family",
     "FastV",
     "FocusDirections",
     "HeadProfile",
@@ -201,6 +204,7 @@ __all__ = [
     "install",
     "load",
     "presets",
+    "register_family",
     "supported_families",
     "unwrap",
     "wrap",

@@ -1,4 +1,4 @@
-"""vlmattn presets | doctor: commands that say what there is."""
+"""vlmattn presets | families | doctor: commands that say what there is."""
 
 from __future__ import annotations
 
@@ -125,6 +125,32 @@ _PACKAGES = (
 
 
 @app.command()
+def families(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False,
+) -> None:
+    """List the model families, and which kinds of methods run on each.
+
+    Example: [bold]vlmattn families[/bold]
+    """
+    from vlmattn.models import KINDS
+    from vlmattn.models.table import cells, markdown
+
+    if as_markdown:
+        print(markdown(), end="")
+        return
+    found, notes = cells("yes", "no")
+    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    for title in ("model type", *KINDS):
+        table.add_column(title, no_wrap=title != "model type")
+    for types, _, *kinds in found:
+        table.add_row(types, *kinds)
+    console.print(table)
+    for note in notes:
+        plain(note)
+    plain("Other decoder-only models get attention edits by a generic patcher, if it reaches their attention.")
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed and what works, with remedies."""
     import platform
@@ -154,10 +180,24 @@ def doctor() -> None:
     table.add_row(
         "backend merge", "yes (prefill on flash segments)" if flash else "no (this torch has no flash attention)"
     )
-    table.add_row("backend triton", "not in this version")
-    for family, example in supported_families().items():
-        table.add_row(f"family {family}", example)
+    table.add_row("backend triton", _triton())
+    table.add_row("families", f"{len(supported_families())} model types (vlmattn families)")
     found = (FOLDER / "model.safetensors").exists()
     table.add_row("bundled model", "found" if found else f"[red]missing[/red] ({FOLDER})")
     console.print(table)
     console.print("[green]no trouble found[/green]")
+
+
+def _triton() -> str:
+    """Whether the decode kernels run here."""
+    import importlib.util
+
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return "no (triton is not installed)"
+    return (
+        "yes (decode in half precision)"
+        if torch.cuda.is_available()
+        else "no (no GPU; on a CPU only interpreted, for tests)"
+    )

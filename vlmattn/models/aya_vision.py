@@ -14,6 +14,9 @@ class AyaVision(Tiled):
 
     model_types: ClassVar[Mapping[str, str]] = {"aya_vision": "CohereLabs/aya-vision-8b"}
     first: ClassVar[str] = "<|START_OF_IMG|>"
+    refused: ClassVar[Mapping[str, str]] = {
+        "pruning": "some of its layers have a sliding window, which counts tokens",
+    }
 
 
 register_family(AyaVision())

@@ -23,6 +23,7 @@ OF_IMAGES = (
     "pixel_values",
     "pixel_values_images",
     "pixel_values_videos",
+    "high_res_pixel_values",
     "pixel_attention_mask",
     "image_grid_thw",
     "video_grid_thw",
@@ -93,6 +94,8 @@ class Family:
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""
+    #: Why no test runs the family; "" = the tests build it small and run it.
+    untested: ClassVar[str] = ""
     #: What the decoder gets beside embeddings, mask and positions, for passes that read other inputs.
     also_given: ClassVar[tuple[str, ...]] = ("visual_pos_masks", "deepstack_visual_embeds")
 
@@ -166,8 +169,16 @@ class Family:
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """Rows of each pixel tensor of a call that belong to each sequence of the batch: name -> counts."""
-        names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+        names = ("pixel_values", "pixel_values_images", "pixel_values_videos", "high_res_pixel_values")
         return {name: counts for name, counts in self.per_row(model, inputs).items() if name in names}
+
+    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+        """The part of rows of a pixel tensor that is no padding, which is there for larger images of other sequences.
+
+        Args:
+            name: of the tensor; rows: those of one sequence.
+        """
+        return ()
 
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """As ``pixels``, for all inputs that come image by image."""
@@ -352,7 +363,7 @@ def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
     """Tokens of each image, where generate() encoded the images before the first forward."""
     encoded = inputs.get("mm_encoder_outputs") or {}
     found = [encoded[kind].pooler_output for kind in ("image", "video") if encoded.get(kind) is not None]
-    return [len(features) for features in found[0]] if len(found) == 1 else None
+    return [len(features) for features in found[0]] if len(found) == 1 and found[0] is not None else None
 
 
 def marks_of(family: Family, processor: Any) -> dict[str, int]:

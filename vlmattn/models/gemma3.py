@@ -15,6 +15,9 @@ class Gemma3(Family):
     model_types: ClassVar[Mapping[str, str]] = {"gemma3": "google/gemma-3-4b-it"}
     markers: ClassVar[tuple[str, ...]] = ("boi_token_index", "eoi_token_index")
     causal: ClassVar[bool] = False
+    refused: ClassVar[Mapping[str, str]] = {
+        "pruning": "some of its layers have a sliding window, which counts tokens",
+    }
 
 
 register_family(Gemma3())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family, register_family
+from vlmattn.models.tiles import real_tiles
 from vlmattn.request import TEXT, number_images
 
 _PARTS = 5
@@ -44,6 +45,9 @@ class Idefics2(Family):
                 images += len(group) // parts
         assert bool(((found >= 0) == (types != TEXT)).all())
         return found
+
+    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+        return real_tiles(inputs[name][rows])
 
 
 register_family(Idefics2())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import register_family
-from vlmattn.models.tiles import Tiled
+from vlmattn.models.tiles import Tiled, real_tiles
 
 
 class Idefics3(Tiled):
@@ -21,6 +21,9 @@ class Idefics3(Tiled):
 
     def decoder(self, model: PreTrainedModel) -> nn.Module:
         return model.model.text_model  # type: ignore[no-any-return, union-attr]
+
+    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+        return real_tiles(inputs[name][rows])
 
 
 register_family(Idefics3())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family, register_family
+from vlmattn.models.qwen2_5_vl import rows_by_grid
 
 
 class KimiK25(Family):
@@ -13,6 +16,10 @@ class KimiK25(Family):
 
     model_types: ClassVar[Mapping[str, str]] = {"kimi_k25": "moonshotai/Kimi-K2.5"}
     markers: ClassVar[tuple[str, ...]] = ("vision_start_token_id", "vision_end_token_id")
+
+    def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        high, wide = model.config.vision_config.merge_kernel_size
+        return rows_by_grid(self.token_types(model, inputs["input_ids"]), inputs, high * wide)
 
 
 register_family(KimiK25())

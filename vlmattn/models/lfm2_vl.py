@@ -17,6 +17,10 @@ class Lfm2VL(Tiled):
 
     model_types: ClassVar[Mapping[str, str]] = {"lfm2_vl": "LiquidAI/LFM2-VL-1.6B"}
     first: ClassVar[str] = "<|image_start|>"
+    refused: ClassVar[Mapping[str, str]] = {
+        "pruning": "its convolution layers mix neighbouring tokens, so none can be left out",
+        "decoding": "its convolution layers keep a state that branches cannot share",
+    }
 
     def norm(self, model: PreTrainedModel) -> nn.Module:
         return self.decoder(model).embedding_norm  # type: ignore[return-value]

@@ -19,11 +19,10 @@ class Llama4(Tiled):
     markers: ClassVar[tuple[str, ...]] = ("boi_token_index", "eoi_token_index")
     first: ClassVar[str] = "<|image_start|>"
     causal: ClassVar[bool] = False  # chunks, in prompts that are longer
-    refused: ClassVar[Mapping[str, str]] = {
-        "masks": "its layers see chunks of the prompt, which edges must not leave",
-        "pruning": "its layers see chunks of the prompt, which count tokens",
-        "decoding": "its layers see chunks of the prompt, and branches differ in length",
-    }
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("masks", "pruning", "decoding"),
+        "its layers see the prompt in chunks, whose borders tokens and edges must not cross",
+    )
 
     def decoder(self, model: PreTrainedModel) -> nn.Module:
         return model.language_model.model  # type: ignore[no-any-return, union-attr]

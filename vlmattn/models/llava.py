@@ -21,6 +21,15 @@ def pixtral_lengths(model: PreTrainedModel, inputs: Mapping[str, Any], merge: in
     return [(int(height) // side) * (int(width) // side) for height, width in sizes.tolist()]
 
 
+def own_of_sizes(inputs: Mapping[str, Any], rows: slice) -> tuple[slice, ...]:
+    """The part of images ``[n, channels, height, width]`` of several sizes that is not padding."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None or not len(sizes[rows]):
+        return ()
+    height, width = sizes[rows].amax(0).tolist()
+    return (slice(None), slice(height), slice(width))
+
+
 class Llava(PatchTower):
     """Images have no separators, and as many tokens each: adjacent ones are told apart by that number."""
 
@@ -33,6 +42,9 @@ class Llava(PatchTower):
         if (found := encoded_lengths(inputs)) is not None or pixels is None:
             return found
         return [model.config.image_seq_length] * len(pixels)
+
+    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+        return own_of_sizes(inputs, rows)
 
     def patch_features(self, model: PreTrainedModel, output: Any) -> list[tuple[Tensor, Tensor | None]]:
         layer = model.config.vision_feature_layer

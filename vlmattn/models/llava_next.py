@@ -24,6 +24,12 @@ class LlavaNext(Family):
             return found
         return self.packed(model, sizes, inputs)
 
+    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+        sizes = inputs.get("image_sizes")
+        if sizes is None or name != "pixel_values" or not len(sizes[rows]):
+            return ()
+        return (slice(max(map(len, features_of(model, sizes[rows])))),)
+
     def packed(self, model: PreTrainedModel, sizes: Tensor, inputs: Mapping[str, Any]) -> list[int]:
         """Tokens of images of these sizes, by the model's own packing of features of width 1."""
         lengths = model.model.pack_image_features(  # type: ignore[union-attr, operator]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family, register_family
-from vlmattn.models.llava import pixtral_lengths
+from vlmattn.models.llava import own_of_sizes, pixtral_lengths
 
 
 class Mistral3(Family):
@@ -18,6 +18,9 @@ class Mistral3(Family):
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         return pixtral_lengths(model, inputs, model.config.spatial_merge_size)
+
+    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+        return own_of_sizes(inputs, rows)
 
 
 register_family(Mistral3())

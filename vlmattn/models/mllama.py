@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family, register_family
 
@@ -16,6 +18,12 @@ class Mllama(Family):
     model_types: ClassVar[Mapping[str, str]] = {"mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct"}
     by_sequence: ClassVar[bool] = True
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("edits", "masks", "pruning"), _WHY)
+
+    def refuses(self, model: PreTrainedModel) -> Mapping[str, str]:
+        return self.refused
+
+    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+        return (slice(int((inputs["aspect_ratio_ids"][rows] > 0).sum())),)
 
 
 register_family(Mllama())

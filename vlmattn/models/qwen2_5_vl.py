@@ -13,6 +13,21 @@ from vlmattn.models.base import Family, register_family, share_out
 from vlmattn.request import IMAGE, VIDEO
 
 
+def rows_by_grid(types: Tensor, inputs: Mapping[str, Any], merged: int) -> dict[str, list[int]]:
+    """Rows of patches and of grids that belong to each sequence, where ``merged`` patches become a token."""
+    found = {}
+    for kind, name, sizes in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if inputs.get(name) is not None:
+            patches = inputs[sizes].prod(-1).tolist()
+            tokens = (types == kind).sum(1).tolist()
+            found[name] = share_out(tokens, [(count // merged, count) for count in patches])
+            found[sizes] = share_out(tokens, [(count // merged, 1) for count in patches])
+    return found
+
+
 class Qwen25VL(Family):
     """Images and videos are always separated by their markers, so unbroken runs are whole images."""
 
@@ -21,18 +36,7 @@ class Qwen25VL(Family):
 
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         types = self.token_types(model, inputs["input_ids"])
-        merged = model.config.vision_config.spatial_merge_size**2
-        found = {}
-        for kind, name, sizes in (
-            (IMAGE, "pixel_values", "image_grid_thw"),
-            (VIDEO, "pixel_values_videos", "video_grid_thw"),
-        ):
-            if inputs.get(name) is not None:
-                patches = inputs[sizes].prod(-1).tolist()
-                tokens = (types == kind).sum(1).tolist()
-                found[name] = share_out(tokens, [(count // merged, count) for count in patches])
-                found[sizes] = share_out(tokens, [(count // merged, 1) for count in patches])
-        return found
+        return rows_by_grid(types, inputs, model.config.vision_config.spatial_merge_size**2)
 
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """``[4, batch, tokens]``: of the text, then time, height and width."""

@@ -53,3 +53,9 @@ class Tiled(Family):
     def known_marks(self, model: PreTrainedModel) -> dict[str, int]:
         """Marks whose ids the config knows."""
         return {}
+
+
+def real_tiles(pixels: Tensor) -> tuple[slice, ...]:
+    """The tiles ``[1, tiles, ...]`` of one sequence up to the last that is not all zeros, as padding is."""
+    real = (pixels != 0).flatten(2).any(-1)[0].nonzero().flatten()
+    return (slice(int(real[-1]) + 1 if len(real) else 0),)

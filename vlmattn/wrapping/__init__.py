@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from vlmattn import attention
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.interventions.files import beside, copy_whole
-from vlmattn.models import find_family
+from vlmattn.models import Generic, find_family
 from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import Plan
 from vlmattn.wrapping.branches import fan_of, setting_of
@@ -32,6 +32,7 @@ from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.hooks import WRAPPED, install_hooks, step_of
 from vlmattn.wrapping.merged import forget_branches, merged_of
+from vlmattn.wrapping.reach import check_reached
 from vlmattn.wrapping.searching import refuse_ways, searching
 
 __all__ = ["Handle", "applied", "handle_of", "install", "unwrap", "wrap"]
@@ -52,7 +53,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         options: fields of the method, e.g. ``wrap(model, "pai", alpha=.3)``.
 
     Raises:
-        UnsupportedError: another family, or another attention implementation.
+        UnsupportedError: a model whose attention cannot be edited, or another attention implementation.
         StateError: the model is already wrapped.
         UnknownNameError, OptionError: no such preset or option, a value out of range.
     """
@@ -81,6 +82,12 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     model.__dict__["prepare_inputs_for_generation"] = MethodType(_prepare_inputs, model)
     model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
     handle._hooks = install_hooks(family, model)
+    if isinstance(family, Generic) or not type(model).__module__.startswith("transformers."):
+        try:
+            check_reached(family, model, base)
+        except UnsupportedError:
+            unwrap(model)
+            raise
     return model
 
 

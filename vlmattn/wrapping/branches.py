@@ -220,16 +220,22 @@ class _Reader:
             raise InputError(
                 f"the branch '{self.branch.name}' changes the image; give pixel_values, not encoded features"
             )
+        family, model, before = self.call.handle._family, self.call.model, dict(inputs)
         for name, counts in found.items():
-            parts = inputs[name].split(counts)
-            changed = [change(pixels) if len(pixels) else pixels for pixels in parts]
-            for before, after in zip(parts, changed, strict=True):
-                if not isinstance(after, Tensor) or after.shape != before.shape:
-                    got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
-                    raise InputError(
-                        f"branch '{self.branch.name}': its function must keep the shape of {name}, {tuple(before.shape)}, got {got}"
-                    )
-            inputs[name] = torch.cat(changed).to(inputs[name])
+            changed, first = before[name].clone(), 0
+            for count in counts:
+                rows = slice(first, first + count)
+                own, first = (rows, *family.own(model, before, name, rows)), first + count
+                if count:
+                    pixels = before[name][own]
+                    after = change(pixels)
+                    if not isinstance(after, Tensor) or after.shape != pixels.shape:
+                        got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+                        raise InputError(
+                            f"branch '{self.branch.name}': its function must keep the shape of {name}, {tuple(pixels.shape)}, got {got}"
+                        )
+                    changed[own] = after.to(changed)
+            inputs[name] = changed
 
     def _checked(self, ids: Any) -> Tensor:
         """What a prompt function returned."""

@@ -208,6 +208,11 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
             found["position_ids"] = view.once(("positions", ids.device), lambda: tokens.rows(ids))
         tables = kwargs["position_embeddings"]
         found["position_embeddings"] = view.once(
-            ("rotary", hidden.device), lambda: tuple(tokens.rows(table) for table in tables)
+            ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table) for table in tables)
         )
     return view, hidden, found
+
+
+def _rows_of(tokens: TokenMap, table: Tensor) -> Tensor:
+    """The kept rows of a rotary table, ``[batch or 1, rows, dim]`` or one of these for each axis of M-RoPE."""
+    return tokens.rows(table) if table.ndim == 3 else torch.stack([tokens.rows(axis) for axis in table])

@@ -209,11 +209,12 @@ def _image_order(inputs: dict[str, Any]) -> list[int] | None:
     """Which encoded image each image of the prompt is: beams get the same tensors again. None = one after another."""
     encoded = inputs.get("mm_encoder_outputs") or {}
     seen: dict[int, int] = {}
+    every = []
     for kind in ("image", "video"):
-        if kind in encoded:
-            for features in encoded[kind].pooler_output:
-                seen.setdefault(features.data_ptr(), len(seen))
-    every = [f for kind in ("image", "video") if kind in encoded for f in encoded[kind].pooler_output]
+        found = getattr(encoded.get(kind), "pooler_output", None)
+        every += [] if found is None else list(found)
+    for features in every:
+        seen.setdefault(features.data_ptr(), len(seen))
     return [seen[features.data_ptr()] for features in every] or None
 
 

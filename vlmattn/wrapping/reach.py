@@ -1,0 +1,89 @@
+"""Whether a model that transformers does not implement, or no family knows, lets its attention be edited: tried when it is wrapped."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmattn import attention
+from vlmattn.errors import UnsupportedError
+from vlmattn.kernels import AttentionEdit, LogitPart
+from vlmattn.models import Family, Generic
+from vlmattn.request import Plan, Request, Scope, Step
+
+_TOKENS = 6
+_CLOSE = 1e-2  # relative to the largest output: half precision has 3 digits
+
+
+@dataclass(eq=False)
+class _Nothing:
+    """A method whose edit changes no score, so that our kernels must find what the model's own attention does."""
+
+    reached: set[int]
+
+    @property
+    def measures_generated(self) -> bool:
+        return False
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        self.reached.add(scope.layer)
+        return AttentionEdit(logit=(LogitPart(bias=torch.zeros(1, scope.keys, device=scope.device)),))
+
+
+def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
+    """Run the decoder of a wrapped model on random embeddings, bare and with an edit that changes nothing.
+
+    Raises:
+        UnsupportedError: some layer's attention does not come to us, or ours finds something else.
+    """
+    anatomy, decoder = family.anatomy(model), family.decoder(model)
+    name = f"{type(model).__name__} (model type '{model.config.model_type}')"
+    table = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(1, _TOKENS, anatomy.hidden_size, generator=generator).to(table) * table.float().std().to(table)
+    wanted = set(range(anatomy.layers) if anatomy.attending is None else anatomy.attending)
+    nothing: Any = _Nothing(set())
+    each = tuple((nothing,) if layer in wanted else () for layer in range(anatomy.layers))
+    none = ((),) * anatomy.layers
+    request = Request(Plan("check", by_layer=each, observing=none, measuring=none))
+    types = torch.zeros(1, _TOKENS, dtype=torch.uint8)
+    request.extend(0, types, torch.full((1, _TOKENS), -1), None, None)
+    try:
+        with torch.no_grad():
+            bare = _run(decoder, embeds, None)
+            edited = _run(decoder, embeds, Step(request, base, 0))
+    except Exception as error:
+        raise UnsupportedError(
+            f"{name}: its decoder does not run by itself ({type(error).__name__}: {error}); {_REMEDY}"
+        ) from error
+    if nothing.reached != wanted:
+        lost = sorted(wanted - nothing.reached)
+        raise UnsupportedError(
+            f"{name}: the attention of its layers {lost} does not go through transformers' attention interface (code of its own,"
+            f" as remote code often has); {_REMEDY}"
+        )
+    if not bool((edited - bare).abs().max() <= _CLOSE * bare.abs().max()):
+        raise UnsupportedError(
+            f"{name}: its attention is not a plain softmax over keys, so edits would be wrong; {_REMEDY}"
+        )
+    if not isinstance(family, Generic):
+        return
+    warnings.warn(
+        f"vlmattn: no family knows {name}; a generic patcher serves it, for attention edits only, and counts unbroken runs of image"
+        " tokens as images",
+        stacklevel=4,
+    )
+
+
+_REMEDY = "use a model that transformers itself implements, or register a family for it (vlmattn.register_family)"
+
+
+def _run(decoder: Any, embeds: Tensor, step: Step | None) -> Tensor:
+    out = decoder(inputs_embeds=embeds, use_cache=False, **({} if step is None else {attention.STEP: step}))
+    found: Tensor = out.last_hidden_state.float()
+    return found
