@@ -213,7 +213,9 @@ class Recipe:
         """Raise ``UnsupportedError`` if the model's family cannot have one of the methods."""
         reasons = dict(sizes.refused)
         for method in (*self.interventions, *self.pruning):
-            if (reason := reasons.get(kind_of(method))) is not None:
+            opening = isinstance(method, Intervention) and bool(method.opens())
+            reason = reasons.get(kind_of(method)) or (reasons.get("opening") if opening else None)
+            if reason is not None:
                 raise UnsupportedError(f"'{method.info.name}' does not run on {sizes.family}: {reason}")
         if deciding and (reason := reasons.get("decoding")) is not None:
             raise UnsupportedError(f"'{_name(self.decoding)}' does not run on {sizes.family}: {reason}")

@@ -84,7 +84,7 @@ class GIFT(Intervention):
             if layer == int(self.saliency):
                 self._follow(preparation.request, 0, out.shape[1], out.device, weights)
 
-        preparation.run(preparation.embeds, preparation.real, preparation.positions, watch)
+        preparation.run(preparation.embeds, preparation.positions, watch)
 
     def measure(self, scope: Scope, weights: Weights) -> None:
         start = scope.step.start or 0

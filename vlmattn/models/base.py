@@ -90,7 +90,7 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
-    #: Kinds of methods (``KINDS``) that the family cannot have, and why.
+    #: Kinds of methods (``KINDS``, or "opening" for masks that open edges) that the family cannot have, and why.
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""
@@ -223,6 +223,10 @@ class Family:
         """Position ids ``[..., batch, tokens]`` of a prompt as generate() makes them, without a trace on the model."""
         mask: Tensor = inputs["attention_mask"]
         return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+    def text_mask(self, real: Tensor) -> Tensor:
+        """The decoder's mask of a prompt without images, from ``real`` bool ``[batch, tokens]``: 2D, or 4D bool."""
+        return real.long()
 
     def rotary(self, model: PreTrainedModel) -> nn.Module:
         """The module that makes cosines and sines of positions.
@@ -369,7 +373,7 @@ def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
 def marks_of(family: Family, processor: Any) -> dict[str, int]:
     """Token ids of ``family.marks``, as far as the tokenizer of a processor knows them."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    if tokenizer is None:
+    if tokenizer is None or not family.marks:
         return {}
     vocabulary = tokenizer.get_vocab()
     return {text: vocabulary[text] for text in family.marks if text in vocabulary}

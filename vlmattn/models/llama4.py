@@ -20,7 +20,7 @@ class Llama4(Tiled):
     first: ClassVar[str] = "<|image_start|>"
     causal: ClassVar[bool] = False  # chunks, in prompts that are longer
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("masks", "pruning", "decoding"),
+        ("opening", "pruning", "decoding"),
         "its layers see the prompt in chunks, whose borders tokens and edges must not cross",
     )
 

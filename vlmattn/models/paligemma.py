@@ -17,6 +17,7 @@ class PaliGemma(PatchTower):
 
     model_types: ClassVar[Mapping[str, str]] = {"paligemma": "google/paligemma2-3b-mix-448"}
     causal: ClassVar[bool] = False
+    refused: ClassVar[Mapping[str, str]] = {"opening": "tokens of its prompts see each other both ways already"}
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         vision = model.config.vision_config
@@ -30,6 +31,9 @@ class PaliGemma(PatchTower):
 
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         return super().positions(model, inputs) + 1
+
+    def text_mask(self, real: Tensor) -> Tensor:
+        return real[:, None, None].bool().expand(-1, 1, real.shape[1], -1)
 
 
 register_family(PaliGemma())

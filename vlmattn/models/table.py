@@ -12,12 +12,16 @@ _TITLES = ("attention edits", "masks", "pruning", "contrastive decoding")  # of 
 
 @dataclass(frozen=True)
 class Row:
-    """One family: its model types, a checkpoint of each, and for each kind of method "" (it runs) or why it is refused."""
+    """One family: its model types, a checkpoint of each, and for each kind of method "" (it runs) or why it is refused.
+
+    ``opening``: why masks that open edges are, where others run. ``untested``: why no test runs the family.
+    """
 
     types: tuple[str, ...]
     checkpoints: tuple[str, ...]
     cells: dict[str, str]
     untested: str
+    opening: str
 
 
 def rows() -> Iterator[Row]:
@@ -31,7 +35,8 @@ def rows() -> Iterator[Row]:
 
 def _row(family: Family) -> Row:
     cells = {kind: family.unsupported or family.refused.get(kind, "") for kind in KINDS}
-    return Row(tuple(family.model_types), tuple(family.model_types.values()), cells, family.untested)
+    types = tuple(family.model_types), tuple(family.model_types.values())
+    return Row(*types, cells, family.untested, family.refused.get("opening", ""))
 
 
 def cells(runs: str, refused: str) -> tuple[list[list[str]], list[str]]:
@@ -51,6 +56,8 @@ def cells(runs: str, refused: str) -> tuple[list[list[str]], list[str]]:
     for row in rows():
         good = f"untested {note(row.untested)}" if row.untested else runs
         kinds = [f"{refused} {note(why)}" if why else good for why in row.cells.values()]
+        if row.opening:
+            kinds[KINDS.index("masks")] = f"{good}; {refused} where edges open {note(row.opening)}"
         found.append([", ".join(row.types), ", ".join(row.checkpoints), *kinds])
     return found, [f"({number}) {text}" for number, text in enumerate(notes, 1)]
 

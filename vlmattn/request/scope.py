@@ -387,8 +387,8 @@ class Preparation:
         real: bool ``[batch, prompt]``.
         visual: bool ``[batch, prompt]``.
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
-        run: ``run(embeds, real, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same
-            tokens; ``watch`` as in ``Step``.
+        run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same tokens, which
+            see what they see in the prompt; ``watch`` as in ``Step``.
         beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``Stream`` of them go beside the prompt.
     """
 
@@ -398,5 +398,5 @@ class Preparation:
     real: Tensor
     visual: Tensor
     positions: Tensor | None
-    run: Callable[[Tensor, Tensor, Tensor | None, Watch], None]
+    run: Callable[[Tensor, Tensor | None, Watch], None]
     beside: Callable[[Method, Tensor, Tensor, Tensor | None, frozenset[int], Compare], None]

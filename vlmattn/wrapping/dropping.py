@@ -205,14 +205,14 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
         found["position_embeddings"] = view.once(("rotary", hidden.device), lambda: step.rotary(hidden, positions))  # type: ignore[misc]
     elif newest:
         if isinstance(ids, Tensor):
-            found["position_ids"] = view.once(("positions", ids.device), lambda: tokens.rows(ids))
+            found["position_ids"] = view.once(("positions", ids.device), lambda: _rows_of(tokens, ids, 2))
         tables = kwargs["position_embeddings"]
         found["position_embeddings"] = view.once(
-            ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table) for table in tables)
+            ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
         )
     return view, hidden, found
 
 
-def _rows_of(tokens: TokenMap, table: Tensor) -> Tensor:
-    """The kept rows of a rotary table, ``[batch or 1, rows, dim]`` or one of these for each axis of M-RoPE."""
-    return tokens.rows(table) if table.ndim == 3 else torch.stack([tokens.rows(axis) for axis in table])
+def _rows_of(tokens: TokenMap, values: Tensor, axes: int) -> Tensor:
+    """The kept rows of values ``[batch or 1, rows, ...]`` with so many axes, or of one of these for each axis of M-RoPE."""
+    return tokens.rows(values) if values.ndim == axes else torch.stack([tokens.rows(part) for part in values])

@@ -54,7 +54,7 @@ def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.ho
     hooks = [
         entry.register_forward_pre_hook(_before_model, with_kwargs=True),
         entry.register_forward_hook(_after_model, with_kwargs=True),
-        decoder.register_forward_pre_hook(partial(_before_decoder, family.also_given), with_kwargs=True),
+        decoder.register_forward_pre_hook(partial(_before_decoder, family), with_kwargs=True),
     ]
     if (tower := family.tower(model)) is not None:
         hooks.append(tower.register_forward_pre_hook(_before_tower, with_kwargs=True))
@@ -301,7 +301,7 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _before_decoder(
-    also_given: tuple[str, ...], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    family: Family, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     step: Step | Steps | None = kwargs.get(attention.STEP)
     if isinstance(step, Steps):
@@ -315,7 +315,7 @@ def _before_decoder(
         if plan.seeing:
             _show_images(step, step.start or 0, kwargs["inputs_embeds"])
         if plan.preparing and step.start == 0:
-            _prepare(step, decoder, kwargs, also_given)
+            _prepare(step, family, decoder, kwargs)
     return args, kwargs
 
 
@@ -373,26 +373,34 @@ def _images(step: Step, patches: dict[int, list[Tensor]], types: Tensor, embeds:
     return tuple(found)
 
 
-def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any], also_given: tuple[str, ...]) -> None:
+def _prepare(step: Step, family: Family, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
     """Let methods have the decoder run on other inputs, before the prompt or beside it."""
     request, length = step.request, step.request.prompt_length
     embeds = kwargs["inputs_embeds"][:, :length]
     positions = kwargs.get("position_ids")
     types = request.types(length, embeds.device)
     real = request.real(length, embeds.device)
-    later = {name: kwargs[name] for name in also_given if kwargs.get(name) is not None}
+    later = {name: kwargs[name] for name in family.also_given if kwargs.get(name) is not None}
     if "visual_pos_masks" in later:
         later["visual_pos_masks"] = later["visual_pos_masks"][:, :length]
 
-    def run(other: Tensor, real: Tensor, positions: Tensor | None, watch: Any) -> None:
-        decoder(**_inputs(Step(request, step.base, 0, watch=watch), other, real, positions), **later)
+    given = kwargs.get("attention_mask")
+    mask = _cut(given, length) if given is not None else torch.ones_like(types, dtype=torch.long)
+
+    def run(other: Tensor, positions: Tensor | None, watch: Any) -> None:
+        decoder(**_inputs(Step(request, step.base, 0, watch=watch), other, mask, positions), **later)
 
     def beside(
         method: Any, other: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
     ) -> None:
         stream = Stream(method, layers, compare, other)
         passing = Step(request, step.base, 0, watch=stream.watch)
-        stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing, other, real, positions))
+        seen = family.text_mask(real)
+        if seen.dtype == torch.bool and step.base == "eager":
+            seen = torch.zeros(seen.shape, dtype=other.dtype, device=seen.device).masked_fill(
+                ~seen, torch.finfo(other.dtype).min
+            )
+        stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing, other, seen, positions))
         step.beside += (stream,)
 
     preparation = Preparation(
@@ -410,11 +418,18 @@ def _prepare(step: Step, decoder: nn.Module, kwargs: dict[str, Any], also_given:
             method.prepare(preparation)
 
 
-def _inputs(step: Step, embeds: Tensor, real: Tensor, positions: Tensor | None) -> dict[str, Any]:
+def _cut(mask: Any, length: int) -> Any:
+    """A mask, or one for each kind of layer, of the first tokens of a prompt."""
+    if isinstance(mask, dict):
+        return {kind: None if part is None else _cut(part, length) for kind, part in mask.items()}
+    return mask[:, :length] if mask.ndim == 2 else mask[..., :length, :length]
+
+
+def _inputs(step: Step, embeds: Tensor, mask: Any, positions: Tensor | None) -> dict[str, Any]:
     """What the decoder gets to run on ``embeds`` ``[batch, tokens, hidden]`` without a cache."""
     return {
         "inputs_embeds": embeds,
-        "attention_mask": real.long(),
+        "attention_mask": mask,
         "position_ids": positions,
         "use_cache": False,
         attention.STEP: step,
@@ -424,9 +439,13 @@ def _inputs(step: Step, embeds: Tensor, real: Tensor, positions: Tensor | None) 
 class _Noting(nn.Module):
     """Stands in the place of a decoder layer and notes what the decoder gives it."""
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden, self.kwargs = hidden, kwargs
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.args, self.kwargs = hidden, args, kwargs
         return hidden
+
+    def call(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The layer with all that it was given beside the residual stream."""
+        return lambda hidden: layer(hidden, *self.args, **self.kwargs)  # type: ignore[no-any-return]
 
 
 def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...]]:
@@ -436,7 +455,7 @@ def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tu
     double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
     double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
     type(decoder).forward(double, **inputs)
-    calls = tuple(partial(layer, **noted.kwargs) for layer, noted in zip(layers, noting, strict=True))
+    calls = tuple(noted.call(layer) for layer, noted in zip(layers, noting, strict=True))
     return noting[0].hidden, calls
 
 

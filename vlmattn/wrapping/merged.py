@@ -95,7 +95,7 @@ class Merged:
         for request in self.requests:
             if request is not None:
                 request.call = call.token
-        self._window = call.handle.anatomy.window
+        self._window, self._attending = call.handle.anatomy.window, call.handle.anatomy.attending
         self._alone, self._ledger, self._rule = alone, call.handle._ledger, call.plan.rule
 
     def fill(self, cache: Any, views: Sequence[View]) -> None:
@@ -109,7 +109,15 @@ class Merged:
                     f"the decoding rule of '{self._name}' cannot share this cache among branches, {type(layer or parts[0]).__name__};"
                     " use a dynamic cache of a model with attention in every layer"
                 )
-            wanted = max(part.keys.shape[-2] for part in parts)
+            held = [part.keys.shape[-2] for part in parts if part.keys is not None]
+            if not held:  # a layer that reads the keys of another
+                continue
+            if len(held) < len(parts) or (not self._attends(number) and len(set(held)) > 1):
+                raise UnsupportedError(
+                    f"the branches of '{self._name}' must have as many images as the prompt, whose image keys layer {number} keeps for"
+                    " cross-attention; use a rule that changes the image, like vcd"
+                )
+            wanted = max(held)
             keys, values = (
                 torch.cat([pad(getattr(part, name), (0, 0, wanted - part.keys.shape[-2], 0)) for part in parts])
                 for name in ("keys", "values")
@@ -127,6 +135,10 @@ class Merged:
         setattr(cache, MERGED, self)
         if not self._alone:
             cache.reorder_cache = MethodType(_reorder_cache, cache)  # bound, so that a deep copy reorders itself
+
+    def _attends(self, layer: int) -> bool:
+        """The layer's keys are those of the tokens."""
+        return self._attending is None or layer in self._attending
 
     def check(self, call: Call | None) -> None:
         """Raise unless this forward belongs to the call that filled the cache."""
@@ -147,9 +159,9 @@ class Merged:
         shape = (*positions.shape[:-2], self.rows, positions.shape[-1])
         rows = (1,) * (positions.ndim - 2) + (self.groups, 1)
         found["position_ids"] = positions.expand(shape).repeat(rows) - self._offset.to(positions.device)
-        for name in OF_TOKENS:
+        for name in (*OF_TOKENS, "cross_attention_mask"):
             if isinstance(found.get(name), Tensor):
-                found[name] = found[name].repeat(self.groups, 1)
+                found[name] = found[name].repeat(self.groups, *(1,) * (found[name].ndim - 1))
         return input_ids.repeat(self.groups, 1), found
 
     def steps(self, cache: Any, tokens: int) -> Steps:
