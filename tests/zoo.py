@@ -119,6 +119,8 @@ def padded(tiny: Tiny, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
             axis = 2 if name == "cross_attention_mask" else 1
             most = max(part.shape[axis] for part in parts)
             parts = [_padded_to(part, axis, most) for part in parts]
+        if name == "aspect_ratio_mask":
+            parts = [part.index_fill(2, torch.tensor([0]), 1) for part in parts]  # a missing image has one tile too
         if name in ("pixel_values", "pixel_values_images") and len({part.shape[1:] for part in parts}) > 1:
             sides = [max(part.shape[axis] for part in parts) for axis in (-2, -1)]
             parts = [pad(part, (0, sides[1] - part.shape[-1], 0, sides[0] - part.shape[-2])) for part in parts]
@@ -257,6 +259,22 @@ def _mllama(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
+def _mllama_tiles(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """An even image has two tiles side by side, an odd one has one and an empty place."""
+    tiles = torch.tensor([2 - number % 2 for number in range(images)])
+    mask = torch.arange(2) < tiles[:, None]
+    pixels = torch.randn(1, images, 2, 3, 16, 16, generator=generator) * mask[None, :, :, None, None, None]
+    return {"pixel_values": pixels, "aspect_ratio_ids": tiles[None], "aspect_ratio_mask": mask[None].long()}
+
+
+def _mllama_sees(ids: Tensor) -> dict[str, Tensor]:
+    """Tokens see the tiles of images that came before them."""
+    starts = (ids[0] == IMG).nonzero()[:, 0]
+    tiles = torch.arange(2) < 2 - torch.arange(len(starts))[:, None] % 2
+    later = torch.arange(ids.shape[1])[:, None] >= starts
+    return {"cross_attention_mask": (later[..., None] & tiles)[None].long()}
+
+
 def _codes(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {**squares()(images, generator), "image_sizes": torch.tensor([[16, 16]] * images)}
 
@@ -317,6 +335,25 @@ def _lines(number: int) -> list[int]:
     return [OPEN, *([*[IMG] * 4, BREAK] * 3), CLOSE]
 
 
+def mllama(tiles: int, pixels: Pixels, types: Callable[[Tensor], dict[str, Tensor]], **options: Any) -> Tiny:
+    """Images of one tile that all tokens see, or of several that tokens behind them see."""
+    return Tiny(
+        lambda: (
+            hf.MllamaForConditionalGeneration,
+            hf.MllamaConfig(
+                text_config={**TEXT, "cross_attention_layers": [1, 3], "rope_parameters": ROPE},
+                vision_config=dict(
+                    hidden_size=32, num_hidden_layers=2, num_global_layers=1, attention_heads=4, intermediate_size=64,
+                    vision_output_dim=64, image_size=16, patch_size=4, max_num_tiles=tiles, intermediate_layers_indices=[0],
+                    supported_aspect_ratios=[[1, wide + 1] for wide in range(tiles)],
+                ),
+                image_token_index=IMG,
+            ),
+        ),
+        tokens(1), pixels, types, by_sequence=True, **options,
+    )  # fmt: skip
+
+
 def blip(cls: str, config: str, text: dict[str, Any], **extra: Tensor) -> Tiny:
     former = dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, encoder_hidden_size=32, vocab_size=100,
@@ -356,9 +393,9 @@ def standing_in(cls: Any, config: Any) -> Any:
     def make(config: Any) -> PreTrainedModel:
         real = hf.AutoModel.from_config
 
-        def tower(part: Any, *args: Any, **kwargs: Any) -> Any:
-            is_timm = hasattr(part, "architecture")
-            return StandIn(part) if is_timm else real(part, *args, **kwargs)
+        def tower(config: Any, *args: Any, **kwargs: Any) -> Any:
+            is_timm = hasattr(config, "architecture")
+            return StandIn(config) if is_timm else real(config, *args, **kwargs)
 
         with mock.patch.object(hf.AutoModel, "from_config", tower):
             return cls(config)
@@ -527,22 +564,10 @@ ZOO: dict[str, Tiny] = {
     "paligemma2": paligemma("gemma2"),
     "gemma3": gemma3(200),
     "gemma3_window": gemma3(8),
-    "mllama": Tiny(
-        lambda: (
-            hf.MllamaForConditionalGeneration,
-            hf.MllamaConfig(
-                text_config={**TEXT, "cross_attention_layers": [1, 3], "rope_parameters": ROPE},
-                vision_config=dict(
-                    hidden_size=32, num_hidden_layers=2, num_global_layers=1, attention_heads=4, intermediate_size=64,
-                    vision_output_dim=64, image_size=16, patch_size=4, max_num_tiles=1, intermediate_layers_indices=[0],
-                    supported_aspect_ratios=[[1, 1]],
-                ),
-                image_token_index=IMG,
-            ),
-        ),
-        tokens(1), _mllama, lambda ids: {"cross_attention_mask": torch.ones(1, ids.shape[1], int((ids == IMG).sum()), 1).long()},
-        by_sequence=True,
+    "mllama": mllama(
+        1, _mllama, lambda ids: {"cross_attention_mask": torch.ones(1, ids.shape[1], int((ids == IMG).sum()), 1).long()}
     ),
+    "mllama_tiles": mllama(2, _mllama_tiles, _mllama_sees, padding="text before an image reads all images of the batch, missing ones too"),
     "aya_vision": cohere("AyaVisionForConditionalGeneration", "AyaVisionConfig", _aya, 200, adapter_layer_norm_eps=1e-6),
     "cohere2_vision": cohere("Cohere2VisionForConditionalGeneration", "Cohere2VisionConfig", _lines, 200, alignment_intermediate_size=64),
     "cohere2_window": cohere("Cohere2VisionForConditionalGeneration", "Cohere2VisionConfig", _lines, 8, alignment_intermediate_size=64),
@@ -550,7 +575,7 @@ ZOO: dict[str, Tiny] = {
         lambda: (
             hf.AriaForConditionalGeneration,
             hf.AriaConfig(
-                text_config={**TEXT, "moe_num_experts": 4, "moe_topk": 4, "moe_num_shared_experts": 1},
+                text_config={**TEXT, "model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 4, "moe_num_shared_experts": 1},
                 vision_config=dict(model_type="idefics3_vision", **TOWER), image_token_index=IMG, projector_patch_to_query_dict={16: 4},
             ),
         ),

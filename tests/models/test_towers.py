@@ -261,5 +261,8 @@ def test_towers_of_other_kinds_are_not_looked_at():
         ),
         image_token_index=IMAGE_TOKEN,
     )
-    with pytest.raises(UnsupportedError, match="does not run on llava: the image tokens of its prompts are not those of its vision tower"):
+    with pytest.raises(
+        UnsupportedError,
+        match="does not run on llava: the image tokens of its prompts are not those of its vision tower",
+    ):
         vlmattn.wrap(build("llava", config=config), "paint")

@@ -8,21 +8,47 @@ from tiny import generate
 from zoo import ZOO, padded
 
 pytestmark = pytest.mark.usefixtures("no_grad")
+CLOSE = dict(rtol=0, atol=1e-4)
+every = pytest.mark.parametrize("name", [name for name, tiny in ZOO.items() if not tiny.unbuildable])
 
 
-@pytest.mark.parametrize("name", [name for name, tiny in ZOO.items() if not tiny.unbuildable])
-def test_bare(name):
+def prompts(name):
+    """Two prompts of different lengths, one with two images where there may be two."""
     tiny = ZOO[name]
-    model = tiny.build()
-    prompts = [tiny.prompt(1 if tiny.single_image else 2, 5, 1), tiny.prompt(1, 9, 2)]
-    alone = [generate(model, prompt.inputs, 3) for prompt in prompts]
-    for key in ("pixel_values", "pixel_values_images"):
-        if key in prompts[0].inputs:
-            other = {**prompts[0].inputs, key: prompts[0].inputs[key].flip(-1)}
-            assert (generate(model, other, 3) - alone[0]).abs().max() > 1e-2, "the image must matter"
-    without = generate(model, prompts[0].inputs, 3, use_cache=False, suppress_tokens=[tiny.image_token])
-    kept = generate(model, prompts[0].inputs, 3, suppress_tokens=[tiny.image_token])
-    assert torch.allclose(without, kept, atol=1e-3) != bool(tiny.uncached)
-    together = generate(model, padded(tiny, prompts), 3)
-    near = all(torch.allclose(together[row], one[0], atol=1e-3) for row, one in enumerate(alone))
+    return [tiny.prompt(1 if tiny.single_image else 2, 5, 1), tiny.prompt(1, 9, 2)]
+
+
+@every
+def test_every_image_input_matters(name):
+    model = ZOO[name].build()
+    for prompt in prompts(name):
+        logits = model(**prompt.inputs).logits[:, -1]
+        assert logits.isfinite().all()
+        images = [key for key in prompt.inputs if "pixel_values" in key]
+        assert images
+        for key in images:
+            other = {**prompt.inputs, key: prompt.inputs[key].flip(-1)}
+            assert (model(**other).logits[:, -1] - logits).abs().max() > 1e-2
+
+
+@every
+def test_the_number_of_placeholders_is_the_number_of_image_tokens(name):
+    for prompt in prompts(name):
+        assert torch.equal(prompt.images >= 0, prompt.inputs["input_ids"] == ZOO[name].image_token)
+
+
+@every
+def test_padding_is_invisible_or_said_to_be_seen(name):
+    model, tiny = ZOO[name].build(), ZOO[name]
+    alone = [generate(model, prompt.inputs, 3)[0] for prompt in prompts(name)]
+    together = generate(model, padded(tiny, prompts(name)), 3)
+    near = all(torch.allclose(together[row], one, **CLOSE) for row, one in enumerate(alone))
     assert near != bool(tiny.padding)
+
+
+@every
+def test_a_cache_is_invisible_or_said_to_be_seen(name):
+    model, tiny = ZOO[name].build(), ZOO[name]
+    inputs, options = prompts(name)[0].inputs, dict(suppress_tokens=[tiny.image_token])
+    cached, recomputed = (generate(model, inputs, 3, use_cache=use, **options) for use in (True, False))
+    assert torch.allclose(cached, recomputed, **CLOSE) != bool(tiny.uncached)

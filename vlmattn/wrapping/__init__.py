@@ -45,7 +45,8 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     """Put a recipe on a model, in place, and return the model.
 
     Args:
-        model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), with sdpa or eager attention.
+        model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), with sdpa or eager attention, or a PEFT model
+            around one.
         recipe: a preset (``"var"``), presets joined by ``+``, a recipe file, a method, or a list of methods. None
             looks for the recipe that was saved beside the model.
         processor: the model's processor or tokenizer, for methods that must know where the user's turn ends (``mma``,
@@ -57,6 +58,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         StateError: the model is already wrapped.
         UnknownNameError, OptionError: no such preset or option, a value out of range.
     """
+    given, model = model, _base(model)
     family = find_family(model)
     assert isinstance(model, PreTrainedModel)
     if (old := handle_of(model)) is not None:
@@ -88,7 +90,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         except UnsupportedError:
             unwrap(model)
             raise
-    return model
+    return given
 
 
 def unwrap(model: _M) -> _M:
@@ -97,6 +99,7 @@ def unwrap(model: _M) -> _M:
     Raises:
         StateError: the model is not wrapped.
     """
+    given, model = model, _base(model)
     handle = handle_of(model)
     if handle is None:
         raise StateError("the model is not wrapped")
@@ -115,7 +118,7 @@ def unwrap(model: _M) -> _M:
         WRAPPED.pop(id(text), None)
         if text._attn_implementation in attention.NAMES.values():  # not if the user has set another one since
             model.set_attn_implementation({"text_config": handle._base})
-    return model
+    return given
 
 
 @contextmanager
@@ -132,6 +135,11 @@ def install() -> None:
     """Opt in to the method form: ``model.wrap("var")`` and ``model.unwrap()`` on every ``PreTrainedModel``."""
     PreTrainedModel.wrap = wrap
     PreTrainedModel.unwrap = unwrap
+
+
+def _base(model: Any) -> Any:
+    """The model within a PEFT model; else the model."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _base_name(implementation: str | None) -> str:
