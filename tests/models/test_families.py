@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from zoo import ZOO, padded
 
 import vlmattn
-from vlmattn import PAI, VAR, VCD, VHR, FastV, SoFA, UnsupportedError
+from vlmattn import PAI, VAR, VCD, VHR, FastV, Knockout, SoFA, UnsupportedError
 from vlmattn.models import KINDS, find_family, registered
+from vlmattn.models.table import markdown
 from vlmattn.models.table import rows as table_rows
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -34,11 +36,11 @@ def refusals(model: PreTrainedModel) -> dict[str, str]:
     try:
         family = find_family(model)
     except UnsupportedError as error:
-        return dict.fromkeys(KINDS, str(error))
+        return dict.fromkeys((*KINDS, "opening"), str(error))
     anatomy = family.anatomy(model)
     slides = {"pruning": "window"} if anatomy.window else {}
     refused = dict(anatomy.refused)
-    return slides | refused | ({"masks": refused["opening"]} if "opening" in refused else {})
+    return {"opening": refused["masks"]} | slides | refused if "masks" in refused else slides | refused
 
 
 def wrapped(name: str, recipe: Any, kind: str) -> PreTrainedModel:
@@ -152,6 +154,8 @@ def by_hand(module, query, key, value, mask, scaling=None, softcap=None, sliding
             ahead = ahead & ((slots - slots[:, None]).abs() < sliding_window)
         opened = ahead & ~seen[0, 0]
         score, seen = torch.where(opened, score + math.log(method.sigma), score), seen | opened
+    if isinstance(method, Knockout):
+        seen = seen & ~(~visual[:, None] & visual)
     weights = score.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
     if isinstance(method, VAR):
         hidden = Hand.hidden[module.layer_idx][0].float()
@@ -189,6 +193,7 @@ FORMULAS = {
     "pai": PAI(alpha=0.9, layers="0:"),
     "var": SINKS,
     "sofa": SoFA(sigma=0.3, layers="0:-1"),
+    "knockout": Knockout(layers="0:"),
     "bare": PAI(alpha=0.0),
 }
 
@@ -197,7 +202,10 @@ FORMULAS = {
 @pytest.mark.parametrize("which", FORMULAS)
 def test_edits_do_what_their_formulas_say(name, which):
     method = FORMULAS[which]
-    model, prompt = wrapped(name, method, "masks" if which == "sofa" else "edits"), prompts(name)[0]
+    model, prompt = (
+        wrapped(name, method, {"sofa": "opening", "knockout": "masks"}.get(which, "edits")),
+        prompts(name)[0],
+    )
     wanted = worked_out(name, method, prompt)
     same(model(**prompt.inputs).logits, wanted)
     if which == "bare" or (which == "sofa" and ZOO[name].single_image):
@@ -215,7 +223,7 @@ TOGETHER = [VHR(layers="0:"), SINKS, PAI(alpha=0.9, layers="0:")]
 @every
 @pytest.mark.parametrize("recipe", [TOGETHER, SoFA(sigma=0.3, layers="0:-1")], ids=["vhr+var+pai", "sofa"])
 def test_cached_decoding_equals_recomputing_and_padding_is_invisible(name, recipe):
-    model, given = wrapped(name, recipe, "masks" if isinstance(recipe, SoFA) else "edits"), prompts(name)
+    model, given = wrapped(name, recipe, "opening" if isinstance(recipe, SoFA) else "edits"), prompts(name)
     alone = [answer(model, one.inputs) for one in given]
     bare = ZOO[name].build()
     if isinstance(recipe, list) or not ZOO[name].single_image:
@@ -281,3 +289,8 @@ def test_every_registered_family_is_built_or_says_why_not():
     tested = {ZOO[name].build().config.model_type for name in BUILT}
     claimed = {kind for row in table_rows() if not row.untested for kind in row.types}
     assert tested & set(registered()) == claimed
+
+
+def test_the_page_shows_the_table():
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    assert markdown() in page.read_text()
