@@ -184,7 +184,7 @@ def test_doctor_is_content(run):
 
 
 def test_help_has_examples(run):
-    for command in ("demo", "eval", "tune", "ask", "presets"):
+    for command in ("demo", "eval", "tune", "ask", "presets", "families"):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert "Example" in out
@@ -331,3 +331,11 @@ def test_a_broken_torchvision_is_named_with_its_remedy(tmp_path):
 
 def test_layer_ranges_are_no_emoji(run):
     assert "0:-1:2" in run("presets", "sofa")[1]
+
+
+def test_families_lists_what_runs_where(run):
+    code, out, _ = run("families")
+    assert code == 0
+    assert "qwen2_5_vl" in out
+    assert "generic patcher" in out
+    assert run("families", "--markdown")[1].startswith("| model type |")
