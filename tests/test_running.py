@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 
 import pytest
@@ -293,3 +294,12 @@ def test_a_wrapped_model_may_change_its_dtype(family):
     inputs = {k: v.half() if v.is_floating_point() else v for k, v in prompt(family).items()}
     found = generate(vlmattn.wrap(build(family), SINKS).half(), inputs)
     assert torch.equal(found, generate(vlmattn.wrap(build(family).half(), SINKS), inputs))
+
+
+@no_grad
+@families
+def test_the_parameters_of_the_model_are_still_seen(family):
+    """generate() asks them whether it may have ``inputs_embeds``."""
+    model = build(family)
+    before = inspect.signature(model.prepare_inputs_for_generation)
+    assert inspect.signature(vlmattn.wrap(model, SINKS).prepare_inputs_for_generation) == before

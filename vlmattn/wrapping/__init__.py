@@ -8,6 +8,7 @@ removes all of them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import traceback
@@ -81,7 +82,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     handle._originals = {name: model.__dict__[name] for name in _INSTANCE_METHODS if name in model.__dict__}
     model.__dict__["vlmattn"] = family.entry(model).__dict__["vlmattn"] = handle
     model.__dict__["generate"] = MethodType(_generate, model)
-    model.__dict__["prepare_inputs_for_generation"] = MethodType(_prepare_inputs, model)
+    model.__dict__["prepare_inputs_for_generation"] = MethodType(_prepare_of(type(model)), model)
     model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
     handle._hooks = install_hooks(family, model)
     if isinstance(family, Generic) or not type(model).__module__.startswith("transformers."):
@@ -242,6 +243,17 @@ def _prepare_inputs(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwar
     if call is not None and call.model is self and not kwargs.get("is_first_iteration"):
         inputs[attention.STEP] = step_of(handle, self, call, inputs)  # here, because the forward may be compiled
     return inputs
+
+
+@functools.cache
+def _prepare_of(cls: type[PreTrainedModel]) -> Any:
+    """``_prepare_inputs`` with the parameters of a class's own: generate() reads there whether it takes ``inputs_embeds``."""
+
+    def prepare_inputs_for_generation(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _prepare_inputs(self, input_ids, *args, **kwargs)
+
+    prepare_inputs_for_generation.__signature__ = inspect.signature(cls.prepare_inputs_for_generation)  # type: ignore[attr-defined]
+    return prepare_inputs_for_generation
 
 
 def _refuse_chunks(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
