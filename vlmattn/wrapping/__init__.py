@@ -82,7 +82,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     handle._originals = {name: model.__dict__[name] for name in _INSTANCE_METHODS if name in model.__dict__}
     model.__dict__["vlmattn"] = family.entry(model).__dict__["vlmattn"] = handle
     model.__dict__["generate"] = MethodType(_generate, model)
-    model.__dict__["prepare_inputs_for_generation"] = MethodType(_prepare_of(type(model)), model)
+    model.__dict__["prepare_inputs_for_generation"] = MethodType(_prepare_of(type(model)), model)  # type: ignore[arg-type]
     model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
     handle._hooks = install_hooks(family, model)
     if isinstance(family, Generic) or not type(model).__module__.startswith("transformers."):
