@@ -197,11 +197,14 @@ class Family:
         types = self.token_types(model, inputs["input_ids"])
         if self.by_sequence or len(types) == 1:
             return [count // len(types)] * len(types)
-        numbers = self.image_numbers(model, inputs, types)
-        images = [(row[row >= 0].unique(return_counts=True)[1]).tolist() for row in numbers]
-        if sum(map(len, images)) != count:
-            return share_out([sum(row) for row in images], self.tiles(model, inputs, sum(map(sum, images)), count))
-        return [len(row) for row in images]
+        runs = (number_images(types, None).amax(1) + 1).tolist()
+        if sum(runs) == count:  # one for each image, or for each tile where tiles have tokens between them
+            return [int(found) for found in runs]
+        images = (self.image_numbers(model, inputs, types).amax(1) + 1).tolist()
+        if sum(images) == count:
+            return [int(found) for found in images]
+        tokens = [int(found) for found in (types != TEXT).sum(1)]
+        return share_out(tokens, self.tiles(model, inputs, sum(tokens), count))
 
     def tiles(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], tokens: int, count: int
@@ -368,6 +371,14 @@ def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
     encoded = inputs.get("mm_encoder_outputs") or {}
     found = [encoded[kind].pooler_output for kind in ("image", "video") if encoded.get(kind) is not None]
     return [len(features) for features in found[0]] if len(found) == 1 and found[0] is not None else None
+
+
+def even_lengths(model: PreTrainedModel, inputs: Mapping[str, Any], name: str = "pixel_values") -> list[int] | None:
+    """Tokens of each image of families whose images all have the same number of them; ``name``: of the pixels."""
+    pixels, ids = inputs.get(name), inputs.get("input_ids")
+    if (found := encoded_lengths(inputs)) is not None or pixels is None or ids is None:
+        return found
+    return [int((ids == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
 
 
 def marks_of(family: Family, processor: Any) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, encoded_lengths, register_family
+from vlmattn.models.base import Family, even_lengths, register_family
 
 
 class DeepseekVL(Family):
@@ -19,10 +19,7 @@ class DeepseekVL(Family):
     }
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        pixels = inputs.get("pixel_values")
-        if (found := encoded_lengths(inputs)) is not None or pixels is None or inputs.get("input_ids") is None:
-            return found
-        return [int((inputs["input_ids"] == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
+        return even_lengths(model, inputs)
 
 
 register_family(DeepseekVL())

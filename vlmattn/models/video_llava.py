@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, encoded_lengths, register_family
+from vlmattn.models.base import Family, encoded_lengths, even_lengths, register_family
 
 
 class VideoLlava(Family):
@@ -16,14 +16,9 @@ class VideoLlava(Family):
     model_types: ClassVar[Mapping[str, str]] = {"video_llava": "LanguageBind/Video-LLaVA-7B-hf"}
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        pixels = inputs.get("pixel_values_images")
-        if (
-            (found := encoded_lengths(inputs)) is not None
-            or pixels is None
-            or inputs.get("pixel_values_videos") is not None
-        ):
-            return found
-        return [int((inputs["input_ids"] == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
+        if inputs.get("pixel_values_videos") is not None:
+            return encoded_lengths(inputs)
+        return even_lengths(model, inputs, "pixel_values_images")
 
 
 register_family(VideoLlava())

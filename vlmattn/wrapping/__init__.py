@@ -59,7 +59,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         StateError: the model is already wrapped.
         UnknownNameError, OptionError: no such preset or option, a value out of range.
     """
-    given, model = model, _base(model)
+    given, model = model, _within_peft(model)
     family = find_family(model)
     assert isinstance(model, PreTrainedModel)
     if (old := handle_of(model)) is not None:
@@ -100,7 +100,7 @@ def unwrap(model: _M) -> _M:
     Raises:
         StateError: the model is not wrapped.
     """
-    given, model = model, _base(model)
+    given, model = model, _within_peft(model)
     handle = handle_of(model)
     if handle is None:
         raise StateError("the model is not wrapped")
@@ -138,7 +138,7 @@ def install() -> None:
     PreTrainedModel.unwrap = unwrap
 
 
-def _base(model: Any) -> Any:
+def _within_peft(model: Any) -> Any:
     """The model within a PEFT model; else the model."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
