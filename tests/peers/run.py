@@ -16,7 +16,7 @@ Wrapped means: every model that is made or loaded gets a recipe that changes not
     kernel    scores plus 0: the attention of vlmattn itself, equal only up to rounding
 
 The exit code is 1 if a test passes bare and not wrapped, and ``EXPLAINED`` does not say why. Needs ``parameterized``; the
-tests of a checkout also need ``httpx``.
+tests of a checkout also need ``httpx`` and ``requests``.
 """
 
 from __future__ import annotations
