@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from vlmattn.interventions import all_presets as presets
     from vlmattn.models import Family, register_family, supported_families
     from vlmattn.recipe import Recipe
+    from vlmattn.tracking import Tracker
     from vlmattn.wrapping import applied, install, unwrap, wrap
 
 __version__ = _version("vlmattn")
@@ -111,6 +112,7 @@ _ELSEWHERE = {
     "register_family": ("models", "register_family"),
     "supported_families": ("models", "supported_families"),
     "Recipe": ("recipe", "Recipe"),
+    "Tracker": ("tracking", "Tracker"),
     "applied": ("wrapping", "applied"),
     "install": ("wrapping", "install"),
     "unwrap": ("wrapping", "unwrap"),
@@ -194,6 +196,7 @@ __all__ = [
     "SoFA",
     "SparseVLM",
     "StateError",
+    "Tracker",
     "UnknownNameError",
     "UnsupportedError",
     "VisionZip",

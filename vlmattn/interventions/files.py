@@ -24,10 +24,10 @@ def beside(source: str, file_name: str) -> Path | None:
     return None if cached is None else Path(cached)
 
 
-def write_whole(target: Path, text: str) -> None:
-    """Write a text file so that it is never seen half-written."""
+def write_whole(target: Path, content: str | bytes) -> None:
+    """Write a file so that it is never seen half-written."""
     partial = target.with_name(target.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(target)
 
 

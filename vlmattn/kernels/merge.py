@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.kernels.edit import AttentionEdit, GainPart, select_gains
+from vlmattn.kernels.segments import Merger, flash
 from vlmattn.kernels.visibility import Visibility
 
 # Keys outside a group get an extra head dimension whose product with the query is _HIDDEN after scaling, so that any
@@ -63,7 +64,7 @@ def attention(
     repeat = heads // key.shape[1]
     stop = start + rows
     key, value = key[:, :, :stop].repeat_interleave(repeat, 1), value[:, :, :stop].repeat_interleave(repeat, 1)
-    found = [_Group(query, value.shape[-1]) for _ in range(part.plan.groups)]
+    found = [Merger(query, value.shape[-1]) for _ in range(part.plan.groups)]
     for first, last, present in _runs(part, start, stop):
         for group in present:
             member = _members(part, see, group, first, last, alone=len(present) == 1)
@@ -94,31 +95,6 @@ def attention(
         if of.out is not None:
             out.addcmul_(of.out, share[..., number, :])
     return out.to(query.dtype)
-
-
-class _Group:
-    """What the rows make of one group's keys so far: output and log-sum-exp, merged piece by piece."""
-
-    def __init__(self, query: Tensor, dim: int) -> None:
-        self._shape = (*query.shape[:3], dim)
-        self.total = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
-        self.out: Tensor | None = None
-
-    def add(self, top: int, o: Tensor, lse: Tensor) -> None:
-        """Merge one more disjoint set of keys: outputs and log-sum-exp of the rows from ``top`` on."""
-        lse = lse.masked_fill(lse < _HIDDEN / 2, float("-inf"))
-        if self.out is None and o.shape == self._shape:
-            self.total, self.out = lse, torch.where(lse[..., None] > float("-inf"), o.float(), 0.0)
-            return
-        if self.out is None:
-            self.out = o.new_zeros(self._shape, dtype=torch.float32)
-        rows = slice(top, top + o.shape[2])
-        total, out = self.total[:, :, rows], self.out[:, :, rows]
-        new = torch.logaddexp(total, lse)
-        old_share = torch.where(new > float("-inf"), (total - new).exp(), 0.0)[..., None]
-        new_share = torch.where(new > float("-inf"), (lse - new).exp(), 0.0)[..., None]
-        out.mul_(old_share).add_(o.float() * new_share)
-        total.copy_(new)
 
 
 def _runs(part: GainPart, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
@@ -168,7 +144,7 @@ def _gathered(
     rows = torch.arange(start, start + query.shape[2])[:, None]
     score = score.masked_fill(~(member[:, None, None, places] & (slots <= rows)), _HIDDEN)
     lse = score.logsumexp(-1)
-    return (score - lse[..., None]).exp() @ value[:, :, slots].float(), lse
+    return (score - lse[..., None]).exp() @ value[:, :, slots].float(), _nothing(lse)
 
 
 def _flash(
@@ -183,13 +159,10 @@ def _flash(
         hidden = torch.where(member, 0.0, _HIDDEN / (_QUERY_SIDE * scale)).to(key.dtype)
         key[..., dim] = hidden[:, None]
         value = torch.nn.functional.pad(value, (0, _PAD))
-    aten = torch.ops.aten
-    if query.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-    elif query.dtype == torch.float32:  # flash kernels are for half precision
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, 0.0, causal, scale=scale
-        )
-    else:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
-    return out[..., :dim], lse[..., : query.shape[2]]
+    out, lse = flash(query, key, value, scale, causal)
+    return out[..., :dim], _nothing(lse)
+
+
+def _nothing(lse: Tensor) -> Tensor:
+    """-inf where all keys were hidden."""
+    return lse.masked_fill(lse < _HIDDEN / 2, float("-inf"))

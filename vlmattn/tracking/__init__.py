@@ -1,0 +1,36 @@
+"""Tracking a camera against the keys and values of a map, with multi-view networks."""
+
+from vlmattn.tracking.files import Trajectory, read_tum, write_ply, write_tum
+from vlmattn.tracking.frames import Frames, fit
+from vlmattn.tracking.gauge import Similarity, align
+from vlmattn.tracking.keyframes import Angular, Azel, Interval, PoseChange, Rule, Sight
+from vlmattn.tracking.models import Adapter, Views, find_adapter, register_adapter
+from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig
+from vlmattn.tracking.tracker import Map, Mapped, Track, Tracker
+
+__all__ = [
+    "Adapter",
+    "Angular",
+    "Azel",
+    "Frames",
+    "Interval",
+    "Map",
+    "Mapped",
+    "MultiViewNetwork",
+    "NetworkConfig",
+    "PoseChange",
+    "Rule",
+    "Sight",
+    "Similarity",
+    "Track",
+    "Tracker",
+    "Trajectory",
+    "Views",
+    "align",
+    "find_adapter",
+    "fit",
+    "read_tum",
+    "register_adapter",
+    "write_ply",
+    "write_tum",
+]

@@ -1,0 +1,133 @@
+"""Trajectories in the TUM format and point clouds as PLY, written whole or not at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmattn.errors import InputError
+from vlmattn.interventions.files import write_whole
+from vlmattn.tracking.metrics import Array
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Camera poses over time.
+
+    Attributes:
+        times: seconds, ``[n]``.
+        poses: camera to world, OpenCV axes, ``[n, 4, 4]``.
+    """
+
+    times: Array
+    poses: Array
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+
+def write_tum(path: str | Path, trajectory: Trajectory) -> None:
+    """Write ``time tx ty tz qx qy qz qw`` per line, camera to world."""
+    lines = ["# timestamp tx ty tz qx qy qz qw"]
+    for time, pose, turn in zip(trajectory.times, trajectory.poses, quaternions(trajectory.poses), strict=True):
+        numbers = " ".join(f"{number:.9f}" for number in (*pose[:3, 3], *turn))
+        lines.append(f"{time:.6f} {numbers}")
+    _write(path, "\n".join(lines) + "\n")
+
+
+def read_tum(path: str | Path) -> Trajectory:
+    """Read a TUM trajectory, sorted by time; lines that begin with # are comments.
+
+    Raises:
+        InputError: no such file, or a line that is not eight numbers (file:line).
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the trajectory {path}: {error}") from error
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            values = [float(word) for word in line.replace(",", " ").split()]
+        except ValueError:
+            values = []
+        if len(values) != 8 or not all(map(math.isfinite, values)) or not any(values[4:]):
+            raise InputError(f"{path}:{number}: a TUM line is 'time tx ty tz qx qy qz qw', got '{line.strip()[:60]}'")
+        found.append(values)
+    if not found:
+        raise InputError(f"{path} holds no pose")
+    table = np.array(sorted(found), dtype=np.float64)
+    poses = np.tile(np.eye(4), (len(table), 1, 1))
+    poses[:, :3, :3] = rotations(table[:, 4:])
+    poses[:, :3, 3] = table[:, 1:4]
+    return Trajectory(table[:, 0], poses)
+
+
+def quaternions(poses: Any) -> Array:
+    """Unit quaternions ``[n, 4]`` (x, y, z, w; w >= 0) of the rotations of ``[n, 4, 4]``.
+
+    The eigenvector of the largest eigenvalue of Bar-Itzhack's matrix, which is good for every angle.
+    """
+    r = np.asarray(poses, np.float64)[:, :3, :3]
+    xx, yy, zz = r[:, 0, 0], r[:, 1, 1], r[:, 2, 2]
+    matrix = np.empty((len(r), 4, 4))
+    matrix[:, 0] = np.stack(
+        [xx - yy - zz, r[:, 1, 0] + r[:, 0, 1], r[:, 2, 0] + r[:, 0, 2], r[:, 2, 1] - r[:, 1, 2]], -1
+    )
+    matrix[:, 1] = np.stack([matrix[:, 0, 1], yy - xx - zz, r[:, 2, 1] + r[:, 1, 2], r[:, 0, 2] - r[:, 2, 0]], -1)
+    matrix[:, 2] = np.stack([matrix[:, 0, 2], matrix[:, 1, 2], zz - xx - yy, r[:, 1, 0] - r[:, 0, 1]], -1)
+    matrix[:, 3] = np.stack([matrix[:, 0, 3], matrix[:, 1, 3], matrix[:, 2, 3], xx + yy + zz], -1)
+    largest = np.linalg.eigh(matrix)[1][:, :, -1]
+    return np.asarray(largest * np.where(largest[:, 3:] < 0, -1.0, 1.0), dtype=np.float64)
+
+
+def rotations(turns: Any) -> Array:
+    """Rotation matrices ``[n, 3, 3]`` of quaternions ``[n, 4]`` (x, y, z, w), of any length above 0."""
+    q = np.asarray(turns, np.float64)
+    x, y, z, w = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
+    return np.stack(
+        [
+            np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)], -1),
+            np.stack([2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)], -1),
+            np.stack([2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], -1),
+        ],
+        -2,
+    )
+
+
+def write_ply(path: str | Path, points: Any, colours: Any) -> None:
+    """Write a coloured point cloud as binary PLY.
+
+    Args:
+        points: ``[n, 3]``.
+        colours: ``[n, 3]`` in [0, 1].
+    """
+    place = np.asarray(points, np.float32)
+    shade = np.clip(np.asarray(colours, np.float64) * 255 + 0.5, 0, 255).astype(np.uint8)
+    if place.shape != shade.shape or place.ndim != 2 or place.shape[1] != 3:
+        raise InputError(f"points and colours must both be [n, 3], got {list(place.shape)} and {list(shade.shape)}")
+    fields = [(axis, "<f4") for axis in "xyz"] + [(colour, "u1") for colour in ("red", "green", "blue")]
+    table = np.empty(len(place), dtype=fields)
+    for axis, name in enumerate("xyz"):
+        table[name] = place[:, axis]
+    for channel, name in enumerate(("red", "green", "blue")):
+        table[name] = shade[:, channel]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(table)}"]
+    header += [f"property float {axis}" for axis in "xyz"]
+    header += [f"property uchar {colour}" for colour in ("red", "green", "blue")]
+    _write(path, ("\n".join([*header, "end_header"]) + "\n").encode() + table.tobytes())
+
+
+def _write(path: str | Path, content: str | bytes) -> None:
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, content)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,90 @@
+"""What a tracker must know of a multi-view network: an adapter, one small file per kind of network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vlmattn.errors import UnknownNameError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a network says about frames, in one convention.
+
+    Attributes:
+        poses: camera to world, OpenCV axes (right, down, forward), ``[batch, frames, 4, 4]``; the world is this pass's own,
+            or that of the map whose keys and values were read.
+        local_points: in the camera, ``[batch, frames, height, width, 3]``, in the unit of the poses; None if it has none.
+        confidence: per pixel, larger is surer, positive, ``[batch, frames, height, width]``; None if it has none.
+    """
+
+    poses: Tensor
+    local_points: Tensor | None
+    confidence: Tensor | None
+
+
+class Adapter(ABC):
+    """How to run one kind of network.
+
+    A subclass says which modules attend across frames and turns the output into ``Views``. Those modules must call
+    ``F.scaled_dot_product_attention`` once, with queries and keys as they are after normalisation and rotation. Anything
+    else in which frames meet (tokens of the first frame, say) is for ``forward`` to put right when ``reading``.
+    """
+
+    name: ClassVar[str]
+    multiple: int  # pixels: sides of a frame are whole multiples of this (the patch size)
+    lead: int  # tokens of a frame before those of its patches
+    reference_free: ClassVar[bool]  # the order of keyframes does not matter
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, model: nn.Module) -> bool:
+        """Whether this adapter knows the network, by its structure."""
+
+    @abstractmethod
+    def attentions(self) -> Sequence[nn.Module]:
+        """Modules that attend across frames, blocks and heads alike."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, reading: bool) -> Views:
+        """Run ``[batch, frames, 3, height, width]`` in [0, 1]; ``reading``: one frame per row, against a map."""
+
+
+_known: list[type[Adapter]] = []
+
+
+def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
+    """Let ``Tracker(model, adapter="auto")`` find an adapter; one registered later is asked first. For use as a decorator."""
+    _known.insert(0, adapter)
+    return adapter
+
+
+def find_adapter(model: nn.Module, adapter: str | Adapter = "auto") -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        UnknownNameError: no adapter of this name.
+        UnsupportedError: "auto", and none fits.
+    """
+    if isinstance(adapter, Adapter):
+        return adapter
+    if adapter != "auto":
+        for known in _known:
+            if known.name == adapter:
+                return known(model)
+        raise UnknownNameError("adapter", adapter, [known.name for known in _known])
+    for known in _known:
+        if known.fits(model):
+            return known(model)
+    raise UnsupportedError(
+        f"no adapter fits {type(model).__name__}; known: {', '.join(sorted(known.name for known in _known))}; write one:"
+        " subclass vlmattn.tracking.Adapter (it names the modules that attend across frames) and pass adapter=Mine(model)"
+    )

@@ -1,0 +1,225 @@
+"""How the bundled tracker was trained: two CPU cores, every batch follows from seed and step.
+
+    python -m vlmattn.tracking.train --out runs/tracker            # train (resumes from its last checkpoint)
+    python -m vlmattn.tracking.train --out runs/tracker --export vlmattn/tracking/tiny-rooms
+
+A batch holds rooms seen by a few map views and some query views. Map views see each other; a query sees the map and
+itself and is seen by nobody, which is what tracking against a cache computes. The world of a pass is free, so the
+prediction is brought onto the truth by the rigid motion that fits the map views best, and that motion must serve the
+queries too. Views start near each other and spread out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig, rigid
+from vlmattn.tracking.rooms import make_rooms, random_poses, render
+
+SEED = 2027
+STEPS = 20_000
+_GUIDED = 2  # heads of the global blocks that are told where to look
+_NEAR = 0.2  # how near patches of two views must lie to show the same place
+_MATCH = 0.2
+_NEAR_PLANS = (
+    (16, 2, 1),
+    (8, 4, 2),
+    (16, 2, 1),
+    (4, 8, 4),
+)  # rooms, map views, queries: the first quarter of the steps
+_PLANS = ((12, 2, 2), (8, 4, 2), (4, 8, 4), (3, 12, 4))  # and the rest
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Random numbers that follow from these numbers alone."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(step: int, steps: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Pictures, points in the camera, poses, and how many of the views are the map."""
+    plans = _NEAR_PLANS if step < steps / 4 else _PLANS
+    rooms_count, views, queries = plans[step % len(plans)]
+    draw = generator(SEED, step)
+    rooms = make_rooms(rooms_count, draw)
+    spread = min(1.0, 0.4 + 0.6 * step / (0.12 * steps))
+    poses = random_poses(rooms, views + queries, draw, spread)
+    images, local = render(rooms, poses)
+    return images, local, poses, views
+
+
+def visibility(views: int, total: int) -> Tensor:
+    """Map views see the map; a query sees the map and itself."""
+    sees = torch.eye(total, dtype=torch.bool)
+    sees[:, :views] = True
+    return sees
+
+
+def losses(network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tensor, views: int) -> dict[str, Tensor]:
+    patch = network.config.patch_size
+    mean = (
+        local.unfold(2, patch, patch).unfold(3, patch, patch).mean((-1, -2)).flatten(2, 3)
+    )  # [rooms, views, patches, 3]
+    world = mean @ poses[..., :3, :3].transpose(-1, -2) + poses[..., None, :3, 3]
+    seen = visibility(views, images.shape[1])
+    with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
+        layers = network.tokens(images, seen)
+    out = {"match": _MATCH * matching(network, watch.calls[1::2], world, seen)}
+    for number, tokens in enumerate(layers):
+        last = number == len(layers) - 1
+        if number == 0:
+            continue
+        points, _, said, precision = network.anchors(tokens, images)
+        with torch.no_grad():
+            ones = torch.ones_like(precision[:, :views]).flatten(1)
+            motion = rigid(said[:, :views].flatten(1, 2), world[:, :views].flatten(1, 2), ones)
+        moved = said @ motion[:, None, :3, :3].transpose(-1, -2) + motion[:, None, None, :3, 3]
+        error = (moved - world).norm(dim=-1)
+        weight = 1.0 if last else 0.3
+        out[f"world{number}"] = weight * (error * precision.exp() - 0.5 * precision).mean()
+        if last:
+            out["error"] = error.detach().mean()
+            out["local"] = ((points - local).norm(dim=-1) / local[..., 2]).mean()
+    return out
+
+
+class Watch(TorchFunctionMode):
+    """Notes queries and keys of every attention call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+def matching(network: MultiViewNetwork, calls: list[tuple[Tensor, Tensor]], world: Tensor, seen: Tensor) -> Tensor:
+    """How far the guided heads are from looking at the patches of other views that show the same place (cross-entropy)."""
+    _, total, patches, _ = world.shape
+    place = world.flatten(1, 2)
+    view = torch.arange(total).repeat_interleave(patches)
+    other = (view[:, None] != view) & seen[view][:, view]
+    distance = torch.cdist(place, place)
+    target = (-0.5 * (distance / _NEAR) ** 2).masked_fill(~other, -torch.inf)
+    known = distance.masked_fill(~other, torch.inf).amin(-1) < 1.5 * _NEAR  # patches that another view shows too
+    target = target.softmax(-1)
+    out = []
+    for q, k in calls[1:]:
+        q, k = (_patches(x[:, :_GUIDED], total, network.config.registers) for x in (q, k))
+        score = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
+        said = score.masked_fill(~other, -1e4).log_softmax(-1)
+        entropy = -(target[:, None] * said).sum(-1)
+        floor = -(target * target.clamp_min(1e-9).log()).sum(-1)
+        out.append(((entropy - floor[:, None]) * known[:, None]).sum() / (known.sum() * _GUIDED).clamp_min(1))
+    return torch.stack(out).mean()
+
+
+def _patches(x: Tensor, views: int, registers: int) -> Tensor:
+    """``[rooms, heads, tokens, dim]`` without the register tokens."""
+    return x.reshape(*x.shape[:2], views, -1, x.shape[-1])[:, :, :, registers:].flatten(2, 3)
+
+
+def relative(poses: Tensor, views: int) -> Tensor:
+    """Poses of all views in each map view: ``[rooms, views, total, 4, 4]``."""
+    told: Tensor = torch.linalg.inv(poses[:, :views, None]) @ poses[:, None]
+    return told
+
+
+def angle(a: Tensor, b: Tensor) -> Tensor:
+    """Degrees between rotations."""
+    trace = (a[..., :3, :3] * b[..., :3, :3]).sum((-1, -2))
+    return torch.rad2deg(torch.acos(((trace - 1) / 2).clamp(-1, 1)))
+
+
+@torch.no_grad()
+def validate(network: MultiViewNetwork, rooms_count: int = 24, views: int = 8, queries: int = 4) -> dict[str, float]:
+    """Held-out rooms: median errors of queries against each map view; the same with the map of another room; and identity."""
+    draw = generator(SEED, 10**9)
+    rooms = make_rooms(rooms_count, draw)
+    poses = random_poses(rooms, views + queries, draw)
+    images, local = render(rooms, poses)
+    sees = visibility(views, views + queries)
+    out = network(images, sees)
+    wrong = images.clone()
+    wrong[:, :views] = images.roll(1, 0)[:, :views]
+    swapped = network(wrong, sees)["camera_poses"]
+    truth = relative(poses, views)
+    told = relative(out["camera_poses"], views)
+    other = torch.linalg.inv(out["camera_poses"][:, :views, None]) @ swapped[:, None]
+    pairs = ~torch.eye(views, dtype=torch.bool)
+    turn, way = angle(told, truth), (told - truth)[..., :3, 3].norm(dim=-1)
+    still = torch.eye(4).expand_as(truth)
+    return dict(
+        map_turn=turn[:, :, :views][:, pairs].median().item(),
+        map_way=way[:, :, :views][:, pairs].median().item(),
+        turn=turn[:, :, views:].median().item(),
+        way=way[:, :, views:].median().item(),
+        turn_wrong=angle(other, truth)[:, :, views:].median().item(),
+        turn_still=angle(still, truth)[:, :, views:].median().item(),
+        way_still=truth[:, :, views:, :3, 3].norm(dim=-1).median().item(),
+        points=((out["local_points"] - local).norm(dim=-1) / local[..., 2]).mean().item(),
+    )
+
+
+def train(out: Path, steps: int, minutes: float, threads: int) -> MultiViewNetwork:
+    torch.set_num_threads(threads)
+    torch.manual_seed(SEED)
+    network = MultiViewNetwork(NetworkConfig())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.02, betas=(0.9, 0.95))
+    step, log = 0, []
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, log = state["step"], json.loads(state["log"])
+    begun = time.monotonic()
+    while step < steps:
+        rate = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        parts = losses(network, *batch(step, steps))
+        loss = torch.stack([part for name, part in parts.items() if name != "error"]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 250 == 0 or step == steps:
+            entry: dict[str, Any] = dict(step=step, seconds=round(time.monotonic() - begun), **validate(network))
+            entry.update({name: part.item() for name, part in parts.items()})
+            log.append(entry)
+            print(json.dumps({k: round(v, 3) for k, v in entry.items()}), flush=True)
+            state = dict(network=network.state_dict(), optimizer=optimizer.state_dict(), step=step, log=json.dumps(log))
+            torch.save(state, out / "checkpoint.tmp")
+            os.replace(out / "checkpoint.tmp", checkpoint)
+        if time.monotonic() - begun > minutes * 60:
+            break
+    return network
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--threads", type=int, default=2)
+    a = parser.parse_args()
+    train(a.out, a.steps, a.minutes, a.threads)
