@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -95,7 +96,9 @@ class Pi3(nn.Module):
         pose[..., :3, :3] *= torch.linalg.det(pose[..., :3, :3])[..., None, None]
         pose[..., :3, 3] = camera[..., 9:]
         return dict(
-            camera_poses=pose, local_points=local, conf=pixels(self.conf_head(self.conf_decoder(x, xpos=pos)[:, 5:]), imgs)
+            camera_poses=pose,
+            local_points=local,
+            conf=pixels(self.conf_head(self.conf_decoder(x, xpos=pos)[:, 5:]), imgs),
         )
 
 
@@ -126,7 +129,9 @@ class Aggregator(nn.Module):
         pos = places(images, 3)
         for within, across in zip(self.frame_blocks, self.global_blocks, strict=True):
             x = within(x, pos=pos)
-            x = across(x.view(batch, frames * length, -1), pos=pos.repeat(1, frames, 1)).view(batch * frames, length, -1)
+            x = across(x.view(batch, frames * length, -1), pos=pos.repeat(1, frames, 1)).view(
+                batch * frames, length, -1
+            )
         return x.view(batch, frames, length, -1)
 
 
@@ -192,16 +197,16 @@ class _Mask(TorchFunctionMode):
         return func(*args, **{**(kwargs or {}), "attn_mask": sees})
 
 
+def _masked(module: nn.Module, frames: int, *args: Any, **kwargs: Any) -> Any:
+    with _Mask(frames):
+        return type(module).forward(module, *args, **kwargs)
+
+
 @contextlib.contextmanager
 def last_frame_hidden(modules: Any, frames: int) -> Any:
     """In these modules no frame but itself sees the last one."""
     for module in modules:
-
-        def forward(*args: Any, _bare: Any = type(module).forward, _module: Any = module, **kwargs: Any) -> Any:
-            with _Mask(frames):
-                return _bare(_module, *args, **kwargs)
-
-        module.forward = forward
+        module.forward = functools.partial(_masked, module, frames)
     try:
         yield
     finally:

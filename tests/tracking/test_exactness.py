@@ -54,9 +54,11 @@ def test_the_map_is_seen(name):
     other = Tracker(tracker.model)
     for frame in multiview.images(KEYFRAMES, 24)[:, :, :12]:
         other.add_keyframe(frame)
-    wrong = tracker.map.gauge.poses(other.adapter.model(frames[-1][None, None])["camera_poses"][0, 0].double()) if (
-        name != "vggt"
-    ) else other.track(frames[-1]).pose
+    wrong = (
+        tracker.map.gauge.poses(other.adapter.model(frames[-1][None, None])["camera_poses"][0, 0].double())
+        if (name != "vggt")
+        else other.track(frames[-1]).pose
+    )
     assert (right - wrong).abs().max() > 1e-3
     bare = find_adapter(tracker.model).forward(torch.cat([frames[:KEYFRAMES], frames[-1:]])[None], reading=False)
     unmasked = tracker.map.gauge.poses(bare.poses[0, -1].detach().double())

@@ -33,7 +33,12 @@ FRAME = multiview.images(4)[3]
 
 
 def test_the_first_keyframe_is_the_world(tracker):
-    torch.testing.assert_close(tracker.map.poses[0], torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
+    origin = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(tracker.map.anchors[0], origin, rtol=0, atol=1e-6)
+    rigid = Tracker(tracker.model, sim3=False)
+    for frame in multiview.images(3):
+        rigid.add_keyframe(frame)
+    torch.testing.assert_close(rigid.map.poses[0], origin, rtol=0, atol=1e-6)
     assert tracker.map.version == 2  # of two keyframes, then of three
     found = tracker.track(FRAME)
     assert found.map_version == 2
@@ -51,7 +56,7 @@ def test_pictures_arrays_and_tensors_are_the_same(tracker, tmp_path):
 
 def test_fewer_than_two_keyframes(model):
     tracker = Tracker(model)
-    with pytest.raises(StateError, match="two keyframes, there are 0.*follow"):
+    with pytest.raises(StateError, match=r"two keyframes, there are 0.*follow"):
         tracker.track(FRAME)
     assert tracker.add_keyframe(FRAME).version == 0
     with pytest.raises(StateError, match="two keyframes, there is 1"):
@@ -120,7 +125,10 @@ def test_a_changed_model_is_refused_until_remapped(tracker, change, message):
 
 
 def test_autocast_is_part_of_the_map(tracker):
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(StateError, match="autocast was None and is torch.bfloat16"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(StateError, match=r"autocast was None and is torch.bfloat16"),
+    ):
         tracker.track(FRAME)
 
 
@@ -138,7 +146,7 @@ def test_a_failed_remap_leaves_the_old_map(tracker, monkeypatch):
         return views if reading else Views(views.poses * torch.nan, views.local_points, views.confidence)
 
     monkeypatch.setattr(tracker.adapter, "forward", broken)
-    with pytest.raises(StateError, match="NaN.*as it was"):
+    with pytest.raises(StateError, match=r"NaN.*as it was"):
         tracker.add_keyframe(FRAME)
 
     def out_of_memory(images, reading):
@@ -297,7 +305,7 @@ def test_an_error_inside_the_network_leaves_nothing_behind(tracker, monkeypatch)
 
 
 def test_no_adapter_fits():
-    with pytest.raises(UnsupportedError, match="no adapter fits Linear.*pi3, rooms, vggt"):
+    with pytest.raises(UnsupportedError, match=r"no adapter fits Linear.*pi3, rooms, vggt"):
         Tracker(torch.nn.Linear(2, 2))
     with pytest.raises(UnknownNameError, match="did you mean pi3"):
         Tracker(multiview.build("pi3"), adapter="pi33")
@@ -320,7 +328,7 @@ def test_attention_by_other_means_is_refused(model, monkeypatch):
     monkeypatch.setattr(attention, "forward", dense)
     tracker = Tracker(model)
     tracker.add_keyframe(FRAME)
-    with pytest.raises(UnsupportedError, match="Attention called F.scaled_dot_product_attention 0 times"):
+    with pytest.raises(UnsupportedError, match=r"Attention called F.scaled_dot_product_attention 0 times"):
         tracker.add_keyframe(FRAME)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,7 @@ class Frames:
             with Image.open(self._source) as moving:
                 count = int(getattr(moving, "n_frames", 1))
         else:
-            import av
-
-            with av.open(str(self._source)) as container:
+            with self._opened() as container:
                 count = container.streams.video[0].frames
         return -(-count // self._every)
 
@@ -155,13 +154,18 @@ class Frames:
                 seconds += frame.info.get("duration", 1000 / _RATE) / 1000
 
     def _video(self) -> Iterator[Frame]:
+        with self._opened() as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                known = frame.time if frame.time is not None else number / _RATE
+                yield Frame(f"{number}", number / self._rate if self._rate else float(known), frame.to_image())
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
         import av
 
         try:
             with av.open(str(self._source)) as container:
-                for number, frame in enumerate(container.decode(video=0)):
-                    known = frame.time if frame.time is not None else number / _RATE
-                    yield Frame(f"{number}", number / self._rate if self._rate else float(known), frame.to_image())
+                yield container
         except (av.FFmpegError, IndexError) as error:
             raise InputError(f"cannot read the video {self._source}: {error}") from error
 

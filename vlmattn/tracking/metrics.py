@@ -131,8 +131,8 @@ def rpe(
     if not 1 <= delta < len(moved):
         raise InputError(f"delta must be 1 to {len(moved) - 1} for {len(moved)} poses, got {delta}")
     first = np.arange(0, len(moved) - delta, 1 if every_pair else delta)
-    told, was = (np.linalg.inv(poses[first]) @ poses[first + delta] for poses in (moved, real))
-    error = np.linalg.inv(was) @ told
+    told, was = (_inverse(poses[first]) @ poses[first + delta] for poses in (moved, real))
+    error = _inverse(was) @ told
     if part == "translation":
         return Errors(np.linalg.norm(error[:, :3, 3], axis=1), "length")
     return Errors(angles(error), "degrees")
@@ -161,6 +161,15 @@ def associate(times: Any, others: Any, most: float = 0.02) -> tuple[NDArray[np.i
     if not near.any():
         raise InputError(f"no two time stamps are within {most} s; do both count from the same moment?")
     return np.flatnonzero(near), nearest[near]
+
+
+def _inverse(poses: Array) -> Array:
+    """Of rigid motions: the rotation transposed."""
+    inverse = np.zeros_like(poses)
+    inverse[:, :3, :3] = poses[:, :3, :3].transpose(0, 2, 1)
+    inverse[:, :3, 3:] = -inverse[:, :3, :3] @ poses[:, :3, 3:]
+    inverse[:, 3, 3] = 1
+    return inverse
 
 
 def _points(values: Any) -> Array:

@@ -241,7 +241,7 @@ class Tracker:
                 self._first = (frame, where)
                 return Mapped(True, 0)
             images, masks = self._joined(frame, where)
-            made = self._make(images, masks)
+            made = self._make(images, masks, self._map)
             old = self._map
             if made.usual is not None and made.confidence is not None:
                 sure = _mean(made.confidence[-1:], None if masks is None else masks[-1:])
@@ -249,6 +249,28 @@ class Tracker:
                     reason = f"its confidence is {float(sure):.3f}, below {_ACCEPT} of the first map's {float(made.usual):.3f}"
                     return Mapped(False, 0 if old is None else old.version, reason)
             self._map, self._first = made, None
+            return Mapped(True, made.version)
+
+    def make_map(self, images: Any, masks: Any = None) -> Mapped:
+        """Make a map of these keyframes in one pass, in place of any map and trajectory there is.
+
+        Args:
+            images: a batch of frames ``[n, 3, height, width]`` (or uint8 ``[n, height, width, 3]``), two or more.
+            masks: ``[n, height, width]`` in object mode.
+
+        Raises:
+            InputError: fewer than two, sizes, NaN, masks.
+            StateError: more than ``max_keyframes``, or the network returned NaN. All is then as it was.
+        """
+        frames, where = self._frame(images, masks)
+        if frames.dim() != 4 or len(frames) < 2:
+            raise InputError(f"a map needs a batch of two keyframes or more, got {list(frames.shape)}")
+        with self._mapping:
+            if len(frames) > self.max_keyframes:
+                raise StateError(f"{len(frames)} keyframes are more than max_keyframes = {self.max_keyframes}")
+            made = self._make(frames, where, None)
+            self.reset()
+            self._map = made
             return Mapped(True, made.version)
 
     def remap(self) -> None:
@@ -262,7 +284,7 @@ class Tracker:
                 raise StateError("there is no map; call add_keyframe() with two frames, or follow()")
             now = _State.of(self.model)
             masks = None if self._map.masks is None else self._map.masks.to(now.device)
-            self._map = self._make(self._map.images.to(now.device, now.dtype), masks)
+            self._map = self._make(self._map.images.to(now.device, now.dtype), masks, self._map)
 
     def track(self, image: Any, mask: Any = None) -> Track:
         """Where the camera is, against the map. Changes nothing, so threads may share a tracker.
@@ -423,12 +445,12 @@ class Tracker:
         with self._mapping:
             assert self._first is not None
             frame, where = self._first
-            self._map = self._make(frame[None], None if where is None else where[None])
+            self._map = self._make(frame[None], None if where is None else where[None], None)
             self._first = None
 
-    def _make(self, images: Tensor, masks: Tensor | None) -> Map:
-        """Run the network on all keyframes; the world of the result is the tracker's."""
-        old, count = self._map, len(images)
+    def _make(self, images: Tensor, masks: Tensor | None, old: Map | None) -> Map:
+        """Run the network on all keyframes; the world of the result is that of the ``old`` map, if there is one."""
+        count = len(images)
         seen = images if count > 1 else images.repeat(2, 1, 1, 1)
         store = Store(self.cache_dtype, self._kept_tokens(images, masks))
         views = self._run(store, seen[None], reading=False)
