@@ -67,8 +67,8 @@ def bench(
     if image is not None and not image.is_file():
         raise InputError(f"image not found: {image}")
     check_dtype(dtype)
-    place = _device(device)
-    _check_target(out)
+    place = find_device(device)
+    check_target(out)
     try:
         with warnings.catch_warnings(record=True) as heard:
             loaded, processor, inputs = _prepare(model, dtype, place, batch_size, image, prompt or _PROMPT)
@@ -83,7 +83,7 @@ def bench(
     plain(f"figures: {out}")
 
 
-def _device(name: str | None) -> str:
+def find_device(name: str | None) -> str:
     """A device that is there."""
     import torch
 
@@ -99,7 +99,7 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
     """Raise before anything is measured if the file cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +11,12 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from vlmattn import pages
+
 if TYPE_CHECKING:
     from vlmattn.evals.runner import Result
     from vlmattn.evals.suites.base import Suite
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _EXAMPLES = 3  # repaired and broken answers each, per preset and suite
 
 
@@ -147,8 +145,8 @@ def html_report(result: Result) -> str:
     """The whole report as one page: tables, charts with intervals, examples where presets disagree."""
     summary, parts = result.summary, []
     presets = list(summary["recipes"])
-    many = len(presets) > len(_COLOURS)  # bars could not be told apart
-    colours = {preset: _COLOURS[0 if many else i] for i, preset in enumerate(presets)}
+    many = len(presets) > len(pages.COLOURS)  # bars could not be told apart
+    colours = {preset: pages.COLOURS[0 if many else i] for i, preset in enumerate(presets)}
     for suite in result.suites:
         parts.append(f"<section><h2>{html.escape(suite.title)}</h2>")
         if many:
@@ -169,10 +167,7 @@ def html_report(result: Result) -> str:
             for name, recipe in summary["recipes"].items()
         )
     )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vlmattn eval: {html.escape(summary["model"])}</title><style>{_CSS}</style></head><body><main>
-<h1>Does it hallucinate less?</h1>
+    body = f"""<h1>Does it hallucinate less?</h1>
 <p>Model <b>{html.escape(summary["model"])}</b>, presets {", ".join(f"<b>{html.escape(p)}</b>" for p in presets)}; greedy decoding,
 the same samples and batches for all. Differences are to <b>none</b>, with 95&nbsp;% intervals from a paired bootstrap over images;
 p is McNemar's exact test. <span class="better">Green</span> and <span class="worse">red</span>: the interval leaves out 0, which
@@ -180,8 +175,8 @@ one interval in twenty does by chance alone.</p>
 {warnings}{"".join(parts)}
 <section><h2>How it was run</h2><p>{html.escape(versions)}<br>{html.escape(machine)}<br>seed {summary["seed"]},
 batch size {summary["batch_size"]}, {html.escape(summary["dtype"])}</p>
-<details><summary>Recipes</summary><pre>{recipes}</pre></details></section></main></body></html>
-"""
+<details><summary>Recipes</summary><pre>{recipes}</pre></details></section>"""
+    return pages.document(f"vlmattn eval: {summary['model']}", body)
 
 
 def _html_table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], colours: dict[str, str]) -> str:
@@ -258,7 +253,7 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
         frameon=False,
         fontsize=9,
     )
-    return _svg(figure)
+    return pages.figure(figure)
 
 
 def _differences(suite: Suite, result: Result, presets: Sequence[str]) -> str:
@@ -289,14 +284,7 @@ def _differences(suite: Suite, result: Result, presets: Sequence[str]) -> str:
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set_yticks(range(len(presets)), presets, fontsize=8)
     axes[0].set_ylim(len(presets) - 0.5, -0.5)
-    return _svg(figure)
-
-
-def _svg(figure: Any) -> str:
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = drawn.getvalue()
-    return f"<figure>{text[text.index('<svg') :]}</figure>"
+    return pages.figure(figure)
 
 
 def _examples(suite: Suite, result: Result, presets: Sequence[str]) -> str:
@@ -308,9 +296,7 @@ def _examples(suite: Suite, result: Result, presets: Sequence[str]) -> str:
             was, now = (suite.right(suite.score(sample, text)) for text in (bare, edited))
             kind = "repaired" if now and not was else "broken" if was and not now else ""
             if kind and len(found[kind]) < _EXAMPLES:
-                pictures = "".join(
-                    f"<img alt='' src='data:image/png;base64,{_png(picture)}'>" for picture in sample.images()
-                )
+                pictures = "".join(pages.image(picture) for picture in sample.images())
                 found[kind].append(
                     f"<div class='card {kind}'>{pictures}<p><b>{html.escape(sample.prompt)}</b><br>{html.escape(sample.condition)};"
                     f" truth: {html.escape(suite.expected(sample))}</p><p>none: {html.escape(bare)}</p>"
@@ -320,28 +306,3 @@ def _examples(suite: Suite, result: Result, presets: Sequence[str]) -> str:
     if not cards:
         return "<p class='note'>No answer became right or wrong by any preset.</p>"
     return f"<h3>Where presets disagree <small>the first {_EXAMPLES} repaired and broken answers of each</small></h3><div class='cards'>{''.join(cards)}</div>"
-
-
-def _png(picture: Any) -> str:
-    shown = picture.copy()
-    shown.thumbnail((336, 336))
-    if max(shown.size) < 112:
-        shown = shown.resize((112, 112 * shown.height // shown.width), resample=0)
-    data = io.BytesIO()
-    shown.save(data, format="PNG")
-    return base64.b64encode(data.getvalue()).decode()
-
-
-_CSS = """
-:root{--ink:#1c1c1c;--soft:#666;--line:#ddd;--good:#00684a;--bad:#a33c00}
-*{box-sizing:border-box}body{margin:0;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
-main{max-width:70rem;margin:0 auto;padding:1.5rem}h1{margin:0 0 .5rem}h2{margin:2.5rem 0 .5rem;border-bottom:2px solid var(--ink)}
-h3{margin:1.5rem 0 .5rem}small{color:var(--soft);font-weight:400;font-size:.75em}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:40rem;width:100%}th,td{padding:.3rem .6rem;text-align:right;vertical-align:top}
-thead th{border-bottom:1px solid var(--ink)}tbody th{text-align:left;font-weight:600}tr.first>*{border-top:1px solid var(--line)}
-td small,th small{display:block;white-space:nowrap}th.preset{font-weight:400;white-space:nowrap}th i{display:inline-block;width:.7em;height:.7em;margin-right:.4em}
-.better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.note{background:#fff6dd;padding:.5rem .8rem;border-left:4px solid #e0a800}
-figure{margin:1rem 0}figure svg{max-width:100%;height:auto}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
-.card{border:1px solid var(--line);border-left:4px solid;padding:.7rem;font-size:.9rem}.card.repaired{border-left-color:var(--good)}.card.broken{border-left-color:var(--bad)}
-.card p{margin:.3rem 0;overflow-wrap:anywhere}.card img{image-rendering:pixelated;max-width:100%;margin-right:.3rem}pre{white-space:pre-wrap;font-size:.8rem}
-"""

@@ -1,5 +1,6 @@
 """Tracking a camera against the keys and values of a map, with multi-view networks."""
 
+from vlmattn.tracking.bundled import load
 from vlmattn.tracking.files import Trajectory, read_tum, write_ply, write_tum
 from vlmattn.tracking.frames import Frames, fit
 from vlmattn.tracking.gauge import Similarity, align
@@ -29,6 +30,7 @@ __all__ = [
     "align",
     "find_adapter",
     "fit",
+    "load",
     "read_tum",
     "register_adapter",
     "write_ply",

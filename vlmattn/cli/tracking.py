@@ -1,0 +1,340 @@
+"""vlmattn track: where the camera was, frame by frame, of a folder, a video, or a rendered room."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vlmattn.cli.benchmark import check_target, find_device
+from vlmattn.cli.common import app, check_dtype, console, errors, plain
+from vlmattn.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    from vlmattn.tracking import Frames, Rule, Track, Tracker, Trajectory
+    from vlmattn.tracking.controls import Score, Walk
+
+_DEMO = Path("runs/track-demo")
+_SIZE = 308  # longer side for networks that come without a size: KV-Tracker's live setting
+_ROUNDS = 9  # of the paired timing in the demo
+
+Out = Annotated[Path | None, typer.Option(help="Trajectory in the TUM format: time tx ty tz qx qy qz qw per line.")]
+Viz = Annotated[Path | None, typer.Option(help="HTML page: path from above, confidence, keyframes.")]
+Ply = Annotated[Path | None, typer.Option(help="Point cloud of the keyframes.")]
+
+
+@app.command()
+def track(
+    frames: Annotated[Path | None, typer.Option(help="Folder of pictures, a video (needs PyAV), or a GIF.")] = None,
+    out: Out = None,
+    viz: Viz = None,
+    ply: Ply = None,
+    model: Annotated[str, typer.Option(help="'embedded', or what --network's from_pretrained takes.")] = "embedded",
+    network: Annotated[
+        str | None, typer.Option(help="Class of the model, package.module:Class, e.g. pi3.models.pi3:Pi3.")
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="When to take a keyframe: angular, azel, interval, pose. Default: angular; --demo: pose."),
+    ] = None,
+    degrees: Annotated[float | None, typer.Option(help="For angular, azel, pose: angle (10).")] = None,
+    interval: Annotated[int | None, typer.Option(help="For interval: frames (50).")] = None,
+    max_keyframes: Annotated[int, typer.Option(help="The map takes no more.")] = 20,
+    every: Annotated[int, typer.Option(help="Take each n-th frame.")] = 1,
+    rate: Annotated[float | None, typer.Option(help="Frames per second, where the source does not say (30).")] = None,
+    size: Annotated[int | None, typer.Option(help="Longer side in pixels; default: the network's, or 308.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Folder of masks of an object, named as the frames; white is on it.")
+    ] = None,
+    truth: Annotated[Path | None, typer.Option(help="True trajectory (TUM format): tells ATE and RPE.")] = None,
+    cache_dtype: Annotated[str, typer.Option(help="Of the map: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: a GPU if there is one.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Render a room and track it, with controls beside.")] = False,
+    seed: Annotated[int, typer.Option(help="Which room of the demo.", min=0)] = 0,
+) -> None:
+    """Track the camera of a sequence against the keys and values of a map of keyframes.
+
+    Examples:
+
+      [bold]vlmattn track --demo[/bold]
+
+      [bold]vlmattn track --frames walk/ --out walk.txt --viz walk.html[/bold]
+
+      [bold]vlmattn track --frames walk.mp4 --out walk.txt --model yyfz233/Pi3 --network pi3.models.pi3:Pi3 --rule pose[/bold]
+    """
+    if demo == (frames is not None):
+        raise OptionError("give --frames with a folder or video, or --demo" + (", not both" if demo else ""))
+    if demo and (truth or masks):
+        raise OptionError("--demo renders its own frames and knows their truth; leave out --truth and --masks")
+    chosen = _rule(rule or ("pose" if demo else "angular"), degrees, interval)
+    for name in (dtype, cache_dtype):
+        check_dtype(name)
+    place = find_device(device)
+    if frames is None:
+        out, viz = out or _DEMO / "trajectory.txt", viz or _DEMO / "page.html"
+        _check_targets(out, viz, ply)
+        _demo(_load(model, network, dtype, place), chosen, max_keyframes, cache_dtype, seed, out, viz, ply)
+        return
+    if out is None:
+        raise OptionError("give --out with a file name for the trajectory")
+    _check_targets(out, viz, ply)
+    from vlmattn.tracking import Frames, read_tum
+
+    source = Frames(frames, every, rate)
+    real = None if truth is None else read_tum(truth)
+    tracker = _tracker(_load(model, network, dtype, place), chosen, max_keyframes, cache_dtype)
+    tracks, times = _follow(tracker, source, size, masks)
+    extra, drawn = _against(tracker, real) if real is not None else ("", None)
+    _write(tracker, tracks, frames.name, out, viz, ply, drawn, extra)
+    plain(f"{len(tracks)} frames, {tracker.keyframes} keyframes, {len(tracks) / sum(times):.1f} frames per second")
+
+
+def _against(tracker: Tracker, real: Trajectory) -> tuple[str, Any]:
+    """Errors against the truth as HTML, and the true poses if every frame has one. What cannot be compared is a note."""
+    from vlmattn.tracking.controls import score
+    from vlmattn.tracking.metrics import associate
+
+    told = tracker.trajectory
+    try:
+        here, there = associate(told.times, real.times)
+        scored = {"tracked": score(told.poses[here], real.poses[there])}
+    except InputError as error:  # the trajectory is written all the same
+        errors.print(f"note: not compared with the truth: {error}", style="yellow", highlight=False, soft_wrap=True)
+        return "", None
+    _show(f"{len(here)} of {len(told)} frames have a true pose", scored)
+    return _html(scored), real.poses[there] if len(here) == len(told) else None
+
+
+def _check_targets(*targets: Path | None) -> None:
+    for target in targets:
+        if target is not None:
+            check_target(target)
+
+
+def _rule(name: str, degrees: float | None, interval: int | None) -> Rule:
+    from vlmattn.tracking.keyframes import Interval, find_rule
+
+    rule = find_rule(name)
+    if (degrees is not None and isinstance(rule, Interval)) or (
+        interval is not None and not isinstance(rule, Interval)
+    ):
+        option = "--interval" if interval is not None else "--degrees"
+        raise OptionError(f"{option} means nothing to --rule {name}")
+    given = {"degrees": degrees, "frames": interval}
+    return replace(rule, **{name: value for name, value in given.items() if value is not None})  # type: ignore[type-var]
+
+
+def _load(name: str, network: str | None, dtype: str, device: str) -> Any:
+    import torch
+
+    from vlmattn.tracking.bundled import load
+
+    kind = None if dtype == "auto" else getattr(torch, dtype)
+    if network is None:
+        if device == "cpu" and name == "embedded":
+            torch.set_num_threads(1)  # so small that threads would mostly wait for each other
+        loaded: Any = load() if name == "embedded" else load(name)
+    else:
+        module, _, attribute = network.partition(":")
+        try:
+            loaded = getattr(importlib.import_module(module), attribute).from_pretrained(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise OptionError(
+                f"--network {network} cannot be imported ({error}); it is package.module:Class"
+            ) from error
+        except OSError as error:
+            raise InputError(f"cannot load '{name}': {str(error).strip().splitlines()[0]}") from error
+    return loaded.eval().to(device=device, dtype=kind)
+
+
+def _tracker(model: Any, rule: Rule, max_keyframes: int, cache_dtype: str) -> Tracker:
+    import torch
+
+    from vlmattn.tracking import Tracker
+
+    kind = None if cache_dtype == "auto" else getattr(torch, cache_dtype)
+    return Tracker(model, rule=rule, max_keyframes=max_keyframes, cache_dtype=kind)
+
+
+def _follow(tracker: Tracker, source: Frames, size: int | None, masks: Path | None) -> tuple[list[Track], list[float]]:
+    """Track all frames; the seconds that each took."""
+    from vlmattn.tracking import fit
+    from vlmattn.tracking.frames import open_picture
+
+    longest = size or getattr(getattr(tracker.model, "config", None), "image_size", _SIZE)
+    multiple = tracker.adapter.multiple
+    tracks: list[Track] = []
+    times: list[float] = []
+    with _progress(len(source), "tracking") as bar:
+        for frame in source:
+            picture = fit(frame.picture, longest, multiple)
+            mask = None
+            if masks is not None:
+                mask = open_picture(masks / f"{Path(frame.name).stem}.png").resize(picture.size, resample=0)
+            begun = time.perf_counter()
+            tracks.append(tracker.follow(picture, mask, frame.seconds))
+            times.append(time.perf_counter() - begun)
+            bar.set_postfix_str(f"{tracker.keyframes} keyframes")
+            bar.update()
+    if not tracks:
+        raise InputError("the source has no frames")
+    return tracks, times
+
+
+@contextlib.contextmanager
+def _progress(total: int, what: str) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=total or None, desc=what, unit=" frames", leave=False, disable=None, file=sys.stderr) as bar:
+        yield bar
+
+
+def _demo(
+    model: Any, rule: Rule, max_keyframes: int, cache_dtype: str, seed: int, out: Path, viz: Path, ply: Path | None
+) -> None:
+    """Track a walk through a room that training never saw; the same frames by other ways; what a frame takes."""
+    from vlmattn.tracking.controls import compare, held_out_walk, score
+    from vlmattn.tracking.files import Trajectory, write_tum
+
+    walk, other = held_out_walk(seed), held_out_walk(seed + 1_000)
+    tracker = _tracker(model, rule, max_keyframes, cache_dtype)
+    tracks, times = [], []
+    with _progress(len(walk.images), "tracking") as bar:
+        for image in walk.images:
+            begun = time.perf_counter()
+            tracks.append(tracker.follow(image))
+            times.append(time.perf_counter() - begun)
+            bar.set_postfix_str(f"{tracker.keyframes} keyframes")
+            bar.update()
+    keyframes = [number for number, track in enumerate(tracks) if track.keyframe]
+    if len(keyframes) < 2:
+        raise OptionError(f"the rule took {len(keyframes)} keyframe; take one that asks for more, such as --degrees 5")
+    queries = [number for number in range(len(tracks)) if number not in keyframes]
+    with _progress(len(queries), "full passes") as bar:
+        ways = compare(model, walk, other, keyframes, queries, tick=bar.update)
+    live = {"live": score(tracker.trajectory.poses, walk.poses)}
+    scored = {name: score(poses, walk.poses[queries]) for name, poses in ways.items()}
+    speed = _speed(model, walk, keyframes, times, queries)
+    console.print(f"A room that training never saw (seed {seed}): {len(tracks)} frames, {len(keyframes)} keyframes.")
+    _show("Live, with the map growing, all frames", live)
+    _show("The frames between, against the finished map", scored)
+    for line in speed:
+        plain(line)
+    if note := _gate():
+        errors.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    write_tum(out.with_name("truth.txt"), Trajectory(tracker.trajectory.times, walk.poses))
+    lines = "".join(f"<li>{line}</li>" for line in speed)
+    extra = f"{_html({**live, **scored})}<h2>Speed</h2><ul>{lines}</ul>"
+    _write(tracker, tracks, f"A rendered room (seed {seed})", out, viz, ply, walk.poses, extra)
+
+
+def _gate() -> str:
+    """What must be said of the bundled network, if it did not pass the gate of its training."""
+    from vlmattn.tracking.bundled import figures
+
+    told = figures()["gate"]
+    if told["passed"]:
+        return ""
+    return (
+        "the bundled network is an untrained demo: against the wrong map it errs only "
+        f"{told['yaw_ratio']:.2f} (yaw) and {told['ate_ratio']:.2f} (ATE) times less"
+    )
+
+
+def _speed(
+    model: Any, walk: Walk, keyframes: Sequence[int], times: Sequence[float], queries: Sequence[int]
+) -> list[str]:
+    """Paired: the same frame cached and in a full pass; and what the live run took with all its maps."""
+    import torch
+
+    from vlmattn.evals.timing import paired, quartiles
+    from vlmattn.tracking.controls import make_map
+
+    tracker = make_map(model, walk.images, keyframes)
+    assert tracker.map is not None
+    frame = walk.images[queries[0]]
+    every = torch.cat([tracker.map.images, frame[None]])[None]
+
+    def full() -> None:
+        with torch.no_grad():
+            tracker.adapter.forward(every, reading=False)
+
+    seconds = paired({"cached": lambda: tracker.track(frame), "full": full}, _ROUNDS)
+    ratios = [full / cached for cached, full in zip(seconds["cached"], seconds["full"], strict=True)]
+    low, middle, high = quartiles(ratios)
+    cached, whole = (statistics.median(seconds[name]) * 1e3 for name in ("cached", "full"))
+    kept = tracker.map.cache_bytes / 2**20
+    return [
+        f"a frame against {len(keyframes)} keyframes: {cached:.1f} ms cached, {whole:.1f} ms in a full pass:"
+        f" {middle:.1f}x [{low:.1f}, {high:.1f}], n = {_ROUNDS}",
+        f"the live run with all its maps: {sum(times):.2f} s for {len(times)} frames, {len(times) / sum(times):.0f} per second"
+        f" ({whole * len(times) / 1e3 / sum(times):.1f}x a full pass for each frame)",
+        f"keys and values of the map: {kept:.2f} MiB, {kept / len(keyframes):.3f} MiB per keyframe",
+    ]
+
+
+_TOLD = {
+    "ate": "ATE, Sim(3)",
+    "ate_rigid": "ATE, rigid",
+    "rpe": "RPE",
+    "rpe_degrees": "RPE, degrees",
+    "yaw": "yaw, degrees",
+}
+
+
+def _show(title: str, scored: dict[str, Score]) -> None:
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column("")
+    for heading in _TOLD.values():
+        table.add_column(heading, justify="right")
+    for name, value in scored.items():
+        table.add_row(name, *(f"{getattr(value, field.name):.3f}" for field in fields(value)))
+    console.print(table)
+
+
+def _html(scored: dict[str, Score]) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in _TOLD.values())
+    rows = "".join(
+        f"<tr><th>{name}</th>{''.join(f'<td>{getattr(value, key):.3f}</td>' for key in _TOLD)}</tr>"
+        for name, value in scored.items()
+    )
+    return (
+        f"<h2>Errors</h2><div class='wide'><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        "<p>RMSE of the camera centres (ATE) and of the steps between tracked frames (RPE) in the unit of the truth; yaw is the"
+        " mean error of the heading. One alignment of the whole path; its seven degrees of freedom forgive much, so errors mean"
+        " something only beside those of the wrong map.</p>"
+    )
+
+
+def _write(
+    tracker: Tracker,
+    tracks: Sequence[Track],
+    title: str,
+    out: Path,
+    viz: Path | None,
+    ply: Path | None,
+    truth: Any,
+    extra: str,
+) -> None:
+    from vlmattn.interventions.files import write_whole
+    from vlmattn.tracking.page import page
+
+    tracker.save_tum(out)
+    plain(f"trajectory: {out}")
+    if ply is not None:
+        tracker.save_ply(ply)
+        plain(f"points: {ply}")
+    if viz is not None:
+        write_whole(viz, page(tracker, tracks, title, truth, extra))
+        plain(f"page: {viz}")

@@ -1,0 +1,53 @@
+"""HTML pages that need nothing from elsewhere: one style, figures and pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from typing import Any
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+
+
+def document(title: str, body: str) -> str:
+    """A whole page; ``body`` is HTML."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>
+{body}</main></body></html>
+"""
+
+
+def figure(drawn: Any) -> str:
+    """A matplotlib figure as SVG."""
+    text = io.StringIO()
+    drawn.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return f"<figure>{text.getvalue()[text.getvalue().index('<svg') :]}</figure>"
+
+
+def image(picture: Any, longest: int = 336, least: int = 112) -> str:
+    """A PIL image, made to fit; small ones grow without being smoothed."""
+    shown = picture.copy()
+    shown.thumbnail((longest, longest))
+    if max(shown.size) < least:
+        shown = shown.resize((least, least * shown.height // shown.width), resample=0)
+    data = io.BytesIO()
+    shown.save(data, format="PNG")
+    return f"<img alt='' src='data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}'>"
+
+
+_STYLE = """
+:root{--ink:#1c1c1c;--soft:#666;--line:#ddd;--good:#00684a;--bad:#a33c00}
+*{box-sizing:border-box}body{margin:0;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
+main{max-width:70rem;margin:0 auto;padding:1.5rem}h1{margin:0 0 .5rem}h2{margin:2.5rem 0 .5rem;border-bottom:2px solid var(--ink)}
+h3{margin:1.5rem 0 .5rem}small{color:var(--soft);font-weight:400;font-size:.75em}.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:40rem;width:100%}th,td{padding:.3rem .6rem;text-align:right;vertical-align:top}
+thead th{border-bottom:1px solid var(--ink)}tbody th{text-align:left;font-weight:600}tr.first>*{border-top:1px solid var(--line)}
+td small,th small{display:block;white-space:nowrap}th.preset{font-weight:400;white-space:nowrap}th i{display:inline-block;width:.7em;height:.7em;margin-right:.4em}
+.better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.note{background:#fff6dd;padding:.5rem .8rem;border-left:4px solid #e0a800}
+figure{margin:1rem 0}figure svg{max-width:100%;height:auto}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
+.card{border:1px solid var(--line);border-left:4px solid;padding:.7rem;font-size:.9rem}.card.repaired{border-left-color:var(--good)}.card.broken{border-left-color:var(--bad)}
+.card p{margin:.3rem 0;overflow-wrap:anywhere}.card img{image-rendering:pixelated;max-width:100%;margin-right:.3rem}pre{white-space:pre-wrap;font-size:.8rem}
+"""
