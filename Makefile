@@ -31,6 +31,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.decoding --out benchmarks/results
 	$(BIN)/python -m benchmarks.attention --out benchmarks/results
 	$(BIN)/python -m benchmarks.pruning --out benchmarks/results
+	$(BIN)/python -m benchmarks.tracking --out benchmarks/results
 
 # In an environment that has torch for its GPU already: pip install --no-deps -e . && make gpu PYTHON=python
 gpu:

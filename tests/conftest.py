@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("VLMATTN_BACKEND", None)
@@ -26,3 +27,21 @@ def no_grad():
     """For tests that run models; gradients stay on elsewhere."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    from vlmattn import cli
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlmattn", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    monkeypatch.setattr(cli.common.console, "width", 200)
+    return call

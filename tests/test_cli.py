@@ -24,24 +24,6 @@ TUNE = ["tune", "--out", "{tmp}/o"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlmattn", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    monkeypatch.setattr(cli.common.console, "width", 200)
-    return call
-
-
-@pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "scene.png"
     Image.fromarray(make_scene(12, 0)[1]).save(path)

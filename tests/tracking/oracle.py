@@ -13,12 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmattn.tracking import Adapter, Similarity, Views
+from vlmattn.tracking.rooms import make_rooms, smooth_poses
 
 STEP = 1 / 512  # frame n is a picture of one grey, n * STEP
 
 
 def picture(number: int, size: int = 4) -> Tensor:
     return torch.full((3, size, size), number * STEP, dtype=torch.float64)
+
+
+def walk(frames: int = 60, seed: int = 3) -> Tensor:
+    """True poses of a camera in a room."""
+    draw = torch.Generator().manual_seed(seed)
+    poses = smooth_poses(make_rooms(1, draw), frames, draw)[0].double()
+    u, _, vt = torch.linalg.svd(poses[:, :3, :3])  # rotations to the last digit
+    poses[:, :3, :3] = u @ vt
+    return poses
 
 
 class _Gauge(nn.Module):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import multiview
 import pytest
 import torch
 
-from tests.tracking import multiview
 from vlmattn.kernels import segments
 from vlmattn.tracking import Tracker
 from vlmattn.tracking.models import find_adapter

@@ -9,19 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import Oracle, OracleAdapter, picture, walk
 
-from tests.tracking.oracle import Oracle, OracleAdapter, picture
 from vlmattn.tracking import Interval, Similarity, Tracker, align, metrics
 from vlmattn.tracking.keyframes import Angular, Azel, PoseChange, Sight
-from vlmattn.tracking.rooms import make_rooms, rotation, smooth_poses
-
-
-def walk(frames=60, seed=3):
-    draw = torch.Generator().manual_seed(seed)
-    poses = smooth_poses(make_rooms(1, draw), frames, draw)[0].double()
-    u, _, vt = torch.linalg.svd(poses[:, :3, :3])  # rotations to the last digit
-    poses[:, :3, :3] = u @ vt
-    return poses
+from vlmattn.tracking.rooms import rotation
 
 
 def followed(poses, rule=None, noise=0.0, sim3=True, seed=0, **options):

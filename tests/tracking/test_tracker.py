@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 
+import multiview
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import vlmattn
-from tests.tracking import multiview
 from vlmattn.errors import InputError, OptionError, StateError, UnknownNameError, UnsupportedError
 from vlmattn.tracking import Adapter, Interval, Tracker, Views, find_adapter, register_adapter
 from vlmattn.tracking.models import base

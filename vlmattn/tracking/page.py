@@ -51,7 +51,7 @@ def _path(tracker: Tracker, tracks: Sequence[Track], keyframes: Sequence[int], t
     axis.plot(told[:, 0, 3], told[:, 2, 3], color=pages.COLOURS[1], linewidth=2, label="tracked")
     if truth is not None and (real := _onto(truth, told)) is not None:
         axis.plot(real[:, 0, 3], real[:, 2, 3], color="black", linewidth=1.2, linestyle="--", label="truth")
-    size = 0.08 * max(np.ptp(told[:, 0, 3]), np.ptp(told[:, 2, 3]), 1e-3)
+    size = 0.12 * max(np.ptp(told[:, 0, 3]), np.ptp(told[:, 2, 3]), 1e-3)
     for number in keyframes:
         x, z = told[number, [0, 2], 3]
         ahead = size * told[number, [0, 2], 2]

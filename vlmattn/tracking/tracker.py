@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,8 +116,9 @@ class _State:
     weights: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> _State:
-        parameters = list(model.parameters())
+    def of(cls, modules: Sequence[nn.Module]) -> _State:
+        """``modules``: those with parameters of their own; found once, since walking a network takes longer than a frame may."""
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
         first = parameters[0]
         kind = first.device.type
         versions = hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
@@ -185,6 +187,9 @@ class Tracker:
             raise OptionError(f"cache_dtype must be a floating-point dtype, got {cache_dtype}")
         self.model = model
         self.adapter = find_adapter(model, adapter)
+        self._modules = [
+            module for module in model.modules() if any(p is not None for p in module._parameters.values())
+        ]
         self.rule = find_rule(rule)
         self.sim3 = sim3
         self.cache_dtype = cache_dtype
@@ -282,7 +287,7 @@ class Tracker:
         with self._mapping:
             if self._map is None:
                 raise StateError("there is no map; call add_keyframe() with two frames, or follow()")
-            now = _State.of(self.model)
+            now = self._state()
             masks = None if self._map.masks is None else self._map.masks.to(now.device)
             self._map = self._make(self._map.images.to(now.device, now.dtype), masks, self._map)
 
@@ -312,7 +317,7 @@ class Tracker:
                 f"this frame is {sizes[0]}, the keyframes are {sizes[1]}: it is tracked, but less well", stacklevel=2
             )
         batch = frame if frame.dim() == 4 else frame[None]
-        using.state.check(_State.of(self.model))
+        using.state.check(self._state())
         views = self._run(Read(using.cache), batch[:, None], reading=True)
         pose = using.gauge.poses(views.poses[:, 0].double())
         points, confidence = None, None
@@ -413,7 +418,7 @@ class Tracker:
             )
         if self.model.training:
             raise StateError("the model is in training mode, where dropout changes the answers; call model.eval()")
-        state = _State.of(self.model)
+        state = self._state()
         frame = frame.to(state.device, state.dtype)
         if mask is None:
             return frame, None
@@ -485,8 +490,11 @@ class Tracker:
             centre=centre,
             usual=usual if old is None else old.usual,
             version=1 if old is None else old.version + 1,
-            state=_State.of(self.model),
+            state=self._state(),
         )
+
+    def _state(self) -> _State:
+        return _State.of(self._modules)
 
     def _run(self, this: Store | Read, images: Tensor, reading: bool) -> Views:
         with torch.no_grad(), running(this, self.adapter.attentions()):

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vlmattn.interventions.files import write_whole
+from vlmattn.tracking.bundled import save
 from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig, rigid
 from vlmattn.tracking.rooms import make_rooms, random_poses, render
 
@@ -32,6 +34,9 @@ STEPS = 20_000
 _GUIDED = 2  # heads of the global blocks that are told where to look
 _NEAR = 0.2  # how near patches of two views must lie to show the same place
 _MATCH = 0.2
+_POSE = 0.3
+_HALVED_FROM = 7_000  # steps: the learning rate
+_POSE_FROM = 5_500  # steps: before, every layer but the first learns to say points; then the last, and cameras too
 _NEAR_PLANS = (
     (16, 2, 1),
     (8, 4, 2),
@@ -68,7 +73,14 @@ def visibility(views: int, total: int) -> Tensor:
     return sees
 
 
-def losses(network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tensor, views: int) -> dict[str, Tensor]:
+def losses(
+    network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tensor, views: int, posed: bool
+) -> dict[str, Tensor]:
+    """Parts of the loss, by name (``error`` is only for the log).
+
+    Args:
+        posed: ask for the cameras, and no longer for what the layers before the last one say.
+    """
     patch = network.config.patch_size
     mean = (
         local.unfold(2, patch, patch).unfold(3, patch, patch).mean((-1, -2)).flatten(2, 3)
@@ -80,9 +92,9 @@ def losses(network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tens
     out = {"match": _MATCH * matching(network, watch.calls[1::2], world, seen)}
     for number, tokens in enumerate(layers):
         last = number == len(layers) - 1
-        if number == 0:
+        if number == 0 or (posed and not last):
             continue
-        points, _, said, precision = network.anchors(tokens, images)
+        points, anchor, said, precision = network.anchors(tokens, images)
         with torch.no_grad():
             ones = torch.ones_like(precision[:, :views]).flatten(1)
             motion = rigid(said[:, :views].flatten(1, 2), world[:, :views].flatten(1, 2), ones)
@@ -92,6 +104,11 @@ def losses(network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tens
         out[f"world{number}"] = weight * (error * precision.exp() - 0.5 * precision).mean()
         if last:
             out["error"] = error.detach().mean()
+            if posed:
+                camera = motion[:, None] @ rigid(anchor.detach(), said, precision.exp())
+                way = (camera - poses)[..., :3, 3].norm(dim=-1)
+                turn = (camera - poses)[..., :3, :3].flatten(-2).norm(dim=-1)
+                out["pose"] = _POSE * (way + turn).mean()
             out["local"] = ((points - local).norm(dim=-1) / local[..., 2]).mean()
     return out
 
@@ -177,12 +194,13 @@ def validate(network: MultiViewNetwork, rooms_count: int = 24, views: int = 8, q
     )
 
 
-def train(out: Path, steps: int, minutes: float, threads: int) -> MultiViewNetwork:
+def train(out: Path, steps: int, threads: int) -> MultiViewNetwork:
+    """Train, or go on from the last checkpoint in ``out``."""
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     network = MultiViewNetwork(NetworkConfig())
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.02, betas=(0.9, 0.95))
-    step, log = 0, []
+    step, log, spent = 0, [], 0
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
@@ -190,36 +208,61 @@ def train(out: Path, steps: int, minutes: float, threads: int) -> MultiViewNetwo
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         step, log = state["step"], json.loads(state["log"])
+        spent = log[-1]["seconds"]
     begun = time.monotonic()
     while step < steps:
-        rate = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rate = learning_rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        parts = losses(network, *batch(step, steps))
+        parts = losses(network, *batch(step, steps), posed=step >= _POSE_FROM)
         loss = torch.stack([part for name, part in parts.items() if name != "error"]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        size = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        if bool(size.isfinite()):  # the motion of patches that lie in a plane has no gradient
+            optimizer.step()
         step += 1
         if step % 250 == 0 or step == steps:
-            entry: dict[str, Any] = dict(step=step, seconds=round(time.monotonic() - begun), **validate(network))
+            entry: dict[str, Any] = dict(
+                step=step, seconds=round(spent + time.monotonic() - begun), **validate(network)
+            )
             entry.update({name: part.item() for name, part in parts.items()})
             log.append(entry)
             print(json.dumps({k: round(v, 3) for k, v in entry.items()}), flush=True)
             state = dict(network=network.state_dict(), optimizer=optimizer.state_dict(), step=step, log=json.dumps(log))
             torch.save(state, out / "checkpoint.tmp")
             os.replace(out / "checkpoint.tmp", checkpoint)
-        if time.monotonic() - begun > minutes * 60:
-            break
     return network
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
+def learning_rate(step: int, steps: int) -> float:
+    """A cosine after a short warm-up; halved where the losses had stopped to fall."""
+    rate = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return rate if step < _HALVED_FROM else rate / 2
+
+
+def export(network: MultiViewNetwork, out: Path, folder: Path) -> None:
+    """Weights, sizes and log of a finished run."""
+    save(network, folder)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    write_whole(folder / "training_log.json", json.dumps(_rounded(json.loads(state["log"])), indent=0) + "\n")
+
+
+def _rounded(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: round(value, 4) for name, value in entry.items()} for entry in log]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; the same command resumes it")
+    parser.add_argument("--export", type=Path, help="write the network there when all steps are done")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--threads", type=int, default=2)
-    a = parser.parse_args()
-    train(a.out, a.steps, a.minutes, a.threads)
+    options = parser.parse_args()
+    network = train(options.out, options.steps, options.threads)
+    if options.export:
+        export(network, options.out, options.export)
+
+
+if __name__ == "__main__":
+    main()
