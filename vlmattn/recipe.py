@@ -15,8 +15,8 @@ import yaml
 from vlmattn.decoding import Branch, ContrastiveDecoding, Decoding, Gaze, Instead
 from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import InputError, OptionError, UnknownNameError, UnsupportedError, VlmattnError
+from vlmattn.files import copy_whole, write_whole
 from vlmattn.interventions import Intervention, Options, all_presets, make_method
-from vlmattn.interventions.files import copy_whole, write_whole
 from vlmattn.interventions.pruning import KVPolicy, Pruning
 from vlmattn.interventions.registry import Sizes
 from vlmattn.request import Plan

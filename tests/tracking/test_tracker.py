@@ -223,6 +223,27 @@ def test_follow_begins_with_the_first_frame_twice(model):
     assert tracker.keyframes == 2
 
 
+def test_follow_goes_on_with_a_map_that_is_there(model):
+    """Also when its first frame is not of the map; and make_map begins anew."""
+    frames = multiview.images(5)
+    tracker = Tracker(model, rule=Interval(100))
+    assert tracker.make_map(frames[:3]).version == 1
+    found = tracker.follow(frames[4])
+    assert not found.keyframe
+    assert torch.equal(found.pose, tracker.track(frames[4]).pose)
+    assert tracker.keyframes == 3
+    tracker.make_map(frames[:2])
+    assert len(tracker.trajectory) == 0
+    with pytest.raises(InputError, match="two keyframes or more"):
+        tracker.make_map(frames[:1])
+    with pytest.raises(StateError, match="more than max_keyframes = 2"):
+        Tracker(model, max_keyframes=2).make_map(frames)
+    one_by_one = Tracker(model)
+    for frame in frames[:2]:
+        one_by_one.add_keyframe(frame)
+    torch.testing.assert_close(tracker.map.poses, one_by_one.map.poses)
+
+
 def test_object_mode_blackens_and_drops(model):
     frames, mask = multiview.images(3), torch.zeros(12, 16, dtype=torch.bool)
     mask[4:9, 4:12] = True

@@ -292,7 +292,7 @@ def _evaluate(
 ) -> None:
     from vlmattn.evals.report import html_report, markdown_tables, terminal_tables
     from vlmattn.evals.runner import evaluate
-    from vlmattn.interventions.files import write_whole
+    from vlmattn.files import write_whole
     from vlmattn.recipe import Recipe
 
     chosen = [preset.strip() for preset in presets.split(",") if preset.strip()]

@@ -328,7 +328,7 @@ def _write(
     truth: Any,
     extra: str,
 ) -> None:
-    from vlmattn.interventions.files import write_whole
+    from vlmattn.files import write_whole
     from vlmattn.tracking.page import page
 
     tracker.save_tum(out)

@@ -23,7 +23,7 @@ from vlmattn.embedded.train import BATCH, MULTI_IMAGE_FROM, SEED, TEXT_STEPS, VI
 from vlmattn.evals.journal import write_json
 from vlmattn.evals.runner import Result, evaluate, versions
 from vlmattn.evals.suites import Chair, Pope, Which, World
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 
 CHECK_SCENES = 60  # the small set on which a test compares the committed weights with the card
 _PRIORS = (0.25, 0.5, 0.75, 1.0)

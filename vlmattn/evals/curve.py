@@ -19,7 +19,7 @@ from typing import Any
 from vlmattn.errors import InputError, VlmattnError
 from vlmattn.evals.report import change, verdict
 from vlmattn.evals.survey import FEWER_TOKENS, read_run
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#8B4513")
 

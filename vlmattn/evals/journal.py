@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from vlmattn.errors import InputError, StateError
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 
 Key = tuple[str, str, str]  # suite, preset, sample id
 

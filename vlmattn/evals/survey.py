@@ -20,8 +20,8 @@ from typing import Any
 import vlmattn.decoding  # noqa: F401  (its methods have names too)
 from vlmattn.errors import InputError, VlmattnError
 from vlmattn.evals.report import change, p_value, verdict
+from vlmattn.files import write_whole
 from vlmattn.interventions import all_presets, find_method
-from vlmattn.interventions.files import write_whole
 
 FEWER_TOKENS = "<!-- fewer image tokens: written by vlmattn.evals.curve -->"  # begins a section that is kept
 _LEVEL = 0.05  # of the 95 % intervals in the summary

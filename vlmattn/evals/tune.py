@@ -15,7 +15,7 @@ from vlmattn.evals.journal import write_json
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites.base import Suite
 from vlmattn.evals.suites.subset import Subset
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 from vlmattn.recipe import Recipe
 
 #: Stream of the generated scenes, and order of the samples: not the scenes of ``vlmattn eval``, nor of the training.

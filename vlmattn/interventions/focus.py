@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmattn.errors import InputError, OptionError
+from vlmattn.files import beside
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.files import beside
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit
 from vlmattn.request import Directions, Scope

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import OptionError
+from vlmattn.files import beside
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.files import beside
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, HeadPart, MaskPart, Rows

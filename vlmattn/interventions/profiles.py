@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 from vlmattn.interventions.registry import Sizes
 
 _P = TypeVar("_P", bound="_Profile")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import OptionError
+from vlmattn.files import beside
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.files import beside
 from vlmattn.interventions.profiles import SinkProfile
 from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.interventions.sinks import LIKE_FIRST, SINK_DIMS, UNVERIFIED_SINK_DIMS, sink_values

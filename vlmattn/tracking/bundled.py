@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlmattn.errors import InputError
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig
 
 FOLDER = Path(__file__).parent / "tiny-rooms"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 from vlmattn.tracking.bundled import load
 from vlmattn.tracking.controls import Score, compare, held_out_walk, score, spread_out
 from vlmattn.tracking.network import MultiViewNetwork

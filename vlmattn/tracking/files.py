@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmattn.errors import InputError
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 from vlmattn.tracking.metrics import Array
 
 

@@ -203,7 +203,10 @@ class Tracker:
     def reset(self) -> None:
         """Forget map and trajectory."""
         self._map: Map | None = None
-        self._first: tuple[Tensor, Tensor | None] | None = None
+        self._first: tuple[Tensor, Tensor | None] | None = None  # a keyframe that waits for the second
+        self._forget_path()
+
+    def _forget_path(self) -> None:
         self._last: Track | None = None
         self._since = 0
         self._times: list[float] = []
@@ -274,8 +277,8 @@ class Tracker:
             if len(frames) > self.max_keyframes:
                 raise StateError(f"{len(frames)} keyframes are more than max_keyframes = {self.max_keyframes}")
             made = self._make(frames, where, None)
-            self.reset()
-            self._map = made
+            self._map, self._first = made, None
+            self._forget_path()
             return Mapped(True, made.version)
 
     def remap(self) -> None:
@@ -345,10 +348,10 @@ class Tracker:
             image, mask: one frame, as for ``add_keyframe``.
             time: seconds, for the trajectory; default: the number of the frame.
         """
-        if self._map is None and self._first is None:
+        begins = self._map is None and self._first is None
+        if begins:
             self.add_keyframe(image, mask)
-            self._alone()
-        elif self._map is None:
+        if self._map is None:
             self._alone()
         found = self.track(image, mask)
         assert self._map is not None
@@ -356,8 +359,8 @@ class Tracker:
         if bool(found.lost):
             if self._last is not None:
                 found = replace(found, pose=self._last.pose)
-        elif not self._poses:  # the frame that the map was made of
-            found = replace(found, pose=self._map.poses[0], keyframe=self.keyframes == 1)
+        elif begins:
+            found = replace(found, pose=self._map.poses[0], keyframe=True)
             self._since = 0
         elif self.keyframes < self.max_keyframes and self._since >= self.min_gap:
             sight = Sight(found.pose, self._map.poses, self._map.centre, self._map.depth, self._since)

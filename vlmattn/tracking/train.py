@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 from vlmattn.tracking.bundled import save
 from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig, rigid
 from vlmattn.tracking.rooms import make_rooms, random_poses, render

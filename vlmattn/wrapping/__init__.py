@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from vlmattn import attention
 from vlmattn.errors import InputError, StateError, UnsupportedError
-from vlmattn.interventions.files import beside, copy_whole
+from vlmattn.files import beside, copy_whole
 from vlmattn.models import Generic, find_family
 from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import Plan

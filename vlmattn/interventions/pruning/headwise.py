@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vlmattn.errors import OptionError
-from vlmattn.interventions.files import beside
+from vlmattn.files import beside
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.interventions.pruning.policy import KVPolicy, host_counts
 from vlmattn.interventions.registry import Sizes, option
