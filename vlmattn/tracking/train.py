@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
 from vlmattn.files import write_whole
@@ -30,20 +31,21 @@ from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig, rigid
 from vlmattn.tracking.rooms import make_rooms, random_poses, render
 
 SEED = 2027
-STEPS = 20_000
+STEPS = 19_000
+_HORIZON = 20_000  # of the learning rate
+_NEAR_PLANS = ((16, 2, 1), (8, 4, 2), (16, 2, 1), (4, 8, 4))  # rooms, map views, queries: at first
+_PLANS = ((12, 2, 2), (8, 4, 2), (4, 8, 4), (3, 12, 4))  # and then
+_NEAR_UNTIL, _SPREAD_BY = 5_000, 2_400  # steps: of the first plans; until views lie as far apart as they will
 _GUIDED = 2  # heads of the global blocks that are told where to look
 _NEAR = 0.2  # how near patches of two views must lie to show the same place
 _MATCH = 0.2
 _POSE = 0.3
-_HALVED_FROM = 7_000  # steps: the learning rate
-_POSE_FROM = 5_500  # steps: before, every layer but the first learns to say points; then the last, and cameras too
-_NEAR_PLANS = (
-    (16, 2, 1),
-    (8, 4, 2),
-    (16, 2, 1),
-    (4, 8, 4),
-)  # rooms, map views, queries: the first quarter of the steps
-_PLANS = ((12, 2, 2), (8, 4, 2), (4, 8, 4), (3, 12, 4))  # and the rest
+_PRECISION = 0.1
+# Steps at which the recipe changed while the one run that there is went on, see the card.
+_LAST_FROM = 5_500  # before, every layer but the first learns to say points; then only the last, and cameras too
+_HALVED_FROM = 7_000  # the learning rate
+_PLAIN_FROM = 8_250  # before, errors of points count by their precision, whose gradients drowned those of the depths
+_AVERAGE = 0.002  # from then on weights are averaged, with this share of the new ones each step
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -54,13 +56,13 @@ def generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch(step: int, steps: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def batch(step: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """Pictures, points in the camera, poses, and how many of the views are the map."""
-    plans = _NEAR_PLANS if step < steps / 4 else _PLANS
+    plans = _NEAR_PLANS if step < _NEAR_UNTIL else _PLANS
     rooms_count, views, queries = plans[step % len(plans)]
     draw = generator(SEED, step)
     rooms = make_rooms(rooms_count, draw)
-    spread = min(1.0, 0.4 + 0.6 * step / (0.12 * steps))
+    spread = min(1.0, 0.4 + 0.6 * step / _SPREAD_BY)
     poses = random_poses(rooms, views + queries, draw, spread)
     images, local = render(rooms, poses)
     return images, local, poses, views
@@ -74,13 +76,9 @@ def visibility(views: int, total: int) -> Tensor:
 
 
 def losses(
-    network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tensor, views: int, posed: bool
+    network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tensor, views: int, step: int
 ) -> dict[str, Tensor]:
-    """Parts of the loss, by name (``error`` is only for the log).
-
-    Args:
-        posed: ask for the cameras, and no longer for what the layers before the last one say.
-    """
+    """Parts of the loss, by name (``error`` is only for the log)."""
     patch = network.config.patch_size
     mean = (
         local.unfold(2, patch, patch).unfold(3, patch, patch).mean((-1, -2)).flatten(2, 3)
@@ -90,27 +88,52 @@ def losses(
     with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
         layers = network.tokens(images, seen)
     out = {"match": _MATCH * matching(network, watch.calls[1::2], world, seen)}
-    for number, tokens in enumerate(layers):
-        last = number == len(layers) - 1
-        if number == 0 or (posed and not last):
-            continue
-        points, anchor, said, precision = network.anchors(tokens, images)
-        with torch.no_grad():
-            ones = torch.ones_like(precision[:, :views]).flatten(1)
-            motion = rigid(said[:, :views].flatten(1, 2), world[:, :views].flatten(1, 2), ones)
-        moved = said @ motion[:, None, :3, :3].transpose(-1, -2) + motion[:, None, None, :3, 3]
-        error = (moved - world).norm(dim=-1)
-        weight = 1.0 if last else 0.3
-        out[f"world{number}"] = weight * (error * precision.exp() - 0.5 * precision).mean()
-        if last:
-            out["error"] = error.detach().mean()
-            if posed:
-                camera = motion[:, None] @ rigid(anchor.detach(), said, precision.exp())
-                way = (camera - poses)[..., :3, 3].norm(dim=-1)
-                turn = (camera - poses)[..., :3, :3].flatten(-2).norm(dim=-1)
-                out["pose"] = _POSE * (way + turn).mean()
-            out["local"] = ((points - local).norm(dim=-1) / local[..., 2]).mean()
+    for number, tokens in enumerate(layers[1:-1]):
+        if step < _LAST_FROM:
+            *_, said, precision = network.anchors(tokens, images)
+            error = (_fitted(said, world, views)[0] - world).norm(dim=-1)
+            out[f"world{number + 1}"] = 0.3 * (error * precision.exp() - 0.5 * precision).mean()
+    points, anchor, said, precision = network.anchors(layers[-1], images)
+    moved, motion = _fitted(said, world, views)
+    error = (moved - world).norm(dim=-1)
+    out["error"] = error.detach().mean()
+    out["local"] = ((points - local).norm(dim=-1) / local[..., 2]).mean()
+    if step < _PLAIN_FROM:
+        out["world"] = (error * precision.exp() - 0.5 * precision).mean()
+    else:
+        out["world"] = error.mean()
+        out["precision"] = _PRECISION * (error.detach() * precision.exp() - precision).mean()
+        out["anchor"] = (anchor - mean).norm(dim=-1).mean()
+        out["pose"] = _POSE * _off(moved, anchor, precision, poses).mean()
+    if _LAST_FROM <= step < _PLAIN_FROM:
+        camera = motion[:, None] @ rigid(anchor.detach(), said, precision.exp())
+        way = (camera - poses)[..., :3, 3].norm(dim=-1)
+        turn = (camera - poses)[..., :3, :3].flatten(-2).norm(dim=-1)
+        out["pose"] = _POSE * (way + turn).mean()
     return out
+
+
+def _off(world: Tensor, local: Tensor, precision: Tensor, poses: Tensor) -> Tensor:
+    """How far the motion from ``local`` to ``world`` is from the true pose, ``[rooms, views]``: distance + sine of the turn.
+
+    Told by sums and torques at the true pose. The motion itself has no gradient to learn from: where two of its singular
+    values meet it is without bounds.
+    """
+    weight = precision.exp()
+    weight = (weight / weight.sum(-1, keepdim=True))[..., None]
+    there = local @ poses[..., :3, :3].transpose(-1, -2) + poses[..., None, :3, 3]
+    mean, mean_there = (weight * world).sum(-2, keepdim=True), (weight * there).sum(-2, keepdim=True)
+    arm = there - mean_there
+    torque = (weight * torch.linalg.cross(arm, world - mean)).sum(-2).norm(dim=-1)
+    return (mean - mean_there)[..., 0, :].norm(dim=-1) + torque / (weight * arm.square()).sum((-1, -2))
+
+
+def _fitted(said: Tensor, world: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """World points of a pass brought onto the truth by the motion that fits those of the map views best; and that motion."""
+    with torch.no_grad():
+        ones = torch.ones_like(said[:, :views, :, 0]).flatten(1)
+        motion = rigid(said[:, :views].flatten(1, 2), world[:, :views].flatten(1, 2), ones)
+    return said @ motion[:, None, :3, :3].transpose(-1, -2) + motion[:, None, None, :3, 3], motion
 
 
 class Watch(TorchFunctionMode):
@@ -209,12 +232,15 @@ def train(out: Path, steps: int, threads: int) -> MultiViewNetwork:
         optimizer.load_state_dict(state["optimizer"])
         step, log = state["step"], json.loads(state["log"])
         spent = log[-1]["seconds"]
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(1 - _AVERAGE))
+    if checkpoint.exists() and "averaged" in state:
+        averaged.load_state_dict(state["averaged"])
     begun = time.monotonic()
     while step < steps:
-        rate = learning_rate(step, steps)
+        rate = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        parts = losses(network, *batch(step, steps), posed=step >= _POSE_FROM)
+        parts = losses(network, *batch(step), step)
         loss = torch.stack([part for name, part in parts.items() if name != "error"]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -222,22 +248,32 @@ def train(out: Path, steps: int, threads: int) -> MultiViewNetwork:
         if bool(size.isfinite()):  # the motion of patches that lie in a plane has no gradient
             optimizer.step()
         step += 1
+        if step > _PLAIN_FROM:
+            averaged.update_parameters(network)
+        else:
+            averaged.module.load_state_dict(network.state_dict())
         if step % 250 == 0 or step == steps:
             entry: dict[str, Any] = dict(
-                step=step, seconds=round(spent + time.monotonic() - begun), **validate(network)
+                step=step, seconds=round(spent + time.monotonic() - begun), **validate(averaged.module)
             )
             entry.update({name: part.item() for name, part in parts.items()})
             log.append(entry)
             print(json.dumps({k: round(v, 3) for k, v in entry.items()}), flush=True)
-            state = dict(network=network.state_dict(), optimizer=optimizer.state_dict(), step=step, log=json.dumps(log))
+            state = dict(
+                network=network.state_dict(),
+                averaged=averaged.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step,
+                log=json.dumps(log),
+            )
             torch.save(state, out / "checkpoint.tmp")
             os.replace(out / "checkpoint.tmp", checkpoint)
-    return network
+    return averaged.module
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int) -> float:
     """A cosine after a short warm-up; halved where the losses had stopped to fall."""
-    rate = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    rate = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / _HORIZON)))
     return rate if step < _HALVED_FROM else rate / 2
 
 
