@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,3 +146,15 @@ def test_bad_input_is_one_line(run, walk, tmp_path, arguments, message):
     assert message in err.replace("\n", " ")
     assert err.count("\n") == 1
     assert not (tmp_path / "a.txt").exists()
+
+
+def test_the_page_about_tracking_runs():
+    """The Python of docs/tracking.md."""
+    page = (Path(__file__).parents[2] / "docs" / "tracking.md").read_text()
+    first, adapter = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(first, names)
+    assert len(read_tum("trajectory.txt")) == 60
+    assert Path("points.ply").read_bytes().startswith(b"ply")
+    exec(adapter, names)
+    assert names["Mine"](names["model"]).lead == 5

@@ -100,6 +100,11 @@ class Map:
     version: int
     state: _State
 
+    def on(self, device: torch.device) -> Map:
+        """What the next map takes over, on a device to which the model may have been moved."""
+        moved = {name: getattr(self, name) for name in ("anchors", "depth", "centre", "usual")}
+        return replace(self, **{name: None if x is None else x.to(device) for name, x in moved.items()})
+
     @property
     def cache_bytes(self) -> int:
         """Size of the keys and values: 2 x attentions x tokens x width x bytes."""
@@ -237,7 +242,7 @@ class Tracker:
             InputError: sizes, NaN, masks.
             StateError: the map is full, or the network returned NaN. The map is as it was.
         """
-        frame, where = self._frame(image, mask)
+        frame, where = self._frame(image, mask, self._state())
         if frame.dim() != 3:
             raise InputError(f"add_keyframe takes one frame, got {list(frame.shape)}; call it for each")
         with self._mapping:
@@ -270,7 +275,7 @@ class Tracker:
             InputError: fewer than two, sizes, NaN, masks.
             StateError: more than ``max_keyframes``, or the network returned NaN. All is then as it was.
         """
-        frames, where = self._frame(images, masks)
+        frames, where = self._frame(images, masks, self._state())
         if frames.dim() != 4 or len(frames) < 2:
             raise InputError(f"a map needs a batch of two keyframes or more, got {list(frames.shape)}")
         with self._mapping:
@@ -312,7 +317,8 @@ class Tracker:
                 f"a map needs two keyframes, there {'is 1' if self.keyframes else 'are 0'}; add more with add_keyframe(),"
                 " or call follow(), which begins by itself"
             )
-        frame, where = self._frame(image, mask)
+        state = self._state()
+        frame, where = self._frame(image, mask, state)
         if frame.shape[-2:] != using.images.shape[-2:] and not self._warned:
             self._warned = True
             sizes = [f"{height}x{width}" for height, width in (frame.shape[-2:], using.images.shape[-2:])]
@@ -320,7 +326,7 @@ class Tracker:
                 f"this frame is {sizes[0]}, the keyframes are {sizes[1]}: it is tracked, but less well", stacklevel=2
             )
         batch = frame if frame.dim() == 4 else frame[None]
-        using.state.check(self._state())
+        using.state.check(state)
         views = self._run(Read(using.cache), batch[:, None], reading=True)
         pose = using.gauge.poses(views.poses[:, 0].double())
         points, confidence = None, None
@@ -408,7 +414,7 @@ class Tracker:
         points, colours = self.point_cloud(min_confidence)
         write_ply(path, points.cpu(), colours.float().cpu())
 
-    def _frame(self, image: Any, mask: Any) -> tuple[Tensor, Tensor | None]:
+    def _frame(self, image: Any, mask: Any, state: _State) -> tuple[Tensor, Tensor | None]:
         """A checked frame in the model's dtype and on its device, blackened off the object; and the mask."""
         frame = to_tensor(image)
         multiple = self.adapter.multiple
@@ -421,7 +427,6 @@ class Tracker:
             )
         if self.model.training:
             raise StateError("the model is in training mode, where dropout changes the answers; call model.eval()")
-        state = self._state()
         frame = frame.to(state.device, state.dtype)
         if mask is None:
             return frame, None
@@ -467,6 +472,7 @@ class Tracker:
             raise StateError("the network returned NaN for the keyframes; the map is as it was")
         local = None if views.local_points is None else views.local_points[0, :count]
         depth = poses.new_ones(()) if local is None else _mean(local[..., 2], masks).mean().double()
+        old = None if old is None else old.on(poses.device)
         common = 0 if old is None else min(count, len(old.poses))
         if old is None or not self.sim3:
             gauge = Similarity.to_camera(poses[0])
