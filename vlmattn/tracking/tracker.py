@@ -102,8 +102,13 @@ class Map:
 
     def on(self, device: torch.device) -> Map:
         """What the next map takes over, on a device to which the model may have been moved."""
-        moved = {name: getattr(self, name) for name in ("anchors", "depth", "centre", "usual")}
-        return replace(self, **{name: None if x is None else x.to(device) for name, x in moved.items()})
+        return replace(
+            self,
+            anchors=self.anchors.to(device),
+            depth=self.depth.to(device),
+            centre=None if self.centre is None else self.centre.to(device),
+            usual=None if self.usual is None else self.usual.to(device),
+        )
 
     @property
     def cache_bytes(self) -> int:

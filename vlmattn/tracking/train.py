@@ -4,9 +4,9 @@
     python -m vlmattn.tracking.train --out runs/tracker --export vlmattn/tracking/tiny-rooms
 
 A batch holds rooms seen by a few map views and some query views. Map views see each other; a query sees the map and
-itself and is seen by nobody, which is what tracking against a cache computes. The world of a pass is free, so the
-prediction is brought onto the truth by the rigid motion that fits the map views best, and that motion must serve the
-queries too. Views start near each other and spread out.
+itself and is seen by nobody, which is what tracking against a cache computes. The network learns to speak of the frame of
+the mean camera of the map. Views start near each other and spread out. Two heads of each global block are told where the
+patches of other views show the same place, which they would find by themselves much later.
 """
 
 from __future__ import annotations
@@ -27,25 +27,21 @@ from torch.overrides import TorchFunctionMode
 
 from vlmattn.files import write_whole
 from vlmattn.tracking.bundled import save
-from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig, rigid
+from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig
 from vlmattn.tracking.rooms import make_rooms, random_poses, render
 
 SEED = 2027
-STEPS = 19_000
-_HORIZON = 20_000  # of the learning rate
+STEPS = 8_000
+RATE = 1e-3
 _NEAR_PLANS = ((16, 2, 1), (8, 4, 2), (16, 2, 1), (4, 8, 4))  # rooms, map views, queries: at first
-_PLANS = ((12, 2, 2), (8, 4, 2), (4, 8, 4), (3, 12, 4))  # and then
-_NEAR_UNTIL, _SPREAD_BY = 5_000, 2_400  # steps: of the first plans; until views lie as far apart as they will
+_PLANS = ((12, 2, 2), (6, 4, 4), (4, 8, 4), (3, 12, 4))  # and then
+_NEAR_UNTIL, _SPREAD_BY = 1_500, 2_000  # steps: of the first plans; until views lie as far apart as they will
 _GUIDED = 2  # heads of the global blocks that are told where to look
 _NEAR = 0.2  # how near patches of two views must lie to show the same place
-_MATCH = 0.2
-_POSE = 0.3
-_PRECISION = 0.1
-# Steps at which the recipe changed while the one run that there is went on, see the card.
-_LAST_FROM = 5_500  # before, every layer but the first learns to say points; then only the last, and cameras too
-_HALVED_FROM = 7_000  # the learning rate
-_PLAIN_FROM = 8_250  # before, errors of points count by their precision, whose gradients drowned those of the depths
-_AVERAGE = 0.002  # from then on weights are averaged, with this share of the new ones each step
+_CLOSE = 0.3  # depths below count as this deep in relative errors
+_MATCH, _EARLY, _POSE, _PRECISION = 0.2, 0.2, 0.3, 0.1  # weights of parts of the loss
+_SAVED_EVERY = 250
+_AVERAGE = 0.998  # how much of the averaged weights stays each step
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -75,42 +71,42 @@ def visibility(views: int, total: int) -> Tensor:
     return sees
 
 
-def losses(
-    network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tensor, views: int, step: int
-) -> dict[str, Tensor]:
-    """Parts of the loss, by name (``error`` is only for the log)."""
+def losses(network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tensor, views: int) -> dict[str, Tensor]:
+    """Parts of the loss, by name."""
     patch = network.config.patch_size
     mean = (
         local.unfold(2, patch, patch).unfold(3, patch, patch).mean((-1, -2)).flatten(2, 3)
     )  # [rooms, views, patches, 3]
+    poses = in_mean_camera(poses, views)
     world = mean @ poses[..., :3, :3].transpose(-1, -2) + poses[..., None, :3, 3]
     seen = visibility(views, images.shape[1])
     with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
         layers = network.tokens(images, seen)
     out = {"match": _MATCH * matching(network, watch.calls[1::2], world, seen)}
     for number, tokens in enumerate(layers[1:-1]):
-        if step < _LAST_FROM:
-            *_, said, precision = network.anchors(tokens, images)
-            error = (_fitted(said, world, views)[0] - world).norm(dim=-1)
-            out[f"world{number + 1}"] = 0.3 * (error * precision.exp() - 0.5 * precision).mean()
+        said = network.anchors(tokens, images)[2]
+        out[f"world{number + 1}"] = _EARLY * (said - world).norm(dim=-1).mean()
     points, anchor, said, precision = network.anchors(layers[-1], images)
-    moved, motion = _fitted(said, world, views)
-    error = (moved - world).norm(dim=-1)
-    out["error"] = error.detach().mean()
-    out["local"] = ((points - local).norm(dim=-1) / local[..., 2]).mean()
-    if step < _PLAIN_FROM:
-        out["world"] = (error * precision.exp() - 0.5 * precision).mean()
-    else:
-        out["world"] = error.mean()
-        out["precision"] = _PRECISION * (error.detach() * precision.exp() - precision).mean()
-        out["anchor"] = (anchor - mean).norm(dim=-1).mean()
-        out["pose"] = _POSE * _off(moved, anchor, precision, poses).mean()
-    if _LAST_FROM <= step < _PLAIN_FROM:
-        camera = motion[:, None] @ rigid(anchor.detach(), said, precision.exp())
-        way = (camera - poses)[..., :3, 3].norm(dim=-1)
-        turn = (camera - poses)[..., :3, :3].flatten(-2).norm(dim=-1)
-        out["pose"] = _POSE * (way + turn).mean()
+    error = (said - world).norm(dim=-1)
+    out["world"] = error.mean()
+    out["precision"] = _PRECISION * (error.detach() * precision.exp() - precision).mean()
+    out["anchor"] = (anchor - mean).norm(dim=-1).mean()
+    out["local"] = ((points - local).norm(dim=-1) / local[..., 2].clamp_min(_CLOSE)).mean()
+    out["pose"] = _POSE * _off(said, anchor, precision, poses).mean()
     return out
+
+
+def in_mean_camera(poses: Tensor, views: int) -> Tensor:
+    """Poses in the frame of the mean camera of the map views: their mean rotation (chordal) and the mean of their centres.
+
+    The world that the network learns to speak of. It could choose its own, but then it drifts, and training with it.
+    """
+    u, _, vt = torch.linalg.svd(poses[:, :views, :3, :3].mean(1))
+    frame = torch.eye(4).repeat(len(poses), 1, 1)
+    frame[:, :3, :3] = u @ vt  # views lie within a half turn: no reflection
+    frame[:, :3, 3] = poses[:, :views, :3, 3].mean(1)
+    moved: Tensor = torch.linalg.inv(frame)[:, None] @ poses
+    return moved
 
 
 def _off(world: Tensor, local: Tensor, precision: Tensor, poses: Tensor) -> Tensor:
@@ -125,15 +121,8 @@ def _off(world: Tensor, local: Tensor, precision: Tensor, poses: Tensor) -> Tens
     mean, mean_there = (weight * world).sum(-2, keepdim=True), (weight * there).sum(-2, keepdim=True)
     arm = there - mean_there
     torque = (weight * torch.linalg.cross(arm, world - mean)).sum(-2).norm(dim=-1)
-    return (mean - mean_there)[..., 0, :].norm(dim=-1) + torque / (weight * arm.square()).sum((-1, -2))
-
-
-def _fitted(said: Tensor, world: Tensor, views: int) -> tuple[Tensor, Tensor]:
-    """World points of a pass brought onto the truth by the motion that fits those of the map views best; and that motion."""
-    with torch.no_grad():
-        ones = torch.ones_like(said[:, :views, :, 0]).flatten(1)
-        motion = rigid(said[:, :views].flatten(1, 2), world[:, :views].flatten(1, 2), ones)
-    return said @ motion[:, None, :3, :3].transpose(-1, -2) + motion[:, None, None, :3, 3], motion
+    off: Tensor = (mean - mean_there)[..., 0, :].norm(dim=-1) + torque / (weight * arm.square()).sum((-1, -2))
+    return off
 
 
 class Watch(TorchFunctionMode):
@@ -217,12 +206,12 @@ def validate(network: MultiViewNetwork, rooms_count: int = 24, views: int = 8, q
     )
 
 
-def train(out: Path, steps: int, threads: int) -> MultiViewNetwork:
+def train(out: Path, steps: int, threads: int, config: NetworkConfig | None = None) -> MultiViewNetwork:
     """Train, or go on from the last checkpoint in ``out``."""
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
-    network = MultiViewNetwork(NetworkConfig())
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.02, betas=(0.9, 0.95))
+    network = MultiViewNetwork(config)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.02, betas=(0.9, 0.98))
     step, log, spent = 0, [], 0
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
@@ -232,29 +221,25 @@ def train(out: Path, steps: int, threads: int) -> MultiViewNetwork:
         optimizer.load_state_dict(state["optimizer"])
         step, log = state["step"], json.loads(state["log"])
         spent = log[-1]["seconds"]
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(1 - _AVERAGE))
-    if checkpoint.exists() and "averaged" in state:
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE))  # type: ignore[no-untyped-call]
+    if checkpoint.exists():
         averaged.load_state_dict(state["averaged"])
     begun = time.monotonic()
     while step < steps:
-        rate = learning_rate(step)
+        rate = learning_rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        parts = losses(network, *batch(step), step)
-        loss = torch.stack([part for name, part in parts.items() if name != "error"]).sum()
+        parts = losses(network, *batch(step))
+        loss = torch.stack(list(parts.values())).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        size = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        if bool(size.isfinite()):  # the motion of patches that lie in a plane has no gradient
-            optimizer.step()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
         step += 1
-        if step > _PLAIN_FROM:
-            averaged.update_parameters(network)
-        else:
-            averaged.module.load_state_dict(network.state_dict())
-        if step % 250 == 0 or step == steps:
+        averaged.update_parameters(network)
+        if step % _SAVED_EVERY == 0 or step == steps:
             entry: dict[str, Any] = dict(
-                step=step, seconds=round(spent + time.monotonic() - begun), **validate(averaged.module)
+                step=step, seconds=round(spent + time.monotonic() - begun), **validate(_own(averaged))
             )
             entry.update({name: part.item() for name, part in parts.items()})
             log.append(entry)
@@ -268,13 +253,18 @@ def train(out: Path, steps: int, threads: int) -> MultiViewNetwork:
             )
             torch.save(state, out / "checkpoint.tmp")
             os.replace(out / "checkpoint.tmp", checkpoint)
+    return _own(averaged)
+
+
+def _own(averaged: AveragedModel) -> MultiViewNetwork:
+    """The network that holds the averaged weights."""
+    assert isinstance(averaged.module, MultiViewNetwork)
     return averaged.module
 
 
-def learning_rate(step: int) -> float:
-    """A cosine after a short warm-up; halved where the losses had stopped to fall."""
-    rate = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / _HORIZON)))
-    return rate if step < _HALVED_FROM else rate / 2
+def learning_rate(step: int, steps: int) -> float:
+    """A cosine to 0 after a short warm-up."""
+    return RATE * min(1, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def export(network: MultiViewNetwork, out: Path, folder: Path) -> None:
