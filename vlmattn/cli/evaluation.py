@@ -23,6 +23,12 @@ Visibility = Annotated[str, typer.Option(help="Of generated scenes: clear, dim, 
 Prior = Annotated[float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")]
 Questions = Annotated[list[Path] | None, typer.Option(help="POPE question file; repeat for several splits.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images that --questions or --instances name.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Published data of a suite, NAME=PATH: amber, amber_questions, mme, hallusion; repeat for several."
+    ),
+]
 Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")]
 Captions = Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")]
 Synonyms = Annotated[Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")]
@@ -65,6 +71,7 @@ def eval_command(
     scenes: Annotated[int, typer.Option(help="Generated scenes per condition.")] = 200,
     visibility: Visibility = "faint,clear",
     prior: Prior = 0.0,
+    data: Data = None,
     questions: Questions = None,
     images: Images = None,
     instances: Instances = None,
@@ -84,10 +91,12 @@ def eval_command(
       [bold]vlmattn eval --out runs/x --presets none,var,vhr,pai[/bold]
 
       [bold]vlmattn eval --out runs/y --suite pope --model llava-hf/llava-1.5-7b-hf --questions coco_pope_random.json --images val2014[/bold]
+
+      [bold]vlmattn eval --out runs/z --model llava-hf/llava-1.5-7b-hf --suite mme --data mme=MME_Benchmark[/bold]
     """
-    names = [name.strip() for name in suite.split(",")]
-    if questions or instances:
-        chosen = _on_files(names, questions, images, instances, captions, synonyms, limit, max_new_tokens)
+    names, files = [name.strip() for name in suite.split(",")], _data(data)
+    if questions or instances or files:
+        chosen = _on_files(names, files, questions, images, instances, captions, synonyms, limit, max_new_tokens)
         missing = [name for name in names if name not in [s.name for s in chosen]]
         if missing and suite != "pope,chair":
             raise InputError(_lacking(missing))
@@ -116,6 +125,7 @@ def tune(
     scenes: Annotated[int, typer.Option(help="Generated scenes per condition to draw samples from.")] = 200,
     visibility: Visibility = "faint,clear",
     prior: Prior = 0.0,
+    data: Data = None,
     questions: Questions = None,
     images: Images = None,
     instances: Instances = None,
@@ -146,14 +156,15 @@ def tune(
     recipe = Recipe.of(preset)
     values = parse_grid(recipe, grid)
     settings_of(recipe, values)  # before a model of many gigabytes is loaded
-    generated = not (questions or instances)
+    files = _data(data)
+    generated = not (questions or instances or files)
     if generated:
         if seed == EVAL_SEED:
             raise OptionError(f"--seed {seed} draws the scenes that vlmattn eval tests on; take another")
         chosen = _generated([suite], scenes, [name.strip() for name in visibility.split(",")], prior, seed)
         _note_scenes(model)
     else:
-        chosen = _on_files([suite], questions, images, instances, captions, synonyms, limit, max_new_tokens)
+        chosen = _on_files([suite], files, questions, images, instances, captions, synonyms, limit, max_new_tokens)
         if not chosen:
             raise InputError(_lacking([suite]))
     loaded, processor = load(model, dtype, device_map)
@@ -248,6 +259,7 @@ def _generated(
 
 def _on_files(
     names: list[str],
+    files: dict[str, Path],
     questions: list[Path] | None,
     images: Path | None,
     instances: Path | None,
@@ -258,19 +270,39 @@ def _on_files(
 ) -> list[Suite]:
     """Those of the named suites that there are files for."""
     from vlmattn.evals.suites import Chair, Pope
+    from vlmattn.evals.suites.published import make_published
 
-    if images is None:
+    if images is None and (questions or instances):
         raise InputError("--questions and --instances need --images DIR, the folder of the images they name")
     chosen: list[Suite] = []
-    if questions and "pope" in names:
+    if questions and images and "pope" in names:
         chosen.append(Pope.on_files(questions, images, limit))
-    if instances and "chair" in names:
+    if instances and images and "chair" in names:
         chosen.append(Chair.on_coco(instances, captions, images, synonyms, limit or 500, 0, max_new_tokens))
-    return chosen
+    return chosen + [
+        make_published(name, path, images, limit, max_new_tokens) for name, path in files.items() if name in names
+    ]
+
+
+def _data(given: list[str] | None) -> dict[str, Path]:
+    """Paths by the names of suites."""
+    from vlmattn.evals.suites.published import PUBLISHED
+
+    found: dict[str, Path] = {}
+    for text in given or ():
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise OptionError(f"--data is NAME=PATH, for example mme=MME_Benchmark; got '{text}'")
+        if name in found:
+            raise OptionError(f"--data {name} is given twice")
+        if name not in PUBLISHED:
+            raise UnknownNameError("suite of published data", name, PUBLISHED)
+        found[name] = Path(path)
+    return found
 
 
 def _lacking(names: list[str]) -> str:
-    return f"no data for suite {', '.join(names)}: pope needs --questions, chair needs --instances"
+    return f"no data for suite {', '.join(names)}: pope needs --questions, chair --instances, others --data NAME=PATH"
 
 
 def _note_scenes(model: str) -> None:

@@ -241,7 +241,7 @@ def _tables(suite: Suite, presets: Sequence[str], answers: _Answers) -> tuple[li
     """
     samples = suite.samples()
     records = {
-        preset: [suite.score(sample, answers[suite.name, preset, sample.id]) for sample in samples]
+        preset: suite.records({sample.id: answers[suite.name, preset, sample.id] for sample in samples})
         for preset in presets
     }
     columns: dict[tuple[str, str], list[int]] = {}

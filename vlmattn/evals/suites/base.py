@@ -60,6 +60,10 @@ class Suite(ABC):
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         """Values of ``fields`` for one answer."""
 
+    def records(self, answers: Mapping[str, str]) -> list[dict[str, float]]:
+        """Values of ``fields`` for all samples in order; ``answers`` by id. A suite that scores questions in groups adds them here."""
+        return [self.score(sample, answers[sample.id]) for sample in self.samples()]
+
     @abstractmethod
     def right(self, record: Mapping[str, float]) -> bool:
         """Whether an answer with this record counts as right (for McNemar's test and the examples)."""

@@ -1,8 +1,11 @@
-"""Images on disk: found early, read late, errors that name the path."""
+"""Data on disk: files read with errors that name file and line; images found early and read late."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -22,3 +25,49 @@ def read_image(path: Path) -> Image.Image:
         return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError):  # Pillow raises any of them for a damaged file
         raise InputError(f"cannot read the image {path}; is it a picture file?") from None
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file") from None
+
+
+def read_items(path: Path, needs: Sequence[str], what: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON array or of JSON lines, each with its place ("file:line") for errors.
+
+    Args:
+        needs: keys that every object has.
+        what: an object in words, for errors ("a POPE question").
+
+    Raises:
+        InputError: the file cannot be read, is cut off, holds none, or something else.
+    """
+    text = read_text(path)
+    found: list[tuple[str, Any]] = []
+    if text.lstrip().startswith("["):
+        try:
+            found = [(f"{path}: item {number}", item) for number, item in enumerate(json.loads(text), start=1)]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    else:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                try:
+                    found.append((f"{path}:{number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
+    for where, item in found:
+        if not isinstance(item, dict) or not set(needs) <= item.keys():
+            raise InputError(f"{where}: {what} needs {', '.join(needs[:-1])} and {needs[-1]}")
+    if not found:
+        raise InputError(f"{path}: {what} is needed, the file holds none")
+    return found

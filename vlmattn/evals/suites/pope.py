@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from vlmattn.embedded.text import existence_question
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import check_image, read_image
+from vlmattn.evals.suites.files import check_image, read_image, read_items
 from vlmattn.evals.suites.world import World, absent_objects
 
 SPLITS = ("random", "popular", "adversarial")
@@ -126,33 +125,10 @@ def _split_name(path: Path) -> str:
 
 def read_questions(path: Path) -> list[dict[str, str]]:
     """Questions of a POPE file; errors name file and line (or item, for an array)."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise InputError(f"cannot read the questions {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file") from None
-    if text.lstrip().startswith("["):
-        try:
-            items = [(f"{path}: item {i}", item) for i, item in enumerate(json.loads(text), start=1)]
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    else:
-        items = []
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                try:
-                    items.append((f"{path}:{number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{number}: not valid JSON ({error.msg})") from None
     found = []
-    for where, item in items:
-        if not isinstance(item, dict) or not {"image", "text", "label"} <= item.keys():
-            raise InputError(f"{where}: a POPE question needs image, text and label")
+    for where, item in read_items(path, ("image", "text", "label"), "a POPE question"):
         label = str(item["label"]).strip().lower()
         if label not in ("yes", "no"):
             raise InputError(f"{where}: label must be yes or no, got '{item['label']}'")
         found.append({"image": str(item["image"]), "text": str(item["text"]), "label": label})
-    if not found:
-        raise InputError(f"{path}: no questions in the file")
     return found

@@ -1,0 +1,212 @@
+"""AMBER (arXiv 2311.07397) on its published files: captions against annotated words, and yes/no questions.
+
+Ours without spaCy and NLTK ("lite"): a word of a caption counts if its singular is in the vocabulary of the association
+file, whatever its part of speech; it is safe by exact or associated match only, where the released code also takes words
+whose vectors are alike. Both raise CHAIR and Hal above published figures: compare runs of this suite with each other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmattn.errors import InputError
+from vlmattn.evals.stats import Metric
+from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.files import check_image, read_image, read_items, read_text
+from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo
+from vlmattn.evals.words import singular
+
+_SPLITS = {
+    "discriminative-hallucination": "existence",
+    "discriminative-attribute-state": "state",
+    "discriminative-attribute-number": "number",
+    "discriminative-attribute-action": "action",
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What a caption may and may not name."""
+
+    truth: tuple[str, ...]
+    traps: tuple[str, ...]
+
+
+class AmberCaptions(Suite):
+    """The generative half: what captions name that is not there, and how much of what is there.
+
+    Args:
+        folder: with ``annotations.json``, ``query_generative.json``, ``relation.json`` and ``safe_words.txt``.
+        images: folder of the images.
+        limit: use the first so many.
+
+    Raises:
+        InputError: a file or image that is not there, or not in the published form.
+    """
+
+    name = "amber"
+    title = "AMBER, captions: words that are not in the image (lite: no word vectors)"
+    fields = ("words", "unsafe", "truth", "covered", "captions", "unsafe_captions", "traps", "fallen_for")
+    metrics = (
+        Metric("chair", {"unsafe": 1}, {"words": 1}, "named things that are not in the image", better="lower"),
+        Metric("cover", {"covered": 1}, {"truth": 1}, "annotated things that the caption names"),
+        Metric("hal", {"unsafe_captions": 1}, {"captions": 1}, "captions with at least one such thing", better="lower"),
+        Metric(
+            "cog",
+            {"fallen_for": 1},
+            {"traps": 1},
+            "things one would expect there, named although absent",
+            better="lower",
+        ),
+    )
+
+    def __init__(self, folder: Path, images: Path, limit: int | None = None, max_new_tokens: int = 512) -> None:
+        self.max_new_tokens = max_new_tokens
+        self.settings = {"folder": folder.name, "limit": limit, "max_new_tokens": max_new_tokens}
+        self._near = _associations(folder / "relation.json")
+        self._vocabulary = {*self._near, *(word for words in self._near.values() for word in words)}
+        self._skipped = set(read_text(folder / "safe_words.txt").split())
+        known = _annotations(folder)
+        self._samples = []
+        for where, query in read_items(folder / "query_generative.json", ("id", "image", "query"), "an AMBER query")[
+            :limit
+        ]:
+            entry = known.get(query["id"])
+            if entry is None or entry["type"] != "generative":
+                raise InputError(
+                    f"{where}: query {query['id']} has no generative annotation in {folder.name}/annotations.json"
+                )
+            truth = _Words(tuple(self._known(entry, "truth")), tuple(self._known(entry, "hallu")))
+            self._samples.append(_sample(query, images, "captions", truth))
+
+    def _known(self, entry: dict[str, Any], part: str) -> list[str]:
+        for word in entry[part]:
+            if word not in self._near:
+                raise InputError(
+                    f"AMBER annotation {entry['id']}: '{word}' is not in relation.json; take both from one release"
+                )
+        return list(entry[part])
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        named = [word for word in map(singular, re.findall(r"[^\W\d_]+", answer.lower())) if word in self._vocabulary]
+        safe, risky = self._stand_for(sample.truth.truth), self._stand_for(sample.truth.traps)
+        asked = [word for word in named if word not in self._skipped]
+        unsafe = [word for word in asked if word not in safe]
+        covered, fallen = (
+            {safe[word] for word in asked if word in safe},
+            {risky[word] for word in unsafe if word in risky},
+        )
+        values = (
+            len(named), len(unsafe), len(sample.truth.truth), len(covered), 1, bool(unsafe), len(sample.truth.traps), len(fallen),
+        )  # fmt: skip
+        return {name: float(value) for name, value in zip(self.fields, values, strict=True)}
+
+    def _stand_for(self, words: Sequence[str]) -> dict[str, int]:
+        """Which annotated word a word stands for: associated words first, then themselves, the first one wins (as published)."""
+        found: dict[str, int] = {}
+        for index, word in enumerate(words):
+            for near in self._near[word]:
+                found.setdefault(near, index)
+        for index, word in enumerate(words):
+            found.setdefault(word, index)
+        return found
+
+    def right(self, record: Mapping[str, float]) -> bool:
+        return record["unsafe_captions"] == 0
+
+    def expected(self, sample: Sample) -> str:
+        return ", ".join(sample.truth.truth)
+
+
+class AmberQuestions(YesNo):
+    """The discriminative half; *no* is the positive class, as published.
+
+    Args:
+        folder: with ``annotations.json`` and ``query_all.json``.
+        images: folder of the images.
+        limit: use the first so many questions of each split.
+
+    Raises:
+        InputError: a file or image that is not there, or not in the published form.
+    """
+
+    name = "amber_questions"
+    title = "AMBER, questions: existence, attributes, relations"
+    fields = ("right", "wrong", "yes", "tp", "said_no", "is_no")
+    metrics = (
+        ACCURACY,
+        Metric("precision", {"tp": 1}, {"said_no": 1}, "share of no answers that are right", label="prec"),
+        Metric("recall", {"tp": 1}, {"is_no": 1}, "share of absent things that are denied"),
+        Metric("f1", {"tp": 2}, {"said_no": 1, "is_no": 1}, "harmonic mean of precision and recall"),
+        YES_RATIO,
+    )
+
+    def __init__(self, folder: Path, images: Path, limit: int | None = None) -> None:
+        self.settings = {"folder": folder.name, "limit": limit}
+        known = _annotations(folder)
+        counts: dict[str, int] = {}
+        self._samples = []
+        for where, query in read_items(folder / "query_all.json", ("id", "image", "query"), "an AMBER query"):
+            entry = known.get(query["id"])
+            if entry is None:
+                raise InputError(f"{where}: query {query['id']} has no annotation in {folder.name}/annotations.json")
+            if entry["type"] == "generative":
+                continue
+            split = _SPLITS[entry["type"]]
+            counts[split] = counts.get(split, 0) + 1
+            if limit is None or counts[split] <= limit:
+                self._samples.append(_sample(query, images, split, entry["truth"] == "yes"))
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        no, is_no = self.read(answer) is False, not sample.truth
+        more = {"tp": float(no and is_no), "said_no": float(no), "is_no": float(is_no)}
+        return {**super().score(sample, answer), **more}
+
+
+def _sample(query: dict[str, Any], images: Path, split: str, truth: Any) -> Sample:
+    picture = check_image(images, query["image"])
+    return Sample(
+        id=str(query["id"]),
+        image_id=query["image"],
+        condition="amber",
+        splits=(split,),
+        prompt=query["query"],
+        images=lambda: [read_image(picture)],
+        truth=truth,
+    )
+
+
+def _annotations(folder: Path) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for where, item in read_items(folder / "annotations.json", ("id", "type", "truth"), "an AMBER annotation"):
+        generative = item["type"] == "generative"
+        if not (generative or item["type"] in _SPLITS):
+            raise InputError(f"{where}: unknown type '{item['type']}'")
+        if item["id"] in found:
+            raise InputError(f"{where}: id {item['id']} is there twice")
+        if item["truth"] not in ("yes", "no") and not generative:
+            raise InputError(f"{where}: truth must be yes or no, got '{item['truth']}'")
+        if generative and "hallu" not in item:
+            raise InputError(f"{where}: a generative annotation needs hallu")
+        found[item["id"]] = item
+    return found
+
+
+def _associations(path: Path) -> dict[str, list[str]]:
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: AMBER's relation.json is an object of words and their associated words")
+    return data

@@ -1,0 +1,100 @@
+"""MME (arXiv 2306.13394) on its published folders: two yes/no questions per image; accuracy and accuracy+ make the score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from vlmattn.errors import InputError
+from vlmattn.evals.stats import Metric
+from vlmattn.evals.suites.base import Sample
+from vlmattn.evals.suites.files import read_image, read_text
+from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
+
+_PICTURES = (".jpg", ".jpeg", ".png")
+
+
+class MME(YesNo):
+    """Subtasks are splits; the score of one is accuracy + accuracy+, at most 200.
+
+    An answer is read as by the released script: "yes" or "no" among its first four letters.
+
+    Args:
+        folder: one folder per subtask, with pictures and their question files, or with ``images`` and ``questions_answers_YN``.
+        limit: use the first so many images of each subtask.
+
+    Raises:
+        InputError: no subtask, a question file without picture, a line that is not "question<tab>Yes or No".
+    """
+
+    name = "mme"
+    title = "MME: two questions per image, both must be right"
+    fields = ("right", "wrong", "yes", "pair", "pair_asked", "halves")
+    metrics = (
+        Metric("score", {"right": 1, "pair": 2}, {"halves": 1}, "accuracy + accuracy+, at most 200", scale=100.0),
+        ACCURACY,
+        Metric(
+            "accuracy_plus", {"pair": 1}, {"pair_asked": 1}, "share of images with both questions right", label="acc+"
+        ),
+        YES_RATIO,
+    )
+
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
+        self.settings = {"folder": folder.name, "limit": limit}
+        self._samples = []
+        if not folder.is_dir():
+            raise InputError(f"no such folder: {folder}")
+        for task in sorted(path for path in folder.iterdir() if path.is_dir()):
+            for picture, questions in list(_pairs(task))[:limit]:
+                for number, (question, truth) in enumerate(_questions(questions)):
+                    self._samples.append(
+                        Sample(
+                            id=f"{task.name}/{picture.name}/{number}",
+                            image_id=f"{task.name}/{picture.name}",
+                            condition="mme",
+                            splits=(task.name,),
+                            prompt=question,
+                            images=lambda picture=picture: [read_image(picture)],  # type: ignore[misc]
+                            truth=truth,
+                        )
+                    )
+        if not self._samples:
+            raise InputError(
+                f"{folder}: no MME subtask; each is a folder of pictures and question files of the same names"
+            )
+
+    def read(self, answer: str) -> bool | None:
+        start = answer.lower()[:4]
+        return True if "yes" in start else False if "no" in start else None
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        return {**super().score(sample, answer), "halves": 1.0}
+
+    def records(self, answers: Mapping[str, str]) -> list[dict[str, float]]:
+        found = super().records(answers)
+        all_right(found, [sample.image_id for sample in self._samples], "pair")
+        return found
+
+
+def _pairs(task: Path) -> Iterator[tuple[Path, Path]]:
+    texts, pictures = (task / "questions_answers_YN", task / "images") if (task / "images").is_dir() else (task, task)
+    for questions in sorted(texts.glob("*.txt")):
+        found = [pictures / (questions.stem + ending) for ending in _PICTURES]
+        there = next((picture for picture in found if picture.is_file()), None)
+        if there is None:
+            raise InputError(f"{questions}: no picture {questions.stem} ({', '.join(_PICTURES)}) in {pictures}")
+        yield there, questions
+
+
+def _questions(path: Path) -> list[tuple[str, bool]]:
+    found = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        question, tab, truth = line.rpartition("\t")
+        if not tab or truth.strip().lower() not in ("yes", "no"):
+            raise InputError(f"{path}:{number}: an MME line is 'question<tab>Yes' or '...<tab>No'")
+        found.append((question.strip(), truth.strip().lower() == "yes"))
+    if len(found) != 2:
+        raise InputError(f"{path}: two questions are needed, one with the answer yes and one with no; got {len(found)}")
+    return found

@@ -1,0 +1,62 @@
+"""Questions that are answered by yes or no: how answers are read, and what is counted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from vlmattn.evals.stats import Metric
+from vlmattn.evals.suites.base import Sample, Suite
+
+_ALL = {"right": 1.0, "wrong": 1.0}
+ACCURACY = Metric("accuracy", {"right": 1}, _ALL, "share of right answers")
+YES_RATIO = Metric("yes_ratio", {"yes": 1}, _ALL, "share of yes among the answers", better="", label="yes")
+
+
+def first_yes_or_no(answer: str) -> bool | None:
+    """Whether the first "yes" or "no" among the words of an answer is yes; None where there is neither."""
+    found = re.search(r"\b(yes|no)\b", answer.lower())
+    return None if found is None else found.group() == "yes"
+
+
+class YesNo(Suite):
+    """A suite whose samples have the truth True (yes) or False (no). An answer that says neither is wrong."""
+
+    fields: ClassVar[tuple[str, ...]] = ("right", "wrong", "yes")
+    metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY, YES_RATIO)
+    max_new_tokens = 16
+    _samples: list[Sample]
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    def read(self, answer: str) -> bool | None:
+        """The rule by which an answer is read."""
+        return first_yes_or_no(answer)
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        said = self.read(answer)
+        return {
+            "right": float(said is sample.truth),
+            "wrong": float(said is not sample.truth),
+            "yes": float(said is True),
+        }
+
+    def right(self, record: Mapping[str, float]) -> bool:
+        return bool(record["right"])
+
+    def expected(self, sample: Sample) -> str:
+        return "yes" if sample.truth else "no"
+
+
+def all_right(records: Sequence[dict[str, float]], groups: Sequence[str], field: str) -> None:
+    """Add ``field`` (1 if every sample of the group is right) and ``<field>_asked`` to the first record of each group; "" is no group."""
+    whole: dict[str, float] = {}
+    for record, group in zip(records, groups, strict=True):
+        whole[group] = min(whole.get(group, 1.0), record["right"])
+    seen = {""}
+    for record, group in zip(records, groups, strict=True):
+        first = group not in seen
+        seen.add(group)
+        record[field], record[f"{field}_asked"] = (whole[group] if first else 0.0), float(first)
