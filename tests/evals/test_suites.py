@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmattn.embedded.scenes import CATEGORIES
 from vlmattn.errors import InputError, OptionError
-from vlmattn.evals.suites import Chair, Pope, Which, World
+from vlmattn.evals.suites import PQA, Chair, Pope, Which, World
 from vlmattn.evals.suites.pope import SPLITS, read_questions, says_yes
 from vlmattn.evals.suites.world import absent_objects, co_occurrence
 
@@ -204,3 +204,36 @@ def test_chair_on_coco_annotation_files(tmp_path):
     sample = next(s for s in chair.samples() if s.id == "7")
     record = chair.score(sample, "A puppy lies beside two benches and a bus.")
     assert (record["mentions"], record["wrong_mentions"], record["found"]) == (3, 1, 2)
+
+
+def test_pqa_asks_about_every_image_at_every_position():
+    world = World("clear", 0, 12)
+    suite = PQA(world, images=(2, 3), sets=4)
+    samples = suite.samples()
+    assert len(samples) == 4 * (2 * 2 + 3 * 3)
+    assert len({sample.id for sample in samples}) == len(samples)
+    for sample in samples:
+        size, number, which, place = (int(part) for part in sample.id.split("/")[1:])
+        assert len(sample.images()) == size
+        assert f"in image {place + 1}?" in sample.prompt
+        group = [s for s in samples if s.id.split("/")[1:4] == [str(size), str(number), str(which)]]
+        assert len({s.truth for s in group}) == 1  # the same image, wherever it stands
+        pictures = {s.images()[int(s.id.split("/")[-1])].tobytes() for s in group}
+        assert len(pictures) == 1
+    for position in (1, 2, 3):
+        members = [s for s in samples if f"3 images, position {position}" in s.splits]
+        assert len(members) == 12
+
+
+def test_pqa_tells_answers_that_change_with_the_order():
+    suite = PQA(World("clear", 0, 12), images=(2,), sets=3)
+    samples = suite.samples()
+    steady = suite.records({s.id: "yes" if s.truth else "no" for s in samples})
+    assert sum(r["changed"] for r in steady) == 0
+    assert sum(r["changed_asked"] for r in steady) == 6
+    assert all(r["right"] for r in steady)
+    first_only = suite.records({s.id: "yes" if s.id.endswith("/0") else "no" for s in samples})
+    assert sum(r["changed"] for r in first_only) == 6
+    assert sum(r["right"] for r in first_only) == 6
+    with pytest.raises(OptionError, match="2 images or more"):
+        PQA(World("clear", 0, 3), images=(4,))

@@ -64,7 +64,9 @@ def demo(
 def eval_command(
     out: Annotated[Path, typer.Option(help="Results folder; the same command resumes an interrupted run.")],
     model: Model = "embedded",
-    suite: Annotated[str, typer.Option(help="pope, chair, which (several images); comma-separated.")] = "pope,chair",
+    suite: Annotated[
+        str, typer.Option(help="pope, chair, which and pqa (several images); comma-separated.")
+    ] = "pope,chair",
     presets: Annotated[
         str, typer.Option(help="Presets or recipe files, comma-separated; none is always included.")
     ] = DEMO_PRESETS,
@@ -116,7 +118,7 @@ def tune(
         typer.Option(help="Option and values: sigma=0.25,0.5, or sigma=0:1:.1 (start:stop:step); repeat to combine."),
     ],
     out: Annotated[Path, typer.Option(help="Results folder; the same command resumes an interrupted run.")],
-    suite: Annotated[str, typer.Option(help="One of pope, chair, which (several images).")] = "pope",
+    suite: Annotated[str, typer.Option(help="One of pope, chair, which, pqa (several images).")] = "pope",
     shots: Annotated[int, typer.Option(help="Validation samples.", min=1)] = 32,
     seed: Annotated[
         int, typer.Option(help="Which samples, and which generated scenes; 12 is taken by eval.", min=0)
@@ -242,7 +244,7 @@ def _generated(
     names: list[str], scenes: int, visibility: list[str], prior: float, seed: int | None = None
 ) -> list[Suite]:
     """Suites on generated scenes; without a seed on those of every evaluation."""
-    from vlmattn.evals.suites import Chair, Pope, Which, World
+    from vlmattn.evals.suites import PQA, Chair, Pope, Which, World
     from vlmattn.evals.suites.world import EVAL_SEED
 
     worlds = [World(look, prior, scenes, EVAL_SEED if seed is None else seed) for look in visibility]
@@ -250,6 +252,7 @@ def _generated(
         "pope": lambda: Pope.on_scenes(worlds),
         "chair": lambda: Chair.on_scenes(worlds),
         "which": lambda: Which(worlds[-1]),
+        "pqa": lambda: PQA(worlds[-1]),
     }
     for name in names:
         if name not in makers:
