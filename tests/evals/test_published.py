@@ -10,9 +10,11 @@ from PIL import Image
 
 from vlmattn.errors import InputError, UnknownNameError
 from vlmattn.evals.suites.amber import AmberCaptions, AmberQuestions
+from vlmattn.evals.suites.choice import Choice, read_letter
 from vlmattn.evals.suites.hallusion import HallusionBench
 from vlmattn.evals.suites.mme import MME
 from vlmattn.evals.suites.published import PUBLISHED, make_published
+from vlmattn.evals.suites.vqa import VQA, normal
 from vlmattn.evals.suites.yesno import first_yes_or_no
 
 AMBER = Path(__file__).parents[2].parent / "shared" / "data" / "amber"
@@ -230,7 +232,98 @@ def test_suites_are_made_by_name(mme, tmp_path):
     assert make_published("mme", mme, None, None, 10).name == "mme"
     with pytest.raises(UnknownNameError, match="did you mean amber"):
         make_published("ambr", mme, None, None, 10)
-    for name in ("amber", "amber_questions", "hallusion"):
+    for name in ("amber", "amber_questions", "hallusion", "choice", "vqa"):
         with pytest.raises(InputError, match=f"suite {name} needs --images"):
             make_published(name, mme, None, None, 10)
-    assert set(PUBLISHED) == {"amber", "amber_questions", "mme", "hallusion"}
+    assert set(PUBLISHED) == {"amber", "amber_questions", "mme", "hallusion", "choice", "vqa"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"), ("(C)", "C"), ("A.", "A"), (" b", None), ("The answer is (B).", "B"), ("It is C", "C"), ("A cat", "A"), ("red", "A"), ("Blue.", "B"),
+        ("D", None), ("none of them", None), ("Apples", None), ("A's", None),
+    ],
+)  # fmt: skip
+def test_letters_are_read(answer, letter):
+    assert read_letter(answer, ["red", "blue", "both"]) == letter
+
+
+def test_choice_reads_both_forms(tmp_path):
+    for name in ("1.png", "2.png"):
+        picture(tmp_path / name)
+    muir = {
+        "idx": "7",
+        "task": "Counting",
+        "question": "Is <image> like <image>?",
+        "options": ["yes", "no"],
+        "answer": "B",
+        "image_list": ["1.png", "2.png"],
+    }
+    blink = {
+        "id": 8,
+        "sub_task": "Depth",
+        "question": "Which?",
+        "choices": ["x", "y", "z"],
+        "answer": "(C)",
+        "images": ["1.png"],
+    }
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(muir) + "\n" + json.dumps(blink) + "\n")
+    suite = Choice(path, tmp_path)
+    first, second = suite.samples()
+    assert first.prompt.startswith("Is (image 1) like (image 2)?\nA. yes\nB. no\n")
+    assert len(first.images()) == 2
+    assert first.splits == ("Counting", "2 images")
+    assert suite.score(first, "B. no") == {"right": 1, "asked": 1, "unread": 0}
+    assert suite.score(second, "I cannot tell") == {"right": 0, "asked": 1, "unread": 1}
+    assert suite.expected(second) == "C. z"
+    for change, message in (
+        ({"answer": "E"}, "answer must be a letter from A to B"),
+        ({"options": ["yes"]}, "list of 2 to 10"),
+        ({"image_list": []}, "list of file names"),
+        ({"image_list": ["3.png"]}, "image not found"),
+    ):
+        path.write_text(json.dumps({**muir, **change}))
+        with pytest.raises(InputError, match=message):
+            Choice(path, tmp_path)
+    path.write_text(json.dumps([muir, muir]))
+    with pytest.raises(InputError, match="id '7' is there twice"):
+        Choice(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [("The Dog.", "dog"), ("two", "2"), ("don't", "dont"), ("1,000", "1,000"), ("red, and blue", "red and blue"), ("yes!", "yes"), ("3.5", "3.5"), ("black-white", "black white")],
+)  # fmt: skip
+def test_vqa_answers_are_compared_in_a_normal_form(answer, same):
+    assert normal(answer) == same
+
+
+def test_vqa_accuracy(tmp_path):
+    answers = ["cat"] * 3 + ["dog"] * 6 + ["a cow"]
+    picture(tmp_path / "images" / "COCO_val2014_000000000042.jpg")
+    (tmp_path / "v2_questions.json").write_text(
+        json.dumps({"questions": [{"question_id": 1, "image_id": 42, "question": "What is it?"}]})
+    )
+    rows = [{"question_id": 1, "answer_type": "other", "answers": [{"answer": answer} for answer in answers]}]
+    (tmp_path / "v2_annotations.json").write_text(json.dumps({"annotations": rows}))
+    suite = VQA(tmp_path, tmp_path / "images")
+    (sample,) = suite.samples()
+
+    def by_hand(said: str) -> float:
+        scores = []
+        for left_out in range(10):
+            others = [normal(a) for i, a in enumerate(answers) if i != left_out]
+            scores.append(min(1.0, others.count(said) / 3))
+        return sum(scores) / 10
+
+    for answer in ("cat", "dog", "cow", "bird"):
+        assert suite.score(sample, f"A {answer}.")["score"] == pytest.approx(by_hand(answer))
+    assert suite.expected(sample) == "dog"
+    (tmp_path / "v2_annotations.json").write_text(json.dumps({"annotations": [{**rows[0], "question_id": 2}]}))
+    with pytest.raises(InputError, match="question 1 has no annotation"):
+        VQA(tmp_path, tmp_path / "images")
+    (tmp_path / "v2_annotations.json").unlink()
+    with pytest.raises(InputError, match="there are 0"):
+        VQA(tmp_path, tmp_path / "images")

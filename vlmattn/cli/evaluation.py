@@ -26,7 +26,7 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the images that --q
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help="Published data of a suite, NAME=PATH: amber, amber_questions, mme, hallusion; repeat for several."
+        help="Published data of a suite, NAME=PATH: amber, amber_questions, mme, hallusion, choice, vqa; repeat."
     ),
 ]
 Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")]

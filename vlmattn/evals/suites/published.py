@@ -9,8 +9,10 @@ from pathlib import Path
 from vlmattn.errors import InputError, UnknownNameError
 from vlmattn.evals.suites.amber import AmberCaptions, AmberQuestions
 from vlmattn.evals.suites.base import Suite
+from vlmattn.evals.suites.choice import Choice
 from vlmattn.evals.suites.hallusion import HallusionBench
 from vlmattn.evals.suites.mme import MME
+from vlmattn.evals.suites.vqa import VQA
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ PUBLISHED: Mapping[str, Published] = {
         "AMBER's data folder (annotations.json, query_all.json)",
     ),
     "mme": Published(lambda path, images, limit, length: MME(path, limit), "MME's folder of subtasks", images=False),
+    "choice": Published(
+        lambda path, images, limit, length: Choice(path, images, limit),
+        "questions in MuirBench's or BLINK's form (JSON)",
+    ),
+    "vqa": Published(
+        lambda path, images, limit, length: VQA(path, images, limit), "VQAv2's folder of questions and annotations"
+    ),
     "hallusion": Published(
         lambda path, images, limit, length: HallusionBench(path, images, limit), "HallusionBench.json"
     ),

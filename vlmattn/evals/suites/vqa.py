@@ -1,0 +1,107 @@
+"""VQAv2 (arXiv 1612.00837) on its published files: open questions against ten answers of people."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmattn.errors import InputError
+from vlmattn.evals.stats import Metric
+from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.files import check_image, read_image, read_text
+
+_PROMPT = "{}\nAnswer the question using a single word or phrase."
+_NUMBERS = {
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+_NUMBERS["none"] = "0"
+
+
+class VQA(Suite):
+    """accuracy = mean over the ten people of min(1, how many of the other nine said the same / 3).
+
+    Answers are compared without case, articles, punctuation and apostrophes, numbers up to ten as digits. The released
+    script puts apostrophes into a list of contractions instead, which differs in rare cases.
+
+    Args:
+        folder: with one ``*questions*.json`` and one ``*annotations*.json``.
+        images: folder of the COCO images.
+        limit: use the first so many questions.
+
+    Raises:
+        InputError: a file or image that is not there, or not in the published form.
+    """
+
+    name = "vqa"
+    title = "VQAv2: open questions"
+    fields = ("score", "asked")
+    metrics = (Metric("accuracy", {"score": 1}, {"asked": 1}, "agreement with ten people"),)
+    max_new_tokens = 16
+
+    def __init__(self, folder: Path, images: Path, limit: int | None = None) -> None:
+        self.settings = {"folder": folder.name, "limit": limit}
+        people = {row["question_id"]: row for row in _rows(folder, "annotations", ("question_id", "answers"))}
+        self._samples = []
+        for row in _rows(folder, "questions", ("question_id", "image_id", "question"))[:limit]:
+            if row["question_id"] not in people:
+                raise InputError(f"{folder}: question {row['question_id']} has no annotation")
+            self._samples.append(_sample(row, people[row["question_id"]], images))
+
+    def samples(self) -> Sequence[Sample]:
+        return self._samples
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        said = normal(answer)
+        same = sum(normal(other) == said for other in sample.truth)
+        total = len(sample.truth)
+        # leaving out one who said the same leaves same - 1, leaving out another leaves same
+        mean = (same * min(1.0, (same - 1) / 3) + (total - same) * min(1.0, same / 3)) / total
+        return {"score": max(0.0, mean), "asked": 1.0}
+
+    def right(self, record: Mapping[str, float]) -> bool:
+        return record["score"] >= 0.5
+
+    def expected(self, sample: Sample) -> str:
+        said: list[str] = sample.truth
+        return max(said, key=said.count)
+
+
+def normal(answer: str) -> str:
+    """An answer as it is compared."""
+    text = re.sub(r"(?<!\d)[.,]|[.,](?!\d)|['’]", "", answer.lower().strip())
+    words = re.sub(r"[^\w\s.,]", " ", text).split()
+    return " ".join(_NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def _sample(row: dict[str, Any], known: dict[str, Any], images: Path) -> Sample:
+    name = row.get("image") or f"COCO_val2014_{int(row['image_id']):012d}.jpg"
+    picture = check_image(images, str(name))
+    return Sample(
+        id=str(row["question_id"]),
+        image_id=str(row["image_id"]),
+        condition="questions",
+        splits=(str(known.get("answer_type", "all")),),
+        prompt=_PROMPT.format(row["question"]),
+        images=lambda: [read_image(picture)],
+        truth=[str(person["answer"]) for person in known["answers"]],
+    )
+
+
+def _rows(folder: Path, part: str, needs: Sequence[str]) -> list[dict[str, Any]]:
+    found = sorted(folder.glob(f"*{part}*.json"))
+    if len(found) != 1:
+        raise InputError(f"{folder}: one file *{part}*.json is needed, there are {len(found)}")
+    try:
+        data = json.loads(read_text(found[0]))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{found[0]}:{error.lineno}: not valid JSON ({error.msg})") from None
+    rows = data.get(part) if isinstance(data, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{found[0]}: no list '{part}' in it")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not set(needs) <= row.keys():
+            raise InputError(f"{found[0]}: {part}[{number}] needs {', '.join(needs)}")
+    return rows
