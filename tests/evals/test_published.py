@@ -203,7 +203,7 @@ def hallusion(tmp_path):
                     "gt_answer": str(int(figure == "1")),
                     "visual_input": "1",
                     "filename": None if figure == "0" else f"./hallusion_bench/VS/chart/3_{figure}.png",
-                }  # fmt: skip
+                }
             )
     for figure in ("1", "2"):
         picture(tmp_path / "images" / "hallusion_bench" / "VS" / "chart" / f"3_{figure}.png")

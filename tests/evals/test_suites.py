@@ -175,7 +175,7 @@ def test_missing_and_broken_images_name_the_path(tmp_path):
         (tmp_path / f"{i}.png").write_text("not a picture")
     with pytest.raises(InputError, match=r"cannot read the image .*0\.png"):
         Pope.on_files([path], tmp_path).samples()[0].images()
-    with pytest.raises(InputError, match="cannot read .*none.json"):
+    with pytest.raises(InputError, match=r"cannot read .*none\.json"):
         read_questions(tmp_path / "none.json")
 
 

@@ -15,7 +15,10 @@ from vlmattn.evals.suites.files import check_image, read_image, read_text
 
 _PROMPT = "{}\nAnswer the question using a single word or phrase."
 _NUMBERS = {
-    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    word: str(number)
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
 }
 _NUMBERS["none"] = "0"
 
