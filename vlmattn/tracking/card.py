@@ -101,15 +101,15 @@ of one height and one field of view (75 degrees) and nothing else: a test-bed fo
 Rooms are ray-cast (`vlmattn/tracking/rooms.py`): five walls at random angles, three boxes, random colours; no third-party content
 and no foreign weights. Views of one room lie within 0.75 of its middle, 40 degrees of yaw to either side; training begins with
 views near each other and maps of two. Queries see the map and themselves and are seen by nobody, as in tracking. Two heads of
-the global blocks are told where the patches of other views show the same place (cross-entropy). The world that the network speaks of is that of the mean camera of
-the map.
+the global blocks are told where the patches of other views show the same place (cross-entropy).
+The world that the network speaks of is that of the mean camera of the map.
 
     python -m vlmattn.tracking.train --out runs/tracker --export vlmattn/tracking/tiny-rooms
     python -m vlmattn.tracking.card --model vlmattn/tracking/tiny-rooms
 
 {log[-1]["step"]:.0f} steps, two CPU cores, {log[-1]["seconds"] / 60:.0f} minutes, seed 2027. Every batch follows from seed and step.
-An earlier run of 9,750 steps was given up: there the network chose its own world, which drifted, and training with it. Some of
-the walks of the gate were looked at during that run. This one was run once.
+An earlier run of 9,750 steps was given up: there the network chose its own world, which drifted, and training with it. Up to 25 of
+the walks of the gate were looked at during that run, and once during this one, which was run once and changed by nothing seen.
 
 ## Gate
 Fixed before training; {figures["walks"]} walks of {figures["frames"]} frames through rooms that training never saw, {figures["keyframes"]} keyframes, every
