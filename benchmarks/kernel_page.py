@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmattn.interventions.files import write_whole
+from vlmattn.files import write_whole
 from vlmattn.kernels.triton_decode import MOST_DIM, MOST_GROUPS, MOST_SPLITS, block_keys, tile_rows
 
 RESOURCES = Path(__file__).parent / "results" / "kernel_resources.csv"
