@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle, OracleAdapter, picture, walk
+from true_poses import Oracle, OracleAdapter, picture, walk
 
 from vlmattn.tracking import Interval, Similarity, Tracker, align, metrics
 from vlmattn.tracking.keyframes import Angular, Azel, PoseChange, Sight

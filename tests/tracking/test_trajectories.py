@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import walk
 from PIL import Image
+from true_poses import walk
 
 from vlmattn.errors import InputError, OptionError
 from vlmattn.tracking import Frames, Trajectory, fit, metrics, read_tum, write_ply, write_tum
