@@ -118,7 +118,6 @@ def test_bad_amber_files_are_named(amber, tmp_path, file, content, message):
 
 @pytest.mark.skipif(not AMBER.is_dir(), reason="needs AMBER's published files")
 def test_the_published_amber_files_are_read(monkeypatch):
-    monkeypatch.setattr("vlmattn.evals.suites.amber.check_image", lambda folder, name: folder / name)
     captions, questions = AmberCaptions(AMBER, AMBER), AmberQuestions(AMBER, AMBER)
     assert len(captions.samples()) == 1004
     counts: dict[str, int] = {}

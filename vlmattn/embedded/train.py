@@ -6,6 +6,7 @@
 Stage 1 (vision): every image patch is classified through the projector and the rows of the language model's embedding
 table that name the categories and colours, so that projected patches land where their words are.
 Stage 2 (instruction): caption and questions; the turns about one image share its prefix and do not see each other.
+Stage 3 (several images): the same with 2 to 8 images in three of four prompts; the vision tower and the projector stay as they are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SEED = 2026
 BATCH = 16
 VISION_STEPS = 9_000
 TEXT_STEPS = 3_600
+MANY_STEPS = 4_500
 MULTI_IMAGE_FROM = 800  # steps of stage 2: single-image yes/no is learned by then
 _BROKEN_SHARE = 0.15
 _EMBEDDING_NORM = 8.0  # of the size of a projected patch: smaller rows are drowned by the image
@@ -142,7 +144,7 @@ class _Batches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         step = self.start + index
-        return vision_batch(step) if self.stage == 1 else text_batch(step)
+        return vision_batch(step) if self.stage == 1 else text_batch(step) if self.stage == 2 else many_batch(step)
 
 
 def _scenes(stage: int, step: int, count: int) -> tuple[list[Scene], dict[str, Tensor]]:
@@ -201,11 +203,20 @@ class _Sequence:
 def text_batch(step: int) -> dict[str, Tensor]:
     several = step >= MULTI_IMAGE_FROM and step % 4 == 0
     images = 2 + step // 4 % 3 if several else 1
-    rows = {1: BATCH, 2: 8, 3: 5, 4: 4}[images]
-    rng = np.random.default_rng([SEED, 3, step])
-    scenes, batch = _scenes(2, step, rows * images)
+    return _dialogues(2, step, images, {1: BATCH, 2: 8, 3: 5, 4: 4}[images], 9)
+
+
+def many_batch(step: int) -> dict[str, Tensor]:
+    images = 1 if step % 4 == 0 else 2 + (step - step // 4) % 7
+    return _dialogues(3, step, images, {1: 8, 2: 6, 3: 4, 4: 4, 5: 3, 6: 3, 7: 2, 8: 2}[images], 12)
+
+
+def _dialogues(stage: int, step: int, images: int, rows: int, questions: int) -> dict[str, Tensor]:
+    """``rows`` prompts of so many images; ``questions`` turns about several."""
+    rng = np.random.default_rng([SEED, stage + 1, step])
+    scenes, batch = _scenes(stage, step, rows * images)
     groups = [scenes[i * images : (i + 1) * images] for i in range(rows)]
-    dialogues = [turns(group[0], rng) if images == 1 else multi_image_turns(group, rng) for group in groups]
+    dialogues = [turns(group[0], rng) if images == 1 else multi_image_turns(group, rng, questions) for group in groups]
     sequences = [_Sequence.of(images, dialogue) for dialogue in dialogues]
     length = max(len(sequence.ids) for sequence in sequences)
 
@@ -255,6 +266,8 @@ def _text_loss(trainee: Trainee, batch: dict[str, Tensor], patches: Tensor) -> t
 def _learning_rate(stage: int, step: int) -> float:
     if stage == 1:
         return 1.2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / VISION_STEPS)
+    if stage == 3:
+        return 8e-4 * min(1.0, (step + 1) / 100) * (0.03 + 0.97 * (1 - step / MANY_STEPS))
     done = step / TEXT_STEPS
     return 1e-3 * min(1.0, (step + 1) / 100) * (1.0 if done < 0.4 else 0.03 + 0.97 * (1 - done) / 0.6)
 
@@ -268,8 +281,8 @@ def _optimizer(trainee: Trainee, stage: int) -> torch.optim.AdamW:
     else:
         known = {id(p) for p in seeing}
         rest = [p for p in trainee.parameters() if id(p) not in known]
-        groups = [
-            {"params": seeing, "share": 0.5, "weight_decay": 0.05},
+        groups = [] if stage == 3 else [{"params": seeing, "share": 0.5, "weight_decay": 0.05}]
+        groups += [
             {"params": [p for p in rest if p.ndim > 1], "share": 1.0, "weight_decay": 0.05},
             {"params": [p for p in rest if p.ndim < 2], "share": 1.0, "weight_decay": 0.0},
         ]
@@ -294,6 +307,8 @@ def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: i
         start, seconds = state["step"], state["seconds"]
     elif stage == 2:
         trainee.start_text_stage()
+    elif stage == 3:  # from the weights as they would be stored
+        trainee.llava.half().float()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     loader = DataLoader(_Batches(stage, start, steps), batch_size=None, num_workers=workers)
     batches: Iterator[dict[str, Tensor]] = iter(loader)
@@ -303,13 +318,17 @@ def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: i
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(stage, step) * group["share"]
         batch = next(batches)
-        patches, pooled = trainee.see(batch["pixels"])
-        loss, right = trainee.dense_loss(patches, batch["category"], batch["colour"])
-        figures = {"patch_accuracy": right}
+        with torch.set_grad_enabled(stage < 3):
+            patches, pooled = trainee.see(batch["pixels"])
+        if stage == 3:
+            loss, figures = _text_loss(trainee, batch, patches)
+        else:
+            loss, right = trainee.dense_loss(patches, batch["category"], batch["colour"])
+            figures = {"patch_accuracy": right}
         if stage == 1:
             present = torch.zeros(len(pooled), len(CATEGORIES) + 1).scatter_(1, batch["category"], 1.0)[:, 1:]
             loss = loss + 0.5 * F.binary_cross_entropy_with_logits(trainee.multi_label(pooled), present)
-        else:
+        elif stage == 2:
             text_loss, more = _text_loss(trainee, batch, patches)
             loss, figures = text_loss + 0.3 * loss, figures | more
         optimizer.zero_grad()
@@ -334,7 +353,7 @@ def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: i
 def export(folder: Path, target: Path) -> None:
     """Write the last checkpoint as a Hugging Face folder (float16 safetensors, processor, chat template)."""
     trainee = Trainee()
-    checkpoint = folder / "stage2.pt"
+    checkpoint = folder / "stage3.pt"
     trainee.load_state_dict(torch.load(checkpoint, weights_only=True)["trainee"])
     model = trainee.llava
     largest = max(float(p.detach().abs().max()) for p in model.parameters())
@@ -353,6 +372,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="write the trained model as a Hugging Face folder and stop")
     parser.add_argument("--vision-steps", type=int, default=VISION_STEPS)
     parser.add_argument("--text-steps", type=int, default=TEXT_STEPS)
+    parser.add_argument("--many-steps", type=int, default=MANY_STEPS)
     parser.add_argument("--threads", type=int, default=1, help="one thread keeps float32 sums in one order")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw the scenes")
     options = parser.parse_args()
@@ -364,9 +384,10 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(SEED)
     trainee = Trainee()
-    if not (options.out / "stage2.pt").exists():
-        run_stage(trainee, 1, options.vision_steps, options.out, options.workers, every=500)
-    run_stage(trainee, 2, options.text_steps, options.out, options.workers)
+    stages = {1: options.vision_steps, 2: options.text_steps, 3: options.many_steps}
+    begun = [stage for stage in stages if (options.out / f"stage{stage}.pt").exists()]
+    for stage in range(max(begun, default=1), 4):
+        run_stage(trainee, stage, stages[stage], options.out, options.workers, every=500 if stage == 1 else 200)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def gates(result: Result, faint: str, clear: str, broken: str, swapped: str) -> 
         Gate("clear: POPE adversarial", accuracy[clear, "adversarial"], 92, 100),
         Gate("clear, prior broken: POPE random", accuracy[broken, "random"], 88, 100),
         Gate("clear: in which of 2 images", _value(result, "which", clear, "2 images", "accuracy"), 95, 100),
+        Gate("clear: in which of 4 images", _value(result, "which", clear, "4 images", "accuracy"), 85, 100),
+        Gate("clear: in which of 8 images", _value(result, "which", clear, "8 images", "accuracy"), 70, 100),
         Gate("faint: POPE random", accuracy[faint, "random"], 85, 92),
         Gate("faint: POPE random minus adversarial", drop, 4, 100),
         Gate("faint: CHAIR_i", _value(result, "chair", faint, "captions", "chair_i"), 10, 25),

@@ -17,7 +17,7 @@ from typing import Any
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import check_image, read_image, read_items, read_text
+from vlmattn.evals.suites.files import ImageFiles, read_items, read_text
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo
 from vlmattn.evals.words import singular
 
@@ -174,14 +174,13 @@ class AmberQuestions(YesNo):
 
 
 def _sample(query: dict[str, Any], images: Path, split: str, truth: Any) -> Sample:
-    picture = check_image(images, query["image"])
     return Sample(
         id=str(query["id"]),
         image_id=query["image"],
         condition="amber",
         splits=(split,),
         prompt=query["query"],
-        images=lambda: [read_image(picture)],
+        images=ImageFiles.of(images, [query["image"]]),
         truth=truth,
     )
 

@@ -60,9 +60,12 @@ class Suite(ABC):
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         """Values of ``fields`` for one answer."""
 
-    def records(self, answers: Mapping[str, str]) -> list[dict[str, float]]:
-        """Values of ``fields`` for all samples in order; ``answers`` by id. A suite that scores questions in groups adds them here."""
-        return [self.score(sample, answers[sample.id]) for sample in self.samples()]
+    def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """Values of ``fields`` by id for the samples that have an answer, in their order.
+
+        A suite that scores questions in groups adds those fields here.
+        """
+        return {sample.id: self.score(sample, answers[sample.id]) for sample in self.samples() if sample.id in answers}
 
     @abstractmethod
     def right(self, record: Mapping[str, float]) -> bool:

@@ -13,7 +13,7 @@ from vlmattn.embedded.text import DESCRIBE
 from vlmattn.evals.coco import load_coco_objects
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import check_image, read_image
+from vlmattn.evals.suites.files import ImageFiles
 from vlmattn.evals.suites.world import World
 from vlmattn.evals.words import ObjectWords
 
@@ -100,7 +100,6 @@ class Chair(Suite):
         samples = []
         for key in order:
             entry = known[int(key)]
-            picture = check_image(images, entry.file_name)
             samples.append(
                 Sample(
                     id=str(entry.id),
@@ -108,7 +107,7 @@ class Chair(Suite):
                     condition="coco",
                     splits=("captions",),
                     prompt=COCO_PROMPT,
-                    images=lambda picture=picture: [read_image(picture)],  # type: ignore[misc]
+                    images=ImageFiles.of(images, [entry.file_name]),
                     truth=_Truth(entry.objects),
                 )
             )

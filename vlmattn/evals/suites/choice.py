@@ -15,7 +15,7 @@ from typing import Any
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import check_image, read_image, read_items
+from vlmattn.evals.suites.files import ImageFiles, read_items
 
 _LETTERS = "ABCDEFGHIJ"
 
@@ -29,7 +29,7 @@ class Choice(Suite):
         limit: use the first so many of each task.
 
     Raises:
-        InputError: an entry that lacks something, an answer that is no option, an image that is not there.
+        InputError: an entry that lacks something, an answer that is no option.
     """
 
     name = "choice"
@@ -100,7 +100,6 @@ def _sample(where: str, item: dict[str, Any], key: str, task: str, images: Path)
         raise InputError(
             f"{where}: answer must be a letter from A to {_LETTERS[len(options) - 1]}, got '{item['answer']}'"
         )
-    pictures = [check_image(images, str(name)) for name in names]
     question = str(item["question"])
     for number in range(len(names)):  # the pictures come first in the prompt
         question = question.replace("<image>", f"(image {number + 1})", 1)
@@ -111,6 +110,6 @@ def _sample(where: str, item: dict[str, Any], key: str, task: str, images: Path)
         condition="questions",
         splits=(task, f"{len(names)} images" if len(names) > 1 else "1 image"),
         prompt="\n".join([*lines, "Answer with the option's letter from the given choices directly."]),
-        images=lambda: [read_image(picture) for picture in pictures],
+        images=ImageFiles.of(images, map(str, names)),
         truth=(letter, [str(option) for option in options]),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,27 @@ from PIL import Image
 from vlmattn.errors import InputError
 
 
-def check_image(folder: Path, name: str) -> Path:
-    """Path of an image that exists."""
-    path = folder / name
-    if not path.is_file():
-        raise InputError(f"image not found: {path}; give the folder that holds the images with --images")
-    return path
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images of a sample, read when they are called for. Those that are not there are found before a run, by the runner."""
+
+    paths: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, folder: Path, names: Iterable[str]) -> ImageFiles:
+        return cls(tuple(folder / name for name in names))
+
+    def __call__(self) -> list[Image.Image]:
+        """
+        Raises:
+            InputError: an image is missing or damaged.
+        """
+        return [read_image(path) for path in self.paths]
 
 
 def read_image(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise InputError(f"image not found: {path}")
     try:
         return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError):  # Pillow raises any of them for a damaged file

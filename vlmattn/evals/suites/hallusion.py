@@ -13,7 +13,7 @@ from typing import Any
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
-from vlmattn.evals.suites.files import check_image, read_image, read_items
+from vlmattn.evals.suites.files import ImageFiles, read_items
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
 
 _NEEDS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer", "filename")
@@ -44,8 +44,8 @@ class HallusionBench(YesNo):
     def __init__(self, questions: Path, images: Path, limit: int | None = None) -> None:
         self.settings = {"questions": questions.name, "limit": limit}
         self._samples = []
-        self._figures: list[str] = []
-        self._questions: list[str] = []
+        self._figures: dict[str, str] = {}
+        self._questions: dict[str, str] = {}
         for where, item in read_items(questions, _NEEDS, "a HallusionBench question"):
             if not item["filename"]:  # asked without a figure: nothing to look at
                 continue
@@ -58,23 +58,23 @@ class HallusionBench(YesNo):
             raise InputError(f"{questions}: a question of a figure is there twice")
 
     def _add(self, item: dict[str, Any], images: Path) -> None:
-        picture = check_image(images, str(item["filename"]).removeprefix("./"))
         of = f"{item['category']}/{item['subcategory']}/{item['set_id']}"
-        self._figures.append(f"{of}/{item['figure_id']}")
-        self._questions.append(f"{of}/{item['question_id']}")
+        key = f"{of}/{item['figure_id']}/{item['question_id']}"
+        self._figures[key] = f"{of}/{item['figure_id']}"
+        self._questions[key] = f"{of}/{item['question_id']}"
         self._samples.append(
             Sample(
-                id=f"{of}/{item['figure_id']}/{item['question_id']}",
+                id=key,
                 image_id=of,  # figures of a set show variants of one picture: they are drawn together
                 condition="hallusion",
                 splits=(str(item["subcategory"]),),
                 prompt=str(item["question"]),
-                images=lambda: [read_image(picture)],
+                images=ImageFiles.of(images, [str(item["filename"]).removeprefix("./")]),
                 truth=str(item["gt_answer"]) == "1",
             )
         )
 
-    def records(self, answers: Mapping[str, str]) -> list[dict[str, float]]:
+    def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
         found = super().records(answers)
         all_right(found, self._figures, "figure")
         all_right(found, self._questions, "question")

@@ -8,7 +8,7 @@ from pathlib import Path
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
-from vlmattn.evals.suites.files import read_image, read_text
+from vlmattn.evals.suites.files import ImageFiles, read_text
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
 
 _PICTURES = (".jpg", ".jpeg", ".png")
@@ -54,7 +54,7 @@ class MME(YesNo):
                             condition="mme",
                             splits=(task.name,),
                             prompt=question,
-                            images=lambda picture=picture: [read_image(picture)],  # type: ignore[misc]
+                            images=ImageFiles((picture,)),
                             truth=truth,
                         )
                     )
@@ -70,9 +70,9 @@ class MME(YesNo):
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         return {**super().score(sample, answer), "halves": 1.0}
 
-    def records(self, answers: Mapping[str, str]) -> list[dict[str, float]]:
+    def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
         found = super().records(answers)
-        all_right(found, [sample.image_id for sample in self._samples], "pair")
+        all_right(found, {sample.id: sample.image_id for sample in self._samples}, "pair")
         return found
 
 

@@ -11,7 +11,7 @@ from vlmattn.embedded.text import existence_question
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import check_image, read_image, read_items
+from vlmattn.evals.suites.files import ImageFiles, read_items
 from vlmattn.evals.suites.world import World, absent_objects
 
 SPLITS = ("random", "popular", "adversarial")
@@ -90,7 +90,6 @@ class Pope(Suite):
         for path in questions:
             split = _split_name(path)
             for item in read_questions(path)[:limit]:
-                picture = check_image(images, item["image"])
                 key = (item["image"], item["text"], item["label"] == "yes")
                 before = samples.get(key)
                 samples[key] = Sample(
@@ -99,7 +98,7 @@ class Pope(Suite):
                     condition="questions",
                     splits=(*(before.splits if before else ()), split),
                     prompt=item["text"],
-                    images=lambda picture=picture: [read_image(picture)],  # type: ignore[misc]
+                    images=ImageFiles.of(images, [item["image"]]),
                     truth=item["label"] == "yes",
                 )
         return cls(list(samples.values()), {"questions": [path.name for path in questions], "limit": limit})

@@ -57,7 +57,7 @@ class PQA(YesNo):
         count = max(1, world.count // 4) if sets is None else sets
         self.settings = {"scenes": world.settings(), "images": list(images), "sets": count}
         self._samples = []
-        self._asked: list[str] = []
+        self._asked: dict[str, str] = {}  # the image asked about, by sample
         for size in images:
             for number in range(count):
                 self._add(world, size, number)
@@ -76,10 +76,11 @@ class PQA(YesNo):
             order = [*chosen[turn:], *chosen[:turn]]
             for place in range(size):
                 which = (place + turn) % size
-                self._asked.append(f"{size}/{number}/{which}")
+                asked = f"{world.name}/{size}/{number}/{which}"
+                self._asked[f"{asked}/{place}"] = asked
                 self._samples.append(
                     Sample(
-                        id=f"{world.name}/{size}/{number}/{which}/{place}",
+                        id=f"{asked}/{place}",
                         image_id=f"{size}/{number}",
                         condition=world.name,
                         splits=(f"{size} images", f"{size} images, position {place + 1}"),
@@ -89,13 +90,14 @@ class PQA(YesNo):
                     )
                 )
 
-    def records(self, answers: Mapping[str, str]) -> list[dict[str, float]]:
+    def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
         found = super().records(answers)
         said: dict[str, set[bool | None]] = {}
-        for sample, asked in zip(self._samples, self._asked, strict=True):
-            said.setdefault(asked, set()).add(self.read(answers[sample.id]))
+        for key in found:
+            said.setdefault(self._asked[key], set()).add(self.read(answers[key]))
         first: set[str] = set()
-        for record, asked in zip(found, self._asked, strict=True):
+        for key, record in found.items():
+            asked = self._asked[key]
             counts = asked not in first
             first.add(asked)
             record["changed"] = float(counts and len(said[asked]) > 1)

@@ -59,6 +59,10 @@ class Subset(Suite):
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         return self._suite.score(sample, answer)
 
+    def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        own = {sample.id for sample in self._samples}
+        return self._suite.records({key: answer for key, answer in answers.items() if key in own})
+
     def right(self, record: Mapping[str, float]) -> bool:
         return self._suite.right(record)
 

@@ -11,7 +11,7 @@ from typing import Any
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import check_image, read_image, read_text
+from vlmattn.evals.suites.files import ImageFiles, read_text
 
 _PROMPT = "{}\nAnswer the question using a single word or phrase."
 _NUMBERS = {
@@ -81,14 +81,13 @@ def normal(answer: str) -> str:
 
 def _sample(row: dict[str, Any], known: dict[str, Any], images: Path) -> Sample:
     name = row.get("image") or f"COCO_val2014_{int(row['image_id']):012d}.jpg"
-    picture = check_image(images, str(name))
     return Sample(
         id=str(row["question_id"]),
         image_id=str(row["image_id"]),
         condition="questions",
         splits=(str(known.get("answer_type", "all")),),
         prompt=_PROMPT.format(row["question"]),
-        images=lambda: [read_image(picture)],
+        images=ImageFiles.of(images, [str(name)]),
         truth=[str(person["answer"]) for person in known["answers"]],
     )
 

@@ -50,13 +50,17 @@ class YesNo(Suite):
         return "yes" if sample.truth else "no"
 
 
-def all_right(records: Sequence[dict[str, float]], groups: Sequence[str], field: str) -> None:
-    """Add ``field`` (1 if every sample of the group is right) and ``<field>_asked`` to the first record of each group; "" is no group."""
+def all_right(records: Mapping[str, dict[str, float]], groups: Mapping[str, str], field: str) -> None:
+    """Add ``field`` (1 if every sample of the group is right) and ``<field>_asked`` to the first record of each group; "" is no group.
+
+    ``groups`` by id of the sample; samples without a record have no part in their group.
+    """
     whole: dict[str, float] = {}
-    for record, group in zip(records, groups, strict=True):
-        whole[group] = min(whole.get(group, 1.0), record["right"])
+    for key, record in records.items():
+        whole[groups[key]] = min(whole.get(groups[key], 1.0), record["right"])
     seen = {""}
-    for record, group in zip(records, groups, strict=True):
+    for key, record in records.items():
+        group = groups[key]
         first = group not in seen
         seen.add(group)
         record[field], record[f"{field}_asked"] = (whole[group] if first else 0.0), float(first)
