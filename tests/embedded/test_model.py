@@ -13,7 +13,8 @@ import vlmattn
 from vlmattn.embedded import FOLDER
 from vlmattn.embedded.scenes import make_scene
 from vlmattn.evals.card import CHECK_SCENES, card
-from vlmattn.evals.runner import answer, evaluate
+from vlmattn.evals.prompts import answer
+from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites import Pope, World
 
 

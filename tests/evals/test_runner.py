@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
+from dataclasses import replace
 
 import pytest
 import torch
+from killing import kill_and_compare
 
 import vlmattn
 from vlmattn.errors import InputError, StateError
 from vlmattn.evals.journal import Journal
+from vlmattn.evals.processes import Processes
 from vlmattn.evals.report import html_report, markdown_tables, notes
 from vlmattn.evals.runner import Result, evaluate
 from vlmattn.evals.suites import Chair, Pope, Which, World
@@ -75,15 +73,15 @@ def test_restart_leaves_nothing_of_the_earlier_run(finished, tmp_path):
     folder, _ = finished
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    with Journal(tmp_path, {"other": True}, restart=True) as journal:
-        assert journal.answers == {}
-    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "answers.jsonl"}
+    with Journal(tmp_path, {"other": True}, Processes(), restart=True) as journal:
+        assert journal.done == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "journal.jsonl"}
 
 
 def test_only_the_idle_method_of_a_composition_is_named(finished):
     _, result = finished
     summary = {**result.summary, "reports": {"var+pai": {"fired": {"var": 0, "pai": 3}}}}
-    assert notes(Result(summary, result.suites, result.answers)) == [
+    assert notes(replace(result, summary=summary)) == [
         "var+pai: var never found anything to do on this model and had no part in the answers."
     ]
 
@@ -114,71 +112,49 @@ def test_answers_of_other_weights_are_not_resumed(finished):
         )
 
 
+def test_the_journal_has_what_methods_did_and_took(finished):
+    folder, result = finished
+    batches = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert {path.name for path in folder.glob("journal*")} == {"journal.jsonl"}
+    for preset in ("vhr", "pai"):
+        own = [batch for batch in batches if batch["preset"] == preset]
+        assert result.summary["reports"][preset]["fired"] == {preset: sum(b["report"]["fired"][preset] for b in own)}
+        assert result.summary["cost"][preset]["tokens_per_second"] > 0
+    assert sum(batch["tokens"] for batch in batches) > len(result.answers)
+
+
 @pytest.mark.parametrize("cut", [1, 300, 1500, 2500])
 def test_cut_off_runs_lose_nothing_and_repeat_nothing(bundled, finished, tmp_path, cut):
     folder, result = finished
-    for name in ("answers.jsonl", "settings.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    whole = (tmp_path / "answers.jsonl").read_bytes()
-    (tmp_path / "answers.jsonl").write_bytes(whole[: len(whole) - cut])  # as a kill in the middle of a write leaves it
+    (tmp_path / "settings.json").write_bytes((folder / "settings.json").read_bytes())
+    whole = (folder / "journal.jsonl").read_bytes()
+    left = whole[: len(whole) - cut]  # as a kill in the middle of a write leaves it
+    begun = left.rindex(b"\n", 0, len(left) // 2) + 1
+    (tmp_path / "journal-0.jsonl").write_bytes(left[:begun])  # two processes wrote, now there is one
+    (tmp_path / "journal-1.jsonl").write_bytes(left[begun:])
     again = evaluate(
         *bundled, small_suites(), ["none", "vhr", "pai"], tmp_path, "embedded", batch_size=20, say=lambda _: None
     )
     assert again.answers == result.answers
-    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
-    assert len(lines) == len(set(lines)) == len(result.answers)
-    assert again.summary["tables"] == result.summary["tables"]
+    assert (tmp_path / "answers.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
+    for name in ("tables", "reports"):
+        assert again.summary[name] == result.summary[name]
 
 
 def test_a_damaged_line_in_the_middle_is_named(finished, tmp_path):
     folder, _ = finished
     settings = json.loads((folder / "settings.json").read_text())
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    lines = (folder / "answers.jsonl").read_text().splitlines()
+    lines = (folder / "journal.jsonl").read_text().splitlines()
     lines[3] = lines[3][:20]
-    (tmp_path / "answers.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(InputError, match=r"answers\.jsonl:4: damaged line"):
-        Journal(tmp_path, settings)
+    (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"journal\.jsonl:4: damaged line"):
+        Journal(tmp_path, settings, Processes())
 
 
-def test_kill_minus_nine_and_run_again(tmp_path):
-    """The real thing: a process killed while it works, then the same command."""
-    command = [
-        sys.executable,
-        "-m",
-        "vlmattn.cli",
-        "eval",
-        "--suite",
-        "pope",
-        "--presets",
-        "none,pai",
-        "--scenes",
-        "30",
-    ]
-    command += ["--visibility", "faint", "--batch-size", "10", "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(
-        [*command, str(tmp_path / "a")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    answers = tmp_path / "a" / "answers.jsonl"
-    for _ in range(2400):  # two minutes for a slow machine to load the model
-        if answers.exists() and answers.read_bytes().count(b"\n") >= 20:
-            break
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    done = answers.read_bytes().count(b"\n")
-    assert 20 <= done < 580, "the process must have been killed in the middle"
-    for name in ("a", "b"):
-        run = subprocess.run(
-            [*command, str(tmp_path / name)], env=environment, capture_output=True, text=True, check=True
-        )
-        assert ("resuming" in run.stdout) == (name == "a")
-    assert sorted(answers.read_text().splitlines()) == sorted(
-        (tmp_path / "b" / "answers.jsonl").read_text().splitlines()
-    )
-    tables = [json.loads((tmp_path / name / "summary.json").read_text())["tables"] for name in ("a", "b")]
-    assert tables[0] == tables[1]
+def test_killed_twice_in_two_processes_equals_one_that_was_left_alone(tmp_path):
+    """The real thing, in small; ``python tests/evals/killing.py`` does it with 10,000 questions."""
+    killed, whole = kill_and_compare(tmp_path, questions=240, batch=8)
+    assert killed == whole
 
 
 def test_batching_does_not_change_answers(bundled, finished, tmp_path):

@@ -253,14 +253,15 @@ def test_a_run_that_stops_goes_on_with_all_it_knew(bundled, finished, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         tuned(bundled, tmp_path)
     assert not (tmp_path / "tuned.yaml").exists()
-    kept = json.loads((tmp_path / "reports.json").read_text())
-    assert len(kept["seconds_per_sample"]) == answered
+    kept = [json.loads(line) for line in (tmp_path / "journal-0.jsonl").read_text().splitlines()]
+    assert len(kept) == answered
     answered, calls = 99, []
     assert tuned(bundled, tmp_path) == found
-    assert len(calls) == 3 - len(kept["seconds_per_sample"])
+    assert len(calls) == 3 - len(kept)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["reports"]) == ["vhr[alpha=10.0]", "vhr[alpha=1.0]"]
-    assert kept["seconds_per_sample"].items() <= summary["seconds_per_sample"].items()
+    for batch in kept:
+        assert summary["cost"][batch["preset"]]["tokens_per_second"] == round(batch["tokens"] / batch["seconds"], 2)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
 
 

@@ -119,7 +119,7 @@ def _prepare(
         model = random_model(name, dtype, device)
         return model, None, random_inputs(model, batch_size)
     picture = _picture(name, image)
-    model, processor = load(name, dtype, None if device == "cpu" else device)
+    model, processor = load(name, dtype, device)
     return model, processor, encode(processor, model, picture, prompt, batch_size)
 
 

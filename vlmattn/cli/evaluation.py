@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from vlmattn.cli.common import DeviceMap, DType, Model, app, console, errors, load, plain, say, typed
-from vlmattn.errors import InputError, OptionError, UnknownNameError
+from vlmattn.cli.common import DeviceMap, DType, LoadIn, Model, app, console, errors, load, plain, say, typed
+from vlmattn.cli.data import (
+    CaptionLength,
+    Captions,
+    Data,
+    Images,
+    Instances,
+    Limit,
+    Prior,
+    Questions,
+    Synonyms,
+    Visibility,
+    generated,
+    lacking,
+    note_scenes,
+    on_files,
+    paths_of,
+)
+from vlmattn.errors import InputError, OptionError
 
 if TYPE_CHECKING:
     from vlmattn.evals.suites import Suite
     from vlmattn.evals.tune import Tuned
 
-Visibility = Annotated[str, typer.Option(help="Of generated scenes: clear, dim, faint, tiny; comma-separated.")]
-Prior = Annotated[float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")]
-Questions = Annotated[list[Path] | None, typer.Option(help="POPE question file; repeat for several splits.")]
-Images = Annotated[Path | None, typer.Option(help="Folder of the images that --questions or --instances name.")]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Published data of a suite, NAME=PATH: amber, amber_questions, mme, hallusion, choice, vqa; repeat."
-    ),
-]
-Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")]
-Captions = Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")]
-Synonyms = Annotated[Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")]
-Limit = Annotated[int | None, typer.Option(help="Questions per file, or COCO images (500).", min=1)]
-CaptionLength = Annotated[int, typer.Option(help="Length of COCO captions.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="At most so many questions at once; fewer where memory is short.", min=1)]
+BatchTokens = Annotated[int | None, typer.Option(help="At most so many prompt tokens at once, padding counted.", min=1)]
+OnError = Annotated[str, typer.Option(help="At a missing or damaged image: stop, or skip its questions and name them.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away earlier answers in --out.")]
 DEMO_PRESETS = "none,var,vhr,pai"
 
@@ -48,16 +52,8 @@ def demo(
 
     Example: [bold]vlmattn demo[/bold]
     """
-    _evaluate(
-        "embedded",
-        "auto",
-        None,
-        _generated(["pope", "chair"], scenes, ["faint", "clear"], 0.0),
-        DEMO_PRESETS,
-        out,
-        50,
-        restart,
-    )
+    chosen = generated(["pope", "chair"], scenes, ["faint", "clear"], 0.0)
+    _evaluate("embedded", ("auto", None, None), chosen, DEMO_PRESETS, out, batch_size=50, restart=restart)
 
 
 @app.command(name="eval")
@@ -81,9 +77,12 @@ def eval_command(
     synonyms: Synonyms = None,
     limit: Limit = None,
     max_new_tokens: CaptionLength = 512,
-    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    batch_size: BatchSize = 50,
+    batch_tokens: BatchTokens = None,
+    on_error: OnError = "stop",
     dtype: DType = "auto",
     device_map: DeviceMap = None,
+    load_in: LoadIn = None,
     restart: Restart = False,
 ) -> None:
     """Ask a model the same questions with and without presets, and say whether they helped.
@@ -96,18 +95,19 @@ def eval_command(
 
       [bold]vlmattn eval --out runs/z --model llava-hf/llava-1.5-7b-hf --suite mme --data mme=MME_Benchmark[/bold]
     """
-    names, files = [name.strip() for name in suite.split(",")], _data(data)
+    names, files = [name.strip() for name in suite.split(",")], paths_of(data)
     if questions or instances or files:
-        chosen = _on_files(names, files, questions, images, instances, captions, synonyms, limit, max_new_tokens)
+        chosen = on_files(names, files, questions, images, instances, captions, synonyms, limit, max_new_tokens)
         missing = [name for name in names if name not in [s.name for s in chosen]]
         if missing and suite != "pope,chair":
-            raise InputError(_lacking(missing))
+            raise InputError(lacking(missing))
         if missing:  # of the default suites
-            errors.print(f"note: {_lacking(missing)}", highlight=False, soft_wrap=True)
+            errors.print(f"note: {lacking(missing)}", highlight=False, soft_wrap=True)
     else:
-        chosen = _generated(names, scenes, [name.strip() for name in visibility.split(",")], prior)
-        _note_scenes(model)
-    _evaluate(model, dtype, device_map, chosen, presets, out, batch_size, restart)
+        chosen = generated(names, scenes, [name.strip() for name in visibility.split(",")], prior)
+        note_scenes(model)
+    running = {"batch_size": batch_size, "batch_tokens": batch_tokens, "on_error": on_error, "restart": restart}
+    _evaluate(model, (dtype, device_map, load_in), chosen, presets, out, **running)
 
 
 @app.command()
@@ -135,9 +135,12 @@ def tune(
     synonyms: Synonyms = None,
     limit: Limit = None,
     max_new_tokens: CaptionLength = 512,
-    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    batch_size: BatchSize = 50,
+    batch_tokens: BatchTokens = None,
+    on_error: OnError = "stop",
     dtype: DType = "auto",
     device_map: DeviceMap = None,
+    load_in: LoadIn = None,
     restart: Restart = False,
 ) -> None:
     """Choose options of a method on a few validation samples; test the result on others.
@@ -158,24 +161,24 @@ def tune(
     recipe = Recipe.of(preset)
     values = parse_grid(recipe, grid)
     settings_of(recipe, values)  # before a model of many gigabytes is loaded
-    files = _data(data)
-    generated = not (questions or instances or files)
-    if generated:
+    files = paths_of(data)
+    on_scenes = not (questions or instances or files)
+    if on_scenes:
         if seed == EVAL_SEED:
             raise OptionError(f"--seed {seed} draws the scenes that vlmattn eval tests on; take another")
-        chosen = _generated([suite], scenes, [name.strip() for name in visibility.split(",")], prior, seed)
-        _note_scenes(model)
+        chosen = generated([suite], scenes, [name.strip() for name in visibility.split(",")], prior, seed)
+        note_scenes(model)
     else:
-        chosen = _on_files([suite], files, questions, images, instances, captions, synonyms, limit, max_new_tokens)
+        chosen = on_files([suite], files, questions, images, instances, captions, synonyms, limit, max_new_tokens)
         if not chosen:
-            raise InputError(_lacking([suite]))
-    loaded, processor = load(model, dtype, device_map)
+            raise InputError(lacking([suite]))
+    loaded, processor = load(model, dtype, device_map, load_in)
     tuned = tune_recipe(
         loaded, processor, chosen[0], recipe, values, out, model, shots, seed, batch_size, restart, say, typed()
     )
     _show_tuned(tuned, chosen[0])
     plain(f"recipe: {out / 'tuned.yaml'}\nfigures: {out / 'tune.json'}")
-    rest = f"its scenes are of seed {EVAL_SEED}, not {seed}" if generated else "give it other files"
+    rest = f"its scenes are of seed {EVAL_SEED}, not {seed}" if on_scenes else "give it other files"
     test = ["vlmattn", "eval", "--suite", suite, "--model", model, "--presets", f"{preset},{out / 'tuned.yaml'}"]
     plain(f"to test it on other samples ({rest}): {shlex.join(test)} --out DIR")
 
@@ -217,19 +220,20 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
+    load_in: LoadIn = None,
 ) -> None:
     """Ask about a picture, without and with a preset.
 
     Example: [bold]vlmattn ask photo.jpg "Is there a dog in the image?" --preset vhr[/bold]
     """
     import vlmattn
-    from vlmattn.evals.runner import answer
+    from vlmattn.evals.prompts import answer
     from vlmattn.evals.suites.files import read_image
 
     if not image.is_file():
         raise InputError(f"image not found: {image}")
     picture, recipe = read_image(image), vlmattn.Recipe.of(preset)
-    loaded, processor = load(model, dtype, device_map)
+    loaded, processor = load(model, dtype, device_map, load_in)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("[bold]none[/bold]", escape(answer(loaded, processor, [question], [[picture]], max_new_tokens)[0]))
     with vlmattn.applied(loaded, recipe, processor=processor):
@@ -240,90 +244,13 @@ def ask(
     console.print(table)
 
 
-def _generated(
-    names: list[str], scenes: int, visibility: list[str], prior: float, seed: int | None = None
-) -> list[Suite]:
-    """Suites on generated scenes; without a seed on those of every evaluation."""
-    from vlmattn.evals.suites import PQA, Chair, Pope, Which, World
-    from vlmattn.evals.suites.world import EVAL_SEED
-
-    worlds = [World(look, prior, scenes, EVAL_SEED if seed is None else seed) for look in visibility]
-    makers: dict[str, Callable[[], Suite]] = {
-        "pope": lambda: Pope.on_scenes(worlds),
-        "chair": lambda: Chair.on_scenes(worlds),
-        "which": lambda: Which(worlds[-1]),
-        "pqa": lambda: PQA(worlds[-1]),
-    }
-    for name in names:
-        if name not in makers:
-            raise UnknownNameError("suite", name, makers)
-    return [makers[name]() for name in names]
-
-
-def _on_files(
-    names: list[str],
-    files: dict[str, Path],
-    questions: list[Path] | None,
-    images: Path | None,
-    instances: Path | None,
-    captions: Path | None,
-    synonyms: Path | None,
-    limit: int | None,
-    max_new_tokens: int,
-) -> list[Suite]:
-    """Those of the named suites that there are files for."""
-    from vlmattn.evals.suites import Chair, Pope
-    from vlmattn.evals.suites.published import make_published
-
-    if images is None and (questions or instances):
-        raise InputError("--questions and --instances need --images DIR, the folder of the images they name")
-    chosen: list[Suite] = []
-    if questions and images and "pope" in names:
-        chosen.append(Pope.on_files(questions, images, limit))
-    if instances and images and "chair" in names:
-        chosen.append(Chair.on_coco(instances, captions, images, synonyms, limit or 500, 0, max_new_tokens))
-    return chosen + [
-        make_published(name, path, images, limit, max_new_tokens) for name, path in files.items() if name in names
-    ]
-
-
-def _data(given: list[str] | None) -> dict[str, Path]:
-    """Paths by the names of suites."""
-    from vlmattn.evals.suites.published import PUBLISHED
-
-    found: dict[str, Path] = {}
-    for text in given or ():
-        name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise OptionError(f"--data is NAME=PATH, for example mme=MME_Benchmark; got '{text}'")
-        if name in found:
-            raise OptionError(f"--data {name} is given twice")
-        if name not in PUBLISHED:
-            raise UnknownNameError("suite of published data", name, PUBLISHED)
-        found[name] = Path(path)
-    return found
-
-
-def _lacking(names: list[str]) -> str:
-    return f"no data for suite {', '.join(names)}: pope needs --questions, chair --instances, others --data NAME=PATH"
-
-
-def _note_scenes(model: str) -> None:
-    if model != "embedded":
-        errors.print(
-            "note: generated scenes were made for the bundled model; give --questions and --images for real data"
-        )
-
-
 def _evaluate(
     name: str,
-    dtype: str,
-    device_map: str | None,
+    loading: tuple[str, str | None, str | None],
     suites: list[Suite],
     presets: str,
     out: Path,
-    batch_size: int,
-    restart: bool,
+    **running: Any,
 ) -> None:
     from vlmattn.evals.report import html_report, markdown_tables, terminal_tables
     from vlmattn.evals.runner import evaluate
@@ -333,8 +260,10 @@ def _evaluate(
     chosen = [preset.strip() for preset in presets.split(",") if preset.strip()]
     for preset in chosen:  # before a model of many gigabytes is loaded
         Recipe.of(preset)
-    model, processor = load(name, dtype, device_map)
-    result = evaluate(model, processor, suites, chosen, out, name, batch_size, restart, say, typed())
+    model, processor = load(name, *loading)
+    result = evaluate(model, processor, suites, chosen, out, name, say=say, command=typed(), **running)
+    if not result.first:
+        return
     write_whole(out / "table.md", markdown_tables(result))
     write_whole(out / "report.html", html_report(result))
     console.print(terminal_tables(result))

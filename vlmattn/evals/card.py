@@ -20,8 +20,9 @@ from torch import Tensor
 from vlmattn.embedded.scenes import HARD_SHARE, patch_labels
 from vlmattn.embedded.text import existence_question
 from vlmattn.embedded.train import BATCH, MULTI_IMAGE_FROM, SEED, TEXT_STEPS, VISION_STEPS
+from vlmattn.evals.environment import versions
 from vlmattn.evals.journal import write_json
-from vlmattn.evals.runner import Result, evaluate, versions
+from vlmattn.evals.runner import Result, evaluate
 from vlmattn.evals.suites import Chair, Pope, Which, World
 from vlmattn.files import write_whole
 

@@ -54,6 +54,29 @@ def load_coco_objects(instances: Path, captions: Path | None, words: ObjectWords
     return {row["id"]: CocoImage(row["id"], row["file_name"], frozenset(objects[row["id"]])) for row in images}
 
 
+def load_coco_captions(path: Path) -> dict[int, tuple[str, list[str]]]:
+    """File name and captions of every image of a file like ``captions_val2014.json``, in its order.
+
+    Raises:
+        InputError: the file is missing, not valid JSON or in another format; an image is there twice, or has no caption.
+    """
+    data = _read(path)
+    found: dict[int, tuple[str, list[str]]] = {}
+    for index, row in enumerate(_rows(path, data, "images", {"id": int, "file_name": str})):
+        if row["id"] in found:
+            raise InputError(f"{path}: images[{index}] has the id {row['id']} of an earlier one; {_SOURCE}")
+        found[row["id"]] = (row["file_name"], [])
+    for row in _rows(path, data, "annotations", {"image_id": int, "caption": str}):
+        if row["image_id"] in found:  # a subset may leave the others in
+            found[row["image_id"]][1].append(row["caption"])
+    for key, (name, captions) in found.items():
+        if not captions:
+            raise InputError(f"{path}: image {key} ({name}) has no caption; give the captions file of these images")
+    if not found:
+        raise InputError(f"{path}: it holds no images; {_SOURCE}")
+    return found
+
+
 def _categories(path: Path, data: dict[str, Any], words: ObjectWords) -> dict[int, str]:
     names: dict[int, str] = {}
     for row in _rows(path, data, "categories", {"id": int, "name": str}):

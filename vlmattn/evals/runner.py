@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import transformers
 from tqdm import tqdm
 
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError
-from vlmattn.evals.journal import Journal, write_json
-from vlmattn.evals.stats import Bootstrap, Metric, mcnemar
+from vlmattn.evals.batching import Parts, batches, lengths
+from vlmattn.evals.environment import fingerprint, hardware, versions
+from vlmattn.evals.journal import Batch, Journal, write_json
+from vlmattn.evals.processes import Processes
+from vlmattn.evals.prompts import answer
+from vlmattn.evals.scoring import SEED, Scored
+from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.files import ImageFiles
+from vlmattn.evals.timing import peak_bytes
+from vlmattn.files import write_whole
 from vlmattn.recipe import Recipe
 from vlmattn.wrapping import handle_of
 
-SEED = 0
-_RUNNING = "reports.json"  # of the presets done so far; once all are, the summary has it
+ON_ERROR = ("stop", "skip")
+_Work = Sequence[tuple[int, Sequence[Sample]]]  # batches with their numbers
 
 
 @dataclass
 class Result:
-    """What ``evaluate`` returns: the summary (as written to summary.json) and what the report needs besides."""
+    """What ``evaluate`` returns: the summary (as written to summary.json) and what the report needs besides.
+
+    Attributes:
+        scored: by suite; what was answered by every preset, and how well.
+        first: whether this is the process that writes and prints.
+    """
 
     summary: dict[str, Any]
     suites: Sequence[Suite]
     answers: dict[tuple[str, str, str], str] = field(repr=False)
+    scored: dict[str, Scored] = field(repr=False)
+    first: bool = True
 
 
 def evaluate(
@@ -51,31 +62,37 @@ def evaluate(
     restart: bool = False,
     say: Callable[[str], None] = print,
     command: str = "",
+    batch_tokens: int | None = None,
+    on_error: str = "stop",
 ) -> Result:
     """Ask every sample with every preset, score, compare with ``none``, and write ``out``.
 
-    ``none`` is always part of it. Answers are written batch by batch (answers.jsonl); after a kill the same call goes
-    on where it stopped, in the same batches. Decoding is greedy.
+    ``none`` is always part of it. Decoding is greedy. Answers are written batch by batch (journal*.jsonl); after a kill the
+    same call goes on where it stopped, in the same batches. Started by ``torchrun`` or ``accelerate launch``, the processes
+    share the batches; which batches there are does not depend on how many processes there are, so neither do the answers.
 
     Args:
         model, processor: a bare model and its processor (left padding).
         presets: names, recipe files or recipes; see ``Recipe.of``.
-        out: results folder.
+        out: results folder; one that all processes see.
         say: where plain progress lines go when there is no terminal.
         command: what was typed, for the record.
+        batch_size: at most so many questions at once. Where memory is short they are asked in parts, and the summary says so.
+        batch_tokens: at most so many prompt tokens at once, padding counted; None for no bound.
+        on_error: "stop" at an image that is missing or damaged, or "skip" its questions, for all presets, and name them.
 
     Raises:
-        StateError: ``out`` holds a run with other settings; the model is wrapped.
+        StateError: ``out`` holds a run with other settings; the model is wrapped; memory is short for one question.
         UnknownNameError: no such preset.
-        OptionError: a recipe that does not fit the model, or is given twice; a batch size below 1.
+        OptionError: a recipe that does not fit the model, or is given twice; an option out of range.
+        InputError: an image is missing or damaged, an id is there twice, no sample can be read.
     """
     if (handle := handle_of(model)) is not None:  # its edit would answer for none
         raise StateError(
             f"the model is wrapped with '{handle.recipe.name}'; give evaluate the bare model: vlmattn.unwrap(model)"
         )
     recipes = recipes_of(presets)
-    if batch_size < 1:
-        raise OptionError(f"the batch size must be at least 1, got {batch_size}")
+    _check(suites, batch_size, batch_tokens, on_error)
     settings = {
         "model": model_name,
         "weights": fingerprint(model),
@@ -83,6 +100,7 @@ def evaluate(
         "suites": {suite.name: dict(suite.settings) for suite in suites},
         "decoding": {"do_sample": False, "max_new_tokens": {suite.name: suite.max_new_tokens for suite in suites}},
         "batch_size": batch_size,
+        "batch_tokens": batch_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": SEED,
         "versions": versions(),
@@ -93,47 +111,55 @@ def evaluate(
             with _applied(model, recipe, processor):
                 refuse_missing(model, recipe.name)
     processor.tokenizer.padding_side = "left"
-    with Journal(out, settings, restart) as journal:
-        if not journal.resumed:
-            (out / _RUNNING).unlink(missing_ok=True)
-        earlier = _earlier(out) if journal.resumed else {}
-        reports: dict[str, Any] = earlier.get("reports", {})
-        seconds: dict[str, float] = earlier.get("seconds_per_sample", {})
-        if journal.resumed:
-            say(f"resuming: {journal.resumed} answers are already in {out}")
+    processes = Processes()
+    work = {
+        suite.name: batches(suite.samples(), lengths(model, processor, suite.samples()), batch_size, batch_tokens)
+        for suite in suites
+    }
+    with Journal(out, settings, processes, restart) as journal:
+        if journal.done and processes.first:
+            say(f"resuming: {sum(len(batch.answers) for batch in journal.done.values())} answers are already in {out}")
         for name, recipe in recipes.items():
-            begun, before = time.monotonic(), len(journal.answers)
             with warnings.catch_warnings(), _applied(model, recipe, processor):
                 warnings.filterwarnings("ignore", message="vlmattn: .* never fired")  # the report says so
                 for suite in suites:
-                    _ask(model, processor, suite, name, journal, batch_size, say)
-                asked = len(journal.answers) - before
-                if asked:
-                    seconds[name] = round((time.monotonic() - begun) / asked, 5)
-                if asked and not recipe.is_none:
-                    report = model.vlmattn.report()
-                    reports[name] = {key: report[key] for key in ("fired", "backends", "image_tokens") if key in report}
-            write_json(out / _RUNNING, {"reports": reports, "seconds_per_sample": seconds})
-        answers = dict(journal.answers)
-    tables, overall = [], []
+                    left = [
+                        (number, samples)
+                        for number, samples in enumerate(work[suite.name])
+                        if (suite.name, name, number) not in journal.done
+                    ]
+                    mine = processes.share(left)
+                    before = len(suite.samples()) - sum(len(samples) for _, samples in left)
+                    with _Progress(f"{name} · {suite.name}", mine, before, processes, say) as progress:
+                        _ask(model, processor, suite, name, mine, journal, on_error, progress)
+        done = journal.finish(lambda b: (list(recipes).index(b.preset), list(work).index(b.suite), b.number))
+    answers = {(b.suite, b.preset, key): text for b in done for key, text in b.answers.items()}
+    scored = {suite.name: Scored(suite, list(recipes), answers) for suite in suites}
     for suite in suites:
-        by_split, of_all = _tables(suite, list(recipes), answers)
+        if not scored[suite.name].samples:
+            raise InputError(f"suite {suite.name}: no sample could be read; {next(iter(_unreadable(done).values()))}")
+    tables, overall = [], []
+    for found in scored.values():
+        by_split, of_all = found.tables()
         tables += by_split
         overall += of_all
     summary = {
         **settings,
         "command": command,
         "hardware": hardware(),
-        "reports": reports,
-        "seconds_per_sample": seconds,
+        "processes": processes.count,
+        **_costs(done, list(recipes)),
+        "skipped": [{"suite": suite, "id": key, "why": why} for (suite, key), why in _unreadable(done).items()],
         "titles": {suite.name: suite.title for suite in suites},
         "metrics": {suite.name: [_about(metric) for metric in suite.metrics] for suite in suites},
         "tables": tables,
         "overall": overall,
     }
-    write_json(out / "summary.json", summary)
-    (out / _RUNNING).unlink()
-    return Result(summary, suites, answers)
+    if processes.first:
+        lines = (json.dumps(line, ensure_ascii=False) for found in scored.values() for line in found.lines())
+        write_whole(out / "answers.jsonl", "".join(line + "\n" for line in lines))
+        write_json(out / "summary.json", summary)
+    return Result(summary, suites, answers, scored, processes.first)
 
 
 def read_summary(out: Path) -> dict[str, Any]:
@@ -142,10 +168,27 @@ def read_summary(out: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def _earlier(out: Path) -> dict[str, Any]:
-    """Reports and seconds of the presets that an earlier attempt went through, whether or not it came to its end."""
-    path = out / _RUNNING
-    return dict(json.loads(path.read_text())) if path.exists() else read_summary(out)
+def _check(suites: Sequence[Suite], batch_size: int, batch_tokens: int | None, on_error: str) -> None:
+    """Refuse what would otherwise be noticed hours later."""
+    if batch_size < 1:
+        raise OptionError(f"the batch size must be at least 1, got {batch_size}")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise OptionError(f"the tokens of a batch must be at least 1, got {batch_tokens}")
+    if on_error not in ON_ERROR:
+        raise OptionError(f"on_error must be one of {', '.join(ON_ERROR)}, got '{on_error}'")
+    if twice := [name for name, count in Counter(suite.name for suite in suites).items() if count > 1]:
+        raise OptionError(f"suite '{twice[0]}' is given twice")
+    for suite in suites:
+        ids = Counter(sample.id for sample in suite.samples())
+        if twice := [key for key, count in ids.items() if count > 1]:
+            raise InputError(f"suite {suite.name}: id '{twice[0]}' is there twice ({len(twice)} such ids)")
+        if on_error == "stop":
+            paths = {path for s in suite.samples() if isinstance(s.images, ImageFiles) for path in s.images.paths}
+            if missing := sorted(path for path in paths if not path.is_file()):
+                raise InputError(
+                    f"suite {suite.name}: image not found: {missing[0]} ({len(missing)} of {len(paths)} images); give the"
+                    " folder that holds them with --images, or leave their questions out with --on-error skip"
+                )
 
 
 def _about(metric: Metric) -> dict[str, str]:
@@ -181,143 +224,158 @@ def recipes_of(presets: Sequence[str | Recipe]) -> dict[str, Recipe]:
     return recipes
 
 
-def _batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[int, Sequence[Sample]]]:
-    for start in range(0, len(samples), size):
-        yield start // size, samples[start : start + size]
+class _Progress:
+    """How far a suite is with one preset: a bar on a terminal, a line now and then elsewhere, from the first process only."""
+
+    def __init__(self, label: str, mine: _Work, before: int, processes: Processes, say: Callable[[str], None]) -> None:
+        self._label = label if processes.count == 1 else f"{label} (process {processes.rank + 1} of {processes.count})"
+        self._say, self._said = say, time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._lines = processes.first and not terminal
+        self._done = before // processes.count
+        self._total = self._done + sum(len(samples) for _, samples in mine)
+        off = not (processes.first and terminal)
+        self._bar = tqdm(
+            total=self._total, initial=self._done, desc=self._label, disable=off, leave=False, unit="answer"
+        )
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        self._bar.update(count)
+        if self._lines and (self._done == self._total or time.monotonic() - self._said > 20):
+            self._say(f"{self._label}: {self._done}/{self._total}")
+            self._said = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """A line that must be read, whichever process says it."""
+        self._bar.clear()
+        self._say(f"{self._label}: {line}")
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
 
 def _ask(
-    model: Any, processor: Any, suite: Suite, preset: str, journal: Journal, size: int, say: Callable[[str], None]
+    model: Any,
+    processor: Any,
+    suite: Suite,
+    preset: str,
+    work: _Work,
+    journal: Journal,
+    on_error: str,
+    progress: _Progress,
 ) -> None:
-    samples = suite.samples()
-    terminal = sys.stderr.isatty()
-    label, said = f"{preset} · {suite.name}", time.monotonic()
-    done = 0
-    with tqdm(total=len(samples), desc=label, disable=not terminal, leave=False, unit="answer") as bar:
-        for number, batch in _batches(samples, size):
-            if any((suite.name, preset, sample.id) not in journal.answers for sample in batch):
-                prompts = [sample.prompt for sample in batch]
-                images = [sample.images() for sample in batch]
-                texts = answer(model, processor, prompts, images, suite.max_new_tokens)
-                journal.add(suite.name, preset, number, [sample.id for sample in batch], texts)
-            done += len(batch)
-            bar.update(len(batch))
-            if not terminal and (time.monotonic() - said > 20 or done == len(samples)):
-                say(f"{label}: {done}/{len(samples)}")
-                said = time.monotonic()
+    """Answer batches and write each down as it is done."""
+    handle, parts = handle_of(model), Parts(progress.say)
 
+    def ask(part: Sequence[tuple[Sample, Any]]) -> list[str]:
+        prompts, images = [sample.prompt for sample, _ in part], [pictures for _, pictures in part]
+        return answer(model, processor, prompts, images, suite.max_new_tokens)
 
-def answer(model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Any], max_new_tokens: int) -> list[str]:
-    """Greedy answers to a batch of prompts, each about its own list of images."""
-    if not getattr(processor, "chat_template", None):
-        raise InputError("the model's processor has no chat template; use a checkpoint that comes with one")
-    texts = []
-    for prompt, pictures in zip(prompts, images, strict=True):
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-    bos = processor.tokenizer.bos_token
-    inputs = processor(
-        text=texts,
-        images=[picture for pictures in images for picture in pictures],
-        padding=True,
-        return_tensors="pt",
-        add_special_tokens=not (bos and texts[0].startswith(bos)),  # many templates write the first token themselves
-    ).to(model.device, dtype=model.dtype)
-    with torch.inference_mode():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    fresh = tokens[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(fresh, skip_special_tokens=True)]
-
-
-_Answers = dict[tuple[str, str, str], str]
-_Table = dict[str, Any]
-
-
-def _tables(suite: Suite, presets: Sequence[str], answers: _Answers) -> tuple[list[_Table], list[_Table]]:
-    """One table per condition and split, and one per condition over all of its splits.
-
-    The latter counts an answer once for each split it belongs to: for POPE it is the mean over the splits, as papers
-    report it.
-    """
-    samples = suite.samples()
-    records = {
-        preset: suite.records({sample.id: answers[suite.name, preset, sample.id] for sample in samples})
-        for preset in presets
-    }
-    columns: dict[tuple[str, str], list[int]] = {}
-    for index, sample in enumerate(samples):
-        for split in sample.splits:
-            columns.setdefault((sample.condition, split), []).append(index)
-    whole: dict[str, list[int]] = {}
-    for (condition, _), members in columns.items():
-        whole.setdefault(condition, []).extend(members)
-
-    def table(condition: str, split: str, members: Sequence[int]) -> _Table:
-        rows = _rows(suite, records, answers, members)
-        count, images = len(set(members)), len({samples[i].image_id for i in members})
-        facts = {"suite": suite.name, "condition": condition, "split": split, "samples": count, "images": images}
-        return {**facts, "rows": rows}
-
-    return (
-        [table(condition, split, members) for (condition, split), members in columns.items()],
-        [table(condition, "all", members) for condition, members in whole.items()],
-    )
-
-
-def _rows(
-    suite: Suite, records: Mapping[str, Sequence[dict[str, float]]], answers: _Answers, members: Sequence[int]
-) -> dict[str, Any]:
-    """Every metric of every preset over some samples, and its difference to ``none``; a sample may count repeatedly."""
-    samples = suite.samples()
-    bootstrap = Bootstrap([samples[i].image_id for i in members], seed=SEED)
-    matrix = {p: np.array([[of[i][f] for f in suite.fields] for i in members]) for p, of in records.items()}
-    once = list(dict.fromkeys(members))
-    rows = {}
-    for preset in records:
-        cells = {}
-        for metric in suite.metrics:
-            cell: dict[str, Any] = bootstrap.interval(metric, suite.fields, matrix[preset]).to_dict()
-            if preset != "none":
-                change = bootstrap.difference(metric, suite.fields, matrix[preset], matrix["none"])
-                cell["difference"] = change.to_dict()
-            cells[metric.name] = cell
-        row: dict[str, Any] = {"metrics": cells}
-        if preset != "none":
-            right = {p: [suite.right(records[p][i]) for i in once] for p in ("none", preset)}
-            row["mcnemar_p"] = mcnemar(right["none"], right[preset])
-            row["changed"] = sum(
-                answers[suite.name, "none", samples[i].id] != answers[suite.name, preset, samples[i].id] for i in once
+    for number, samples in work:
+        readable, unreadable = _read(suite, samples, on_error)
+        if handle is not None:
+            handle.set(handle.recipe)  # a report of its own for every batch: whatever is killed, the sums are right
+        texts: list[str] = []
+        begun = time.monotonic()
+        peak = _peak(model, lambda readable=readable, texts=texts: texts.extend(parts(ask, readable)))  # type: ignore[misc]
+        seconds = time.monotonic() - begun
+        report = {} if handle is None else handle.report()
+        journal.add(
+            Batch(
+                suite=suite.name,
+                preset=preset,
+                number=number,
+                answers={sample.id: text for (sample, _), text in zip(readable, texts, strict=True)},
+                unreadable=unreadable,
+                seconds=round(seconds, 5),
+                tokens=sum(len(processor.tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts),
+                peak_bytes=peak,
+                cut=parts.cut,
+                report={key: report[key] for key in ("fired", "backends", "image_tokens") if key in report},
             )
-        rows[preset] = row
-    return rows
+        )
+        progress.advance(len(samples))
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short hash of names, shapes and first values of all weights, so that answers of other weights are not resumed."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if weight.device.type != "meta":
-            digest.update(str(weight.detach().flatten()[:8].tolist()).encode())
-    return digest.hexdigest()[:16]
+def _read(suite: Suite, samples: Sequence[Sample], on_error: str) -> tuple[list[tuple[Sample, Any]], dict[str, str]]:
+    """Samples with their pictures, and why others have none."""
+    readable, unreadable = [], {}
+    for sample in samples:
+        try:
+            readable.append((sample, sample.images()))
+        except InputError as error:
+            if on_error == "stop":
+                raise InputError(
+                    f"suite {suite.name}, sample '{sample.id}': {error}; mend it and run the same command again, or leave"
+                    " such questions out with --on-error skip"
+                ) from error
+            unreadable[sample.id] = str(error)
+    return readable, unreadable
 
 
-def versions() -> dict[str, str]:
-    """Versions that can change a result."""
+def _peak(model: Any, run: Callable[[], object]) -> int | None:
+    """Memory that ``run`` takes on top of what is in use, on an accelerator; a CPU's figure would cost more than it is worth."""
+    if model.device.type == "cuda":
+        return peak_bytes(run, model.device)
+    run()
+    return None
+
+
+def _unreadable(done: Iterable[Batch]) -> dict[tuple[str, str], str]:
+    """Why samples have no answer, by suite and id."""
+    return {(batch.suite, key): why for batch in done for key, why in batch.unreadable.items()}
+
+
+def _costs(done: Sequence[Batch], presets: Sequence[str]) -> dict[str, Any]:
+    """What methods did and what they took, from the journal: of all attempts and processes."""
+    reports: dict[str, Any] = {}
+    cost: dict[str, dict[str, Any]] = {}
+    for preset in presets:
+        own = [batch for batch in done if batch.preset == preset]
+        seconds, tokens = sum(b.seconds for b in own), sum(b.tokens for b in own)
+        peaks = [b.peak_bytes for b in own if b.peak_bytes is not None]
+        cost[preset] = {
+            "seconds_per_sample": round(seconds / max(sum(len(b.answers) for b in own), 1), 5),
+            "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
+            "peak_bytes": max(peaks, default=None),
+            "cut_batches": sum(b.cut for b in own),
+        }
+        if preset != "none":
+            reports[preset] = _report(own)
     return {
-        "vlmattn": vlmattn.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        "reports": reports,
+        "cost": cost,
+        "seconds_per_sample": {preset: each["seconds_per_sample"] for preset, each in cost.items()},
     }
 
 
-def hardware() -> dict[str, Any]:
-    """Where it ran."""
-    cuda = torch.cuda.is_available()
-    return {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+def _report(batches: Sequence[Batch]) -> dict[str, Any]:
+    """The reports of batches as one: counts are sums, image tokens means over the samples."""
+    fired: Counter[str] = Counter()
+    backends: dict[str, Counter[str]] = {}
+    for batch in batches:
+        fired.update(batch.report.get("fired", {}))
+        for phase, calls in batch.report.get("backends", {}).items():
+            backends.setdefault(phase, Counter()).update(calls)
+    found: dict[str, Any] = {
+        "fired": dict(fired),
+        "backends": {phase: dict(calls) for phase, calls in backends.items()},
     }
+    counted = [batch for batch in batches if "image_tokens" in batch.report]
+    if counted:
+        weights = [len(batch.answers) for batch in counted]
+
+        def mean(values: Iterable[float]) -> float:
+            return sum(w * v for w, v in zip(weights, values, strict=True)) / max(sum(weights), 1)
+
+        tokens = [batch.report["image_tokens"] for batch in counted]
+        found["image_tokens"] = {
+            "prompt": mean(t["prompt"] for t in tokens),
+            "per_layer": [mean(row) for row in zip(*(t["per_layer"] for t in tokens), strict=True)],
+            "equivalent": mean(t["equivalent"] for t in tokens),
+        }
+    return found

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vlmattn.evals.runner import hardware, versions
+from vlmattn.evals.environment import hardware, versions
 
 Row = dict[str, object]
 _UNITS = {"ms": 1e3, "mb": 1e-6}  # per second, per byte

@@ -1,10 +1,17 @@
 """Evaluation suites."""
 
 from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.captions import Captions
 from vlmattn.evals.suites.chair import Chair
+from vlmattn.evals.suites.generated import make_generated
+from vlmattn.evals.suites.llava_bench import LlavaBench
+from vlmattn.evals.suites.mmhal import MMHal
 from vlmattn.evals.suites.pope import Pope
 from vlmattn.evals.suites.pqa import PQA
+from vlmattn.evals.suites.published import make_published
 from vlmattn.evals.suites.which import Which
 from vlmattn.evals.suites.world import World
 
-__all__ = ["PQA", "Chair", "Pope", "Sample", "Suite", "Which", "World"]
+__all__ = [
+    "PQA", "Captions", "Chair", "LlavaBench", "MMHal", "Pope", "Sample", "Suite", "Which", "World", "make_generated", "make_published",
+]  # fmt: skip

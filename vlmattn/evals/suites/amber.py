@@ -32,7 +32,7 @@ _SPLITS = {
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """What a caption may and may not name."""
 
     truth: tuple[str, ...]
@@ -83,7 +83,7 @@ class AmberCaptions(Suite):
                 raise InputError(
                     f"{where}: query {query['id']} has no generative annotation in {folder.name}/annotations.json"
                 )
-            truth = _Words(tuple(self._known(entry, "truth")), tuple(self._known(entry, "hallu")))
+            truth = Words(tuple(self._known(entry, "truth")), tuple(self._known(entry, "hallu")))
             self._samples.append(_sample(query, images, "captions", truth))
 
     def _known(self, entry: dict[str, Any], part: str) -> list[str]:

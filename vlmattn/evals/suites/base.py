@@ -24,6 +24,7 @@ class Sample:
         prompt: what is asked.
         images: draw or read the pictures.
         truth: whatever the suite's ``score`` needs.
+        image_count: how many pictures there are.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Sample:
     prompt: str
     images: Callable[[], list[Image.Image]]
     truth: Any
+    image_count: int = 1
 
 
 class Suite(ABC):

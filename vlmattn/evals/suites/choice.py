@@ -112,4 +112,5 @@ def _sample(where: str, item: dict[str, Any], key: str, task: str, images: Path)
         prompt="\n".join([*lines, "Answer with the option's letter from the given choices directly."]),
         images=ImageFiles.of(images, map(str, names)),
         truth=(letter, [str(option) for option in options]),
+        image_count=len(names),
     )

@@ -72,7 +72,7 @@ class MME(YesNo):
 
     def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
         found = super().records(answers)
-        all_right(found, {sample.id: sample.image_id for sample in self._samples}, "pair")
+        all_right(found, {sample.id: sample.id.rpartition("/")[0] for sample in self._samples}, "pair")
         return found
 
 

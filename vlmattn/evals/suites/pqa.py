@@ -87,6 +87,7 @@ class PQA(YesNo):
                         prompt=f"Is there {with_article(name)} in image {place + 1}?",
                         images=lambda order=order: [world.image(i)[0] for i in order],  # type: ignore[misc]
                         truth=showing[name][which],
+                        image_count=size,
                     )
                 )
 

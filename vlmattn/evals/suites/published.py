@@ -7,53 +7,88 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmattn.errors import InputError, UnknownNameError
+from vlmattn.evals.judges import Judge
 from vlmattn.evals.suites.amber import AmberCaptions, AmberQuestions
 from vlmattn.evals.suites.base import Suite
+from vlmattn.evals.suites.captions import Captions
 from vlmattn.evals.suites.choice import Choice
 from vlmattn.evals.suites.hallusion import HallusionBench
+from vlmattn.evals.suites.llava_bench import LlavaBench
 from vlmattn.evals.suites.mme import MME
+from vlmattn.evals.suites.mmhal import MMHal
 from vlmattn.evals.suites.vqa import VQA
 
 
 @dataclass(frozen=True)
-class Published:
-    """How to make a suite of ``path``.
+class Given:
+    """What a suite is made of.
 
     Attributes:
-        make: from path, folder of images, limit and length of captions.
+        path: its file or folder.
+        images: folder of its images.
+        limit: questions, images or the like to use; None for all.
+        length: of captions and other free text, in tokens.
+        judge: who rates free text; None for ``RuleJudge``.
+    """
+
+    path: Path
+    images: Path
+    limit: int | None
+    length: int
+    judge: Judge | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """How to make a suite.
+
+    Attributes:
+        make: it, from what is given.
         data: what the path is, in words.
         images: whether it needs a folder of images of its own.
     """
 
-    make: Callable[[Path, Path, int | None, int], Suite]
+    make: Callable[[Given], Suite]
     data: str
     images: bool = True
 
 
 PUBLISHED: Mapping[str, Published] = {
     "amber": Published(
-        AmberCaptions, "AMBER's data folder (annotations.json, query_generative.json, relation.json, ...)"
+        lambda given: AmberCaptions(given.path, given.images, given.limit, given.length),
+        "AMBER's data folder (annotations.json, query_generative.json, relation.json, ...)",
     ),
     "amber_questions": Published(
-        lambda path, images, limit, length: AmberQuestions(path, images, limit),
+        lambda given: AmberQuestions(given.path, given.images, given.limit),
         "AMBER's data folder (annotations.json, query_all.json)",
     ),
-    "mme": Published(lambda path, images, limit, length: MME(path, limit), "MME's folder of subtasks", images=False),
+    "mme": Published(lambda given: MME(given.path, given.limit), "MME's folder of subtasks", images=False),
     "choice": Published(
-        lambda path, images, limit, length: Choice(path, images, limit),
-        "questions in MuirBench's or BLINK's form (JSON)",
+        lambda given: Choice(given.path, given.images, given.limit), "questions in MuirBench's or BLINK's form (JSON)"
     ),
     "vqa": Published(
-        lambda path, images, limit, length: VQA(path, images, limit), "VQAv2's folder of questions and annotations"
+        lambda given: VQA(given.path, given.images, given.limit), "VQAv2's folder of questions and annotations"
     ),
-    "hallusion": Published(
-        lambda path, images, limit, length: HallusionBench(path, images, limit), "HallusionBench.json"
+    "hallusion": Published(lambda given: HallusionBench(given.path, given.images, given.limit), "HallusionBench.json"),
+    "mmhal": Published(
+        lambda given: MMHal(given.path, given.images, given.limit, given.length, given.judge),
+        "MMHal-Bench's response_template.json",
+    ),
+    "llava_bench": Published(
+        lambda given: LlavaBench(given.path, given.images, given.limit, given.length, given.judge),
+        "LLaVA-Bench's folder (questions.jsonl, context.jsonl, answers_gpt4.jsonl)",
+    ),
+    "captions": Published(
+        lambda given: Captions(given.path, given.images, given.limit, given.length),
+        "a COCO captions file (captions_val2014.json)",
     ),
 }
 
 
-def make_published(name: str, path: Path, images: Path | None, limit: int | None, length: int) -> Suite:
-    """The suite ``name`` on ``path``.
+def make_published(
+    name: str, path: Path, images: Path | None, limit: int | None, length: int, *, judge: Judge | None = None
+) -> Suite:
+    """The suite ``name`` on ``path``; ``judge`` rates the answers of those with free text.
 
     Raises:
         UnknownNameError: no such suite.
@@ -64,4 +99,4 @@ def make_published(name: str, path: Path, images: Path | None, limit: int | None
     kind = PUBLISHED[name]
     if kind.images and images is None:
         raise InputError(f"suite {name} needs --images DIR, the folder of its images")
-    return kind.make(path, images or path, limit, length)
+    return kind.make(Given(path, images or path, limit, length, judge))

@@ -47,6 +47,7 @@ class Which(Suite):
                         prompt=f"In which image is the {unique[int(rng.integers(len(unique)))]}?",
                         images=lambda chosen=chosen: [world.image(i)[0] for i in chosen],  # type: ignore[misc]
                         truth=str(gold + 1),
+                        image_count=count,
                     )
                 )
 

@@ -17,17 +17,21 @@ from vlmattn.errors import OptionError
 EVAL_SEED = 12
 _STATISTICS_SEED = 99
 THINGS = 3
+MOST_THINGS = 5
+#: The most frequent number of things in a training scene.
+USUAL_COUNT = 3
 
 
 @dataclass(frozen=True)
 class World:
-    """A set of generated scenes with three things each.
+    """A set of generated scenes.
 
     Attributes:
         visibility: ``clear``, ``dim``, ``faint`` or ``tiny``.
         prior_broken: share of the scenes (0..1) that break the co-occurrences of the training scenes.
         count: number of scenes.
         swapped: show the picture of another scene, for control: answers should be at chance.
+        things: in each scene; None draws one to five, as in training.
     """
 
     visibility: str = "faint"
@@ -35,6 +39,7 @@ class World:
     count: int = 200
     seed: int = EVAL_SEED
     swapped: bool = False
+    things: int | None = THINGS
 
     def __post_init__(self) -> None:
         if self.visibility not in VISIBILITY:
@@ -43,6 +48,8 @@ class World:
             raise OptionError(f"prior_broken must be within 0..1, got {self.prior_broken}")
         if self.count < 1:
             raise OptionError(f"the number of scenes must be at least 1, got {self.count}")
+        if self.things is not None and not 1 <= self.things <= MOST_THINGS:
+            raise OptionError(f"a scene has 1 to {MOST_THINGS} things, got {self.things}")
 
     @property
     def name(self) -> str:
@@ -54,11 +61,11 @@ class World:
         return ", ".join(words)
 
     def scene(self, index: int) -> Scene:
-        return make_scene(self.seed, index, self.visibility, self.prior_broken, THINGS)[0]
+        return make_scene(self.seed, index, self.visibility, self.prior_broken, self.things)[0]
 
     def image(self, index: int) -> list[Image.Image]:
         shown = (index + 1) % self.count if self.swapped else index
-        return [Image.fromarray(make_scene(self.seed, shown, self.visibility, self.prior_broken, THINGS)[1])]
+        return [Image.fromarray(make_scene(self.seed, shown, self.visibility, self.prior_broken, self.things)[1])]
 
     def settings(self) -> dict[str, object]:
         return asdict(self)

@@ -1,0 +1,106 @@
+"""Which data a command asks about: the options, and the suites they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlmattn.cli.common import errors
+from vlmattn.errors import InputError, OptionError, UnknownNameError
+
+if TYPE_CHECKING:
+    from vlmattn.evals.suites import Suite
+
+Visibility = Annotated[str, typer.Option(help="Of generated scenes: clear, dim, faint, tiny; comma-separated.")]
+Prior = Annotated[float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")]
+Questions = Annotated[list[Path] | None, typer.Option(help="POPE question file; repeat for several splits.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images that --questions or --instances name.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Published data of a suite, NAME=PATH: amber, amber_questions, mme, hallusion, choice, vqa; repeat."
+    ),
+]
+Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")]
+Captions = Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")]
+Synonyms = Annotated[Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")]
+Limit = Annotated[int | None, typer.Option(help="Questions per file, or COCO images (500).", min=1)]
+CaptionLength = Annotated[int, typer.Option(help="Length of COCO captions.", min=1)]
+
+
+def generated(
+    names: list[str], scenes: int, visibility: list[str], prior: float, seed: int | None = None
+) -> list[Suite]:
+    """Suites on generated scenes; without a seed on those of every evaluation."""
+    from vlmattn.evals.suites import PQA, Chair, Pope, Which, World
+    from vlmattn.evals.suites.world import EVAL_SEED
+
+    worlds = [World(look, prior, scenes, EVAL_SEED if seed is None else seed) for look in visibility]
+    makers: dict[str, Callable[[], Suite]] = {
+        "pope": lambda: Pope.on_scenes(worlds),
+        "chair": lambda: Chair.on_scenes(worlds),
+        "which": lambda: Which(worlds[-1]),
+        "pqa": lambda: PQA(worlds[-1]),
+    }
+    for name in names:
+        if name not in makers:
+            raise UnknownNameError("suite", name, makers)
+    return [makers[name]() for name in names]
+
+
+def on_files(
+    names: list[str],
+    files: dict[str, Path],
+    questions: list[Path] | None,
+    images: Path | None,
+    instances: Path | None,
+    captions: Path | None,
+    synonyms: Path | None,
+    limit: int | None,
+    max_new_tokens: int,
+) -> list[Suite]:
+    """Those of the named suites that there are files for."""
+    from vlmattn.evals.suites import Chair, Pope
+    from vlmattn.evals.suites.published import make_published
+
+    if images is None and (questions or instances):
+        raise InputError("--questions and --instances need --images DIR, the folder of the images they name")
+    chosen: list[Suite] = []
+    if questions and images and "pope" in names:
+        chosen.append(Pope.on_files(questions, images, limit))
+    if instances and images and "chair" in names:
+        chosen.append(Chair.on_coco(instances, captions, images, synonyms, limit or 500, 0, max_new_tokens))
+    return chosen + [
+        make_published(name, path, images, limit, max_new_tokens) for name, path in files.items() if name in names
+    ]
+
+
+def paths_of(given: list[str] | None) -> dict[str, Path]:
+    """Paths by the names of suites."""
+    from vlmattn.evals.suites.published import PUBLISHED
+
+    found: dict[str, Path] = {}
+    for text in given or ():
+        name, equals, path = text.partition("=")
+        if not equals or not path:
+            raise OptionError(f"--data is NAME=PATH, for example mme=MME_Benchmark; got '{text}'")
+        if name in found:
+            raise OptionError(f"--data {name} is given twice")
+        if name not in PUBLISHED:
+            raise UnknownNameError("suite of published data", name, PUBLISHED)
+        found[name] = Path(path)
+    return found
+
+
+def lacking(names: list[str]) -> str:
+    return f"no data for suite {', '.join(names)}: pope needs --questions, chair --instances, others --data NAME=PATH"
+
+
+def note_scenes(model: str) -> None:
+    if model != "embedded":
+        errors.print(
+            "note: generated scenes were made for the bundled model; give --questions and --images for real data"
+        )

@@ -1,0 +1,93 @@
+"""Questions about generated scenes that the bundled model was taught to answer, and how their answers are read.
+
+It was never asked about numbers by yes and no, so a count is always asked openly. Where a suite needs yes or no, a number
+is held against the answer: an answer that says this number counts as yes, another number as no.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from vlmattn.embedded.scenes import COLOURS, IMAGE_SIZE, PREFERRED_COLOUR, Scene, Thing
+from vlmattn.evals.suites.base import Sample
+from vlmattn.evals.suites.world import USUAL_COUNT, World
+
+HOW_MANY = "How many objects are there?"
+OTHER_SIDE = {"left": "right", "right": "left"}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def what_colour(category: str) -> str:
+    return f"What color is the {category}?"
+
+
+def is_colour(category: str, colour: str) -> str:
+    return f"Is the {category} {colour}?"
+
+
+def on_side(category: str, side: str) -> str:
+    return f"Is the {category} on the {side} side?"
+
+
+def side_of(thing: Thing) -> str:
+    return "left" if thing.x < IMAGE_SIZE / 2 else "right"
+
+
+def clearest_side(scene: Scene) -> Thing:
+    """The thing whose side is beyond doubt: the one farthest from the middle."""
+    return max(scene.things, key=lambda thing: abs(thing.x - IMAGE_SIZE / 2))
+
+
+def wrong_colour(thing: Thing, rng: np.random.Generator) -> str:
+    """The colour that things of its kind usually have, or any other where it has that one."""
+    usual = PREFERRED_COLOUR[thing.category]
+    return usual if usual != thing.colour else str(rng.choice([name for name in COLOURS if name != usual]))
+
+
+def wrong_count(count: int) -> int:
+    """A wrong number of things: the usual one, or the next where that is the truth."""
+    return USUAL_COUNT if count != USUAL_COUNT else USUAL_COUNT + 1
+
+
+def _first(pattern: str, answer: str) -> str | None:
+    found = re.search(rf"\b({pattern})\b", answer.lower())
+    return found.group() if found else None
+
+
+def read_colour(answer: str) -> str | None:
+    """The first colour of the scenes among the words of an answer."""
+    return _first("|".join(COLOURS), answer)
+
+
+def read_number(answer: str) -> int | None:
+    """The first number of an answer, in digits or as a word up to ten."""
+    word = _first(r"\d+|" + "|".join(NUMBERS), answer)
+    return None if word is None else NUMBERS.index(word) if word in NUMBERS else int(word)
+
+
+def as_yes_or_no(answer: str, number: int | None) -> str:
+    """An answer to ``HOW_MANY``, held against a number; other answers (number None) stay as they are."""
+    if number is None:
+        return answer
+    said = read_number(answer)
+    return "" if said is None else "yes" if said == number else "no"
+
+
+def number_in_words(number: int, truth: bool) -> str:
+    """The truth about a number held against an answer, for the report."""
+    return NUMBERS[number] if truth else f"not {NUMBERS[number]}"
+
+
+def with_any_count(world: World) -> World:
+    """The same world with one to five things in a scene: where all have three, counting would need no look."""
+    return replace(world, things=None)
+
+
+def sample_of(world: World, index: int, key: str, splits: tuple[str, ...], prompt: str, truth: Any) -> Sample:
+    """A question about one scene; ``key`` is its id within the world."""
+    return Sample(f"{world.name}/{key}", str(index), world.name, splits, prompt, partial(world.image, index), truth)
