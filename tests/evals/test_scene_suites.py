@@ -234,8 +234,8 @@ def test_colours_and_numbers_are_read(answer, colour, number):
 
 
 def test_the_usual_count_is_that_of_training():
-    assert USUAL_COUNT == 1 + int(np.argmax(_COUNT_P))
-    assert MOST_THINGS == len(_COUNT_P)
+    assert 1 + int(np.argmax(_COUNT_P)) == USUAL_COUNT
+    assert len(_COUNT_P) == MOST_THINGS
     for bad in (0, 6):
         with pytest.raises(OptionError, match="1 to 5 things"):
             World(things=bad)

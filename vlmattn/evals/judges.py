@@ -1,7 +1,7 @@
 """Judges of free text: how good an answer is, and whether it says what is not so.
 
-The papers ask GPT-4. Here a judge is any function of your own, named as ``package.module:function``; the rule that stands in
-for it is offline and experimental.
+The papers ask GPT-4. Here a judge is any function of your own, named as ``package.module:function``; the rule that
+stands in for it is offline and experimental.
 """
 
 from __future__ import annotations
@@ -53,83 +53,15 @@ class Judge(Protocol):
     def __call__(self, question: str, reference: str, known: Sequence[str], answer: str) -> Verdict: ...
 
 
-_FILLERS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "this",
-        "that",
-        "these",
-        "those",
-        "it",
-        "its",
-        "he",
-        "she",
-        "they",
-        "them",
-        "his",
-        "her",
-        "their",
-        "there",
-        "here",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "am",
-        "do",
-        "does",
-        "did",
-        "have",
-        "has",
-        "had",
-        "can",
-        "could",
-        "will",
-        "would",
-        "may",
-        "might",
-        "i",
-        "you",
-        "we",
-        "of",
-        "in",
-        "on",
-        "at",
-        "to",
-        "from",
-        "by",
-        "for",
-        "with",
-        "and",
-        "or",
-        "but",
-        "so",
-        "as",
-        "if",
-        "than",
-        "then",
-        "what",
-        "which",
-        "who",
-        "whose",
-        "where",
-        "when",
-        "why",
-        "how",
-        "very",
-        "also",
-        "just",
-        "some",
-        "any",
-        "image",
-        "picture",
-        "photo",
-    ]
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FILLERS = _words(
+    "a an the this that these those it its he she they them his her their there here is are was were be been being"
+    " am do does did have has had can could will would may might i you we of in on at to from by for with and or but"
+    " so as if than then what which who whose where when why how very also just some any image images picture"
+    " pictures photo photos"
 )
 _NEGATIONS = frozenset({"no", "not", "none", "nothing", "never", "without", "cannot"})
 
@@ -137,16 +69,17 @@ _NEGATIONS = frozenset({"no", "not", "none", "nothing", "never", "without", "can
 class RuleJudge:
     """An offline stand-in for a judge (experimental): it compares words, not meanings.
 
-    1. The content words of a text are its words in lower case and singular, without fillers (articles, pronouns, auxiliaries,
-       prepositions, question words); every negation is the word "no".
-    2. recall = share of the reference's content words that the answer has. Words of the question do not count, unless the
-       reference has no others.
-    3. Things are COCO's 80 classes. A thing that the answer names is unknown if the question, the reference and what is known
-       of the image all do not name it.
+    1. The content words of a text are its words in lower case and singular, without fillers (articles, pronouns,
+       auxiliaries, prepositions, question words); every negation is the word "no".
+    2. recall = share of the reference's content words that the answer has. Words of the question do not count, unless
+       the reference has no others.
+    3. Things are COCO's 80 classes. A thing that the answer names is unknown if the question, the reference and what is
+       known of the image all do not name it.
     4. rating = 6 x recall, at most 2 if the answer names an unknown thing. A rating below 3 is a hallucination.
 
-    So a paraphrase rates too low, "I cannot tell" rates 0 like a wrong answer, and a wrong thing outside COCO's classes is not
-    noticed. Compare its ratings with each other only, never with published ones.
+    So a paraphrase rates too low, "I cannot tell" rates like a wrong answer (like a right one where the reference is a
+    denial), and a wrong thing outside COCO's classes goes unnoticed if the rest is right. Compare its ratings with each
+    other only, never with published ones.
     """
 
     def __init__(self) -> None:
@@ -197,7 +130,7 @@ class Ratings:
             verdict = self._judge(question, reference, known, answer)
             if not isinstance(verdict, Verdict):
                 raise InputError(
-                    f"the judge {self.name} returned {verdict!r:.60}; it must return vlmattn.evals.judges.Verdict(rating, hallucinated)"
+                    f"the judge {self.name} returned {verdict!r:.60}; it must return vlmattn.evals.judges.Verdict(...)"
                 )
             self._known[key, answer] = verdict
         return self._known[key, answer]

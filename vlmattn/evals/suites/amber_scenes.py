@@ -61,9 +61,9 @@ class AmberSceneCaptions(AmberCaptions):
 class AmberSceneQuestions(AmberQuestions):
     """Four splits about scenes of one to five things; *no* is the positive class.
 
-    existence: absent things only, as in AMBER, those that most often go with the present ones. state: the colour of each
-    thing, in turn the true one and the usual one (any other where they are the same). number: how many, held against a
-    number. relation: the side of the thing that stands farthest from the middle.
+    existence: absent things only, as in AMBER, those that most often go with the present ones. state: the colour of
+    each thing, in turn the true one and the usual one (any other where they are the same). number: how many, held
+    against a number. relation: the side of the thing that stands farthest from the middle.
 
     Args:
         worlds: the scenes.

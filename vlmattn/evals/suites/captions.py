@@ -1,8 +1,8 @@
 """Captions against people's: CIDEr (arXiv 1411.5726) and BLEU-4 on a COCO captions file.
 
-Published figures cut captions into words by the Penn Treebank tokenizer, which needs Java. Here words are runs of letters
-and digits in lower case, an apostrophe stays inside, all other punctuation is dropped. So "child's" is one word and not two,
-and figures differ a little from published ones.
+Published figures cut captions into words by the Penn Treebank tokenizer, which needs Java. Here words are runs of
+letters and digits in lower case, an apostrophe stays inside, all other punctuation is dropped. So "child's" is one word
+and not two, and figures differ a little from published ones.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def words(text: str) -> list[str]:
 class CorpusBleu(Metric):
     """BLEU-4 = 100 x brevity x (product of the four n-gram precisions)^(1/4), all from sums over the captions.
 
-    brevity = exp(min(0, 1 - reference words / words)); 0 without a match of every length. A function of sums like the other
-    metrics, so the bootstrap resamples it.
+    brevity = exp(min(0, 1 - reference words / words)); 0 without a match of every length. A function of sums like the
+    other metrics, so the bootstrap resamples it.
     """
 
     def value(self, fields: Sequence[str], sums: Array) -> Array:
@@ -53,8 +53,8 @@ class CorpusBleu(Metric):
 class Captions(Suite):
     """CIDEr: mean over images, times 100 as usual. BLEU-4: over the whole corpus. length: words per caption.
 
-    Rare words are weighed by the captions of all images in the suite, so CIDEr figures of different limits do not compare.
-    An answer counts as right if its own CIDEr is at least 100.
+    Rare words are weighed by the captions of all images in the suite, so CIDEr figures of different limits do not
+    compare. An answer counts as right if its own CIDEr is at least 100.
 
     Args:
         captions: a file like ``captions_val2014.json``.
@@ -63,7 +63,7 @@ class Captions(Suite):
         max_new_tokens: length of captions.
 
     Raises:
-        InputError: the file cannot be read or is not in COCO's form; an image without caption; pycocoevalcap is missing.
+        InputError: a file that is not in COCO's form; an image without caption; pycocoevalcap is missing.
     """
 
     name = "captions"
@@ -125,7 +125,7 @@ class Captions(Suite):
 
 
 def bleu_counts(answer: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """What BLEU sums up: n-grams and those that a reference has as often, words, and words of the reference nearest in length."""
+    """What BLEU sums up: n-grams, those that a reference has too, words, words of the reference nearest in length."""
     nearest = min((abs(len(reference) - len(answer)), len(reference)) for reference in references)[1]
     counts = {"words": float(len(answer)), "reference_words": float(nearest)}
     for order in _ORDERS:

@@ -30,9 +30,9 @@ from vlmattn.evals.suites.world import World, absent_objects
 class MMEScenes(MME):
     """A pair of questions, yes and no, about every scene (of one to five things) for each of four subtasks.
 
-    existence: a thing, and the absent one that most often goes with it. count: how many, held against the truth and against
-    the usual number (another where it is the truth). position: the side of the thing farthest from the middle. colour: the
-    true one, and the usual one of such a thing; things that do not have it are preferred.
+    existence: a thing, and the absent one that most often goes with it. count: how many, held against the truth and
+    against the usual number (another where it is the truth). position: the side of the thing farthest from the middle.
+    colour: the true one, and the usual one of such a thing; things that do not have it are preferred.
 
     Args:
         worlds: the scenes.

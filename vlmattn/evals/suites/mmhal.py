@@ -24,7 +24,7 @@ class _Key:
 
 
 class MMHal(Suite):
-    """rating = mean of the judge's ratings, 0..6; hallucinations = ratings below 3 / answers. A split is a type of question.
+    """rating = mean of the judge's ratings, 0..6; hallucinations = ratings below 3 / answers. Splits: types of question.
 
     Args:
         questions: a file like ``response_template.json``; the answers in it are not read.

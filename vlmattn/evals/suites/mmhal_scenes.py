@@ -22,9 +22,9 @@ from vlmattn.evals.suites.world import USUAL_COUNT, World
 class MMHalScenes(Suite):
     """The colour of every thing, and how many there are, in scenes of one to five things.
 
-    prior = answers that are what is usual / questions where that is wrong. What is usual is the preferred colour of such a
-    thing and three things. Splits tell apart where the prior agrees with the truth and where it disagrees. An answer is the
-    first colour, or number, among its words.
+    prior = answers that are what is usual / questions where that is wrong. What is usual is the preferred colour of
+    such a thing and three things. Splits tell apart where the prior agrees with the truth and where it disagrees. An
+    answer is the first colour, or number, among its words.
 
     Args:
         worlds: the scenes.

@@ -1,7 +1,7 @@
 """Questions about generated scenes that the bundled model was taught to answer, and how their answers are read.
 
-It was never asked about numbers by yes and no, so a count is always asked openly. Where a suite needs yes or no, a number
-is held against the answer: an answer that says this number counts as yes, another number as no.
+It was never asked about numbers by yes and no, so a count is always asked openly. Where a suite needs yes or no, a
+number is held against the answer: an answer that says this number counts as yes, another number as no.
 """
 
 from __future__ import annotations
