@@ -7,6 +7,9 @@ import html
 import io
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
@@ -38,6 +41,14 @@ def image(picture: Any, longest: int = 336, least: int = 112) -> str:
     return f"<img alt='' src='data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}'>"
 
 
+def heated(picture: Any, grid: Any) -> Any:
+    """A PIL image under a map ``[rows, columns]``: the redder, the higher, relative to the highest value."""
+    values = np.asarray(grid, dtype=float)
+    share = Image.fromarray(np.uint8(255 * values / max(values.max(), 1e-12)))
+    mask = share.resize(picture.size, Image.Resampling.NEAREST).point(lambda value: int(0.6 * value))
+    return Image.composite(Image.new("RGB", picture.size, "#d40000"), picture.convert("RGB"), mask)
+
+
 _STYLE = """
 :root{--ink:#1c1c1c;--soft:#666;--line:#ddd;--good:#00684a;--bad:#a33c00}
 *{box-sizing:border-box}body{margin:0;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
@@ -49,5 +60,6 @@ td small,th small{display:block;white-space:nowrap}th.preset{font-weight:400;whi
 .better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.note{background:#fff6dd;padding:.5rem .8rem;border-left:4px solid #e0a800}
 figure{margin:1rem 0}figure svg{max-width:100%;height:auto}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 .card{border:1px solid var(--line);border-left:4px solid;padding:.7rem;font-size:.9rem}.card.repaired{border-left-color:var(--good)}.card.broken{border-left-color:var(--bad)}
-.card p{margin:.3rem 0;overflow-wrap:anywhere}.card img{image-rendering:pixelated;max-width:100%;margin-right:.3rem}pre{white-space:pre-wrap;font-size:.8rem}
+.card p{margin:.3rem 0;overflow-wrap:anywhere}.card p.better,.card p.worse{font-weight:400}.card img{image-rendering:pixelated;max-width:100%;margin-right:.3rem}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}
+@media(max-width:40rem){main{padding:.8rem}h1{font-size:1.5rem}th,td{padding:.25rem .4rem}table{font-size:.85rem}thead th:first-child,tbody th.preset{position:sticky;left:0;background:#fff}}
 """

@@ -63,7 +63,7 @@ def test_the_card_shows_the_measured_figures(figures):
     log = json.loads((FOLDER / "training_log.json").read_text())
     assert (FOLDER / "README.md").read_text() == card(figures, log)
     gates = {gate["name"]: gate for gate in figures["gates"]}
-    assert len(gates) == 11
+    assert len(gates) == 13
     assert all(gate["passed"] == (gate["low"] <= gate["value"] <= gate["high"]) for gate in gates.values())
 
 

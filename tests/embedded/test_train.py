@@ -21,7 +21,7 @@ def run(folder, *stops: int, stage: int = 1) -> train.Trainee:
     return trainee
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_run_is_the_same_run(tmp_path, stage):
     straight, resumed = run(tmp_path / "a", 4, stage=stage), run(tmp_path / "b", 2, 4, stage=stage)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
@@ -36,7 +36,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, stage):
 
 
 def test_export_is_a_hugging_face_folder(tmp_path):
-    trained = run(tmp_path / "run", 2, stage=2)
+    trained = run(tmp_path / "run", 2, stage=3)
     train.export(tmp_path / "run", tmp_path / "model")
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
     for a, b in zip(loaded.parameters(), trained.llava.parameters(), strict=True):

@@ -252,7 +252,9 @@ def _evaluate(
     out: Path,
     **running: Any,
 ) -> None:
-    from vlmattn.evals.report import html_report, markdown_tables, terminal_tables
+    from vlmattn.evals.gallery import attention_of
+    from vlmattn.evals.page import html_report
+    from vlmattn.evals.report import markdown_tables, terminal_tables
     from vlmattn.evals.runner import evaluate
     from vlmattn.files import write_whole
     from vlmattn.recipe import Recipe
@@ -265,6 +267,6 @@ def _evaluate(
     if not result.first:
         return
     write_whole(out / "table.md", markdown_tables(result))
-    write_whole(out / "report.html", html_report(result))
+    write_whole(out / "report.html", html_report(result, attention_of(model, processor, result)))
     console.print(terminal_tables(result))
     plain(f"report: {out / 'report.html'}\nfigures: {out / 'summary.json'}")

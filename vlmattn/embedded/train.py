@@ -1,4 +1,4 @@
-"""How the bundled model was trained. One CPU core, about an hour and a half; every batch follows from seed and step.
+"""How the bundled model was trained. One CPU core, about two hours; every batch follows from seed and step.
 
     python -m vlmattn.embedded.train --out runs/embedded            # train (resumes from its last checkpoint)
     python -m vlmattn.embedded.train --out runs/embedded --export vlmattn/embedded/tiny-scenes
@@ -263,6 +263,21 @@ def _text_loss(trainee: Trainee, batch: dict[str, Tensor], patches: Tensor) -> t
     return (losses * weight).sum() / weight.sum(), figures
 
 
+def _loss(trainee: Trainee, stage: int, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a stage makes small, and figures for its log."""
+    with torch.set_grad_enabled(stage < 3):
+        patches, pooled = trainee.see(batch["pixels"])
+    if stage == 3:
+        return _text_loss(trainee, batch, patches)
+    seen, right = trainee.dense_loss(patches, batch["category"], batch["colour"])
+    if stage == 2:
+        said, figures = _text_loss(trainee, batch, patches)
+        return said + 0.3 * seen, figures | {"patch_accuracy": right}
+    present = torch.zeros(len(pooled), len(CATEGORIES) + 1).scatter_(1, batch["category"], 1.0)[:, 1:]
+    labels = F.binary_cross_entropy_with_logits(trainee.multi_label(pooled), present)
+    return seen + 0.5 * labels, {"patch_accuracy": right}
+
+
 def _learning_rate(stage: int, step: int) -> float:
     if stage == 1:
         return 1.2e-3 * min(1.0, (step + 1) / 50) * (1 - 0.9 * step / VISION_STEPS)
@@ -300,6 +315,10 @@ def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: i
     path = folder / f"stage{stage}.pt"
     optimizer = _optimizer(trainee, stage)
     start, seconds = 0, 0.0
+    if (
+        stage == 3
+    ):  # from the weights as they would be stored; the rotary frequencies are rounded too, now and after a resumption
+        trainee.llava.half().float()
     if path.exists():
         state = torch.load(path, weights_only=True)
         trainee.load_state_dict(state["trainee"])
@@ -307,8 +326,6 @@ def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: i
         start, seconds = state["step"], state["seconds"]
     elif stage == 2:
         trainee.start_text_stage()
-    elif stage == 3:  # from the weights as they would be stored
-        trainee.llava.half().float()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     loader = DataLoader(_Batches(stage, start, steps), batch_size=None, num_workers=workers)
     batches: Iterator[dict[str, Tensor]] = iter(loader)
@@ -318,19 +335,7 @@ def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: i
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(stage, step) * group["share"]
         batch = next(batches)
-        with torch.set_grad_enabled(stage < 3):
-            patches, pooled = trainee.see(batch["pixels"])
-        if stage == 3:
-            loss, figures = _text_loss(trainee, batch, patches)
-        else:
-            loss, right = trainee.dense_loss(patches, batch["category"], batch["colour"])
-            figures = {"patch_accuracy": right}
-        if stage == 1:
-            present = torch.zeros(len(pooled), len(CATEGORIES) + 1).scatter_(1, batch["category"], 1.0)[:, 1:]
-            loss = loss + 0.5 * F.binary_cross_entropy_with_logits(trainee.multi_label(pooled), present)
-        elif stage == 2:
-            text_loss, more = _text_loss(trainee, batch, patches)
-            loss, figures = text_loss + 0.3 * loss, figures | more
+        loss, figures = _loss(trainee, stage, batch)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(params, 1.0)

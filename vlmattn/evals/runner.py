@@ -23,7 +23,6 @@ from vlmattn.evals.journal import Batch, Journal, write_json
 from vlmattn.evals.processes import Processes
 from vlmattn.evals.prompts import answer
 from vlmattn.evals.scoring import SEED, Scored
-from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFiles
 from vlmattn.evals.timing import peak_bytes
@@ -151,7 +150,7 @@ def evaluate(
         **_costs(done, list(recipes)),
         "skipped": [{"suite": suite, "id": key, "why": why} for (suite, key), why in _unreadable(done).items()],
         "titles": {suite.name: suite.title for suite in suites},
-        "metrics": {suite.name: [_about(metric) for metric in suite.metrics] for suite in suites},
+        "metrics": {suite.name: [metric.to_dict() for metric in suite.metrics] for suite in suites},
         "tables": tables,
         "overall": overall,
     }
@@ -189,11 +188,6 @@ def _check(suites: Sequence[Suite], batch_size: int, batch_tokens: int | None, o
                     f"suite {suite.name}: image not found: {missing[0]} ({len(missing)} of {len(paths)} images); give the"
                     " folder that holds them with --images, or leave their questions out with --on-error skip"
                 )
-
-
-def _about(metric: Metric) -> dict[str, str]:
-    """What a reader of summary.json must know of a metric; the first one of a suite is its headline."""
-    return {"name": metric.name, "better": metric.better, "about": metric.about}
 
 
 def _applied(model: Any, recipe: Recipe, processor: Any) -> AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import comb
 
 import numpy as np
@@ -32,6 +32,10 @@ class Metric:
     def short(self) -> str:
         """Name for narrow tables."""
         return self.label or self.name
+
+    def to_dict(self) -> dict[str, object]:
+        """As it is written into summary.json."""
+        return {"kind": type(self).__name__, **asdict(self)}
 
     def value(self, fields: Sequence[str], sums: Array) -> Array:
         """The metric for sums ``[..., fields]``."""

@@ -2,6 +2,7 @@
 
 from vlmattn.inspection.directions import Span, fit_directions
 from vlmattn.inspection.heads import Conflict, find_heads, score_heads
+from vlmattn.inspection.maps import image_attention
 from vlmattn.inspection.multipath import MultiPath, multi_path
 from vlmattn.inspection.sinks import find_sinks
 from vlmattn.inspection.sorting import Sorted, sort_context
@@ -14,6 +15,7 @@ __all__ = [
     "find_heads",
     "find_sinks",
     "fit_directions",
+    "image_attention",
     "multi_path",
     "score_heads",
     "sort_context",

@@ -1,0 +1,75 @@
+"""Where a prompt looks: attention of its last row, which predicts the answer, over the image tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isqrt
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmattn.inspection.measuring import Inputs, only, prepared_one
+from vlmattn.interventions import Intervention, MethodInfo
+from vlmattn.interventions.registry import Sizes
+from vlmattn.kernels import AttentionEdit
+from vlmattn.models import find_family, marks_of
+from vlmattn.request import Scope, Weights
+
+
+def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> list[Tensor | None]:
+    """Attention of the last prompt row on each image, by the bare model.
+
+        map[y, x] = mean over layers and heads of a_j,   a the attention of the last prompt row, j the image token at (y, x)
+
+    Args:
+        inputs: what the processor made of one prompt, without padding.
+
+    Returns:
+        One map ``[rows, columns]`` per image, float32 on the CPU; None for an image whose tokens are no plain grid (tiles).
+
+    Raises:
+        InputError: several prompts, or padding.
+        UnsupportedError: a family or an attention implementation that is not supported.
+    """
+    family, given = find_family(model), prepared_one(model, inputs)
+    types = family.token_types(model, given["input_ids"])
+    numbers = family.image_numbers(model, given, types, marks_of(family, processor))[0].long().cpu()
+    look = _LastRow()
+    positions = family.positions(model, given)  # given, so that the model notes none
+    with torch.inference_mode(), only(model, look):
+        model(**given, position_ids=positions, use_cache=False, logits_to_keep=1)
+    row = torch.stack(list(look.seen.values())).mean(0)
+    images = range(int(numbers.max()) + 1)
+    return [_grid(model, given, image, row[numbers == image]) for image in images]
+
+
+def _grid(model: PreTrainedModel, inputs: Inputs, image: int, row: Tensor) -> Tensor | None:
+    """The tokens of one image in rows and columns."""
+    sizes = inputs.get("image_grid_thw")
+    if sizes is not None:  # Qwen-VL and its kin say it, in patches before they are merged
+        merge = getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", 1)
+        frames, height, width = sizes[image].tolist()
+        shape = (frames * height // merge, width // merge)
+    else:
+        shape = (isqrt(len(row)), isqrt(len(row)))
+    return row.view(shape) if shape[0] * shape[1] == len(row) else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _LastRow(Intervention):
+    """Attention of the last row on every key, a mean over heads: layer -> ``[keys]``."""
+
+    info: ClassVar[MethodInfo] = MethodInfo("image_attention", "", "", "", parts="none", cost="")
+    needs_images: ClassVar[bool] = False
+    seen: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(range(sizes.layers))
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        return AttentionEdit()
+
+    def measure(self, scope: Scope, weights: Weights) -> None:
+        self.seen[scope.layer] = weights(scope.queries - 1, scope.queries)[0, :, 0].mean(0).float().cpu()
