@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LMMS := .venv-lmms
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-lmms lint bench gpu clean
 
 # One stamp for the environment: rebuilt when the pins or the project file change.
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -20,6 +21,19 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
+
+# lmms-eval in an environment of its own, with the few of its dependencies that our tests need: without torchvision, whose
+# wheel is for CUDA and beside a torch for CPUs breaks transformers.
+$(LMMS)/.ready: constraints.txt pyproject.toml tests/lmms_eval/requirements.txt
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest torch==2.13.0 -c constraints.txt
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/lmms_eval/requirements.txt torch==2.13.0
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3 torch==2.13.0
+	touch $@
+
+test-lmms: $(LMMS)/.ready
+	$(LMMS)/bin/python -m pytest tests/lmms_eval
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -41,5 +55,5 @@ gpu:
 	$(PYTHON) -m vlmattn.cli bench --model random-qwen2.5-vl-7b --dtype bfloat16 --presets var,vhr,pai --out benchmarks/results/gpu-qwen2.5-vl-7b.csv
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LMMS) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

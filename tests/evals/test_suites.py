@@ -165,7 +165,7 @@ def test_missing_and_broken_images_name_the_path(tmp_path):
     path = tmp_path / "q.json"
     question_file(path)
     with pytest.raises(InputError, match=r"image not found: .*0\.png"):
-        Pope.on_files([path], tmp_path)
+        Pope.on_files([path], tmp_path).samples()[0].images()
     Image.new("RGB", (64, 64), "red").save(tmp_path / "1.png")
     whole = (tmp_path / "1.png").read_bytes()
     (tmp_path / "0.png").write_bytes(whole[:40] + b"damage" + whole[46:])  # a picture's head on a damaged body
@@ -228,11 +228,11 @@ def test_pqa_asks_about_every_image_at_every_position():
 def test_pqa_tells_answers_that_change_with_the_order():
     suite = PQA(World("clear", 0, 12), images=(2,), sets=3)
     samples = suite.samples()
-    steady = suite.records({s.id: "yes" if s.truth else "no" for s in samples})
+    steady = suite.records({s.id: "yes" if s.truth else "no" for s in samples}).values()
     assert sum(r["changed"] for r in steady) == 0
     assert sum(r["changed_asked"] for r in steady) == 6
     assert all(r["right"] for r in steady)
-    first_only = suite.records({s.id: "yes" if s.id.endswith("/0") else "no" for s in samples})
+    first_only = suite.records({s.id: "yes" if s.id.endswith("/0") else "no" for s in samples}).values()
     assert sum(r["changed"] for r in first_only) == 6
     assert sum(r["right"] for r in first_only) == 6
     with pytest.raises(OptionError, match="2 images or more"):

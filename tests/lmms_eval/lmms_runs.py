@@ -57,6 +57,7 @@ def outcome(running: subprocess.Popen[str], out: Path) -> dict[str, Any]:
     return {
         "figures": {name: figures(found["results"][name]) for name in NAMES},
         "answers": {name: {line["score"]["id"]: line["filtered_resps"] for line in answers[name]} for name in NAMES},
+        "errors": {name: found["results"][name]["score_stderr_clustered,none"] for name in NAMES},
         "printed": printed,
     }
 

@@ -78,4 +78,4 @@ def test_two_processes_are_one(runs):
 
 def test_the_table_is_printed(runs):
     assert re.search(r"small_pope\s*\|.*\|accuracy\s*\|", runs["vhr"]["printed"])
-    assert "Stderr_Clustered" in runs["vhr"]["printed"]
+    assert 0 < runs["vhr"]["errors"]["small_pope"] < 0.2  # over images

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,12 +22,13 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the images that --q
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help="Published data of a suite, NAME=PATH: amber, amber_questions, mme, hallusion, choice, vqa; repeat."
+        help="Published data of a suite, NAME=PATH: amber, amber_questions, mme, mmhal, llava_bench, hallusion, choice, vqa, captions; repeat."
     ),
 ]
 Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")]
 Captions = Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")]
 Synonyms = Annotated[Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")]
+Judge = Annotated[str, typer.Option(help="Of free text: rule, or a function of yours, package.module:function.")]
 Limit = Annotated[int | None, typer.Option(help="Questions per file, or COCO images (500).", min=1)]
 CaptionLength = Annotated[int, typer.Option(help="Length of COCO captions.", min=1)]
 
@@ -35,47 +37,60 @@ def generated(
     names: list[str], scenes: int, visibility: list[str], prior: float, seed: int | None = None
 ) -> list[Suite]:
     """Suites on generated scenes; without a seed on those of every evaluation."""
-    from vlmattn.evals.suites import PQA, Chair, Pope, Which, World
+    from vlmattn.evals.suites import World
+    from vlmattn.evals.suites.generated import make_generated
     from vlmattn.evals.suites.world import EVAL_SEED
 
     worlds = [World(look, prior, scenes, EVAL_SEED if seed is None else seed) for look in visibility]
-    makers: dict[str, Callable[[], Suite]] = {
-        "pope": lambda: Pope.on_scenes(worlds),
-        "chair": lambda: Chair.on_scenes(worlds),
-        "which": lambda: Which(worlds[-1]),
-        "pqa": lambda: PQA(worlds[-1]),
-    }
-    for name in names:
-        if name not in makers:
-            raise UnknownNameError("suite", name, makers)
-    return [makers[name]() for name in names]
+    return [make_generated(name, worlds) for name in names]
 
 
-def on_files(
-    names: list[str],
-    files: dict[str, Path],
-    questions: list[Path] | None,
-    images: Path | None,
-    instances: Path | None,
-    captions: Path | None,
-    synonyms: Path | None,
-    limit: int | None,
-    max_new_tokens: int,
-) -> list[Suite]:
-    """Those of the named suites that there are files for."""
-    from vlmattn.evals.suites import Chair, Pope
-    from vlmattn.evals.suites.published import make_published
+@dataclass(frozen=True)
+class Files:
+    """What was given of published data, and how much of it is to be used.
 
-    if images is None and (questions or instances):
-        raise InputError("--questions and --instances need --images DIR, the folder of the images they name")
-    chosen: list[Suite] = []
-    if questions and images and "pope" in names:
-        chosen.append(Pope.on_files(questions, images, limit))
-    if instances and images and "chair" in names:
-        chosen.append(Chair.on_coco(instances, captions, images, synonyms, limit or 500, 0, max_new_tokens))
-    return chosen + [
-        make_published(name, path, images, limit, max_new_tokens) for name, path in files.items() if name in names
-    ]
+    Attributes:
+        data: paths by the names of suites.
+        questions, images, instances, captions, synonyms: of POPE and CHAIR.
+        limit: questions per file, or images.
+        length: of captions and other free text, in tokens.
+        judge: who rates free text.
+    """
+
+    data: Mapping[str, Path]
+    questions: list[Path] | None
+    images: Path | None
+    instances: Path | None
+    captions: Path | None
+    synonyms: Path | None
+    limit: int | None
+    length: int
+    judge: str = "rule"
+
+    def __bool__(self) -> bool:
+        return bool(self.questions or self.instances or self.data)
+
+    def suites(self, names: Sequence[str]) -> list[Suite]:
+        """Those of the named suites that there are files for."""
+        from vlmattn.evals.judges import load_judge
+        from vlmattn.evals.suites import Chair, Pope
+        from vlmattn.evals.suites.published import make_published
+
+        if self.images is None and (self.questions or self.instances):
+            raise InputError("--questions and --instances need --images DIR, the folder of the images they name")
+        judge = load_judge(self.judge)
+        chosen: list[Suite] = []
+        if self.questions and self.images and "pope" in names:
+            chosen.append(Pope.on_files(self.questions, self.images, self.limit))
+        if self.instances and self.images and "chair" in names:
+            some = self.limit or 500
+            coco = Chair.on_coco(self.instances, self.captions, self.images, self.synonyms, some, 0, self.length)
+            chosen.append(coco)
+        return chosen + [
+            make_published(name, path, self.images, self.limit, self.length, judge=judge)
+            for name, path in self.data.items()
+            if name in names
+        ]
 
 
 def paths_of(given: list[str] | None) -> dict[str, Path]:

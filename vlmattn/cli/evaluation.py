@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -16,8 +19,10 @@ from vlmattn.cli.data import (
     CaptionLength,
     Captions,
     Data,
+    Files,
     Images,
     Instances,
+    Judge,
     Limit,
     Prior,
     Questions,
@@ -26,7 +31,6 @@ from vlmattn.cli.data import (
     generated,
     lacking,
     note_scenes,
-    on_files,
     paths_of,
 )
 from vlmattn.errors import InputError, OptionError
@@ -38,6 +42,10 @@ if TYPE_CHECKING:
 BatchSize = Annotated[int, typer.Option(help="At most so many questions at once; fewer where memory is short.", min=1)]
 BatchTokens = Annotated[int | None, typer.Option(help="At most so many prompt tokens at once, padding counted.", min=1)]
 OnError = Annotated[str, typer.Option(help="At a missing or damaged image: stop, or skip its questions and name them.")]
+Jobs = Annotated[
+    int,
+    typer.Option("--processes", help="Share the questions among so many processes, each on a GPU of its own.", min=1),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away earlier answers in --out.")]
 DEMO_PRESETS = "none,var,vhr,pai"
 
@@ -61,7 +69,10 @@ def eval_command(
     out: Annotated[Path, typer.Option(help="Results folder; the same command resumes an interrupted run.")],
     model: Model = "embedded",
     suite: Annotated[
-        str, typer.Option(help="pope, chair, which and pqa (several images); comma-separated.")
+        str,
+        typer.Option(
+            help="pope, chair, amber, amber_questions, mme, mmhal; several images: which, pqa; on files also hallusion, choice, vqa, llava_bench, captions. Comma-separated."
+        ),
     ] = "pope,chair",
     presets: Annotated[
         str, typer.Option(help="Presets or recipe files, comma-separated; none is always included.")
@@ -77,12 +88,14 @@ def eval_command(
     synonyms: Synonyms = None,
     limit: Limit = None,
     max_new_tokens: CaptionLength = 512,
+    judge: Judge = "rule",
     batch_size: BatchSize = 50,
     batch_tokens: BatchTokens = None,
     on_error: OnError = "stop",
     dtype: DType = "auto",
     device_map: DeviceMap = None,
     load_in: LoadIn = None,
+    processes: Jobs = 1,
     restart: Restart = False,
 ) -> None:
     """Ask a model the same questions with and without presets, and say whether they helped.
@@ -95,9 +108,10 @@ def eval_command(
 
       [bold]vlmattn eval --out runs/z --model llava-hf/llava-1.5-7b-hf --suite mme --data mme=MME_Benchmark[/bold]
     """
-    names, files = [name.strip() for name in suite.split(",")], paths_of(data)
-    if questions or instances or files:
-        chosen = on_files(names, files, questions, images, instances, captions, synonyms, limit, max_new_tokens)
+    names = [name.strip() for name in suite.split(",")]
+    files = Files(paths_of(data), questions, images, instances, captions, synonyms, limit, max_new_tokens, judge)
+    if files:
+        chosen = files.suites(names)
         missing = [name for name in names if name not in [s.name for s in chosen]]
         if missing and suite != "pope,chair":
             raise InputError(lacking(missing))
@@ -107,7 +121,7 @@ def eval_command(
         chosen = generated(names, scenes, [name.strip() for name in visibility.split(",")], prior)
         note_scenes(model)
     running = {"batch_size": batch_size, "batch_tokens": batch_tokens, "on_error": on_error, "restart": restart}
-    _evaluate(model, (dtype, device_map, load_in), chosen, presets, out, **running)
+    _evaluate(model, (dtype, device_map, load_in), chosen, presets, out, processes, **running)
 
 
 @app.command()
@@ -118,7 +132,7 @@ def tune(
         typer.Option(help="Option and values: sigma=0.25,0.5, or sigma=0:1:.1 (start:stop:step); repeat to combine."),
     ],
     out: Annotated[Path, typer.Option(help="Results folder; the same command resumes an interrupted run.")],
-    suite: Annotated[str, typer.Option(help="One of pope, chair, which, pqa (several images).")] = "pope",
+    suite: Annotated[str, typer.Option(help="One suite, as for vlmattn eval.")] = "pope",
     shots: Annotated[int, typer.Option(help="Validation samples.", min=1)] = 32,
     seed: Annotated[
         int, typer.Option(help="Which samples, and which generated scenes; 12 is taken by eval.", min=0)
@@ -135,6 +149,7 @@ def tune(
     synonyms: Synonyms = None,
     limit: Limit = None,
     max_new_tokens: CaptionLength = 512,
+    judge: Judge = "rule",
     batch_size: BatchSize = 50,
     batch_tokens: BatchTokens = None,
     on_error: OnError = "stop",
@@ -161,15 +176,14 @@ def tune(
     recipe = Recipe.of(preset)
     values = parse_grid(recipe, grid)
     settings_of(recipe, values)  # before a model of many gigabytes is loaded
-    files = paths_of(data)
-    on_scenes = not (questions or instances or files)
-    if on_scenes:
+    files = Files(paths_of(data), questions, images, instances, captions, synonyms, limit, max_new_tokens, judge)
+    if not files:
         if seed == EVAL_SEED:
             raise OptionError(f"--seed {seed} draws the scenes that vlmattn eval tests on; take another")
         chosen = generated([suite], scenes, [name.strip() for name in visibility.split(",")], prior, seed)
         note_scenes(model)
     else:
-        chosen = on_files([suite], files, questions, images, instances, captions, synonyms, limit, max_new_tokens)
+        chosen = files.suites([suite])
         if not chosen:
             raise InputError(lacking([suite]))
     loaded, processor = load(model, dtype, device_map, load_in)
@@ -178,7 +192,7 @@ def tune(
     )
     _show_tuned(tuned, chosen[0])
     plain(f"recipe: {out / 'tuned.yaml'}\nfigures: {out / 'tune.json'}")
-    rest = f"its scenes are of seed {EVAL_SEED}, not {seed}" if on_scenes else "give it other files"
+    rest = f"its scenes are of seed {EVAL_SEED}, not {seed}" if not files else "give it other files"
     test = ["vlmattn", "eval", "--suite", suite, "--model", model, "--presets", f"{preset},{out / 'tuned.yaml'}"]
     plain(f"to test it on other samples ({rest}): {shlex.join(test)} --out DIR")
 
@@ -244,12 +258,26 @@ def ask(
     console.print(table)
 
 
+def launch(processes: int) -> NoReturn:
+    """The same command in several processes, started by torchrun; ends as they end."""
+    words = iter(sys.argv[1:])
+    rest = []
+    for word in words:
+        if word == "--processes":
+            next(words)
+        elif not word.startswith("--processes="):
+            rest.append(word)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    raise typer.Exit(subprocess.run([*torchrun, "-m", "vlmattn.cli", *rest]).returncode)
+
+
 def _evaluate(
     name: str,
     loading: tuple[str, str | None, str | None],
     suites: list[Suite],
     presets: str,
     out: Path,
+    processes: int = 1,
     **running: Any,
 ) -> None:
     from vlmattn.evals.gallery import attention_of
@@ -262,6 +290,8 @@ def _evaluate(
     chosen = [preset.strip() for preset in presets.split(",") if preset.strip()]
     for preset in chosen:  # before a model of many gigabytes is loaded
         Recipe.of(preset)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        launch(processes)
     model, processor = load(name, *loading)
     result = evaluate(model, processor, suites, chosen, out, name, say=say, command=typed(), **running)
     if not result.first:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from vlmattn.errors import InputError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,12 @@ def read_items(path: Path, needs: Sequence[str], what: str) -> list[tuple[str, d
     if not found:
         raise InputError(f"{path}: {what} is needed, the file holds none")
     return found
+
+
+def first_of_each(items: Iterable[_T], kind: Callable[[_T], str], limit: int | None) -> Iterator[_T]:
+    """The first ``limit`` items of each kind; all of them for None."""
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[kind(item)] = counts.get(kind(item), 0) + 1
+        if limit is None or counts[kind(item)] <= limit:
+            yield item

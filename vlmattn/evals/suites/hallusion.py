@@ -6,7 +6,8 @@ ones where answers avoid both words).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,14 @@ from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
 from vlmattn.evals.suites.files import ImageFiles, read_items
+from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
 
 _NEEDS = ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer", "filename")
 
 
 class HallusionBench(YesNo):
-    """aAcc: answers; fAcc: figures all of whose questions are right; qAcc: questions right with every figure of their set.
-
-    Args:
-        questions: ``HallusionBench.json``.
-        images: folder that its file names lie in.
-        limit: use the first so many questions with a figure.
-
-    Raises:
-        InputError: a file or image that is not there, or not in the published form.
-    """
+    """aAcc: answers; fAcc: figures all of whose questions are right; qAcc: questions right with every figure of their set."""
 
     name = "hallusion"
     title = "HallusionBench: figures, altered figures (first yes or no; no judge)"
@@ -41,41 +34,66 @@ class HallusionBench(YesNo):
         YES_RATIO,
     )
 
-    def __init__(self, questions: Path, images: Path, limit: int | None = None) -> None:
-        self.settings = {"questions": questions.name, "limit": limit}
-        self._samples = []
-        self._figures: dict[str, str] = {}
-        self._questions: dict[str, str] = {}
-        for where, item in read_items(questions, _NEEDS, "a HallusionBench question"):
-            if not item["filename"]:  # asked without a figure: nothing to look at
-                continue
-            if str(item["gt_answer"]) not in ("0", "1"):
-                raise InputError(f"{where}: gt_answer must be 0 or 1, got '{item['gt_answer']}'")
-            self._add(item, images)
-            if len(self._samples) == limit:
-                break
-        if len({sample.id for sample in self._samples}) < len(self._samples):
-            raise InputError(f"{questions}: a question of a figure is there twice")
+    def __init__(self, samples: Sequence[Sample], settings: Mapping[str, object]) -> None:
+        self._samples, self.settings = list(samples), dict(settings)
 
-    def _add(self, item: dict[str, Any], images: Path) -> None:
+    @classmethod
+    def on_file(cls, questions: Path, images: Path, limit: int | None = None) -> HallusionBench:
+        """The published file.
+
+        Args:
+            questions: ``HallusionBench.json``.
+            images: folder that its file names lie in.
+            limit: use the first so many questions with a figure.
+
+        Raises:
+            InputError: a file that is not there, or not in the published form.
+        """
+        shown = (
+            (where, item, ImageFiles.of(images, [str(item["filename"]).removeprefix("./")]))
+            for where, item in read_items(questions, _NEEDS, "a HallusionBench question")
+            if item["filename"]  # otherwise asked without a figure: nothing to look at
+        )
+        return cls(_samples(str(questions), shown, limit), {"questions": questions.name, "limit": limit})
+
+    @classmethod
+    def on_table(cls, table: Table, limit: int | None = None) -> HallusionBench:
+        """The hub's table (lmms-lab/HallusionBench).
+
+        Raises:
+            InputError: a row that is not in the published form.
+        """
+        shown = ((row.where, row.values, row.pictures) for row in table if row.count)
+        return cls(_samples(table.name, shown, limit), {**table.settings, "limit": limit})
+
+    def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        found = super().records(answers)
+        parts = {sample.id: (sample.image_id, *sample.id.rsplit("/", 2)[1:]) for sample in self._samples}
+        all_right(found, {key: f"{of}/{figure}" for key, (of, figure, _) in parts.items()}, "figure")
+        all_right(found, {key: f"{of}/{question}" for key, (of, _, question) in parts.items()}, "question")
+        return found
+
+
+def _samples(
+    source: str, shown: Iterable[tuple[str, Mapping[str, Any], Callable[[], list[Any]]]], limit: int | None
+) -> list[Sample]:
+    """Of questions with a figure: place, columns and pictures."""
+    found: list[Sample] = []
+    for where, item, pictures in itertools.islice(shown, limit):
+        if str(item["gt_answer"]) not in ("0", "1"):
+            raise InputError(f"{where}: gt_answer must be 0 or 1, got '{item['gt_answer']}'")
         of = f"{item['category']}/{item['subcategory']}/{item['set_id']}"
-        key = f"{of}/{item['figure_id']}/{item['question_id']}"
-        self._figures[key] = f"{of}/{item['figure_id']}"
-        self._questions[key] = f"{of}/{item['question_id']}"
-        self._samples.append(
+        found.append(
             Sample(
-                id=key,
+                id=f"{of}/{item['figure_id']}/{item['question_id']}",
                 image_id=of,  # figures of a set show variants of one picture: they are drawn together
                 condition="hallusion",
                 splits=(str(item["subcategory"]),),
                 prompt=str(item["question"]),
-                images=ImageFiles.of(images, [str(item["filename"]).removeprefix("./")]),
+                images=pictures,
                 truth=str(item["gt_answer"]) == "1",
             )
         )
-
-    def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
-        found = super().records(answers)
-        all_right(found, self._figures, "figure")
-        all_right(found, self._questions, "question")
-        return found
+    if len({sample.id for sample in found}) < len(found):
+        raise InputError(f"{source}: a question of a figure is there twice")
+    return found

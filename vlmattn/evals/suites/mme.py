@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
-from vlmattn.evals.suites.files import ImageFiles, read_text
+from vlmattn.evals.suites.files import ImageFiles, first_of_each, read_text
+from vlmattn.evals.suites.tables import Row, Table
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
 
 _PICTURES = (".jpg", ".jpeg", ".png")
@@ -18,13 +20,6 @@ class MME(YesNo):
     """Subtasks are splits; the score of one is accuracy + accuracy+, at most 200.
 
     An answer is read as by the released script: "yes" or "no" among its first four letters.
-
-    Args:
-        folder: one folder per subtask, with pictures and their question files, or with ``images`` and ``questions_answers_YN``.
-        limit: use the first so many images of each subtask.
-
-    Raises:
-        InputError: no subtask, a question file without picture, a line that is not "question<tab>Yes or No".
     """
 
     name = "mme"
@@ -39,29 +34,54 @@ class MME(YesNo):
         YES_RATIO,
     )
 
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
-        self.settings = {"folder": folder.name, "limit": limit}
-        self._samples = []
+    def __init__(self, samples: Sequence[Sample], settings: Mapping[str, object]) -> None:
+        self._samples, self.settings = list(samples), dict(settings)
+
+    @classmethod
+    def on_folder(cls, folder: Path, limit: int | None = None) -> MME:
+        """The published folders.
+
+        Args:
+            folder: one folder per subtask, with pictures and their question files, or with ``images`` and ``questions_answers_YN``.
+            limit: use the first so many images of each subtask.
+
+        Raises:
+            InputError: no subtask, a question file without picture, a line that is not "question<tab>Yes or No".
+        """
         if not folder.is_dir():
             raise InputError(f"no such folder: {folder}")
+        samples: list[Sample] = []
         for task in sorted(path for path in folder.iterdir() if path.is_dir()):
             for picture, questions in list(_pairs(task))[:limit]:
-                for number, (question, truth) in enumerate(_questions(questions)):
-                    self._samples.append(
-                        Sample(
-                            id=f"{task.name}/{picture.name}/{number}",
-                            image_id=f"{task.name}/{picture.name}",
-                            condition="mme",
-                            splits=(task.name,),
-                            prompt=question,
-                            images=ImageFiles((picture,)),
-                            truth=truth,
-                        )
-                    )
-        if not self._samples:
+                image = f"{task.name}/{picture.name}"
+                samples += _samples(task.name, image, _questions(questions), ImageFiles((picture,)))
+        if not samples:
             raise InputError(
                 f"{folder}: no MME subtask; each is a folder of pictures and question files of the same names"
             )
+        return cls(samples, {"folder": folder.name, "limit": limit})
+
+    @classmethod
+    def on_table(cls, table: Table, limit: int | None = None) -> MME:
+        """The hub's table (lmms-lab/MME), whose ``question_id`` names the image of both its questions.
+
+        Args:
+            limit: use the first so many images of each subtask.
+
+        Raises:
+            InputError: an image with other than two questions, an answer that is not yes or no.
+        """
+        images: dict[tuple[str, str], list[Row]] = {}
+        for row in table:
+            images.setdefault((str(row.values["category"]), str(row.values["question_id"])), []).append(row)
+        samples: list[Sample] = []
+        for task, image in first_of_each(images, lambda key: key[0], limit):
+            rows = images[task, image]
+            if len(rows) != 2:
+                raise InputError(f"{rows[0].where}: MME asks two questions per image, '{image}' has {len(rows)}")
+            asked = [(str(row.values["question"]).strip(), _truth(row)) for row in rows]
+            samples += _samples(task, image if "/" in image else f"{task}/{image}", asked, rows[0].pictures)
+        return cls(samples, {**table.settings, "limit": limit})
 
     def read(self, answer: str) -> bool | None:
         start = answer.lower()[:4]
@@ -74,6 +94,28 @@ class MME(YesNo):
         found = super().records(answers)
         all_right(found, {sample.id: sample.id.rpartition("/")[0] for sample in self._samples}, "pair")
         return found
+
+
+def _samples(
+    task: str, image: str, asked: Sequence[tuple[str, bool]], pictures: Callable[[], list[Any]]
+) -> Iterator[Sample]:
+    for number, (question, truth) in enumerate(asked):
+        yield Sample(
+            id=f"{image}/{number}",
+            image_id=image,
+            condition="mme",
+            splits=(task,),
+            prompt=question,
+            images=pictures,
+            truth=truth,
+        )
+
+
+def _truth(row: Row) -> bool:
+    answer = str(row.values["answer"]).strip().lower()
+    if answer not in ("yes", "no"):
+        raise InputError(f"{row.where}: answer must be Yes or No, got '{row.values['answer']}'")
+    return answer == "yes"
 
 
 def _pairs(task: Path) -> Iterator[tuple[Path, Path]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +13,8 @@ from vlmattn.embedded.text import existence_question
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFiles, read_items
+from vlmattn.evals.suites.files import ImageFiles, first_of_each, read_items
+from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.world import World, absent_objects
 
 SPLITS = ("random", "popular", "adversarial")
@@ -86,22 +89,37 @@ class Pope(Suite):
         Raises:
             InputError: a line that is not a question (file:line), an image that is not there (path).
         """
-        samples: dict[tuple[str, str, bool], Sample] = {}
-        for path in questions:
-            split = _split_name(path)
-            for item in read_questions(path)[:limit]:
-                key = (item["image"], item["text"], item["label"] == "yes")
-                before = samples.get(key)
-                samples[key] = Sample(
-                    id=f"{item['image']}/{item['text']}/{item['label']}",
-                    image_id=item["image"],
-                    condition="questions",
-                    splits=(*(before.splits if before else ()), split),
-                    prompt=item["text"],
-                    images=ImageFiles.of(images, [item["image"]]),
-                    truth=item["label"] == "yes",
-                )
-        return cls(list(samples.values()), {"questions": [path.name for path in questions], "limit": limit})
+        asked = (
+            _Question(
+                _split_name(path), item["image"], item["text"], item["label"], ImageFiles.of(images, [item["image"]])
+            )
+            for path in questions
+            for item in read_questions(path)[:limit]
+        )
+        return cls(_samples(asked), {"questions": [path.name for path in questions], "limit": limit})
+
+    @classmethod
+    def on_table(cls, table: Table, limit: int | None = None) -> Pope:
+        """The hub's table (lmms-lab/POPE); each category is a column.
+
+        Args:
+            limit: use the first so many questions of each category.
+
+        Raises:
+            InputError: an answer is not yes or no.
+        """
+        rows = first_of_each(table, lambda row: str(row.values["category"]), limit)
+        asked = (
+            _Question(
+                str(row.values["category"]),
+                _file_name(str(row.values["image_source"])),
+                str(row.values["question"]),
+                _label(row.where, row.values["answer"]),
+                row.pictures,
+            )
+            for row in rows
+        )
+        return cls(_samples(asked), {**table.settings, "limit": limit})
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
@@ -118,16 +136,53 @@ class Pope(Suite):
         return "yes" if sample.truth else "no"
 
 
+@dataclass(frozen=True)
+class _Question:
+    split: str
+    image: str
+    text: str
+    label: str
+    pictures: Callable[[], list[Any]]
+
+
+def _samples(asked: Iterable[_Question]) -> list[Sample]:
+    """One sample per question; those that several splits share are asked once."""
+    samples: dict[tuple[str, str, str], Sample] = {}
+    for question in asked:
+        key = (question.image, question.text, question.label)
+        before = samples.get(key)
+        samples[key] = Sample(
+            id="/".join(key),
+            image_id=question.image,
+            condition="questions",
+            splits=(*(before.splits if before else ()), question.split),
+            prompt=question.text,
+            images=question.pictures,
+            truth=question.label == "yes",
+        )
+    return list(samples.values())
+
+
 def _split_name(path: Path) -> str:
     return next((name for name in SPLITS if name in path.stem), path.stem)
+
+
+def _file_name(source: str) -> str:
+    """The table names images without their ending, the files with it: one name, so that samples have the same ids."""
+    return source if Path(source).suffix else f"{source}.jpg"
+
+
+def _label(where: str, answer: object) -> str:
+    label = str(answer).strip().lower()
+    if label not in ("yes", "no"):
+        raise InputError(f"{where}: label must be yes or no, got '{answer}'")
+    return label
 
 
 def read_questions(path: Path) -> list[dict[str, str]]:
     """Questions of a POPE file; errors name file and line (or item, for an array)."""
     found = []
     for where, item in read_items(path, ("image", "text", "label"), "a POPE question"):
-        label = str(item["label"]).strip().lower()
-        if label not in ("yes", "no"):
-            raise InputError(f"{where}: label must be yes or no, got '{item['label']}'")
+        label = _label(where, item["label"])
         found.append({"image": str(item["image"]), "text": str(item["text"]), "label": label})
     return found

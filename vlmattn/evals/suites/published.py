@@ -16,6 +16,8 @@ from vlmattn.evals.suites.hallusion import HallusionBench
 from vlmattn.evals.suites.llava_bench import LlavaBench
 from vlmattn.evals.suites.mme import MME
 from vlmattn.evals.suites.mmhal import MMHal
+from vlmattn.evals.suites.pope import Pope
+from vlmattn.evals.suites.tables import Table, is_table, load_table
 from vlmattn.evals.suites.vqa import VQA
 
 
@@ -46,14 +48,21 @@ class Published:
         make: it, from what is given.
         data: what the path is, in words.
         images: whether it needs a folder of images of its own.
+        table: makes it of a table of the hub, given the limit too.
     """
 
     make: Callable[[Given], Suite]
     data: str
     images: bool = True
+    table: Callable[[Table, int | None], Suite] | None = None
 
 
 PUBLISHED: Mapping[str, Published] = {
+    "pope": Published(
+        lambda given: Pope.on_files([given.path], given.images, given.limit),
+        "a POPE question file, or the table lmms-lab/POPE",
+        table=Pope.on_table,
+    ),
     "amber": Published(
         lambda given: AmberCaptions(given.path, given.images, given.limit, given.length),
         "AMBER's data folder (annotations.json, query_generative.json, relation.json, ...)",
@@ -62,14 +71,27 @@ PUBLISHED: Mapping[str, Published] = {
         lambda given: AmberQuestions(given.path, given.images, given.limit),
         "AMBER's data folder (annotations.json, query_all.json)",
     ),
-    "mme": Published(lambda given: MME(given.path, given.limit), "MME's folder of subtasks", images=False),
+    "mme": Published(
+        lambda given: MME.on_folder(given.path, given.limit),
+        "MME's folder of subtasks, or the table lmms-lab/MME",
+        images=False,
+        table=MME.on_table,
+    ),
     "choice": Published(
-        lambda given: Choice(given.path, given.images, given.limit), "questions in MuirBench's or BLINK's form (JSON)"
+        lambda given: Choice.on_file(given.path, given.images, given.limit),
+        "questions in MuirBench's or BLINK's form (JSON), or the tables MUIRBENCH/MUIRBENCH and BLINK-Benchmark/BLINK",
+        table=Choice.on_table,
     ),
     "vqa": Published(
-        lambda given: VQA(given.path, given.images, given.limit), "VQAv2's folder of questions and annotations"
+        lambda given: VQA.on_folder(given.path, given.images, given.limit),
+        "VQAv2's folder of questions and annotations, or the table lmms-lab/VQAv2",
+        table=VQA.on_table,
     ),
-    "hallusion": Published(lambda given: HallusionBench(given.path, given.images, given.limit), "HallusionBench.json"),
+    "hallusion": Published(
+        lambda given: HallusionBench.on_file(given.path, given.images, given.limit),
+        "HallusionBench.json, or the table lmms-lab/HallusionBench",
+        table=HallusionBench.on_table,
+    ),
     "mmhal": Published(
         lambda given: MMHal(given.path, given.images, given.limit, given.length, given.judge),
         "MMHal-Bench's response_template.json",
@@ -90,6 +112,9 @@ def make_published(
 ) -> Suite:
     """The suite ``name`` on ``path``; ``judge`` rates the answers of those with free text.
 
+    A path that is not there but looks like ``owner/name`` is a table of the hub, and a folder of parquet files is one
+    too; see ``load_table``.
+
     Raises:
         UnknownNameError: no such suite.
         InputError: it needs a folder of images, or its data are not there or in another form.
@@ -97,6 +122,8 @@ def make_published(
     if name not in PUBLISHED:
         raise UnknownNameError("suite of published data", name, PUBLISHED)
     kind = PUBLISHED[name]
+    if kind.table is not None and is_table(path):
+        return kind.table(load_table(name, path), limit)
     if kind.images and images is None:
         raise InputError(f"suite {name} needs --images DIR, the folder of its images")
     return kind.make(Given(path, images or path, limit, length, judge))

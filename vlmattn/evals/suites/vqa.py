@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFiles, read_text
+from vlmattn.evals.suites.tables import Table
 
 _PROMPT = "{}\nAnswer the question using a single word or phrase."
 _NUMBERS = {
@@ -28,14 +30,6 @@ class VQA(Suite):
 
     Answers are compared without case, articles, punctuation and apostrophes, numbers up to ten as digits. The released
     script puts apostrophes into a list of contractions instead, which differs in rare cases.
-
-    Args:
-        folder: with one ``*questions*.json`` and one ``*annotations*.json``.
-        images: folder of the COCO images.
-        limit: use the first so many questions.
-
-    Raises:
-        InputError: a file or image that is not there, or not in the published form.
     """
 
     name = "vqa"
@@ -44,14 +38,43 @@ class VQA(Suite):
     metrics = (Metric("accuracy", {"score": 1}, {"asked": 1}, "agreement with ten people"),)
     max_new_tokens = 16
 
-    def __init__(self, folder: Path, images: Path, limit: int | None = None) -> None:
-        self.settings = {"folder": folder.name, "limit": limit}
+    def __init__(self, samples: Sequence[Sample], settings: Mapping[str, object]) -> None:
+        self._samples, self.settings = samples, dict(settings)
+
+    @classmethod
+    def on_folder(cls, folder: Path, images: Path, limit: int | None = None) -> VQA:
+        """The published files.
+
+        Args:
+            folder: with one ``*questions*.json`` and one ``*annotations*.json``.
+            images: folder of the COCO images.
+            limit: use the first so many questions.
+
+        Raises:
+            InputError: a file that is not there, or not in the published form.
+        """
         people = {row["question_id"]: row for row in _rows(folder, "annotations", ("question_id", "answers"))}
-        self._samples = []
+        samples = []
         for row in _rows(folder, "questions", ("question_id", "image_id", "question"))[:limit]:
             if row["question_id"] not in people:
                 raise InputError(f"{folder}: question {row['question_id']} has no annotation")
-            self._samples.append(_sample(row, people[row["question_id"]], images))
+            name = row.get("image") or f"COCO_val2014_{int(row['image_id']):012d}.jpg"
+            samples.append(_sample(row, people[row["question_id"]], ImageFiles.of(images, [str(name)])))
+        return cls(samples, {"folder": folder.name, "limit": limit})
+
+    @classmethod
+    def on_table(cls, table: Table, limit: int | None = None) -> VQA:
+        """The hub's table (lmms-lab/VQAv2), of which only the validation split has answers.
+
+        Raises:
+            InputError: a row without answers.
+        """
+        samples = []
+        for row in itertools.islice(table, limit):
+            if not row.values["answers"]:
+                raise InputError(f"{row.where}: no answers of people; only the validation split has them")
+            samples.append(_sample(row.values, row.values, row.pictures))
+        return cls(samples, {**table.settings, "limit": limit})
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
@@ -79,15 +102,14 @@ def normal(answer: str) -> str:
     return " ".join(_NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
-def _sample(row: dict[str, Any], known: dict[str, Any], images: Path) -> Sample:
-    name = row.get("image") or f"COCO_val2014_{int(row['image_id']):012d}.jpg"
+def _sample(row: Mapping[str, Any], known: Mapping[str, Any], pictures: Callable[[], list[Any]]) -> Sample:
     return Sample(
         id=str(row["question_id"]),
         image_id=str(row["image_id"]),
         condition="questions",
         splits=(str(known.get("answer_type", "all")),),
         prompt=_PROMPT.format(row["question"]),
-        images=ImageFiles.of(images, [str(name)]),
+        images=pictures,
         truth=[str(person["answer"]) for person in known["answers"]],
     )
 

@@ -1,0 +1,242 @@
+"""Tables of the Hugging Face hub, or the same parquet files in a folder; pictures stay on disk until they are asked for.
+
+Needs the ``datasets`` library: pip install "vlmattn[hub]".
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmattn.errors import InputError
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
+
+
+@dataclass(frozen=True)
+class Form:
+    """The columns of a published table.
+
+    Attributes:
+        suite: which one reads it.
+        name: what it is called in errors.
+        needs: columns it has to have, without pictures.
+        pictures: columns of pictures, in the order of the prompt; the first one has to be there.
+        more: columns that are read where there are such.
+    """
+
+    suite: str
+    name: str
+    needs: tuple[str, ...]
+    pictures: tuple[str, ...] = ("image",)
+    more: tuple[str, ...] = ()
+
+    def missing(self, columns: Sequence[str]) -> list[str]:
+        return [name for name in (*self.needs, self.pictures[0]) if name not in columns]
+
+
+#: Columns as lmms-eval 0.7.3 reads them and as the tables' cards list them.
+FORMS = (
+    Form("pope", "POPE", ("question", "answer", "image_source", "category")),
+    Form("mme", "MME", ("question_id", "question", "answer", "category")),
+    Form(
+        "hallusion",
+        "HallusionBench",
+        ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),
+    ),
+    Form("vqa", "VQAv2", ("question_id", "image_id", "question", "answers"), more=("answer_type",)),
+    Form(
+        "choice",
+        "MuirBench",
+        ("idx", "task", "question", "options", "answer"),
+        ("image_list",),
+        ("counterpart_idx",),
+    ),
+    Form(
+        "choice",
+        "BLINK",
+        ("idx", "sub_task", "question", "choices", "answer"),
+        ("image_1", "image_2", "image_3", "image_4"),
+        ("prompt",),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class RowPictures:
+    """The pictures of one row, decoded when they are called for."""
+
+    data: Any  # a part of the table, picture columns only
+    index: int
+    where: str
+
+    def __call__(self) -> list[Image.Image]:
+        """
+        Raises:
+            InputError: a picture is damaged.
+        """
+        try:
+            cells = self.data[self.index].values()
+            listed = [picture for cell in cells for picture in (cell if isinstance(cell, list) else [cell])]
+            return [picture.convert("RGB") for picture in listed if picture is not None]
+        except (OSError, SyntaxError, ValueError):  # as for files
+            raise InputError(f"{self.where}: cannot read the pictures of this row") from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        where: table and number, for errors.
+        values: its columns but the pictures.
+        pictures: read them.
+        count: how many there are.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+    pictures: RowPictures
+    count: int
+
+
+class Table:
+    """A published table that a suite can read.
+
+    Args:
+        suite: the suite's name.
+        name: of the table, for errors.
+        parts: datasets with the same columns.
+        settings: what is written with every result.
+
+    Raises:
+        InputError: columns are missing; the error names them, and the suite whose columns are there.
+    """
+
+    def __init__(self, suite: str, name: str, parts: Sequence[Any], settings: Mapping[str, Any]) -> None:
+        self.name, self.settings, self._parts = name, dict(settings), parts
+        self._form = _form(suite, name, parts[0].column_names)
+
+    def __iter__(self) -> Iterator[Row]:
+        start = 0
+        for part in self._parts:
+            texts = part.select_columns([c for c in part.column_names if c in (*self._form.needs, *self._form.more)])
+            pictures = part.select_columns([c for c in self._form.pictures if c in part.column_names])
+            for index, (values, count) in enumerate(zip(texts, _counts(pictures), strict=True)):
+                where = f"{self.name}: row {start + index}"
+                yield Row(where, values, RowPictures(pictures, index, where), count)
+            start += len(part)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path is a folder of parquet files, or nothing on this disk but a name of the hub (owner/name or owner/name:config)."""
+    if path.is_dir():
+        return next(path.rglob("*.parquet"), None) is not None
+    name = path.as_posix()
+    return not path.exists() and not path.suffix.startswith(".json") and _HUB_NAME.fullmatch(name) is not None
+
+
+def load_table(suite: str, path: Path) -> Table:
+    """The table that ``path`` names; from the hub only the files of one split are fetched.
+
+    Configuration: the one behind the colon, or the only one, or ``default``; suite choice takes all (BLINK has one per
+    task). Split: the first of val, validation, image and test that there is, otherwise all.
+
+    Raises:
+        InputError: ``datasets`` is missing, there is no such table or no way to the hub, or it has other columns.
+    """
+    datasets = _library()
+    name, config = (path.as_posix(), "") if path.exists() else path.as_posix().partition(":")[::2]
+    try:
+        known = datasets.get_dataset_config_names(name)
+        configs = _configs(suite, name, config, known)
+        found = [_parts(datasets, name, config) for config in configs]
+    except InputError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"there is no file or folder '{name}' here, and the table could not be fetched from the hub: {reason};"
+            f" without a network, fetch it elsewhere (hf download {name} --repo-type dataset --local-dir DIR) and name DIR"
+            if not path.exists()
+            else f"cannot read the table in {name}: {reason}"
+        ) from None
+    settings = {
+        "table": name if not path.exists() else path.name,
+        "config": configs,
+        "split": [split for split, _, _ in found[0]],
+        "revision": sorted({revision for parts in found for _, _, revision in parts}),
+    }
+    return Table(suite, name, [part for parts in found for _, part, _ in parts], settings)
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError('tables of the hub need the datasets library: pip install "vlmattn[hub]"') from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+def _configs(suite: str, name: str, config: str, known: Sequence[str]) -> list[str]:
+    if config and config not in known:
+        raise InputError(f"{name}: no configuration '{config}'; there are {', '.join(known)}")
+    if config:
+        return [config]
+    if len(known) == 1 or suite == "choice":
+        return list(known)
+    if "default" in known:
+        return ["default"]
+    raise InputError(f"{name} has several configurations; choose one: --data {suite}={name}:{known[0]}, or {known[1:]}")
+
+
+def _parts(datasets: Any, name: str, config: str) -> list[tuple[str, Any, str]]:
+    """Splits of a configuration with their data and revisions. A plain ``load_dataset`` would fetch all splits (VQAv2: 45 GB)."""
+    builder = datasets.load_dataset_builder(name, config)
+    files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
+    if not files or not all(file.endswith(".parquet") for paths in files.values() for file in paths):
+        raise InputError(f"{name}: not a table of parquet files")
+    chosen = next(([split] for split in _SPLITS if split in files), list(files))
+    found = []
+    for split in chosen:
+        data = datasets.load_dataset(
+            "parquet", data_files={split: files[split]}, split=split, features=builder.info.features
+        )
+        commit = re.search(r"@([0-9a-f]{40})/", files[split][0])  # hub files are named with theirs
+        found.append((split, data, commit.group(1) if commit else str(data._fingerprint)))
+    return found
+
+
+def _form(suite: str, name: str, columns: Sequence[str]) -> Form:
+    own = [form for form in FORMS if form.suite == suite]
+    fitting = next((form for form in own if not form.missing(columns)), None)
+    if fitting is not None:
+        return fitting
+    nearest = min(own, key=lambda form: len(form.missing(columns)))
+    others = [form for form in FORMS if not form.missing(columns)]
+    hint = f"; they are those of {others[0].name}: --data {others[0].suite}={name}" if others else ""
+    raise InputError(
+        f"{name}: for suite {suite} ({' or '.join(form.name for form in own)}) the columns"
+        f" {', '.join(nearest.missing(columns))} are missing; there are {', '.join(columns)}{hint}"
+    )
+
+
+def _counts(pictures: Any) -> Iterator[int]:
+    """How many pictures each row has, without decoding any."""
+    for batch in pictures.with_format("arrow").iter(batch_size=256):
+        counts = [0] * batch.num_rows
+        for column in batch.columns:
+            there = column.is_valid().to_pylist()
+            lists = hasattr(column.chunk(0), "value_lengths")  # a column of lists of pictures
+            sizes = [size for chunk in column.chunks for size in chunk.value_lengths().to_pylist()] if lists else there
+            counts = [count + int(size or 0) for count, size in zip(counts, sizes, strict=True)]
+        yield from counts
