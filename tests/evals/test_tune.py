@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from vlmattn.evals.suites.pope import says_yes
 from vlmattn.evals.suites.subset import Subset
 from vlmattn.evals.suites.world import EVAL_SEED
 from vlmattn.evals.tune import TUNE_SEED, parse_grid, settings_of, tune
+from vlmattn.evals.tune import test_once as once
 from vlmattn.recipe import Recipe
 
 PAI, VHR = Recipe.of("pai"), Recipe.of("vhr")
@@ -216,7 +218,7 @@ def test_the_record_follows_from_the_answers(finished):
     assert record["suite_settings"]["scenes"][0]["seed"] == TUNE_SEED
     assert record["versions"]["vlmattn"] == vlmattn.__version__
     assert "chose the setting" in record["notes"][0]
-    assert "test it on others" in record["notes"][0]
+    assert "flatter it" in record["notes"][0]
     assert not list(folder.glob("*.partial"))
 
 
@@ -263,6 +265,27 @@ def test_a_run_that_stops_goes_on_with_all_it_knew(bundled, finished, tmp_path, 
     for batch in kept:
         assert summary["cost"][batch["preset"]]["tokens_per_second"] == round(batch["tokens"] / batch["seconds"], 2)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
+
+
+def test_a_choice_is_tested_once_on_samples_of_other_images(bundled, tmp_path):
+    suite = Pope.on_scenes([WORLD])
+    few = tuned(bundled, tmp_path / "few", suite=suite, samples=4)
+    tested = once(*bundled, suite, "vhr", few, tmp_path / "few", "embedded", say=lambda _: None)
+    images = {sample.id: sample.image_id for sample in suite.samples()}
+    asked = {key for _, _, key in tested.answers}
+    assert asked
+    assert not {images[key] for key in asked} & {images[key] for key in few.samples}
+    assert asked | set(few.samples) < set(images)  # what shares an image with a validation sample is left out
+    assert list(tested.summary["recipes"]) == ["none", "vhr", few.recipe.name]
+    assert {table["split"] for table in tested.summary["tables"]} == {"random", "popular", "adversarial"}
+    again = once(*bundled, suite, "vhr", few, tmp_path / "few", "embedded", say=lambda _: None)
+    assert again.summary["tables"] == tested.summary["tables"]
+    other = dataclasses.replace(few, recipe=Recipe.of("vhr", alpha=3.0))
+    with pytest.raises(StateError, match=r"were looked at with none, vhr, vhr\[alpha.*second choice"):
+        once(*bundled, suite, "vhr", other, tmp_path / "few", "embedded")
+    every = dataclasses.replace(few, samples=tuple(images))
+    with pytest.raises(OptionError, match="take fewer --shots"):
+        once(*bundled, suite, "vhr", every, tmp_path / "every", "embedded")
 
 
 def test_other_settings_are_refused_and_restart_helps(bundled, finished, tmp_path):

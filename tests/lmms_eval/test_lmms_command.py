@@ -55,20 +55,7 @@ def test_figures_are_those_of_our_runner(runs, ours, task, preset):
 
 
 def test_the_preset_changes_answers(runs):
-    assert runs["none"]["answers"]["small_pope"] != runs["vhr"]["answers"]["small_pope"]
-
-
-def test_the_yes_ratio_is_that_of_the_answers(runs):
-    said = runs["vhr"]["answers"]["small_pope"].values()
-    splits = [split for sample in NAMES["small_pope"].samples() for split in sample.splits]
-    assert len(splits) > len(said)  # so the ratio over all splits is not simply that of the answers
-    yes = [
-        runs["vhr"]["answers"]["small_pope"][s.id] == "yes"
-        for s in NAMES["small_pope"].samples()
-        if "random" in s.splits
-    ]
-    assert runs["vhr"]["figures"]["small_pope"]["yes_ratio_random"] == pytest.approx(sum(yes) / len(yes), abs=1e-6)
-    assert sum(yes) * 2 != len(yes)  # half of the truths are yes: lmms-eval's own pope reports that
+    assert runs["none"]["answers"] != runs["vhr"]["answers"]
 
 
 def test_two_processes_are_one(runs):

@@ -108,6 +108,17 @@ def test_figures_of_several_worlds_have_their_names():
     assert found["yes_ratio_dim_random"] == 0.5
 
 
+def test_the_yes_ratio_is_that_of_the_answers():
+    """lmms-eval's own pope counts it from the truths."""
+    pytest.importorskip("lmms_eval.models")
+    from vlmattn.lmms_eval.task import figures
+
+    suite = make_suite(worlds=[{"visibility": "faint", "count": 2}])
+    found = figures(suite, {sample.id: "Yes, there is." for sample in suite.samples()})
+    assert found["yes_ratio"] == found["yes_ratio_random"] == 1
+    assert found["accuracy_random"] == 0.5
+
+
 @pytest.mark.parametrize("name", ["chair", "which", "amber", "amber_questions", "mme", "mmhal"])
 def test_the_other_suites_on_scenes_can_be_tasks(name):
     pytest.importorskip("lmms_eval.models")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +133,7 @@ def tune(
     out: Annotated[Path, typer.Option(help="Results folder; the same command resumes an interrupted run.")],
     suite: Annotated[str, typer.Option(help="One suite, as for vlmattn eval.")] = "pope",
     shots: Annotated[int, typer.Option(help="Validation samples.", min=1)] = 32,
+    test: Annotated[bool, typer.Option(help="Test the choice on the samples that had no part in it.")] = True,
     seed: Annotated[
         int, typer.Option(help="Which samples, and which generated scenes; 12 is taken by eval.", min=0)
     ] = 13,
@@ -158,19 +158,18 @@ def tune(
     load_in: LoadIn = None,
     restart: Restart = False,
 ) -> None:
-    """Choose options of a method on a few validation samples; test the result on others.
+    """Choose options of a method on a few validation samples; test the result on all others, once.
 
-    Writes tuned.yaml, a recipe that eval, ask and wrap take, and tune.json, all that was tried.
+    Writes tuned.yaml, a recipe that eval, ask and wrap take, tune.json, all that was tried, and the test's figures.
 
-    Examples:
-
-      [bold]vlmattn tune --preset pai --grid alpha=0:.9:.3 --suite which --shots 32 --out runs/tune[/bold]
-
-      [bold]vlmattn eval --suite which --presets pai,runs/tune/tuned.yaml --out runs/test[/bold]
+    Example: [bold]vlmattn tune --preset sofa --grid sigma=0:1:.1 --suite which --shots 32 --out runs/tune[/bold]
     """
+    from vlmattn.evals.page import html_report
+    from vlmattn.evals.report import terminal_tables
     from vlmattn.evals.suites.world import EVAL_SEED
-    from vlmattn.evals.tune import parse_grid, settings_of
+    from vlmattn.evals.tune import parse_grid, settings_of, test_once, untouched
     from vlmattn.evals.tune import tune as tune_recipe
+    from vlmattn.files import write_whole
     from vlmattn.recipe import Recipe
 
     recipe = Recipe.of(preset)
@@ -187,14 +186,31 @@ def tune(
         if not chosen:
             raise InputError(lacking([suite]))
     loaded, processor = load(model, dtype, device_map, load_in)
+    running: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens, "on_error": on_error}
     tuned = tune_recipe(
-        loaded, processor, chosen[0], recipe, values, out, model, shots, seed, batch_size, restart, say, typed()
+        loaded,
+        processor,
+        chosen[0],
+        recipe,
+        values,
+        out,
+        model,
+        shots,
+        seed,
+        restart=restart,
+        say=say,
+        command=typed(),
+        **running,
     )
     _show_tuned(tuned, chosen[0])
+    test = test and bool(untouched(chosen[0], tuned))
+    if test:
+        tested = test_once(loaded, processor, chosen[0], recipe, tuned, out, model, say=say, command=typed(), **running)
+        console.print(terminal_tables(tested))
+        write_whole(out / "test" / "report.html", html_report(tested))
     plain(f"recipe: {out / 'tuned.yaml'}\nfigures: {out / 'tune.json'}")
-    rest = f"its scenes are of seed {EVAL_SEED}, not {seed}" if not files else "give it other files"
-    test = ["vlmattn", "eval", "--suite", suite, "--model", model, "--presets", f"{preset},{out / 'tuned.yaml'}"]
-    plain(f"to test it on other samples ({rest}): {shlex.join(test)} --out DIR")
+    said = f"test: {out / 'test' / 'report.html'}"
+    plain(said if test else "not tested: test the recipe on samples of other images before you trust it")
 
 
 def _show_tuned(tuned: Tuned, suite: Suite) -> None:

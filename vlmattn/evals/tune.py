@@ -10,9 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vlmattn.errors import InputError, OptionError, UnknownNameError
+from vlmattn.errors import InputError, OptionError, StateError, UnknownNameError
 from vlmattn.evals.journal import write_json
-from vlmattn.evals.runner import evaluate
+from vlmattn.evals.runner import Result, evaluate, read_summary
 from vlmattn.evals.suites.base import Suite
 from vlmattn.evals.suites.subset import Subset
 from vlmattn.files import write_whole
@@ -73,8 +73,7 @@ class Tuned:
     def notes(self) -> list[str]:
         """What a reader must know beside the figures."""
         found = [
-            f"These are figures of the {len(self.samples)} {_LABEL} samples that chose the setting, and flatter it;"
-            " test it on others."
+            f"These are figures of the {len(self.samples)} {_LABEL} samples that chose the setting, and flatter it."
         ]
         if not any(setting.changed for setting in self.settings):
             found.append("No setting changed an answer, so nothing was chosen: the first setting stands by default.")
@@ -199,6 +198,8 @@ def tune(
     restart: bool = False,
     say: Callable[[str], None] = print,
     command: str = "",
+    batch_tokens: int | None = None,
+    on_error: str = "stop",
 ) -> Tuned:
     """Try every setting of a grid on the same few samples and keep the best, greedily decoded.
 
@@ -207,8 +208,7 @@ def tune(
     ``tuned.yaml`` (a recipe file) and ``tune.json`` (all settings and how they were tried) beside what ``evaluate``
     writes, and resumes as ``evaluate`` does.
 
-    Its figures are those of the samples that made the choice. Test the setting on others: for generated scenes a suite
-    on a ``World`` of another seed.
+    Its figures are those of the samples that made the choice; ``test_once`` has those of others.
 
     Args:
         recipe: any form of a recipe of one method; see ``Recipe.of``.
@@ -229,7 +229,9 @@ def tune(
         for name in ("tune.json", "tuned.yaml"):
             (out / name).unlink(missing_ok=True)
     recipes = [setting for setting, _ in found.values()]
-    result = evaluate(model, processor, [subset], recipes, out, model_name, batch_size, restart, say, command)
+    result = evaluate(
+        model, processor, [subset], recipes, out, model_name, batch_size, restart, say, command, batch_tokens, on_error
+    )
     (table,) = result.summary["tables"]
     settings = []
     for name, (_, options) in found.items():
@@ -249,6 +251,54 @@ def tune(
     write_json(out / "tune.json", _record(tuned, base, grid, suite, seed, result.summary))
     write_whole(out / "tuned.yaml", tuned.recipe.to_yaml())
     return tuned
+
+
+def untouched(suite: Suite, tuned: Tuned) -> list[str]:
+    """Ids of the samples that share no image with one that the choice was made on."""
+    chosen = set(tuned.samples)
+    images = {sample.image_id for sample in suite.samples() if sample.id in chosen}
+    return [sample.id for sample in suite.samples() if sample.image_id not in images]
+
+
+def test_once(
+    model: Any,
+    processor: Any,
+    suite: Suite,
+    recipe: Any,
+    tuned: Tuned,
+    out: Path,
+    model_name: str,
+    **options: Any,
+) -> Result:
+    """Answer the samples that had no part in the choice, with the bare model, the preset as it was, and the chosen setting.
+
+    Samples that share an image with a validation sample are left out. The figures stay in ``out/test``: later calls read
+    them again, and a second choice is not tested on the samples that have been looked at.
+
+    Args:
+        suite, recipe, out: as they were given to ``tune``.
+        tuned: what it returned.
+        options: for ``evaluate``.
+
+    Raises:
+        StateError: ``out/test`` has the figures of another choice.
+        OptionError: no sample is left.
+    """
+    folder = out / "test"
+    seen = read_summary(folder)
+    if seen and tuned.recipe.name not in seen["recipes"]:
+        raise StateError(
+            f"the test samples of {out} were looked at with {', '.join(seen['recipes'])}; a second choice would be made on"
+            " them. Take other samples (--seed, or other files) and another --out, or --no-test"
+        )
+    rest = untouched(suite, tuned)
+    if not rest:
+        raise OptionError(
+            "no sample is left to test on: all share an image with a validation sample; take fewer --shots"
+        )
+    subset = Subset(suite, rest, "test", whole=False)
+    recipes = {found.name: found for found in (Recipe.of(recipe), tuned.recipe)}
+    return evaluate(model, processor, [subset], list(recipes.values()), folder, model_name, **options)
 
 
 def _record(

@@ -124,6 +124,9 @@ def make_published(
     kind = PUBLISHED[name]
     if kind.table is not None and is_table(path):
         return kind.table(load_table(name, path), limit)
+    if not path.exists():
+        hint = "; a table of the hub is owner/name" if kind.table is not None else ""
+        raise InputError(f"suite {name}: no such file or folder: {path}{hint}")
     if kind.images and images is None:
         raise InputError(f"suite {name} needs --images DIR, the folder of its images")
     return kind.make(Given(path, images or path, limit, length, judge))

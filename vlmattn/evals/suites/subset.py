@@ -12,25 +12,24 @@ from vlmattn.evals.suites.base import Sample, Suite
 
 
 class Subset(Suite):
-    """Some samples of a suite, in its order and with its scores, but without its conditions and splits.
-
-    Each question counts once, so there is one figure per metric.
+    """Some samples of a suite, in its order and with its scores.
 
     Args:
         suite: where the samples come from.
         ids: of the samples that stay.
-        label: stands where condition and split stand otherwise.
+        label: what they are; stands in the settings.
+        whole: whether it stands also where condition and split stand otherwise: each question counts once then, and there
+            is one figure per metric.
 
     Raises:
         InputError: the suite has no sample of that id.
     """
 
-    def __init__(self, suite: Suite, ids: Sequence[str], label: str = "validation") -> None:
+    def __init__(self, suite: Suite, ids: Sequence[str], label: str = "validation", whole: bool = True) -> None:
         wanted = set(ids)
         self._suite = suite
-        self._samples = [
-            replace(sample, condition=label, splits=(label,)) for sample in suite.samples() if sample.id in wanted
-        ]
+        chosen = [sample for sample in suite.samples() if sample.id in wanted]
+        self._samples = [replace(s, condition=label, splits=(label,)) if whole else s for s in chosen]
         if missing := sorted(wanted - {sample.id for sample in self._samples}):
             raise InputError(f"the suite '{suite.name}' has no sample '{missing[0]}' ({len(missing)} of {len(wanted)})")
         for name in ("name", "title", "fields", "metrics"):  # of the class elsewhere

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlmattn.errors import InputError
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
 
 
@@ -136,11 +136,12 @@ class Table:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path is a folder of parquet files, or nothing on this disk but a name of the hub (owner/name or owner/name:config)."""
-    if path.is_dir():
-        return next(path.rglob("*.parquet"), None) is not None
-    name = path.as_posix()
-    return not path.exists() and not path.suffix.startswith(".json") and _HUB_NAME.fullmatch(name) is not None
+    """Whether a path is a folder of parquet files, or nothing on this disk but a name of the hub; maybe with ``:config``."""
+    source = Path(_named(path)[0])
+    if source.is_dir():
+        return next(source.rglob("*.parquet"), None) is not None
+    is_file = source.exists() or source.suffix in (".json", ".jsonl")
+    return not is_file and _HUB_NAME.fullmatch(source.as_posix()) is not None
 
 
 def load_table(suite: str, path: Path) -> Table:
@@ -153,28 +154,34 @@ def load_table(suite: str, path: Path) -> Table:
         InputError: ``datasets`` is missing, there is no such table or no way to the hub, or it has other columns.
     """
     datasets = _library()
-    name, config = (path.as_posix(), "") if path.exists() else path.as_posix().partition(":")[::2]
+    name, config = _named(path)
+    local = Path(name).exists()
     try:
-        known = datasets.get_dataset_config_names(name)
-        configs = _configs(suite, name, config, known)
+        configs = _configs(suite, name, config, datasets.get_dataset_config_names(name))
         found = [_parts(datasets, name, config) for config in configs]
     except InputError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if local:
+            raise InputError(f"cannot read the table in {name}: {reason}") from None
         raise InputError(
             f"there is no file or folder '{name}' here, and the table could not be fetched from the hub: {reason};"
             f" without a network, fetch it elsewhere (hf download {name} --repo-type dataset --local-dir DIR) and name DIR"
-            if not path.exists()
-            else f"cannot read the table in {name}: {reason}"
         ) from None
     settings = {
-        "table": name if not path.exists() else path.name,
+        "table": Path(name).name if local else name,
         "config": configs,
         "split": [split for split, _, _ in found[0]],
         "revision": sorted({revision for parts in found for _, _, revision in parts}),
     }
     return Table(suite, name, [part for parts in found for _, part, _ in parts], settings)
+
+
+def _named(path: Path) -> tuple[str, str]:
+    """A source and the configuration behind its colon; a path that is there has none."""
+    name, _, config = path.as_posix().partition(":")
+    return (path.as_posix(), "") if path.exists() else (name, config)
 
 
 def _library() -> Any:
@@ -196,7 +203,7 @@ def _configs(suite: str, name: str, config: str, known: Sequence[str]) -> list[s
         return list(known)
     if "default" in known:
         return ["default"]
-    raise InputError(f"{name} has several configurations; choose one: --data {suite}={name}:{known[0]}, or {known[1:]}")
+    raise InputError(f"{name}: add a configuration, --data {suite}={name}:{known[0]}; there are {', '.join(known)}")
 
 
 def _parts(datasets: Any, name: str, config: str) -> list[tuple[str, Any, str]]:
