@@ -58,7 +58,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:40rem
 thead th{border-bottom:1px solid var(--ink)}tbody th{text-align:left;font-weight:600}tr.first>*{border-top:1px solid var(--line)}
 td small,th small{display:block;white-space:nowrap}th.preset{font-weight:400;white-space:nowrap}th i{display:inline-block;width:.7em;height:.7em;margin-right:.4em}
 .better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.note{background:#fff6dd;padding:.5rem .8rem;border-left:4px solid #e0a800}
-figure{margin:1rem 0}figure svg{max-width:100%;height:auto}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
+figure{margin:1rem 0}.panels{display:flex;flex-wrap:wrap;gap:0 1rem}figure svg{max-width:100%;height:auto}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 .card{border:1px solid var(--line);border-left:4px solid;padding:.7rem;font-size:.9rem}.card.repaired{border-left-color:var(--good)}.card.broken{border-left-color:var(--bad)}
 .card p{margin:.3rem 0;overflow-wrap:anywhere}.card p.better,.card p.worse{font-weight:400}.card img{image-rendering:pixelated;max-width:100%;margin-right:.3rem}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}
 @media(max-width:40rem){main{padding:.8rem}h1{font-size:1.5rem}th,td{padding:.25rem .4rem}table{font-size:.85rem}thead th:first-child,tbody th.preset{position:sticky;left:0;background:#fff}}

@@ -14,9 +14,11 @@ from killing import kill_and_compare
 import vlmattn
 from vlmattn.errors import InputError, StateError
 from vlmattn.evals.journal import Journal
+from vlmattn.evals.page import html_report
 from vlmattn.evals.processes import Processes
-from vlmattn.evals.report import html_report, markdown_tables, notes
-from vlmattn.evals.runner import Result, evaluate
+from vlmattn.evals.report import markdown_tables, notes
+from vlmattn.evals.runner import evaluate
+from vlmattn.evals.scoring import Scored
 from vlmattn.evals.suites import Chair, Pope, Which, World
 
 
@@ -168,7 +170,7 @@ def test_batching_does_not_change_answers(bundled, finished, tmp_path):
 def test_reports_show_every_preset(finished):
     _, result = finished
     page = html_report(result)
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 2 + 2  # charts and costs
     assert not re.search(r"""(src|href)\s*=\s*["']?(http|//)|<script|<link|@import|url\(http""", page), (
         "must work offline"
     )
@@ -189,8 +191,10 @@ def test_many_presets_are_drawn_as_differences(finished):
     for (suite, preset, sample), text in result.answers.items():
         if preset == "vhr":
             answers |= {(suite, name, sample): text for name in names}
-    page = html_report(Result(summary, result.suites, answers))
-    assert page.count("<svg") == 2
+    scored = {suite.name: Scored(suite, list(summary["recipes"]), answers) for suite in result.suites}
+    summary["cost"] |= dict.fromkeys(names, summary["cost"]["vhr"])
+    page = html_report(replace(result, summary=summary, answers=answers, scored=scored))
+    assert page.count("<svg") == 4
     assert "difference to none (higher is better)" in page
     assert "difference to none (lower is better)" in page
     assert "difference to none (" not in html_report(result)

@@ -22,7 +22,7 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the images that --q
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help="Published data of a suite, NAME=PATH: amber, amber_questions, mme, mmhal, llava_bench, hallusion, choice, vqa, captions; repeat."
+        help="Published data of a suite, NAME=PATH: pope, amber, amber_questions, mme, mmhal, llava_bench, hallusion, choice, vqa, captions; or a table of the hub, NAME=owner/table. Repeat."
     ),
 ]
 Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")]
@@ -111,7 +111,7 @@ def paths_of(given: list[str] | None) -> dict[str, Path]:
 
 
 def lacking(names: list[str]) -> str:
-    return f"no data for suite {', '.join(names)}: pope needs --questions, chair --instances, others --data NAME=PATH"
+    return f"no data for suite {', '.join(names)}: pope needs --questions or --data, chair --instances, others --data NAME=PATH"
 
 
 def note_scenes(model: str) -> None:

@@ -129,30 +129,26 @@ def _trade(result: Result, colours: Mapping[str, str]) -> str:
     if len(presets) < 2:
         return ""
     heads = {suite.name: suite.headline for suite in result.suites}
-    columns = min(len(panels), 3)
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.9 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    for axis, table in zip(axes, panels, strict=False):
-        metric = heads[table["suite"]]
+    drawn = []
+    for table in panels:
+        figure = Figure(figsize=(3.9, 2.9), layout="constrained")
+        axis, metric = figure.subplots(), heads[table["suite"]]
         for preset in presets:
             cell, speed = table["rows"][preset]["metrics"][metric.name], costs[preset]["tokens_per_second"]
             spread = [[cell["value"] - cell["low"]], [cell["high"] - cell["value"]]]
             axis.errorbar(speed, cell["value"], yerr=spread, fmt="o", ms=5, lw=1, capsize=2, color=colours[preset])
-            axis.annotate(
-                preset, (speed, cell["value"]), xytext=(4, 4), textcoords="offset points", fontsize=7, color="#444"
-            )
+            place = (speed, cell["value"])
+            axis.annotate(preset, place, xytext=(4, 4), textcoords="offset points", fontsize=8, color="#444")
         axis.set_title(f"{table['suite']} {table['condition']}", fontsize=10)
         axis.set_xlabel("tokens per second", fontsize=9)
         axis.set_ylabel(f"{metric.name} ({metric.better} is better)" if metric.better else metric.name, fontsize=9)
         axis.margins(x=0.25)
         axis.grid(color="#ddd", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
+        drawn.append(pages.figure(figure))
     return (
         "<h3>What it costs <small>taken during the run, with the reading of images; not a benchmark</small></h3>"
-        + pages.figure(figure)
+        f"<div class='panels'>{''.join(drawn)}</div>"
     )
 
 
@@ -179,52 +175,43 @@ def _table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], colou
 
 
 def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]]]], colours: Mapping[str, str]) -> str:
-    """Headline metric with its intervals, as inline SVG."""
+    """Headline metric with its intervals: one inline SVG per condition, all on one scale."""
     from matplotlib.figure import Figure
 
-    panels = len(conditions)
-    figure = Figure(figsize=(max(4.0, 3.6 * panels), 3.0), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    lowest = 100.0
-    for axis, (condition, tables) in zip(axes, conditions, strict=True):
-        width = 0.8 / len(colours)
+    name, width = suite.headline.name, 0.8 / len(colours)
+    every = [
+        table["rows"][preset]["metrics"][name] for _, tables in conditions for table in tables for preset in colours
+    ]
+    from_half = suite.headline.better == "higher" and min(cell["low"] for cell in every) > 50  # chance
+    top = max(cell["high"] for cell in every) * 1.04
+    drawn = []
+    for condition, tables in conditions:
+        figure = Figure(figsize=(max(3.9, 0.9 + 0.95 * len(tables)), 3.1), layout="constrained")
+        axis = figure.subplots()
         for number, (preset, colour) in enumerate(colours.items()):
-            cells = [table["rows"][preset]["metrics"][suite.headline.name] for table in tables]
+            cells = [table["rows"][preset]["metrics"][name] for table in tables]
             values = [cell["value"] for cell in cells]
             errors = [
                 [v - c["low"] for v, c in zip(values, cells, strict=True)],
                 [c["high"] - v for v, c in zip(values, cells, strict=True)],
             ]
             places = [i + (number - (len(colours) - 1) / 2) * width for i in range(len(tables))]
-            axis.bar(
-                places,
-                values,
-                width * 0.92,
-                color=colour,
-                yerr=errors,
-                ecolor="#222",
-                capsize=2,
-                label=preset,
-                error_kw={"lw": 1},
-            )
-            lowest = min(lowest, *(cell["low"] for cell in cells))
-        axis.set_xticks(range(len(tables)), [table["split"] for table in tables])
+            bars: dict[str, Any] = {"yerr": errors, "ecolor": "#222", "capsize": 2, "error_kw": {"lw": 1}}
+            axis.bar(places, values, width * 0.92, color=colour, label=preset, **bars)
+        crowded = len(tables) > 4
+        axis.set_xticks(range(len(tables)), [t["split"] for t in tables], rotation=30 * crowded, ha="right" if crowded else "center", fontsize=8 if crowded else 9)  # fmt: skip
         axis.set_title(condition, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#ddd", lw=0.6)
         axis.set_axisbelow(True)
-    axes[0].set_ylabel(f"{suite.headline.name} (%)")
-    if suite.headline.better == "higher" and lowest > 50:
-        axes[0].set_ylim(bottom=50)  # chance
-        axes[0].set_ylabel(f"{suite.headline.name} (%), axis from 50")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(colours),
-        frameon=False,
-        fontsize=9,
-    )
-    return pages.figure(figure)
+        axis.set_ylim(50 if from_half else min(0, min(cell["low"] for cell in every)), top or 1)
+        axis.set_ylabel(f"{name}, axis from 50" if from_half else name, fontsize=9)
+        columns = min(len(colours), 4)
+        figure.legend(
+            *axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        )
+        drawn.append(pages.figure(figure))
+    return f"<div class='panels'>{''.join(drawn)}</div>"
 
 
 def _differences(suite: Suite, result: Result, presets: Sequence[str]) -> str:

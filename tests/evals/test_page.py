@@ -1,0 +1,115 @@
+"""The report page: complete, offline, and readable on a phone (looked at with headless Chromium where there is one)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vlmattn
+from vlmattn import pages
+from vlmattn.evals.gallery import attention_of, gallery
+from vlmattn.evals.page import html_report
+from vlmattn.evals.runner import evaluate
+from vlmattn.evals.suites import Chair, Pope, World
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    world = World("faint", 0.0, 12)
+    suites = [Pope.on_scenes([world]), Chair.on_scenes([world])]
+    model, processor = vlmattn.load("embedded")
+    out = tmp_path_factory.mktemp("page")
+    result = evaluate(model, processor, suites, ["vhr", "pai"], out, "embedded", say=lambda _: None)
+    return result, html_report(result, attention_of(model, processor, result))
+
+
+def test_the_leaderboard_has_every_preset_with_interval_p_and_cost(finished):
+    result, page = finished
+    board = page[page.index("All presets") : page.index("<h2>POPE")]
+    assert re.findall(r"</i>(\w+)</th>", board) == sorted(
+        ("none", "vhr", "pai"),
+        key=lambda preset: -result.summary["overall"][0]["rows"][preset]["metrics"]["accuracy"]["value"],
+    )
+    for preset in ("vhr", "pai"):
+        cell = result.summary["overall"][0]["rows"][preset]["metrics"]["accuracy"]
+        d = cell["difference"]
+        assert f"{cell['value']:.1f}<small>{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]</small>" in board
+        assert f"<td>{result.summary['cost'][preset]['tokens_per_second']:.1f}<small>" in board
+    assert board.count("<small>p ") == 4
+    assert "tokens per second" in board  # the chart
+    assert not re.search(r"""(src|href)\s*=\s*["']?(http|//)|<script|<link|@import|url\(http""", page)
+
+
+def test_the_gallery_shows_who_said_what(finished):
+    result, page = finished
+    pope = result.suites[0]
+    chosen = gallery(pope, result)
+    assert chosen
+    scored = result.scored["pope"]
+    for sample in chosen:
+        assert len({scored.right(preset, sample) for preset in ("none", "vhr", "pai")}) == 2
+        assert pope.expected(sample) in page
+    cards = re.findall(r"<div class='card (repaired|broken)'>(.*?)</div>", page)
+    assert len(cards) == sum(len(gallery(suite, result)) for suite in result.suites)
+    for kind, card in cards:
+        assert ("✗ <b>none" in card) == (kind == "repaired")
+        assert all(name in card for name in ("none", "vhr", "pai"))
+        assert "data:image/png;base64" in card
+
+
+def test_attention_is_drawn_over_the_image():
+    picture, grid = Image.new("RGB", (70, 70), "white"), np.zeros((7, 7))
+    grid[0, 6] = 0.2
+    drawn = np.asarray(pages.heated(picture, grid)).astype(int)
+    assert (drawn[:10, 60:] == drawn[0, 69]).all()
+    assert drawn[0, 69, 0] > drawn[0, 69, 1]  # red
+    assert (drawn[10:] == 255).all()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_scrolling_sideways(finished, tmp_path, width):
+    _, page = finished
+    path = tmp_path / "report.html"
+    path.write_text(page)
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    shot = tmp_path / "shot.png"
+    subprocess.run(
+        [*command, f"--window-size={width},1400", f"--screenshot={shot}", path.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    seen = np.asarray(Image.open(shot).convert("L"))
+    assert seen.shape == (1400, width)
+    assert (seen < 100).mean() > 0.005  # something is written
+    assert (seen[:, -4:] > 200).all(), "nothing may touch the right edge"
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f"<iframe id=f style='border:0;width:{width}px;height:900px' srcdoc=''></iframe><script>const f=document.getElementById('f');"
+        "f.onload=()=>{const d=f.contentDocument.documentElement;document.title=d.scrollWidth+' '+d.clientWidth};"
+        f"f.srcdoc={page!r}.toString()</script>"
+    )
+    told = subprocess.run(
+        [*command, "--dump-dom", "--virtual-time-budget=5000", frame.as_uri()],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    whole, shown = map(int, re.search(r"<title>(\d+) (\d+)</title>", told.stdout).groups())
+    assert whole <= shown == width
