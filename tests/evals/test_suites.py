@@ -11,8 +11,10 @@ from PIL import Image
 from vlmattn.embedded.scenes import CATEGORIES
 from vlmattn.errors import InputError, OptionError
 from vlmattn.evals.suites import PQA, Chair, Pope, Which, World
+from vlmattn.evals.suites.chair import whole_sentences
 from vlmattn.evals.suites.pope import SPLITS, read_questions, says_yes
 from vlmattn.evals.suites.world import absent_objects, co_occurrence
+from vlmattn.evals.words import ObjectWords
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -237,3 +239,32 @@ def test_pqa_tells_answers_that_change_with_the_order():
     assert sum(r["right"] for r in first_only) == 6
     with pytest.raises(OptionError, match="2 images or more"):
         PQA(World("clear", 0, 3), images=(4,))
+
+
+def test_sentences_that_were_cut_off_are_left_out_on_request():
+    assert whole_sentences("A cat sits. A dog runs on the") == "A cat sits."
+    assert whole_sentences("Is it a cat? Yes!") == "Is it a cat? Yes!"
+    assert whole_sentences("a cat and a dog on") == "a cat and a dog on"
+    world = World("clear", 0, 1)
+    (sample,) = Chair.on_scenes([world]).samples()
+    absent = next(name for name in CATEGORIES if name not in sample.truth.objects)
+    here = sorted(sample.truth.objects)[0]
+    answer = f"There is a {here}. There is also a {absent} on the"
+    whole, cut = (
+        Chair([sample], ObjectWords(dict.fromkeys(CATEGORIES, ())), {}, 8, drop_cut).score(sample, answer)
+        for drop_cut in (False, True)
+    )
+    assert (whole["mentions"], whole["wrong_mentions"]) == (2, 1)
+    assert (cut["mentions"], cut["wrong_mentions"]) == (1, 0)
+
+
+def test_questions_can_be_asked_with_a_suffix(tmp_path):
+    path = tmp_path / "q.json"
+    question_file(path)
+    plain = Pope.on_files([path], tmp_path)
+    asked = plain.asked_with(" Please answer this question with one word.")
+    assert [s.prompt for s in asked.samples()] == [
+        f"{s.prompt} Please answer this question with one word." for s in plain.samples()
+    ]
+    assert [s.id for s in asked.samples()] == [s.id for s in plain.samples()]
+    assert asked.settings["suffix"].endswith("one word.")  # or a run would be resumed with other prompts

@@ -29,6 +29,11 @@ Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for C
 Captions = Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")]
 Synonyms = Annotated[Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")]
 Judge = Annotated[str, typer.Option(help="Of free text: rule, or a function of yours, package.module:function.")]
+Suffix = Annotated[str, typer.Option("--prompt-suffix", help="Words after each question of POPE's files or table.")]
+DropCut = Annotated[
+    bool,
+    typer.Option("--drop-cut-sentence", help="Leave a last sentence that was cut off out of COCO captions (CHAIR)."),
+]
 Limit = Annotated[int | None, typer.Option(help="Questions per file, or COCO images (500).", min=1)]
 CaptionLength = Annotated[int, typer.Option(help="Length of COCO captions.", min=1)]
 
@@ -55,6 +60,8 @@ class Files:
         limit: questions per file, or images.
         length: of captions and other free text, in tokens.
         judge: who rates free text.
+        suffix: words after each question of POPE.
+        drop_cut: whether a cut-off last sentence is left out of COCO captions.
     """
 
     data: Mapping[str, Path]
@@ -65,7 +72,9 @@ class Files:
     synonyms: Path | None
     limit: int | None
     length: int
-    judge: str = "rule"
+    judge: str
+    suffix: str
+    drop_cut: bool
 
     def __bool__(self) -> bool:
         return bool(self.questions or self.instances or self.data)
@@ -84,13 +93,16 @@ class Files:
             chosen.append(Pope.on_files(self.questions, self.images, self.limit))
         if self.instances and self.images and "chair" in names:
             some = self.limit or 500
-            coco = Chair.on_coco(self.instances, self.captions, self.images, self.synonyms, some, 0, self.length)
+            coco = Chair.on_coco(
+                self.instances, self.captions, self.images, self.synonyms, some, 0, self.length, self.drop_cut
+            )
             chosen.append(coco)
-        return chosen + [
+        chosen += [
             make_published(name, path, self.images, self.limit, self.length, judge=judge)
             for name, path in self.data.items()
             if name in names
         ]
+        return [suite.asked_with(self.suffix) if self.suffix and isinstance(suite, Pope) else suite for suite in chosen]
 
 
 def paths_of(given: list[str] | None) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from vlmattn.cli.data import (
     CaptionLength,
     Captions,
     Data,
+    DropCut,
     Files,
     Images,
     Instances,
@@ -25,6 +26,7 @@ from vlmattn.cli.data import (
     Limit,
     Prior,
     Questions,
+    Suffix,
     Synonyms,
     Visibility,
     generated,
@@ -88,6 +90,8 @@ def eval_command(
     limit: Limit = None,
     max_new_tokens: CaptionLength = 512,
     judge: Judge = "rule",
+    prompt_suffix: Suffix = "",
+    drop_cut_sentence: DropCut = False,
     batch_size: BatchSize = 50,
     batch_tokens: BatchTokens = None,
     on_error: OnError = "stop",
@@ -108,7 +112,19 @@ def eval_command(
       [bold]vlmattn eval --out runs/z --model llava-hf/llava-1.5-7b-hf --suite mme --data mme=MME_Benchmark[/bold]
     """
     names = [name.strip() for name in suite.split(",")]
-    files = Files(paths_of(data), questions, images, instances, captions, synonyms, limit, max_new_tokens, judge)
+    files = Files(
+        paths_of(data),
+        questions,
+        images,
+        instances,
+        captions,
+        synonyms,
+        limit,
+        max_new_tokens,
+        judge,
+        prompt_suffix,
+        drop_cut_sentence,
+    )
     if files:
         chosen = files.suites(names)
         missing = [name for name in names if name not in [s.name for s in chosen]]
@@ -150,6 +166,8 @@ def tune(
     limit: Limit = None,
     max_new_tokens: CaptionLength = 512,
     judge: Judge = "rule",
+    prompt_suffix: Suffix = "",
+    drop_cut_sentence: DropCut = False,
     batch_size: BatchSize = 50,
     batch_tokens: BatchTokens = None,
     on_error: OnError = "stop",
@@ -175,7 +193,19 @@ def tune(
     recipe = Recipe.of(preset)
     values = parse_grid(recipe, grid)
     settings_of(recipe, values)  # before a model of many gigabytes is loaded
-    files = Files(paths_of(data), questions, images, instances, captions, synonyms, limit, max_new_tokens, judge)
+    files = Files(
+        paths_of(data),
+        questions,
+        images,
+        instances,
+        captions,
+        synonyms,
+        limit,
+        max_new_tokens,
+        judge,
+        prompt_suffix,
+        drop_cut_sentence,
+    )
     if not files:
         if seed == EVAL_SEED:
             raise OptionError(f"--seed {seed} draws the scenes that vlmattn eval tests on; take another")

@@ -55,9 +55,15 @@ class Chair(Suite):
     )
 
     def __init__(
-        self, samples: Sequence[Sample], words: ObjectWords, settings: Mapping[str, object], max_new_tokens: int
+        self,
+        samples: Sequence[Sample],
+        words: ObjectWords,
+        settings: Mapping[str, object],
+        max_new_tokens: int,
+        drop_cut: bool = False,
     ) -> None:
         self._samples, self._words, self.settings, self.max_new_tokens = samples, words, dict(settings), max_new_tokens
+        self._drop_cut = drop_cut
 
     @classmethod
     def on_scenes(cls, worlds: Sequence[World], max_new_tokens: int = 48) -> Chair:
@@ -87,12 +93,14 @@ class Chair(Suite):
         limit: int = 500,
         seed: int = 0,
         max_new_tokens: int = 512,
+        drop_cut: bool = False,
     ) -> Chair:
         """COCO annotation files; ``limit`` images drawn with ``seed`` (the papers take 500 of val2014).
 
         Args:
             captions: ground-truth captions, whose objects count as present too; None leaves them out.
             synonyms: word list in the published format; None takes our own list.
+            drop_cut: leave out what follows the last full stop: a sentence that was cut off by the length (as OPERA does).
         """
         words = ObjectWords.from_file(synonyms) if synonyms else ObjectWords.coco()
         known = load_coco_objects(instances, captions, words)
@@ -118,13 +126,15 @@ class Chair(Suite):
             "limit": limit,
             "seed": seed,
             "max_new_tokens": max_new_tokens,
+            "drop_cut": drop_cut,
         }
-        return cls(samples, words, settings, max_new_tokens)
+        return cls(samples, words, settings, max_new_tokens, drop_cut)
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        answer = whole_sentences(answer) if self._drop_cut else answer
         mentioned = self._words.mentions(answer)
         present: frozenset[str] = sample.truth.objects
         wrong = [name for name in mentioned if name not in present]
@@ -139,3 +149,9 @@ class Chair(Suite):
 
     def expected(self, sample: Sample) -> str:
         return ", ".join(sorted(sample.truth.objects))
+
+
+def whole_sentences(text: str) -> str:
+    """A caption up to its last full stop, question or exclamation mark; one without any stays as it is."""
+    end = max(text.rfind(mark) for mark in ".!?")
+    return text[: end + 1] if end >= 0 else text

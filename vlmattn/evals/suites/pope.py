@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,11 @@ class Pope(Suite):
             for row in rows
         )
         return cls(_samples(asked), {**table.settings, "limit": limit})
+
+    def asked_with(self, suffix: str) -> Pope:
+        """The same questions with some words after each, as papers ask for one word."""
+        samples = [replace(sample, prompt=f"{sample.prompt}{suffix}") for sample in self._samples]
+        return Pope(samples, {**self.settings, "suffix": suffix}, self.max_new_tokens)
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
