@@ -50,7 +50,7 @@ def test_batches_hold_every_sample_once_and_keep_their_bounds(sizes, most, token
 
 def test_lengths_are_those_of_the_prompts(bundled):
     model, processor = bundled
-    suite = PQA(World("clear", 0, 8), (2, 4), 1)
+    suite = PQA.on_scenes(World("clear", 0, 8), (2, 4), 1)
     found = lengths(model, processor, suite.samples())
     for sample, length in zip(suite.samples(), found, strict=True):
         true = encode(model, processor, [sample.prompt], [sample.images()])["input_ids"].shape[1]

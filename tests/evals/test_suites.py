@@ -210,7 +210,7 @@ def test_chair_on_coco_annotation_files(tmp_path):
 
 def test_pqa_asks_about_every_image_at_every_position():
     world = World("clear", 0, 12)
-    suite = PQA(world, images=(2, 3), sets=4)
+    suite = PQA.on_scenes(world, images=(2, 3), sets=4)
     samples = suite.samples()
     assert len(samples) == 4 * (2 * 2 + 3 * 3)
     assert len({sample.id for sample in samples}) == len(samples)
@@ -228,7 +228,7 @@ def test_pqa_asks_about_every_image_at_every_position():
 
 
 def test_pqa_tells_answers_that_change_with_the_order():
-    suite = PQA(World("clear", 0, 12), images=(2,), sets=3)
+    suite = PQA.on_scenes(World("clear", 0, 12), images=(2,), sets=3)
     samples = suite.samples()
     steady = suite.records({s.id: "yes" if s.truth else "no" for s in samples}).values()
     assert sum(r["changed"] for r in steady) == 0
@@ -238,7 +238,7 @@ def test_pqa_tells_answers_that_change_with_the_order():
     assert sum(r["changed"] for r in first_only) == 6
     assert sum(r["right"] for r in first_only) == 6
     with pytest.raises(OptionError, match="2 images or more"):
-        PQA(World("clear", 0, 3), images=(4,))
+        PQA.on_scenes(World("clear", 0, 3), images=(4,))
 
 
 def test_sentences_that_were_cut_off_are_left_out_on_request():
@@ -268,3 +268,31 @@ def test_questions_can_be_asked_with_a_suffix(tmp_path):
     ]
     assert [s.id for s in asked.samples()] == [s.id for s in plain.samples()]
     assert asked.settings["suffix"].endswith("one word.")  # or a run would be resumed with other prompts
+
+
+def test_pqa_is_made_of_popes_questions(tmp_path):
+    rows = [
+        {"image": f"{name}.png", "text": f"Is there a {thing} in the image?", "label": label}
+        for thing, labels in (("dog", "yyynn"), ("cat", "nnnnn"), ("ball", "yn"))
+        for name, label in zip("abcde", ({"y": "yes", "n": "no"}[mark] for mark in labels), strict=False)
+    ]
+    path = tmp_path / "q.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, name in enumerate("abcde"):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / f"{name}.png")
+    suite = PQA.on_files([path], tmp_path, (2, 4), sets=6)
+    truths = {(row["image"], row["text"]): row["label"] == "yes" for row in rows}
+    groups: dict[str, list] = {}
+    for sample in suite.samples():
+        place = int(sample.splits[1].split()[-1])
+        assert sample.prompt.endswith(f"in image {place}?")
+        question = sample.prompt.replace(f"in image {place}", "in the image")
+        shown = [f"{'abcde'[picture.getpixel((0, 0))[0]]}.png" for picture in sample.images()]
+        assert len(set(shown)) == sample.image_count == int(sample.splits[0][0])
+        assert sample.truth is truths[shown[place - 1], question]
+        groups.setdefault(sample.image_id, []).append((shown[place - 1], place, sample.truth))
+    for group in groups.values():  # every image at every position, and both answers
+        assert len(group) == len(set(group)) == len({place for _, place, _ in group}) ** 2
+        assert {truth for _, _, truth in group} == {True, False}
+    with pytest.raises(InputError, match="both answers for 8 images"):
+        PQA.on_files([path], tmp_path, (8,))

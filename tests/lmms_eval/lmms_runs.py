@@ -14,7 +14,7 @@ from vlmattn.lmms_eval import __path__ as package
 
 TASKS = Path(package[0]) / "tasks"
 FAINT, CLEAR = World("faint", count=6), World("clear", count=4)
-NAMES = {"small_pope": Pope.on_scenes([FAINT]), "small_pqa": PQA(CLEAR)}
+NAMES = {"small_pope": Pope.on_scenes([FAINT]), "small_pqa": PQA.on_scenes(CLEAR)}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 

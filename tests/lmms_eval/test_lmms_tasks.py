@@ -65,7 +65,7 @@ def test_parquet_with_images(files):
     pictures = {s.image_id: s.images()[0].getpixel((0, 0)) for s in found.samples()}
     assert pictures == {"a.png": (255, 0, 0), "b.png": (0, 0, 255)}
     datasets.Dataset.from_dict({"question": ["?"]}).to_parquet(str(files / "less.parquet"))
-    with pytest.raises(InputError, match="a column answer is needed, there are question"):
+    with pytest.raises(InputError, match=r"columns answer, image_source, image are missing"):
         make_suite(data_files=str(files / "less.parquet"))
 
 

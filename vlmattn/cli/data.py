@@ -82,7 +82,7 @@ class Files:
     def suites(self, names: Sequence[str]) -> list[Suite]:
         """Those of the named suites that there are files for."""
         from vlmattn.evals.judges import load_judge
-        from vlmattn.evals.suites import Chair, Pope
+        from vlmattn.evals.suites import PQA, Chair, Pope
         from vlmattn.evals.suites.published import make_published
 
         if self.images is None and (self.questions or self.instances):
@@ -91,6 +91,8 @@ class Files:
         chosen: list[Suite] = []
         if self.questions and self.images and "pope" in names:
             chosen.append(Pope.on_files(self.questions, self.images, self.limit))
+        if self.questions and self.images and "pqa" in names:
+            chosen.append(PQA.on_files(self.questions, self.images))
         if self.instances and self.images and "chair" in names:
             some = self.limit or 500
             coco = Chair.on_coco(
@@ -123,7 +125,7 @@ def paths_of(given: list[str] | None) -> dict[str, Path]:
 
 
 def lacking(names: list[str]) -> str:
-    return f"no data for suite {', '.join(names)}: pope needs --questions or --data, chair --instances, others --data NAME=PATH"
+    return f"no data for suite {', '.join(names)}: pope needs --questions or --data, pqa --questions, chair --instances, others --data NAME=PATH"
 
 
 def note_scenes(model: str) -> None:

@@ -47,6 +47,9 @@ Jobs = Annotated[
     int,
     typer.Option("--processes", help="Share the questions among so many processes, each on a GPU of its own.", min=1),
 ]
+Seed = Annotated[
+    int | None, typer.Option(help="Of the generated scenes; 12 if not given (training drew 20261 to 20263).", min=0)
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away earlier answers in --out.")]
 DEMO_PRESETS = "none,var,vhr,pai"
 
@@ -81,6 +84,7 @@ def eval_command(
     scenes: Annotated[int, typer.Option(help="Generated scenes per condition.")] = 200,
     visibility: Visibility = "faint,clear",
     prior: Prior = 0.0,
+    seed: Seed = None,
     data: Data = None,
     questions: Questions = None,
     images: Images = None,
@@ -133,7 +137,7 @@ def eval_command(
         if missing:  # of the default suites
             errors.print(f"note: {lacking(missing)}", highlight=False, soft_wrap=True)
     else:
-        chosen = generated(names, scenes, [name.strip() for name in visibility.split(",")], prior)
+        chosen = generated(names, scenes, [name.strip() for name in visibility.split(",")], prior, seed)
         note_scenes(model)
     running = {"batch_size": batch_size, "batch_tokens": batch_tokens, "on_error": on_error, "restart": restart}
     _evaluate(model, (dtype, device_map, load_in), chosen, presets, out, processes, **running)

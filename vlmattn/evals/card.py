@@ -150,7 +150,7 @@ def measure(model: Any, processor: Any, images: int) -> dict[str, Any]:
             Pope.on_scenes([faint, clear, *others, *broken, swapped]),
             Chair.on_scenes([faint, clear]),
             Which(clear, _IMAGES),
-            PQA(clear, (2, 4, 8), sets=20),
+            PQA.on_scenes(clear, (2, 4, 8), sets=20),
         ]
         result = evaluate(model, processor, suites, ["none"], Path(folder) / "full", "embedded")
         check = evaluate(model, processor, [Pope.on_scenes([small])], ["none"], Path(folder) / "small", "embedded")

@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vlmattn.errors import InputError, OptionError, UnknownNameError
-from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.base import Suite
 from vlmattn.evals.suites.generated import make_generated
 from vlmattn.evals.suites.pope import SPLITS, Pope
+from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.world import World
 
 #: Where the files of ``vlmattn_pope`` are, unless the task says: files or patterns, and the folder of their images.
 FILES, IMAGES = "VLMATTN_POPE", "VLMATTN_POPE_IMAGES"
 _OPTIONS = ("suite", "worlds", "data_files", "images")
-_COLUMNS = ("question", "answer", "image")
 
 
 def make_suite(**options: Any) -> Suite:
@@ -30,8 +27,8 @@ def make_suite(**options: Any) -> Suite:
     Args:
         suite: its name; "pope" if not given.
         worlds: generated scenes, each by the fields of ``World``.
-        data_files: POPE's questions: JSON (lines) in the published form, or parquet with ``question``, ``answer`` and
-            ``image``; a path, a pattern, or several. Default: the environment variable ``VLMATTN_POPE``.
+        data_files: POPE's questions: JSON (lines) in the published form, or parquet with ``question``, ``answer``,
+            ``image_source`` and ``image``; a path, a pattern, or several. Default: the environment variable ``VLMATTN_POPE``.
         images: the folder of the images that JSON names. Default: ``VLMATTN_POPE_IMAGES``.
 
     Raises:
@@ -84,35 +81,14 @@ def _files(given: Any) -> list[Path]:
 
 
 def _pope_on_parquet(paths: Sequence[Path]) -> Pope:
-    """Questions with their images, as the hub has them. The split is ``category`` or in the file's name."""
+    """Questions with their images, as the hub has them. Without a ``category`` the split is in the file's name."""
     from datasets import Dataset
-    from datasets import Image as Picture
 
-    samples: dict[tuple[str, str, bool], Sample] = {}
+    parts = []
     for path in paths:
         rows = Dataset.from_parquet(str(path))
-        if missing := [name for name in _COLUMNS if name not in rows.column_names]:
-            raise InputError(f"{path}: a column {missing[0]} is needed, there are {', '.join(rows.column_names)}")
-        rows = rows.cast_column("image", Picture())
-        split = next((name for name in SPLITS if name in path.stem), path.stem)
-        for number, row in enumerate(rows.remove_columns("image")):
-            label = str(row["answer"]).strip().lower()
-            if label not in ("yes", "no"):
-                raise InputError(f"{path}: row {number}: answer must be yes or no, got '{row['answer']}'")
-            image = str(row.get("image_source") or f"{path.stem}/{number}")
-            key = (image, row["question"], label == "yes")
-            before = samples.get(key)
-            samples[key] = Sample(
-                id=f"{image}/{row['question']}/{label}",
-                image_id=image,
-                condition="questions",
-                splits=(*(before.splits if before else ()), str(row.get("category") or split)),
-                prompt=row["question"],
-                images=partial(_pictures, rows, number),
-                truth=label == "yes",
-            )
-    return Pope(list(samples.values()), {"questions": [path.name for path in paths]})
-
-
-def _pictures(rows: Any, number: int) -> list[Image.Image]:
-    return [rows[number]["image"].convert("RGB")]
+        if "category" not in rows.column_names:
+            split = next((name for name in SPLITS if name in path.stem), path.stem)
+            rows = rows.add_column("category", [split] * len(rows))
+        parts.append(rows)
+    return Pope.on_table(Table("pope", ", ".join(map(str, paths)), parts, {"table": [path.name for path in paths]}))

@@ -19,7 +19,7 @@ GENERATED: Mapping[str, Callable[[Sequence[World]], Suite]] = {
     "pope": Pope.on_scenes,
     "chair": Chair.on_scenes,
     "which": lambda worlds: Which(worlds[-1]),
-    "pqa": lambda worlds: PQA(worlds[-1]),
+    "pqa": lambda worlds: PQA.on_scenes(worlds[-1]),
     "amber": AmberSceneCaptions,
     "amber_questions": AmberSceneQuestions,
     "mme": MMEScenes,
