@@ -72,8 +72,8 @@ def test_each_preset_has_a_row_with_its_figures(summary):
         assert f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" in shown
         assert rows["none"][3 + column] == f"{cell(summary, column, 'none')['value']:.1f}"
     assert rows["vhr"][6] == str(summary["reports"]["vhr"]["fired"]["vhr"])
-    seconds = summary["seconds_per_sample"]
-    assert rows["vhr"][7] == f"{seconds['vhr'] / seconds['none']:.2f}x"
+    own, base = (summary["cost"][name]["seconds_per_sample"] for name in ("vhr", "none"))
+    assert rows["vhr"][7] == f"{own / base:.2f}x"
 
 
 def test_bold_and_verdict_follow_the_interval_and_the_metrics_side(summary):
@@ -125,16 +125,19 @@ def test_what_never_fired_is_said_and_not_called_neutral(summary):
     assert not re.search(r"neither: .*vhr", text)
     summary["reports"]["vhr"]["fired"] = {"var": 0, "pai": 4}
     assert rows_of(summary)["vhr"][6] == "var: never fired, pai: 4"
-    del summary["reports"]["vhr"], summary["seconds_per_sample"]["vhr"]
-    assert rows_of(summary)["vhr"][6:] == ["not recorded", "not recorded"]
+
+
+def added(summary, name, recipe):
+    """Another preset in the summary, with the figures of pai."""
+    summary["recipes"][name] = recipe
+    for part in (summary["reports"], summary["cost"], *(table["rows"] for table in summary["overall"])):
+        part[name] = part["pai"]
 
 
 def test_own_settings_and_compositions_have_origins(summary):
     for name, methods in (("vhr+pai", ["vhr", "pai"]), ("pai[alpha=0.3]", ["pai"])):
         recipe = {"interventions": [{"method": method} for method in methods]}
-        summary["recipes"][name] = recipe
-        for table in summary["overall"]:
-            table["rows"][name] = table["rows"]["pai"]
+        added(summary, name, recipe)
     rows = rows_of(summary)
     assert rows["vhr+pai"][0] == "vhr + pai"
     assert rows["vhr+pai"][2] == "paper text + experimental"
@@ -143,13 +146,8 @@ def test_own_settings_and_compositions_have_origins(summary):
 
 def test_decoding_rules_have_origins(summary):
     for name in ("vcd", "vhr+vcd"):
-        summary["recipes"][name] = Recipe.of(name).record()
-        for table in summary["overall"]:
-            table["rows"][name] = table["rows"]["pai"]
-    by_hand = {"interventions": [], "decoding": "ContrastiveDecoding(...)"}
-    summary["recipes"]["contrast"] = by_hand
-    for table in summary["overall"]:
-        table["rows"]["contrast"] = table["rows"]["pai"]
+        added(summary, name, Recipe.of(name).record())
+    added(summary, "contrast", {"interventions": [], "decoding": "ContrastiveDecoding(...)"})
     rows = rows_of(summary)
     assert rows["vcd"][:3] == ["vcd", "[2311.16922](https://arxiv.org/abs/2311.16922)", "golden"]
     assert rows["vhr+vcd"][0] == "vhr + vcd"

@@ -340,11 +340,7 @@ def _costs(done: Sequence[Batch], presets: Sequence[str]) -> dict[str, Any]:
         }
         if preset != "none":
             reports[preset] = _report(own)
-    return {
-        "reports": reports,
-        "cost": cost,
-        "seconds_per_sample": {preset: each["seconds_per_sample"] for preset, each in cost.items()},
-    }
+    return {"reports": reports, "cost": cost}
 
 
 def _report(batches: Sequence[Batch]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vlmattn.interventions import all_presets, find_method
 
 FEWER_TOKENS = "<!-- fewer image tokens: written by vlmattn.evals.curve -->"  # begins a section that is kept
 _LEVEL = 0.05  # of the 95 % intervals in the summary
-_NEEDED = {"overall", "metrics", "titles", "recipes", "reports", "seconds_per_sample"}
+_NEEDED = {"overall", "metrics", "titles", "recipes", "reports", "cost"}
 
 
 @dataclass(frozen=True)
@@ -148,26 +148,19 @@ def _origin(preset: str, recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _fired(summary: Mapping[str, Any], preset: str) -> str:
-    report = summary["reports"].get(preset)
-    if report is None:
-        return "not recorded"
-    counts = {name: str(count) if count else "never fired" for name, count in report["fired"].items()}
+    fired = summary["reports"][preset]["fired"]
+    counts = {name: str(count) if count else "never fired" for name, count in fired.items()}
     return next(iter(counts.values())) if len(counts) == 1 else ", ".join(f"{k}: {v}" for k, v in counts.items())
 
 
 def _time(summary: Mapping[str, Any], preset: str) -> str:
-    seconds = summary["seconds_per_sample"]
-    if preset not in seconds or not seconds.get("none"):
-        return "not recorded"
-    if preset == "none":
-        return f"{seconds['none']:.3g} s a sample"
-    return f"{seconds[preset] / seconds['none']:.2f}x"
+    own, base = (summary["cost"][name]["seconds_per_sample"] for name in (preset, "none"))
+    return f"{base:.3g} s a sample" if preset == "none" else f"{own / base:.2f}x"
 
 
 def _idle(summary: Mapping[str, Any], preset: str) -> bool:
     """Whether no method of the preset ever found anything to do."""
-    report = summary["reports"].get(preset)
-    return report is not None and not any(report["fired"].values())
+    return not any(summary["reports"][preset]["fired"].values())
 
 
 def findings(summary: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ class Setting:
     Attributes:
         low, high: ends of the 95 % interval of the value.
         changed: answers that differ from those without the method.
-        fired: how often the method found something to do; None where that was not recorded.
+        fired: how often the method found something to do.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Setting:
     low: float
     high: float
     changed: int
-    fired: int | None
+    fired: int
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ def tune(
     (table,) = result.summary["tables"]
     settings = []
     for name, (_, options) in found.items():
-        row, report = table["rows"][name], result.summary["reports"].get(name)
-        cell, fired = row["metrics"][metric.name], None if report is None else sum(report["fired"].values())
+        row, fired = table["rows"][name], sum(result.summary["reports"][name]["fired"].values())
+        cell = row["metrics"][metric.name]
         settings.append(Setting(name, options, cell["value"], cell["low"], cell["high"], row["changed"], fired))
     best = max(settings, key=lambda setting: setting.value if metric.better == "higher" else -setting.value)
     tuned = Tuned(
