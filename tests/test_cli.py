@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 import vlmattn
 from vlmattn import cli
+from vlmattn.cli.common import quantisation
 from vlmattn.embedded import FOLDER
 from vlmattn.embedded.scenes import make_scene
+from vlmattn.errors import InputError
 from vlmattn.evals.suites.world import EVAL_SEED
 from vlmattn.evals.survey import checked_against, paper_id
 from vlmattn.evals.tune import TUNE_SEED
@@ -158,6 +162,36 @@ def test_tune_on_published_files(run, tmp_path):
     assert len(json.loads((tmp_path / "t" / "tune.json").read_text())["samples"]) == 4
 
 
+def test_weights_in_fewer_bits_are_asked_for(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else find(name, *more)
+    )
+    with pytest.raises(InputError, match="pip install bitsandbytes"):
+        quantisation("4bit", "auto")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: True if name == "bitsandbytes" else find(name, *more)
+    )
+    four, eight = (quantisation(bits, "float16")["quantization_config"] for bits in ("4bit", "8bit"))
+    assert four.load_in_4bit
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == ("nf4", torch.float16)
+    assert eight.load_in_8bit
+    assert quantisation(None, "auto") == {}
+
+
+def test_processes_start_the_same_command_under_torchrun(run, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: started.append(command) or subprocess.CompletedProcess(command, 3)
+    )
+    code, _, _ = run("eval", "--out", str(tmp_path), "--processes", "2", "--scenes", "4")
+    assert code == 3  # theirs
+    (command,) = started
+    where = command.index("vlmattn.cli")
+    assert command[where + 1 :] == ["eval", "--out", str(tmp_path), "--scenes", "4"]
+    assert command[command.index("--nproc_per_node") + 1] == "2"
+
+
 def test_doctor_is_content(run):
     code, out, _ = run("doctor")
     assert code == 0
@@ -234,6 +268,31 @@ def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
             ["image not found", "a.png"],
         ),
         (["eval", "--out", "{tmp}/o", "--dtype", "int3"], ["float32", "int3"]),
+        (["eval", "--out", "{tmp}/o", "--load-in", "3bit"], ["--load-in", "8bit or 4bit", "3bit"]),
+        (["eval", "--out", "{tmp}/o", "--on-error", "hope"], ["stop, skip", "hope"]),
+        (["eval", "--out", "{tmp}/o", "--suite", "popes"], ["unknown suite 'popes'", "pope"]),
+        (["eval", "--out", "{tmp}/o", "--suite", "mme", "--data", "mme={tmp}/nowhere"], ["nowhere"]),
+        (
+            ["eval", "--out", "{tmp}/o", "--suite", "mmhal", "--data", "mmhal={tmp}/good.json", "--images", "{tmp}"],
+            ["good.json", "MMHal-Bench"],  # POPE's questions
+        ),
+        (
+            [
+                "eval",
+                "--out",
+                "{tmp}/o",
+                "--suite",
+                "mmhal",
+                "--data",
+                "mmhal=x.json",
+                "--images",
+                "{tmp}",
+                "--judge",
+                "gpt",
+            ],
+            ["unknown judge 'gpt'", "package.module:function"],
+        ),
+        (["compare", "{tmp}", "{tmp}"], ["no finished run", "vlmattn eval --out"]),
         (["eval", "--out", "{tmp}/o", "--model", "{tmp}/nowhere"], ["cannot load", "nowhere"]),
         (["eval", "--out", "{tmp}/o", "--model", "{tmp}/bert"], ["model type 'bert'", "llava", "qwen2_5_vl"]),
         (["eval", "--out", "{tmp}/file/x"], ["cannot use", "file/x"]),

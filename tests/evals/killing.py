@@ -38,6 +38,9 @@ def kill_and_compare(folder: Path, questions: int, batch: int) -> tuple[dict[str
         else:
             os.killpg(running.pid, signal.SIGKILL)
         running.wait(timeout=120)
+        parts = [keys(path) for path in sorted((folder / "killed").glob("journal-*.jsonl"))]
+        assert len(parts) == 2, "both processes must have written"
+        assert not parts[0] & parts[1], "no batch may be asked twice"
         done = written(folder / "killed")
         print(f"killed after {now} batches, {done} are kept", flush=True)
     for name, command in (("killed", [*launcher, *options]), ("whole", [sys.executable, *options])):
@@ -52,6 +55,12 @@ def kill_and_compare(folder: Path, questions: int, batch: int) -> tuple[dict[str
 def written(folder: Path) -> int:
     """Batches in the journals of a run."""
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("journal*.jsonl") if path.exists())
+
+
+def keys(path: Path) -> set[tuple[str, str, int]]:
+    """The batches of one journal; a last line may be cut off."""
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return {(line["suite"], line["preset"], line["number"]) for line in lines}
 
 
 def ranks_of(launcher: int) -> list[int]:

@@ -16,7 +16,18 @@ from vlmattn.evals.stats import Bootstrap, Interval, Metric, mcnemar
 from vlmattn.evals.suites.captions import CorpusBleu
 
 _KINDS: Mapping[str, type[Metric]] = {kind.__name__: kind for kind in (Metric, CorpusBleu)}
-_APART = ("model", "weights", "dtype", "batch_size", "batch_tokens", "versions", "hardware", "suites", "decoding")
+_APART = (
+    "model",
+    "weights",
+    "dtype",
+    "quantisation",
+    "batch_size",
+    "batch_tokens",
+    "versions",
+    "hardware",
+    "suites",
+    "decoding",
+)
 Line = dict[str, Any]
 
 

@@ -22,6 +22,12 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def quantisation(model: torch.nn.Module) -> dict[str, Any] | None:
+    """How the weights were quantised while they were loaded, None if they were not."""
+    found: Any = getattr(model.config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else dict(found.to_dict())
+
+
 def versions() -> dict[str, str]:
     """Versions that can change a result."""
     return {

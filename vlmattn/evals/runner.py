@@ -18,7 +18,7 @@ from tqdm import tqdm
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError
 from vlmattn.evals.batching import Parts, batches, lengths
-from vlmattn.evals.environment import fingerprint, hardware, versions
+from vlmattn.evals.environment import fingerprint, hardware, quantisation, versions
 from vlmattn.evals.journal import Batch, Journal, write_json
 from vlmattn.evals.processes import Processes
 from vlmattn.evals.prompts import answer
@@ -101,6 +101,7 @@ def evaluate(
         "batch_size": batch_size,
         "batch_tokens": batch_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantisation": quantisation(model),
         "seed": SEED,
         "versions": versions(),
     }
