@@ -292,6 +292,8 @@ def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
             ],
             ["unknown judge 'gpt'", "package.module:function"],
         ),
+        (["eval", "--out", "{tmp}/o", "--suite", "which", "--prompt-images", "1,2"], ["--prompt-images", "from 2 on"]),
+        (["eval", "--out", "{tmp}/o", "--suite", "pqa", "--prompt-images", "8", "--scenes", "4"], ["4 scenes for 8"]),
         (["compare", "{tmp}", "{tmp}"], ["no finished run", "vlmattn eval --out"]),
         (["eval", "--out", "{tmp}/o", "--model", "{tmp}/nowhere"], ["cannot load", "nowhere"]),
         (["eval", "--out", "{tmp}/o", "--model", "{tmp}/bert"], ["model type 'bert'", "llava", "qwen2_5_vl"]),

@@ -29,6 +29,9 @@ Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for C
 Captions = Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")]
 Synonyms = Annotated[Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")]
 Judge = Annotated[str, typer.Option(help="Of free text: rule, or a function of yours, package.module:function.")]
+PromptImages = Annotated[
+    str | None, typer.Option(help="Numbers of images in the prompts of which (2,3,4) and pqa (2,4), as 2,4,8.")
+]
 Suffix = Annotated[str, typer.Option("--prompt-suffix", help="Words after each question of POPE's files or table.")]
 DropCut = Annotated[
     bool,
@@ -38,8 +41,27 @@ Limit = Annotated[int | None, typer.Option(help="Questions per file, or COCO ima
 CaptionLength = Annotated[int, typer.Option(help="Length of COCO captions.", min=1)]
 
 
+def counts_of(text: str | None) -> list[int] | None:
+    """Numbers of images in a prompt, as typed.
+
+    Raises:
+        OptionError: not numbers from 2 on.
+    """
+    if text is None:
+        return None
+    found = [int(word) for word in text.split(",") if word.strip().isdecimal()]
+    if len(found) != len(text.split(",")) or min(found, default=0) < 2:
+        raise OptionError(f"--prompt-images takes numbers from 2 on, as 2,4,8; got '{text}'")
+    return found
+
+
 def generated(
-    names: list[str], scenes: int, visibility: list[str], prior: float, seed: int | None = None
+    names: list[str],
+    scenes: int,
+    visibility: list[str],
+    prior: float,
+    seed: int | None = None,
+    counts: list[int] | None = None,
 ) -> list[Suite]:
     """Suites on generated scenes; without a seed on those of every evaluation."""
     from vlmattn.evals.suites import World
@@ -47,7 +69,7 @@ def generated(
     from vlmattn.evals.suites.world import EVAL_SEED
 
     worlds = [World(look, prior, scenes, EVAL_SEED if seed is None else seed) for look in visibility]
-    return [make_generated(name, worlds) for name in names]
+    return [make_generated(name, worlds, counts) for name in names]
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,7 @@ class Files:
         judge: who rates free text.
         suffix: words after each question of POPE.
         drop_cut: whether a cut-off last sentence is left out of COCO captions.
+        counts: numbers of images in the prompts of pqa.
     """
 
     data: Mapping[str, Path]
@@ -75,6 +98,7 @@ class Files:
     judge: str
     suffix: str
     drop_cut: bool
+    counts: list[int] | None
 
     def __bool__(self) -> bool:
         return bool(self.questions or self.instances or self.data)
@@ -83,6 +107,7 @@ class Files:
         """Those of the named suites that there are files for."""
         from vlmattn.evals.judges import load_judge
         from vlmattn.evals.suites import PQA, Chair, Pope
+        from vlmattn.evals.suites.pqa import SIZES
         from vlmattn.evals.suites.published import make_published
 
         if self.images is None and (self.questions or self.instances):
@@ -92,7 +117,7 @@ class Files:
         if self.questions and self.images and "pope" in names:
             chosen.append(Pope.on_files(self.questions, self.images, self.limit))
         if self.questions and self.images and "pqa" in names:
-            chosen.append(PQA.on_files(self.questions, self.images))
+            chosen.append(PQA.on_files(self.questions, self.images, self.counts or SIZES))
         if self.instances and self.images and "chair" in names:
             some = self.limit or 500
             coco = Chair.on_coco(

@@ -25,10 +25,12 @@ from vlmattn.cli.data import (
     Judge,
     Limit,
     Prior,
+    PromptImages,
     Questions,
     Suffix,
     Synonyms,
     Visibility,
+    counts_of,
     generated,
     lacking,
     note_scenes,
@@ -85,6 +87,7 @@ def eval_command(
     visibility: Visibility = "faint,clear",
     prior: Prior = 0.0,
     seed: Seed = None,
+    prompt_images: PromptImages = None,
     data: Data = None,
     questions: Questions = None,
     images: Images = None,
@@ -128,6 +131,7 @@ def eval_command(
         judge,
         prompt_suffix,
         drop_cut_sentence,
+        counts_of(prompt_images),
     )
     if files:
         chosen = files.suites(names)
@@ -137,7 +141,9 @@ def eval_command(
         if missing:  # of the default suites
             errors.print(f"note: {lacking(missing)}", highlight=False, soft_wrap=True)
     else:
-        chosen = generated(names, scenes, [name.strip() for name in visibility.split(",")], prior, seed)
+        chosen = generated(
+            names, scenes, [name.strip() for name in visibility.split(",")], prior, seed, counts_of(prompt_images)
+        )
         note_scenes(model)
     running = {"batch_size": batch_size, "batch_tokens": batch_tokens, "on_error": on_error, "restart": restart}
     _evaluate(model, (dtype, device_map, load_in), chosen, presets, out, processes, **running)
@@ -161,6 +167,7 @@ def tune(
     scenes: Annotated[int, typer.Option(help="Generated scenes per condition to draw samples from.")] = 200,
     visibility: Visibility = "faint,clear",
     prior: Prior = 0.0,
+    prompt_images: PromptImages = None,
     data: Data = None,
     questions: Questions = None,
     images: Images = None,
@@ -209,11 +216,14 @@ def tune(
         judge,
         prompt_suffix,
         drop_cut_sentence,
+        counts_of(prompt_images),
     )
     if not files:
         if seed == EVAL_SEED:
             raise OptionError(f"--seed {seed} draws the scenes that vlmattn eval tests on; take another")
-        chosen = generated([suite], scenes, [name.strip() for name in visibility.split(",")], prior, seed)
+        chosen = generated(
+            [suite], scenes, [name.strip() for name in visibility.split(",")], prior, seed, counts_of(prompt_images)
+        )
         note_scenes(model)
     else:
         chosen = files.suites([suite])

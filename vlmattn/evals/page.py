@@ -147,7 +147,7 @@ def _trade(result: Result, colours: Mapping[str, str]) -> str:
         axis.spines[["top", "right"]].set_visible(False)
         drawn.append(pages.figure(figure))
     return (
-        "<h3>What it costs <small>taken during the run, with the reading of images; not a benchmark</small></h3>"
+        "<h3>What it costs <small>taken during the run, with the work of the processor; not a benchmark</small></h3>"
         f"<div class='panels'>{''.join(drawn)}</div>"
     )
 

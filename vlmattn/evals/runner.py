@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +39,7 @@ class Result:
     """What ``evaluate`` returns: the summary (as written to summary.json) and what the report needs besides.
 
     Attributes:
-        scored: by suite; what was answered by every preset, and how well.
+        scored: by suite; what was answered by every preset, and how well. Empty in all processes but the first.
         first: whether this is the process that writes and prints.
     """
 
@@ -134,32 +134,39 @@ def evaluate(
                         _ask(model, processor, suite, name, mine, journal, on_error, progress)
         done = journal.finish(lambda b: (list(recipes).index(b.preset), list(work).index(b.suite), b.number))
     answers = {(b.suite, b.preset, key): text for b in done for key, text in b.answers.items()}
-    scored = {suite.name: Scored(suite, list(recipes), answers) for suite in suites}
-    for suite in suites:
-        if not scored[suite.name].samples:
-            raise InputError(f"suite {suite.name}: no sample could be read; {next(iter(_unreadable(done).values()))}")
-    tables, overall = [], []
-    for found in scored.values():
-        by_split, of_all = found.tables()
-        tables += by_split
-        overall += of_all
-    summary = {
-        **settings,
-        "command": command,
-        "hardware": hardware(),
-        "processes": processes.count,
-        **_costs(done, list(recipes)),
-        "skipped": [{"suite": suite, "id": key, "why": why} for (suite, key), why in _unreadable(done).items()],
-        "titles": {suite.name: suite.title for suite in suites},
-        "metrics": {suite.name: [metric.to_dict() for metric in suite.metrics] for suite in suites},
-        "tables": tables,
-        "overall": overall,
-    }
-    if processes.first:
+    scored: dict[str, Scored] = {}
+    summary: dict[str, Any] = {}
+    if processes.first:  # a judge is asked once, not by every process
+        scored = {suite.name: Scored(suite, list(recipes), answers) for suite in suites}
+        of_run = {"command": command, "hardware": hardware(), "processes": processes.count}
+        summary = {**settings, **of_run, **_figures(suites, scored, done, list(recipes))}
         lines = (json.dumps(line, ensure_ascii=False) for found in scored.values() for line in found.lines())
         write_whole(out / "answers.jsonl", "".join(line + "\n" for line in lines))
         write_json(out / "summary.json", summary)
-    return Result(summary, suites, answers, scored, processes.first)
+    return Result(processes.told(summary), suites, answers, scored, processes.first)
+
+
+def _figures(
+    suites: Sequence[Suite], scored: Mapping[str, Scored], done: Sequence[Batch], presets: Sequence[str]
+) -> dict[str, Any]:
+    """What follows from the answers: tables, costs, and what was left out.
+
+    Raises:
+        InputError: a suite of which no sample could be read.
+    """
+    unreadable = {(batch.suite, key): why for batch in done for key, why in batch.unreadable.items()}
+    for suite in suites:
+        if not scored[suite.name].samples:
+            raise InputError(f"suite {suite.name}: no sample could be read; {next(iter(unreadable.values()))}")
+    tables = [found.tables() for found in scored.values()]
+    return {
+        **_costs(done, presets),
+        "skipped": [{"suite": suite, "id": key, "why": why} for (suite, key), why in unreadable.items()],
+        "titles": {suite.name: suite.title for suite in suites},
+        "metrics": {suite.name: [metric.to_dict() for metric in suite.metrics] for suite in suites},
+        "tables": [table for by_split, _ in tables for table in by_split],
+        "overall": [table for _, overall in tables for table in overall],
+    }
 
 
 def read_summary(out: Path) -> dict[str, Any]:
@@ -318,11 +325,6 @@ def _peak(model: Any, run: Callable[[], object]) -> int | None:
         return peak_bytes(run, model.device)
     run()
     return None
-
-
-def _unreadable(done: Iterable[Batch]) -> dict[tuple[str, str], str]:
-    """Why samples have no answer, by suite and id."""
-    return {(batch.suite, key): why for batch in done for key, why in batch.unreadable.items()}
 
 
 def _costs(done: Sequence[Batch], presets: Sequence[str]) -> dict[str, Any]:

@@ -11,28 +11,32 @@ from vlmattn.evals.suites.chair import Chair
 from vlmattn.evals.suites.mme_scenes import MMEScenes
 from vlmattn.evals.suites.mmhal_scenes import MMHalScenes
 from vlmattn.evals.suites.pope import Pope
-from vlmattn.evals.suites.pqa import PQA
+from vlmattn.evals.suites.pqa import PQA, SIZES
 from vlmattn.evals.suites.which import Which
 from vlmattn.evals.suites.world import World
 
-GENERATED: Mapping[str, Callable[[Sequence[World]], Suite]] = {
-    "pope": Pope.on_scenes,
-    "chair": Chair.on_scenes,
-    "which": lambda worlds: Which(worlds[-1]),
-    "pqa": lambda worlds: PQA.on_scenes(worlds[-1]),
-    "amber": AmberSceneCaptions,
-    "amber_questions": AmberSceneQuestions,
-    "mme": MMEScenes,
-    "mmhal": MMHalScenes,
+GENERATED: Mapping[str, Callable[[Sequence[World], Sequence[int] | None], Suite]] = {
+    "pope": lambda worlds, counts: Pope.on_scenes(worlds),
+    "chair": lambda worlds, counts: Chair.on_scenes(worlds),
+    "which": lambda worlds, counts: Which(worlds[-1], counts or (2, 3, 4)),
+    "pqa": lambda worlds, counts: PQA.on_scenes(worlds[-1], counts or SIZES),
+    "amber": lambda worlds, counts: AmberSceneCaptions(worlds),
+    "amber_questions": lambda worlds, counts: AmberSceneQuestions(worlds),
+    "mme": lambda worlds, counts: MMEScenes(worlds),
+    "mmhal": lambda worlds, counts: MMHalScenes(worlds),
 }
 
 
-def make_generated(name: str, worlds: Sequence[World]) -> Suite:
+def make_generated(name: str, worlds: Sequence[World], counts: Sequence[int] | None = None) -> Suite:
     """The suite ``name`` on some worlds; ``which`` and ``pqa`` take the last one only.
+
+    Args:
+        counts: numbers of images in the prompts of ``which`` and ``pqa``; None for their own.
 
     Raises:
         UnknownNameError: no such suite.
+        OptionError: more images than scenes, or a number below 2.
     """
     if name not in GENERATED:
         raise UnknownNameError("suite", name, GENERATED)
-    return GENERATED[name](worlds)
+    return GENERATED[name](worlds, counts)

@@ -22,9 +22,9 @@ class Which(Suite):
     max_new_tokens = 4
 
     def __init__(self, world: World, images: Sequence[int] = (2, 3, 4)) -> None:
-        if world.count < max(images):
+        if min(images) < 2 or world.count < max(images):
             raise OptionError(
-                f"which asks about up to {max(images)} scenes at once, so it needs as many; got {world.count}"
+                f"which asks about 2 images or more, and needs as many scenes; got {world.count} scenes for {max(images)}"
             )
         self.settings = {"scenes": world.settings(), "images": list(images)}
         self._samples: list[Sample] = []
