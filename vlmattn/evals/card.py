@@ -181,7 +181,7 @@ def card(figures: dict[str, Any], log: list[dict[str, Any]]) -> str:
         else:
             shown = f"accuracy {_with_interval(cells['accuracy'])}"
             if "inconsistency" in cells and "position" not in table["split"]:
-                shown += f", inconsistency {_with_interval(cells['inconsistency'])}"
+                shown += f", inconsistency {_with_interval(cells['inconsistency'])}, yes-ratio {cells['yes_ratio']['value']:.1f}"
         lines.append(f"| {table['suite']} | {table['condition']} | {table['split']} | {shown} |")
     marks = [
         f"| {g['name']} | {g['value']:.1f} | {g['low']:g} to {g['high']:g} | {'yes' if g['passed'] else '**no**'} |"
@@ -290,7 +290,8 @@ Per layer, over 100 questions about clear scenes (definitions: `vlmattn.evals.ca
 - No massive activations: the largest sink value phi is {phi} where VAR asks for more than 20 (and at 192 dimensions phi cannot
   exceed 13.9). **VAR therefore never fires on this model; its rows in any table are those of the bare model and say nothing
   about VAR.** VAR is validated against recorded outputs of the released code instead.
-- With 3 images and more the answers lean to some positions (see the splits by answer), the more the more images there are.
+- With 3 images and more the answers lean to some positions (see the splits by answer), the more the more images there are. To "is there a ... in
+  image 5?" about 8 images it always says no (`pqa`: see the yes-ratio), so nothing can be told by that.
 - It cannot tell left from right, and says "yes" too often when a wrong colour is named (suites `mme`, `amber_questions`).
 - Tiny vocabulary, one caption style; figures here do not transfer to real models. A method that does not help here may help
   there, and the other way round.
