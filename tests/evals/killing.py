@@ -21,17 +21,18 @@ _COMMAND = ["-m", "vlmattn.cli", "eval", "--suite", "pope", "--presets", "none,p
 def kill_and_compare(folder: Path, questions: int, batch: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the killed run and the undisturbed one have written, timings apart.
 
-    The first time one rank is killed, the second time the launcher with all ranks.
+    After about a quarter of the batches one rank is killed, after half of them the launcher with all ranks.
     """
     scenes = round(questions / 9.17)  # questions on a scene, those that splits share counted once
     options = [*_COMMAND, "--scenes", str(scenes), "--batch-size", str(batch), "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     quiet: dict[str, Any] = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    batches = 2 * questions / batch  # with and without a preset, about
     done = 0
     for attempt in (1, 2):
         running = subprocess.Popen([*launcher, *options, str(folder / "killed")], start_new_session=True, **quiet)
-        while (now := written(folder / "killed")) < done + 3 and running.poll() is None:
+        while (now := written(folder / "killed")) < attempt * batches / 4 and running.poll() is None:
             time.sleep(0.05)
         if attempt == 1:
             os.kill(ranks_of(running.pid)[-1], signal.SIGKILL)
@@ -47,8 +48,7 @@ def kill_and_compare(folder: Path, questions: int, batch: int) -> tuple[dict[str
         begun = time.monotonic()
         subprocess.run([*command, str(folder / name)], env=environment, capture_output=True, text=True, check=True)
         print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
-    batches = written(folder / "whole")
-    assert 0 < done < batches, "it must have been killed in the middle"
+    assert 0 < done < written(folder / "whole"), "it must have been killed in the middle"
     return outcome(folder / "killed"), outcome(folder / "whole")
 
 
