@@ -152,7 +152,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         return
     before = json.loads(path.read_text())
     if before != now:
-        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        changed = sorted({*before, *now} - {key for key in before if key in now and before[key] == now[key]})
         raise StateError(
             f"{folder} holds a run with other settings ({', '.join(changed)}); use another --out, or --restart"
         )

@@ -263,7 +263,7 @@ def _card(suite: Suite, result: Result, sample: Sample, maps: Sequence[Any]) -> 
     scored = result.scored[suite.name]
     pictures = sample.images()
     shown = [
-        pages.image(picture if grid is None else pages.heated(picture, grid))
+        pages.image(picture) + ("" if grid is None else pages.image(pages.heated(picture, grid)))
         for picture, grid in zip(pictures, [*maps, *[None] * (len(pictures) - len(maps))], strict=True)
     ]
     said: dict[tuple[str, bool], list[str]] = {}
