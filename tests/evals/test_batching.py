@@ -154,6 +154,13 @@ def test_images_that_cannot_be_read_are_left_out_for_all_presets_and_named(bundl
     (note,) = notes(result)
     assert note.startswith("2 questions are left out for all presets")
     assert ("gone.png" in note) or ("damaged.png" in note)
+    for name in ("gone", "damaged"):
+        Image.new("RGB", (56, 56), "red").save(tmp_path / f"{name}.png")
+    mended = evaluate(*bundled, [suite], ["pai"], tmp_path / "out", "embedded", on_error="skip", say=lambda _: None)
+    assert mended.summary["skipped"] == []  # the same command asks what it could not
+    assert [table["samples"] for table in mended.summary["tables"]] == [4]
+    for name in ("gone", "damaged"):
+        (tmp_path / f"{name}.png").unlink()
     (tmp_path / "good.png").unlink()
     with pytest.raises(InputError, match="no sample could be read"):
         evaluate(*bundled, [suite], ["none"], tmp_path / "none", "embedded", on_error="skip", say=lambda _: None)
@@ -174,3 +181,18 @@ def test_ids_that_are_there_twice_are_refused(bundled, tmp_path):
         given = {"suites": [good], **options}
         with pytest.raises(OptionError, match=message):
             evaluate(*bundled, given.pop("suites"), ["none"], tmp_path / "out", "embedded", **given)
+
+
+def test_a_batch_of_other_samples_is_not_taken_for_done(bundled, tmp_path, monkeypatch):
+    """The estimate of lengths may change when the first image of a run is mended; then other samples share a batch."""
+    suite = Pope.on_scenes([World("faint", 0.0, 3)])
+    quiet = {"batch_size": 5, "say": lambda _: None}
+    whole = evaluate(*bundled, [suite], ["none"], tmp_path / "whole", "embedded", **quiet)
+    real = runner.batches
+    monkeypatch.setattr(runner, "batches", lambda samples, *more: real(list(reversed(samples)), *more))
+    evaluate(*bundled, [suite], ["none"], tmp_path / "run", "embedded", **quiet)
+    lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "journal.jsonl").write_text("".join(lines[:3]))
+    monkeypatch.setattr(runner, "batches", real)
+    again = evaluate(*bundled, [suite], ["none"], tmp_path / "run", "embedded", **quiet)
+    assert again.answers == whole.answers

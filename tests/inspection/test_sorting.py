@@ -382,7 +382,6 @@ def test_the_model_stays_as_it_was(family):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_after_an_error_too(wrapped, monkeypatch):
-    from vlmattn.inspection import sorting
 
     model, messages = build("llava"), captioned()
     sort_context(model, processor("llava"), messages)
@@ -394,7 +393,7 @@ def test_after_an_error_too(wrapped, monkeypatch):
     def fail(*_):
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(sorting._Look, "measure", fail)
+    monkeypatch.setattr(maps._LastRow, "measure", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         sort_context(model, processor("llava"), messages)
     assert hooks(model) == count

@@ -194,6 +194,7 @@ def tune(
     Example: [bold]vlmattn tune --preset sofa --grid sigma=0:1:.1 --suite which --shots 32 --out runs/tune[/bold]
     """
     from vlmattn.evals.page import html_report
+    from vlmattn.evals.processes import Processes
     from vlmattn.evals.report import terminal_tables
     from vlmattn.evals.suites.world import EVAL_SEED
     from vlmattn.evals.tune import parse_grid, settings_of, test_once, untouched
@@ -246,10 +247,15 @@ def tune(
         command=typed(),
         **running,
     )
-    _show_tuned(tuned, chosen[0])
+    first = Processes().first
+    if first:
+        _show_tuned(tuned, chosen[0])
     test = test and bool(untouched(chosen[0], tuned))
     if test:
         tested = test_once(loaded, processor, chosen[0], recipe, tuned, out, model, say=say, command=typed(), **running)
+    if not first:
+        return
+    if test:
         console.print(terminal_tables(tested))
         write_whole(out / "test" / "report.html", html_report(tested))
     plain(f"recipe: {out / 'tuned.yaml'}\nfigures: {out / 'tune.json'}")

@@ -14,6 +14,7 @@ from vlmattn.errors import InputError, StateError
 from vlmattn.evals.processes import Processes
 from vlmattn.files import write_whole
 
+_WHOLE = "journal.jsonl"  # of all processes
 _OF_A_RUN = ("settings.json", "answers.jsonl", "summary.json", "table.md", "report.html")
 
 
@@ -99,7 +100,7 @@ class Journal:
                 path.unlink(missing_ok=True)
         check_settings(self._folder, settings)
         batches: dict[tuple[str, str, int], Batch] = {}
-        for path in self._journals():
+        for path in sorted(self._journals(), key=lambda path: path.name != _WHOLE):  # what was asked again comes later
             batches |= {batch.key: batch for batch in _read(path)}
         self._write(batches.values())
         return list(batches.values())
@@ -109,11 +110,18 @@ class Journal:
 
     def _write(self, batches: Iterable[Batch]) -> None:
         """One journal of all batches in place of those of the processes."""
-        whole = self._folder / "journal.jsonl"
+        whole = self._folder / _WHOLE
         write_whole(whole, "".join(json.dumps(asdict(batch)) + "\n" for batch in batches))
         for path in self._journals():
             if path != whole:
                 path.unlink()
+
+    def has(self, key: tuple[str, str, int], ids: Iterable[str]) -> bool:
+        """Whether an earlier attempt answered this batch: these samples, each of them.
+
+        Those whose images could not be read then are asked again, with their batch: somebody may have mended them.
+        """
+        return key in self.done and self.done[key].answers.keys() == set(ids)
 
     def add(self, batch: Batch) -> None:
         """Append a batch and wait until it is on disk."""
@@ -125,7 +133,8 @@ class Journal:
 
     def finish(self, order: Callable[[Batch], Any]) -> list[Batch]:
         """All batches of all processes, sorted by ``order``; waits for the processes, and leaves one journal."""
-        found = sorted([*self.done.values(), *self._processes.gathered(self.added)], key=order)
+        again = {batch.key: batch for batch in self._processes.gathered(self.added)}
+        found = sorted({**self.done, **again}.values(), key=order)
         if self._processes.first:
             self._write(found)
         return found

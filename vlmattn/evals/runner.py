@@ -126,7 +126,7 @@ def evaluate(
                     left = [
                         (number, samples)
                         for number, samples in enumerate(work[suite.name])
-                        if (suite.name, name, number) not in journal.done
+                        if not journal.has((suite.name, name, number), (sample.id for sample in samples))
                     ]
                     mine = processes.share(left)
                     before = len(suite.samples()) - sum(len(samples) for _, samples in left)

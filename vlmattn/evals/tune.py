@@ -248,8 +248,9 @@ def tune(
         better=metric.better,
         samples=tuple(sample.id for sample in subset.samples()),
     )
-    write_json(out / "tune.json", _record(tuned, base, grid, suite, seed, result.summary))
-    write_whole(out / "tuned.yaml", tuned.recipe.to_yaml())
+    if result.first:
+        write_json(out / "tune.json", _record(tuned, base, grid, suite, seed, result.summary))
+        write_whole(out / "tuned.yaml", tuned.recipe.to_yaml())
     return tuned
 
 

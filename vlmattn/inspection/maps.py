@@ -36,13 +36,18 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
     family, given = find_family(model), prepared_one(model, inputs)
     types = family.token_types(model, given["input_ids"])
     numbers = family.image_numbers(model, given, types, marks_of(family, processor))[0].long().cpu()
-    look = _LastRow()
-    positions = family.positions(model, given)  # given, so that the model notes none
-    with torch.inference_mode(), only(model, look):
-        model(**given, position_ids=positions, use_cache=False, logits_to_keep=1)
-    row = torch.stack(list(look.seen.values())).mean(0)
+    row = last_row(model, given)
     images = range(int(numbers.max()) + 1)
     return [_grid(model, given, image, row[numbers == image]) for image in images]
+
+
+def last_row(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+    """Attention of the last row of one prompt on its keys ``[keys]``, by the bare model: a mean over layers and heads; on the cpu."""
+    look = _LastRow()
+    positions = find_family(model).positions(model, inputs)  # given, so that the model notes none
+    with torch.inference_mode(), only(model, look):
+        model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
+    return torch.stack(list(look.seen.values())).mean(0)
 
 
 def _grid(model: PreTrainedModel, inputs: Inputs, image: int, row: Tensor) -> Tensor | None:

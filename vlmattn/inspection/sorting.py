@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.inspection.measuring import only, prepared_one
-from vlmattn.interventions import Intervention, MethodInfo
-from vlmattn.interventions.registry import Sizes
-from vlmattn.kernels import AttentionEdit
+from vlmattn.inspection.maps import last_row
+from vlmattn.inspection.measuring import prepared_one
 from vlmattn.models import Family, find_family, marks_of
-from vlmattn.request import TEXT, Scope, Weights
+from vlmattn.request import TEXT
 
 Message = Mapping[str, Any]
 """One message of a chat: ``{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", ...}]}``."""
@@ -96,7 +94,7 @@ def sort_context(
     chat, owners = _arranged(messages, chosen, order)
     inputs = chat_inputs(model, processor, chat)
     for _ in range(iterations):
-        found = _scores(model, family, inputs, _owners(model, family, processor, chat, owners, inputs))
+        found = _scores(model, inputs, _owners(model, family, processor, chat, owners, inputs))
         scores.append(found)
         before, order = order, tuple(sorted(order, key=found.__getitem__))
         if order == before:
@@ -263,35 +261,7 @@ def _marked(chat: Sequence[Message], parts: Sequence[int]) -> list[Message]:
     return [*chat[:-1], {**chat[-1], "content": content}]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Look(Intervention):
-    """Attention of the last row on every unit, a mean over its tokens and over heads: layer -> ``[units]``.
-
-    Attributes:
-        owners: unit of every token ``[tokens]``, -1 for none.
-    """
-
-    info: ClassVar[MethodInfo] = MethodInfo("sort_context", "arXiv 2310.01427", "", "", parts="none", cost="")
-    needs_images: ClassVar[bool] = False
-    owners: Tensor
-    seen: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return tuple(range(sizes.layers))
-
-    def edit(self, scope: Scope) -> AttentionEdit:
-        return AttentionEdit()
-
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        row = weights(scope.queries - 1, scope.queries)[0, :, 0].mean(0).cpu()  # [keys]
-        units = range(int(self.owners.max()) + 1)
-        self.seen[scope.layer] = torch.stack([row[self.owners == unit].mean() for unit in units])
-
-
-def _scores(model: PreTrainedModel, family: Family, inputs: Mapping[str, Any], owners: Tensor) -> tuple[float, ...]:
-    """The score of every unit, from one pass over the prompt by the bare model."""
-    look = _Look(owners=owners)
-    positions = family.positions(model, inputs)  # given, so that the model notes none
-    with only(model, look):
-        model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
-    return tuple(torch.stack(list(look.seen.values())).mean(0).tolist())
+def _scores(model: PreTrainedModel, inputs: Mapping[str, Any], owners: Tensor) -> tuple[float, ...]:
+    """The score of every unit, from one pass over the prompt by the bare model; ``owners``: unit of every token, -1 for none."""
+    row = last_row(model, inputs)
+    return tuple(float(row[owners == unit].mean()) for unit in range(int(owners.max()) + 1))
