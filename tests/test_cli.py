@@ -15,10 +15,10 @@ from rich.console import Console
 
 import vlmattn
 from vlmattn import cli
-from vlmattn.cli.common import quantisation
 from vlmattn.embedded import FOLDER
 from vlmattn.embedded.scenes import make_scene
 from vlmattn.errors import InputError
+from vlmattn.evals.loading import quantisation
 from vlmattn.evals.suites.world import EVAL_SEED
 from vlmattn.evals.survey import checked_against, paper_id
 from vlmattn.evals.tune import TUNE_SEED

@@ -382,6 +382,7 @@ def test_the_model_stays_as_it_was(family):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_after_an_error_too(wrapped, monkeypatch):
+    from vlmattn.inspection import maps
 
     model, messages = build("llava"), captioned()
     sort_context(model, processor("llava"), messages)

@@ -12,8 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from vlmattn.cli.common import DType, app, check_dtype, console, errors, load, plain
+from vlmattn.cli.common import DType, app, console, errors, plain
 from vlmattn.errors import InputError, OptionError
+from vlmattn.evals.loading import check_dtype, load
 
 Model = Annotated[
     str,

@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from vlmattn.cli.common import DeviceMap, DType, LoadIn, Model, app, console, errors, load, plain, say, typed
+from vlmattn.cli.common import DeviceMap, DType, LoadIn, Model, app, console, errors, plain, say, typed
 from vlmattn.cli.data import (
     CaptionLength,
     Captions,
@@ -37,6 +37,7 @@ from vlmattn.cli.data import (
     paths_of,
 )
 from vlmattn.errors import InputError, OptionError
+from vlmattn.evals.loading import load
 
 if TYPE_CHECKING:
     from vlmattn.evals.suites import Suite

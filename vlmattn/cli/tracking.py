@@ -17,8 +17,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vlmattn.cli.benchmark import check_target, find_device
-from vlmattn.cli.common import app, check_dtype, console, errors, plain
+from vlmattn.cli.common import app, console, errors, plain
 from vlmattn.errors import InputError, OptionError
+from vlmattn.evals.loading import check_dtype
 
 if TYPE_CHECKING:
     from vlmattn.tracking import Frames, Rule, Track, Tracker, Trajectory

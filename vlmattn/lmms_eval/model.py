@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import vlmattn
-from vlmattn.cli.common import load
 from vlmattn.errors import InputError, OptionError, StateError, UnknownNameError, UnsupportedError
+from vlmattn.evals.loading import load
 from vlmattn.evals.prompts import decode, encode_chats, generate
 from vlmattn.evals.runner import refuse_missing
 from vlmattn.evals.suites.files import read_image
