@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from vlmattn.errors import UnsupportedError
-from vlmattn.kernels import AttentionEdit, SplitStates, Visibility, attend, scale_heads
+from vlmattn.kernels import NO_EDIT, AttentionEdit, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
 from vlmattn.request import Parts, Scope, Step, Steps, Stream, Weights
 
@@ -110,6 +110,10 @@ def _run_apart(
 def _refuse_measuring_apart(step: Step, layer: int) -> None:
     """Raise if a method wants to know what rows look at, where some heads have let tokens go."""
     plan, images = step.request.plan, any(images for images, _ in step.request.newest)
+    if plan.watching:
+        raise UnsupportedError(
+            f"attention under '{plan.name}' cannot be shown: heads of layer {layer} are kept apart, with different tokens"
+        )
     for method in plan.measuring[layer]:
         if method.measures_generated or (step.is_prompt and (images or method not in plan.pruning)):
             raise refusal_of_apart(step, layer)
@@ -174,19 +178,22 @@ def _run(
     attend_with = partial(_attend, base, scope, module, query, key, value, mask, kwargs)
     streams = [stream for stream in step.beside if stream.waits_at(layer)]
     if len(streams) > 0:
-        out, attended, label = _attend_beside(attend_with, scope, streams)
+        out, attended, label, edit = _attend_beside(attend_with, scope, streams)
     else:
         for method in plan.by_layer[layer]:
             edit = edit.then(method.edit(scope))
         out, attended, label = attend_with(edit)
+    for watcher in plan.watching:
+        watcher.attended(scope, edit, _weights_of(_seen(scope, mask, kwargs), query, key, kwargs, edit))
     step.request.ledger.add(("calls", "decode" if query.shape[2] == 1 else "prefill", label, str(layer)))
     return out, attended
 
 
 def _attend_beside(
     attend_with: Callable[[AttentionEdit], Labelled], scope: Scope, streams: Sequence[Stream]
-) -> Labelled:
-    """Attention of a prompt that streams accompany: they run before the head gains, which some methods only know then."""
+) -> tuple[Tensor, Tensor | None, str, AttentionEdit]:
+    """Attention of a prompt that streams accompany, with its edit: they run before the head gains, which some methods only
+    know then."""
     methods = scope.request.plan.by_layer[scope.layer]
     comparing = [stream.method for stream in streams if scope.layer in stream.layers]
     edits = {method: method.edit(scope) for method in methods if method not in comparing}
@@ -195,9 +202,9 @@ def _attend_beside(
         stream.follow(out)
     edit = _composed(edits[method] if method in edits else method.edit(scope) for method in methods)
     if not edit.head_gain:
-        return out, attended, label
+        return out, attended, label, edit
     out = scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous()
-    return out, attended, label + "+head_gain" if label.startswith("base:") else label
+    return out, attended, label + "+head_gain" if label.startswith("base:") else label, edit
 
 
 def _composed(edits: Iterable[AttentionEdit]) -> AttentionEdit:
@@ -234,9 +241,11 @@ def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
     return float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
 
 
-def _weights_of(see: Visibility, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Weights:
-    """Unedited attention of a few query rows, computed when a method asks."""
-    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+def _weights_of(
+    see: Visibility, query: Tensor, key: Tensor, kwargs: dict[str, Any], edit: AttentionEdit = NO_EDIT
+) -> Weights:
+    """Attention of a few query rows, computed when somebody asks."""
+    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), edit=edit)
     return lambda start, stop: attention_weights(query, key, see, start, stop, _scale(query, kwargs), **score)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,26 @@ def image(picture: Any, longest: int = 336, least: int = 112) -> str:
     return f"<img alt='' src='data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}'>"
 
 
-def heated(picture: Any, grid: Any) -> Any:
-    """A PIL image under a map ``[rows, columns]``: the redder, the higher, relative to the highest value."""
-    values = np.asarray(grid, dtype=float)
-    share = Image.fromarray(np.uint8(255 * values / max(values.max(), 1e-12)))
-    mask = share.resize(picture.size, Image.Resampling.NEAREST).point(lambda value: int(0.6 * value))
+def heated(picture: Any, maps: Sequence[tuple[tuple[float, float, float, float], Any]]) -> Any:
+    """A PIL image under maps: the redder, the higher, relative to the highest value that is drawn.
+
+    Args:
+        maps: boxes (left, top, right, bottom in shares of the picture), each with its map ``[rows, columns]``. Those of parts of
+            the picture are drawn; if there are none, the finest map of the whole picture.
+    """
+    drawn = [(box, np.asarray(values, dtype=float)) for box, values in maps]
+    parts = [(box, values) for box, values in drawn if box != (0, 0, 1, 1)]
+    parts = parts or [max(drawn, key=lambda one: one[1].size)]
+    top = max(float(values.max()) for _, values in parts)
+    mask = Image.new("L", picture.size)
+    for (left, upper, right, lower), values in parts:
+        (x, end), (y, bottom) = (
+            [round(share * length) for share in shares]
+            for shares, length in zip(((left, right), (upper, lower)), picture.size, strict=True)
+        )
+        share = Image.fromarray(np.uint8(0.6 * 255 * values / max(top, 1e-12)))
+        if x < end and y < bottom:
+            mask.paste(share.resize((end - x, bottom - y), Image.Resampling.NEAREST), (x, y))
     return Image.composite(Image.new("RGB", picture.size, "#d40000"), picture.convert("RGB"), mask)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import vlmattn
 from vlmattn import pages
 from vlmattn.evals.gallery import attention_of, gallery
-from vlmattn.evals.page import html_report
+from vlmattn.evals.page import _card, html_report
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites import Chair, Pope, World
 
@@ -67,10 +67,44 @@ def test_the_gallery_shows_who_said_what(finished):
 def test_attention_is_drawn_over_the_image():
     picture, grid = Image.new("RGB", (70, 70), "white"), np.zeros((7, 7))
     grid[0, 6] = 0.2
-    drawn = np.asarray(pages.heated(picture, grid)).astype(int)
+    drawn = np.asarray(pages.heated(picture, [((0, 0, 1, 1), grid)])).astype(int)
     assert (drawn[:10, 60:] == drawn[0, 69]).all()
     assert drawn[0, 69, 0] > drawn[0, 69, 1]  # red
     assert (drawn[10:] == 255).all()
+
+
+def test_attention_on_tiles_is_drawn_in_their_boxes():
+    """The small picture is not drawn then; the tiles share one scale."""
+    picture, whole = Image.new("RGB", (80, 40), "white"), ((0, 0, 1, 1), np.ones((2, 2)))
+    tiles = [((0, 0, 0.5, 1), np.array([[0, 0.1]])), ((0.5, 0, 1, 0.75), np.array([[0], [0.4]]))]
+    drawn = 255 - np.asarray(pages.heated(picture, [whole, *tiles])).astype(int)[..., 1]  # how red
+    assert (drawn[:, :20] == 0).all()
+    assert (drawn[:, 20:40] == drawn[0, 20]).all()
+    assert (drawn[:15, 40:] == 0).all()
+    assert (drawn[15:30, 40:] == drawn[15, 40]).all()
+    assert (drawn[30:] == np.where(np.arange(80) // 20 == 1, drawn[0, 20], 0)).all()
+    assert drawn[15, 40] == pytest.approx(4 * drawn[0, 20], abs=4)
+    assert drawn[15, 40] == pytest.approx(0.6 * 255, abs=2)
+
+
+def test_the_finest_view_of_the_whole_picture_is_drawn():
+    fine = np.zeros((1, 4))
+    fine[0, 3] = 1
+    drawn = np.asarray(
+        pages.heated(Image.new("RGB", (40, 20), "white"), [((0, 0, 1, 1), np.ones((1, 1))), ((0, 0, 1, 1), fine)])
+    )
+    assert (drawn[:, :30] == 255).all()
+    assert (drawn[:, 30:, 1] < 255).all()
+
+
+def test_parts_that_count_as_images_are_not_drawn(finished):
+    """Three maps for one picture: which would be whose?"""
+    result, _ = finished
+    suite = result.suites[0]
+    sample = gallery(suite, result)[0]
+    one = (((0, 0, 1, 1), np.ones((2, 2))),)
+    cards = [_card(suite, result, sample, maps) for maps in ([one], [one] * 3, [()], [])]
+    assert [card.count("data:image/png") for card in cards] == [2, 1, 1, 1]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -128,17 +128,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """Tokenizer, image processor (PIL backend: no torchvision) and chat template in the Hugging Face form."""
-    image_processor = CLIPImageProcessorPil(
+def build_image_processor() -> CLIPImageProcessorPil:
+    """Pixels of a scene as CLIP's processor makes them (PIL backend: no torchvision)."""
+    return CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=[0.5] * 3,
         image_std=[0.25] * 3,
         do_convert_rgb=True,
     )
+
+
+def build_processor() -> LlavaProcessor:
+    """Tokenizer, image processor and chat template in the Hugging Face form."""
     return LlavaProcessor(
-        image_processor=image_processor,
+        image_processor=build_image_processor(),
         tokenizer=build_tokenizer(),
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",

@@ -31,7 +31,7 @@ def gallery(suite: Suite, result: Result, most: int = EXAMPLES) -> list[Sample]:
 
 
 def attention_of(model: Any, processor: Any, result: Result) -> dict[tuple[str, str], list[Any]]:
-    """By suite and sample id of the gallery: the bare model's attention on each image, ``[rows, columns]`` or None.
+    """By suite and sample id of the gallery: the bare model's attention on each image, as ``image_attention`` says it.
 
     A model that cannot be measured has none; the report is complete without it.
     """

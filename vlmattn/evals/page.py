@@ -23,8 +23,8 @@ def html_report(result: Result, attention: Maps | None = None) -> str:
     """The whole page.
 
     Args:
-        attention: by suite and sample id, one map ``[rows, columns]`` or None for each image, drawn over the images of the
-            gallery.
+        attention: by suite and sample id, for each image what ``vlmattn.inspection.image_attention`` says, drawn over the
+            images of the gallery.
     """
     summary, presets = result.summary, list(result.summary["recipes"])
     many = len(presets) > len(pages.COLOURS)  # bars could not be told apart
@@ -262,9 +262,11 @@ def _card(suite: Suite, result: Result, sample: Sample, maps: Sequence[Any]) -> 
     """One question: its images, and who said what."""
     scored = result.scored[suite.name]
     pictures = sample.images()
+    if len(maps) != len(pictures):  # not measured, or parts of an image counted as images
+        maps = [()] * len(pictures)
     shown = [
-        pages.image(picture) + ("" if grid is None else pages.image(pages.heated(picture, grid)))
-        for picture, grid in zip(pictures, [*maps, *[None] * (len(pictures) - len(maps))], strict=True)
+        pages.image(picture) + (pages.image(pages.heated(picture, own)) if own else "")
+        for picture, own in zip(pictures, maps, strict=True)
     ]
     said: dict[tuple[str, bool], list[str]] = {}
     for preset in result.summary["recipes"]:

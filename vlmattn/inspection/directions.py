@@ -6,7 +6,6 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,29 +14,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vlmattn.attention import STEP
-from vlmattn.errors import InputError, OptionError
-from vlmattn.inspection.measuring import Inputs, only, prepared_one
+from vlmattn.errors import OptionError
+from vlmattn.inspection.measuring import only
+from vlmattn.inspection.spans import Span, prepared_spans
 from vlmattn.interventions.focus import save_directions
 from vlmattn.models import Anatomy, Family, find_family
 from vlmattn.request import Plan, Request, Step, Weights
 
 _BATCH = 8  # examples in one step (ours)
 _TINY = 1e-30  # least attention mass whose logarithm is taken
-
-
-@dataclass(frozen=True, eq=False)
-class Span:
-    """A prompt and where its relevant context is.
-
-    Attributes:
-        inputs: what the processor returns for this one prompt, without padding.
-        start: first relevant slot of ``input_ids``.
-        stop: the slot after the last one.
-    """
-
-    inputs: Inputs
-    start: int
-    stop: int
 
 
 def fit_directions(
@@ -88,15 +73,8 @@ def fit_directions(
         raise OptionError(
             f"heads must be (layer, head) pairs, at least one, within {anatomy.layers} layers and {anatomy.heads} heads"
         )
-    if not examples:
-        raise InputError("there is nothing to fit; give at least one Span")
+    prompts = prepared_spans(model, examples)
     spans = [(example.start, example.stop) for example in examples]
-    prompts = [prepared_one(model, example.inputs) for example in examples]
-    for (start, stop), prompt in zip(spans, prompts, strict=True):
-        if not 0 <= start < stop <= prompt["input_ids"].shape[1]:
-            raise InputError(
-                f"the span {start}..{stop} is not within the {prompt['input_ids'].shape[1]} tokens of its prompt"
-            )
     chosen: dict[int, list[int]] = defaultdict(list)
     for number, head in sorted(set(heads)):
         chosen[number].append(head)

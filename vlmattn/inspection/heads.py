@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,15 +11,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.inspection.measuring import Inputs, bare, only, prepared, prepared_one
-from vlmattn.interventions import VHR, Intervention, MethodInfo
+from vlmattn.inspection.ablation import Ablation, Ablations, check
+from vlmattn.inspection.answers import answered, greedy_answer
+from vlmattn.inspection.measuring import Inputs, Measure, by_layer, head_profile, only, prepared, prepared_one
+from vlmattn.inspection.outputs import head_outputs
 from vlmattn.interventions.profiles import HeadProfile
-from vlmattn.interventions.registry import Sizes, option
-from vlmattn.kernels import AttentionEdit, HeadPart
-from vlmattn.models import Anatomy, Family, find_family
-from vlmattn.request import TEXT, Scope, Weights
-
-_INFO = MethodInfo("inspection", paper="", code="", faithful="", parts="none", cost="")
+from vlmattn.models import find_family
+from vlmattn.request import Scope, Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,24 +70,19 @@ def score_heads(
     """
     if answer_tokens < 1:
         raise OptionError(f"answer_tokens must be at least 1, got {answer_tokens}")
-    family = find_family(model)
-    anatomy, batches = family.anatomy(model), prepared(model, inputs)
-    outputs, gaze = _Outputs(), _Gaze()
-    with only(model, outputs, gaze):
-        for batch in batches:
-            model(**batch, use_cache=False, logits_to_keep=1)
-    vhd, means = outputs.means(anatomy.layers)
+    anatomy, batches, gaze = find_family(model).anatomy(model), prepared(model, inputs), _Gaze()
+    vhd, means = head_outputs(model, anatomy, batches, gaze)
     copied, steps = torch.zeros(anatomy.layers, anatomy.heads), 0
     for batch in batches:
-        answer = _answer(model, family, batch, answer_tokens)
+        answer = greedy_answer(model, batch, answer_tokens)
         copies = _Copies(answer=answer, prompt=batch["input_ids"].shape[1])
         with only(model, copies):
-            model(**_extended(batch, answer), use_cache=False, logits_to_keep=1)
-        copied += torch.stack([copies.hits[layer] for layer in range(anatomy.layers)])
+            model(**answered(model, batch, answer), use_cache=False, logits_to_keep=1)
+        copied += by_layer(copies.hits, anatomy)
         steps += int((answer >= 0).sum())
-    visual = torch.stack([gaze.mass[layer] for layer in range(anatomy.layers)])
-    scores = {"vhd": vhd, "visual": visual / sum(len(batch["input_ids"]) for batch in batches)}
-    return _profile(anatomy, {**scores, "retrieval": copied / max(steps, 1)}, means, seed, prompts)
+    visual = by_layer(gaze.mass, anatomy) / sum(len(batch["input_ids"]) for batch in batches)
+    scores = {"vhd": vhd, "visual": visual, "retrieval": copied / max(steps, 1)}
+    return head_profile(anatomy, scores, seed, prompts, means)
 
 
 @torch.no_grad()
@@ -98,7 +90,7 @@ def find_heads(
     model: PreTrainedModel,
     samples: Sequence[Conflict],
     *,
-    ablation: Literal["mean", "zero"] = "mean",
+    ablation: Ablation = "mean",
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
@@ -129,10 +121,7 @@ def find_heads(
             vocabulary.
         UnsupportedError: a family or an attention implementation that is not supported.
     """
-    if ablation not in ("mean", "zero"):
-        raise OptionError(f"ablation must be 'mean' or 'zero', got {ablation!r}")
-    if batch_size < 1:
-        raise OptionError(f"batch_size must be at least 1, got {batch_size}")
+    check(ablation, batch_size)
     if not samples:
         raise InputError("there is nothing to measure; give at least one Conflict")
     anatomy = find_family(model).anatomy(model)
@@ -141,71 +130,21 @@ def find_heads(
         if sample.a == sample.b or not (0 <= sample.a < words and 0 <= sample.b < words):
             raise InputError(f"a and b must be two token ids below {words}, got {sample.a} and {sample.b}")
     batches = [prepared_one(model, sample.inputs) for sample in samples]
-    outputs = _Outputs()
-    with only(model, outputs):
-        for batch in batches:
-            model(**batch, use_cache=False, logits_to_keep=1)
-    _, means = outputs.means(anatomy.layers)
-    instead = means if ablation == "mean" else torch.zeros_like(means)
-    heads = [(layer, head) for layer in range(anatomy.layers) for head in range(anatomy.heads)]
-    places: list[tuple[int, int] | None] = [None, *heads]  # the first is the unedited model
-    places += [None] * (-len(places) % batch_size)  # batches of one shape round alike
+    _, means = head_outputs(model, anatomy, batches)
+    each = Ablations(model, anatomy, means, ablation, batch_size)
     total = torch.zeros(anatomy.layers, anatomy.heads)
-    with tqdm(total=len(places) * len(samples), desc="heads", unit="row", disable=not progress) as bar:
+    with tqdm(total=len(each.places) * len(samples), desc="heads", unit="row", disable=not progress) as bar:
         for sample, batch in zip(samples, batches, strict=True):
-            copies = {name: _repeated(value, batch_size) for name, value in batch.items()}
-            found = []
-            for start in range(0, len(places), batch_size):
-                with only(model, _Ablation(places=tuple(places[start : start + batch_size]), instead=instead)):
-                    logits = model(**copies, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-                found.append((logits[:, sample.a] - logits[:, sample.b]).cpu())
-                bar.update(batch_size)
-            margin = torch.cat(found)
-            total += (margin[1 : len(heads) + 1] - margin[0]).abs().view_as(total)
-    return _profile(anatomy, {"causal": total / len(samples)}, means, seed, prompts)
+
+            def margin(logits: Tensor, a: int = sample.a, b: int = sample.b) -> Tensor:
+                return logits[:, 0, -1, a] - logits[:, 0, -1, b]
+
+            total += each.run(batch, 1, margin, bar).abs()
+    return head_profile(anatomy, {"causal": total / len(samples)}, seed, prompts, means)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Outputs(VHR):
-    """Head outputs at the last prompt row with and without the image: VHR's pass, in which no head is reinforced."""
-
-    layers: str = option("0:")
-    distances: dict[int, Tensor] = field(default_factory=dict, repr=False)
-    seen: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def edit(self, scope: Scope) -> AttentionEdit:
-        return AttentionEdit()
-
-    def gains(self, seeing: Tensor, blind: Tensor) -> Tensor:
-        call = len(self.seen)
-        self.seen[call], self.distances[call] = seeing.cpu(), (seeing - blind).norm(dim=-1).cpu()
-        return torch.ones_like(seeing[..., 0])
-
-    def means(self, layers: int) -> tuple[Tensor, Tensor]:
-        """Over the prompts of all forwards: VHD ``[layers, heads]`` and the outputs ``[layers, heads, dim]``."""
-
-        def mean(calls: dict[int, Tensor]) -> Tensor:  # the layers of one forward after those of another
-            by_layer = [[calls[n] for n in range(layer, len(calls), layers)] for layer in range(layers)]
-            return torch.stack([torch.cat(found).mean(0) for found in by_layer])
-
-        return mean(self.distances), mean(self.seen)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Measure(Intervention):
-    """Looks at the attention of every layer and changes nothing."""
-
-    info: ClassVar[MethodInfo] = _INFO
-
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return tuple(range(sizes.layers))
-
-    def edit(self, scope: Scope) -> AttentionEdit:
-        return AttentionEdit()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Gaze(_Measure):
+class _Gaze(Measure):
     """Attention of the last row on the image, summed over prompts: layer -> ``[heads]``."""
 
     mass: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -217,7 +156,7 @@ class _Gaze(_Measure):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Copies(_Measure):
+class _Copies(Measure):
     """How often a head's most attended text key of the prompt holds the token that comes next: layer -> ``[heads]``.
 
     Attributes:
@@ -236,64 +175,3 @@ class _Copies(_Measure):
         best = attention.masked_fill(~text[:, None, None, : self.prompt], -1).argmax(-1)  # [batch, heads, steps]
         held = scope.ids[torch.arange(len(best), device=best.device)[:, None, None], best]
         self.hits[scope.layer] = (held == answer[:, None]).sum((0, 2)).cpu()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Ablation(Intervention):
-    """In row n of the batch the output of the head ``places[n]`` is ``instead`` ``[layers, heads, dim]``."""
-
-    info: ClassVar[MethodInfo] = _INFO
-    places: tuple[tuple[int, int] | None, ...]
-    instead: Tensor
-
-    def edit(self, scope: Scope) -> AttentionEdit:
-        instead = self.instead[scope.layer].to(scope.device)
-        gain = instead.new_ones(len(self.places), len(instead))
-        offset = torch.zeros_like(instead).repeat(len(self.places), 1, 1)
-        for row, place in enumerate(self.places):
-            if place is not None and place[0] == scope.layer:
-                gain[row, place[1]], offset[row, place[1]] = 0, instead[place[1]]
-        return AttentionEdit() if bool((gain == 1).all()) else AttentionEdit(head_gain=(HeadPart(gain, None, offset),))
-
-
-def _answer(model: PreTrainedModel, family: Family, batch: dict[str, Any], tokens: int) -> Tensor:
-    """The greedy answer of the bare model ``[batch, steps]``, -1 from its end on."""
-    with bare(model):
-        out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, num_beams=1)
-    answer: Tensor = out[:, batch["input_ids"].shape[1] :]
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [-1 if stops is None else stops]
-    last = torch.isin(answer, torch.tensor(stops, device=answer.device))
-    last = last | (family.token_types(model, answer) != TEXT)  # a placeholder would ask for an image
-    return answer.masked_fill(last.cumsum(1) > 0, -1)
-
-
-def _extended(batch: dict[str, Any], answer: Tensor) -> dict[str, Any]:
-    """The prompt and its answer as inputs of one forward."""
-    ids = batch["input_ids"]
-    fill = ids[:, -1:].expand_as(answer)  # what stands after the end of an answer is not looked at
-    values = {"input_ids": torch.where(answer >= 0, answer, fill), "attention_mask": torch.ones_like(answer)}
-    return {
-        name: torch.cat([value, values.get(name, torch.zeros_like(answer)).to(value)], 1)
-        if isinstance(value, Tensor) and value.shape == ids.shape
-        else value
-        for name, value in batch.items()
-    }
-
-
-def _repeated(value: Any, times: int) -> Any:
-    """A processor output's value for copies of the prompt: rows and images both repeat as a whole."""
-    return torch.cat([value] * times) if isinstance(value, Tensor) else value
-
-
-def _profile(
-    anatomy: Anatomy, scores: dict[str, Tensor], means: Tensor, seed: int, prompts: Sequence[str]
-) -> HeadProfile:
-    return HeadProfile(
-        fingerprint=anatomy.fingerprint,
-        source=anatomy.source,
-        prompts=tuple(prompts),
-        seed=seed,
-        scores={name: tuple(map(tuple, table.tolist())) for name, table in scores.items()},
-        means=tuple(tuple(map(tuple, layer)) for layer in means.tolist()),
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isqrt
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +13,11 @@ from vlmattn.inspection.measuring import Inputs, only, prepared_one
 from vlmattn.interventions import Intervention, MethodInfo
 from vlmattn.interventions.registry import Sizes
 from vlmattn.kernels import AttentionEdit
-from vlmattn.models import find_family, marks_of
+from vlmattn.models import Box, find_family, marks_of
 from vlmattn.request import Scope, Weights
 
 
-def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> list[Tensor | None]:
+def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> list[tuple[tuple[Box, Tensor], ...]]:
     """Attention of the last prompt row on each image, by the bare model.
 
         map[y, x] = mean over layers and heads of a_j,   a the attention of the last prompt row, j the image token at (y, x)
@@ -27,7 +26,8 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
         inputs: what the processor made of one prompt, without padding.
 
     Returns:
-        One map ``[rows, columns]`` per image, float32 on the CPU; None for an image whose tokens are no plain grid (tiles).
+        For each image its pieces (``vlmattn.models.Piece``) with their maps ``[rows, columns]``, float32 on the CPU: tiles, and
+        views of the whole picture. Nothing for an image whose tokens have no known place.
 
     Raises:
         InputError: several prompts, or padding.
@@ -35,10 +35,15 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
     """
     family, given = find_family(model), prepared_one(model, inputs)
     types = family.token_types(model, given["input_ids"])
-    numbers = family.image_numbers(model, given, types, marks_of(family, processor))[0].long().cpu()
+    marks = marks_of(family, processor)
+    numbers = family.image_numbers(model, given, types, marks)[0].cpu()
     row = last_row(model, given)
-    images = range(int(numbers.max()) + 1)
-    return [_grid(model, given, image, row[numbers == image]) for image in images]
+    found = []
+    for image in range(int(numbers.max()) + 1):
+        own = row[numbers == image]
+        pieces = family.pieces(model, given, image, len(own), marks)
+        found.append(tuple((piece.box, own[piece.tokens]) for piece in pieces))
+    return found
 
 
 def last_row(model: PreTrainedModel, inputs: Inputs) -> Tensor:
@@ -48,18 +53,6 @@ def last_row(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     with torch.inference_mode(), only(model, look):
         model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
     return torch.stack(list(look.seen.values())).mean(0)
-
-
-def _grid(model: PreTrainedModel, inputs: Inputs, image: int, row: Tensor) -> Tensor | None:
-    """The tokens of one image in rows and columns."""
-    sizes = inputs.get("image_grid_thw")
-    if sizes is not None:  # Qwen-VL and its kin say it, in patches before they are merged
-        merge = getattr(getattr(model.config, "vision_config", None), "spatial_merge_size", 1)
-        frames, height, width = sizes[image].tolist()
-        shape = (frames * height // merge, width // merge)
-    else:
-        shape = (isqrt(len(row)), isqrt(len(row)))
-    return row.view(shape) if shape[0] * shape[1] == len(row) else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError
-from vlmattn.interventions import Intervention
+from vlmattn.interventions import Intervention, MethodInfo
+from vlmattn.interventions.profiles import HeadProfile
+from vlmattn.interventions.registry import Sizes
+from vlmattn.kernels import AttentionEdit
+from vlmattn.models import Anatomy
+from vlmattn.request import Scope
 from vlmattn.wrapping import applied, handle_of
 
 Inputs = Mapping[str, Any]
 """What a processor returns with ``return_tensors="pt"``: one prompt, or a padded batch of prompts."""
+
+INFO = MethodInfo("inspection", paper="", code="", faithful="", parts="none", cost="")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measure(Intervention):
+    """Looks at the attention of every layer and changes nothing."""
+
+    info: ClassVar[MethodInfo] = INFO
+
+    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(range(sizes.layers))
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        return AttentionEdit()
 
 
 @contextmanager
@@ -84,3 +106,23 @@ def _moved(value: Any, model: PreTrainedModel) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(model.device, dtype=model.dtype if value.is_floating_point() else value.dtype)
+
+
+def by_layer(found: Mapping[int, Tensor], sizes: Sizes) -> Tensor:
+    """What was found in layers with attention ``[...]`` as one tensor ``[layers, ...]``, 0 for the other layers."""
+    nothing = torch.zeros_like(next(iter(found.values())))
+    return torch.stack([found.get(layer, nothing) for layer in range(sizes.layers)])
+
+
+def head_profile(
+    anatomy: Anatomy, scores: Mapping[str, Tensor], seed: int, prompts: Sequence[str], means: Tensor | None = None
+) -> HeadProfile:
+    """A profile of scores ``[layers, heads]`` and mean outputs ``[layers, heads, dim]``."""
+    return HeadProfile(
+        fingerprint=anatomy.fingerprint,
+        source=anatomy.source,
+        prompts=tuple(prompts),
+        seed=seed,
+        scores={name: tuple(map(tuple, table.tolist())) for name, table in scores.items()},
+        means=() if means is None else tuple(tuple(map(tuple, layer)) for layer in means.tolist()),
+    )

@@ -54,12 +54,10 @@ class _Profile:
         source = Path(path)
         if source.is_dir():
             source = source / cls.FILE_NAME
-        try:
-            data = json.loads(source.read_text())
-        except OSError as error:
-            raise InputError(f"cannot read the profile {source}: {error.strerror}") from None
-        except ValueError:
-            raise InputError(f"{source}: not a {cls.__name__} (not JSON)") from None
+        return cls._made(_read(source, cls.__name__), source)
+
+    @classmethod
+    def _made(cls: type[_P], data: Any, source: Path) -> _P:
         names = {spec.name for spec in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or not isinstance(data.get("fingerprint"), str) or set(data) - names:
             raise InputError(f"{source}: not a {cls.__name__}")
@@ -98,6 +96,10 @@ class SinkProfile(_Profile):
     def __post_init__(self) -> None:
         if not all(isinstance(d, int) for d in self.dims) or not self.tau > 0:
             raise ValueError("dims must be whole numbers and tau positive")
+        if len(self.layers) != 2 or not all(isinstance(n, int) for n in self.layers):
+            raise ValueError("layers must be two whole numbers")
+        if any(len(level) != 2 or not all(isinstance(n, (int, float)) for n in level) for level in self.levels):
+            raise ValueError("levels must be two numbers for each layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +116,13 @@ class HeadProfile(_Profile):
     means: tuple[tuple[tuple[float, ...], ...], ...] = ()
 
     def __post_init__(self) -> None:
-        widths = {len(row) for table in self.scores.values() for row in table}
-        if len(widths) != 1 or len({len(table) for table in self.scores.values()}) != 1:
+        if not isinstance(self.scores, Mapping):
+            raise ValueError("scores must have names")
+        rows = [row for table in self.scores.values() for row in table]
+        if len({len(row) for row in rows}) != 1 or len({len(table) for table in self.scores.values()}) != 1:
             raise ValueError("scores must be one number for each layer and head")
+        if not all(isinstance(value, (int, float)) for row in rows for value in row):
+            raise ValueError("scores must be numbers")
 
     def merged(self, other: HeadProfile) -> HeadProfile:
         """This profile and another of the same model as one; of scores and means that both have, those of ``other``.
@@ -140,6 +146,34 @@ class HeadProfile(_Profile):
             key=lambda place: -table[place[0]][place[1]],
         )
         return tuple(ranked[: max(1, round(share * len(ranked)))])
+
+
+def load_profile(path: str | os.PathLike[str]) -> HeadProfile | SinkProfile:
+    """Read a profile of either kind, recognised by what is in it, from a file or a folder.
+
+    Raises:
+        InputError: no such file, not a profile, a folder with no profile or with one of each kind.
+    """
+    source = Path(path)
+    if source.is_dir():
+        kinds = (HeadProfile, SinkProfile)
+        found = [source / kind.FILE_NAME for kind in kinds if (source / kind.FILE_NAME).is_file()]
+        if len(found) > 1:
+            raise InputError(f"{source} holds two profiles; name one of them: {found[0]} or {found[1]}")
+        source = found[0] if found else source / HeadProfile.FILE_NAME
+    data = _read(source, "profile")
+    kind = SinkProfile if isinstance(data, Mapping) and "dims" in data else HeadProfile
+    return kind._made(data, source)
+
+
+def _read(source: Path, what: str) -> Any:
+    """The JSON in a file."""
+    try:
+        return json.loads(source.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the profile {source}: {error.strerror}") from None
+    except ValueError:  # also bytes that are no text
+        raise InputError(f"{source}: not a {what} (not JSON)") from None
 
 
 def _frozen(value: Any) -> Any:

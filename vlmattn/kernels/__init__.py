@@ -2,6 +2,7 @@
 
 from vlmattn.kernels.dispatch import BACKENDS, attend, weights
 from vlmattn.kernels.edit import (
+    NO_EDIT,
     AttentionEdit,
     BoostPlan,
     GainPart,
@@ -19,6 +20,7 @@ from vlmattn.kernels.visibility import Mask, Visibility
 
 __all__ = [
     "BACKENDS",
+    "NO_EDIT",
     "AttentionEdit",
     "BoostPlan",
     "GainPart",

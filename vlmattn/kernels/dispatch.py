@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.kernels import eager, merge, reference
-from vlmattn.kernels.edit import AttentionEdit, scale_heads
+from vlmattn.kernels.edit import NO_EDIT, AttentionEdit, scale_heads
 from vlmattn.kernels.visibility import Mask, Visibility
 
 BACKENDS = ("reference", "eager", "merge", "triton")
@@ -114,11 +114,13 @@ def weights(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    edit: AttentionEdit = NO_EDIT,
 ) -> Tensor:
-    """Unedited attention weights, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
+    """Attention weights, float32 ``[batch, heads, stop - start, key]``, of a few query rows; head gains are not in them."""
     rows, keys = query.shape[2], key.shape[2]
-    mask = _mask(see, start, stop, rows, keys, query.device)
-    return eager.weights(query[:, :, start:stop], key, mask, see.real, AttentionEdit(), scale, softcap, sinks)
+    mask, part = _mask(see, start, stop, rows, keys, query.device), edit.slice_rows(start, stop)
+    found = eager.weights(query[:, :, start:stop], key, mask, see.real, part, scale, softcap, sinks)
+    return eager.apply_gains(found, part)
 
 
 def _mask(see: Visibility, start: int, stop: int, rows: int, keys: int, device: torch.device) -> Mask | None:

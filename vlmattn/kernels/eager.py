@@ -35,7 +35,7 @@ def attention(
     """
     batch, heads, rows, _ = query.shape
     kv_heads, keys = key.shape[1:3]
-    attended = _apply_gains(weights(query, key, mask, real, edit, scale, softcap, sinks), edit)
+    attended = apply_gains(weights(query, key, mask, real, edit, scale, softcap, sinks), edit)
     if dropout:
         attended = torch.nn.functional.dropout(attended, dropout)
     packed = attended.to(value.dtype).view(batch, kv_heads, heads // kv_heads * rows, keys)
@@ -157,7 +157,8 @@ def _hide(score: Tensor, hidden: Tensor) -> Tensor:
     return score.masked_fill(hidden, torch.finfo(score.dtype).min)
 
 
-def _apply_gains(attended: Tensor, edit: AttentionEdit) -> Tensor:
+def apply_gains(attended: Tensor, edit: AttentionEdit) -> Tensor:
+    """Attention weights ``[batch, heads, query, key]`` after the group gains of an edit."""
     batch, heads, rows, keys = attended.shape
     for part in edit.gain:
         number = torch.arange(part.plan.groups, device=attended.device)

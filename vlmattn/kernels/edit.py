@@ -376,6 +376,9 @@ class AttentionEdit:
         return named if keep is None else named & keep
 
 
+NO_EDIT = AttentionEdit()
+
+
 def select_gains(part: GainPart, mass: Tensor, weighted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """gamma and delta ``[batch, heads, query, groups]`` of one gain part: the plan's on its rows, 1 and 0 elsewhere."""
     gamma, delta = part.plan.gains(mass, weighted)

@@ -47,15 +47,19 @@ from vlmattn.models.base import (
     supported_families,
 )
 from vlmattn.models.generic import Generic
+from vlmattn.models.pieces import WHOLE, Box, Piece
 from vlmattn.models.turns import Turns
 
 __all__ = [
     "KINDS",
     "OF_IMAGES",
     "OF_TOKENS",
+    "WHOLE",
     "Anatomy",
+    "Box",
     "Family",
     "Generic",
+    "Piece",
     "Turns",
     "find_family",
     "marks_of",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from vlmattn.models.base import register_family
-from vlmattn.models.tiles import Tiled
+from vlmattn.models.pieces import Piece
+from vlmattn.models.tiles import Tiled, matched
 
 
 class AyaVision(Tiled):
@@ -17,6 +21,9 @@ class AyaVision(Tiled):
     refused: ClassVar[Mapping[str, str]] = {
         "pruning": "some of its layers have a sliding window, which counts tokens",
     }
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        return matched(self, model, inputs, slots)
 
 
 register_family(AyaVision())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError, UnsupportedError
+from vlmattn.models.pieces import Piece, by_grid, square
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_images
 
 #: Kinds of methods, as families support or refuse them.
@@ -166,6 +167,37 @@ class Family:
             types: of the tokens of the call; marks: ids of the tokens ``marks``, None = the tokenizer is not known.
         """
         return number_images(types, self.image_lengths(model, inputs))
+
+    def pieces(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        image: int,
+        tokens: int,
+        marks: Mapping[str, int] | None = None,
+    ) -> tuple[Piece, ...]:
+        """Where the tokens of an image lie in the picture: tiles, and views of the whole picture, whose box is ``WHOLE``.
+
+        A box speaks of the picture as the processor showed it to the tower, so of what is left of a cropped one, and of a
+        padded one with its padding; padding that the inputs tell of is taken off. Tokens that show no place (a CLS token,
+        ends of rows) are in no piece. () where tokens have no place, the layout is not known, or there are videos.
+
+        Args:
+            inputs: of one prompt, without padding.
+            image: its number there, and its ``tokens``, by ``image_numbers`` with the same ``marks``.
+        """
+        if any(inputs.get(name) is not None for name in ("pixel_values_videos", "video_grid_thw")):
+            return ()  # frames are numbered like images
+        numbers = self.image_numbers(model, inputs, self.token_types(model, inputs["input_ids"]), marks)[0]
+        slots = (numbers == image).nonzero()[:, 0].cpu()
+        return self.layout(model, inputs, image, slots) if len(slots) == tokens else ()
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]`` on the CPU; see ``pieces``."""
+        if inputs.get("image_grid_thw") is None:
+            return square(len(slots))
+        merge = getattr(_vision(model), "spatial_merge_size", 1)
+        return by_grid(inputs, image, len(slots), merge, merge)
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """Rows of each pixel tensor of a call that belong to each sequence of the batch: name -> counts."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import Family, register_family
+from vlmattn.models.pieces import Piece
 
 
 class Blip2(Family):
@@ -41,6 +42,9 @@ class Blip2(Family):
     def norm(self, model: PreTrainedModel) -> nn.Module:
         decoder: Any = self.decoder(model)
         return decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm  # type: ignore[no-any-return]
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        return ()  # every query sees all patches
 
     def leading(self, model: PreTrainedModel) -> int:
         return int(model.config.num_query_tokens)

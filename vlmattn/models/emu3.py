@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import Family, register_family
+from vlmattn.models.pieces import Piece, whole
 from vlmattn.request import IMAGE
 
 
@@ -29,6 +30,11 @@ class Emu3(Family):
 
     def placeholders(self, model: PreTrainedModel) -> dict[int, int]:
         return {model.config.vocabulary_map["<image>"]: IMAGE}
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        height, width = inputs["image_sizes"][image].tolist()
+        side = model.model.vqmodel.vision_spatial_factor  # type: ignore[union-attr]
+        return whole(len(slots), height // side, width // side, behind=1)
 
 
 register_family(Emu3())

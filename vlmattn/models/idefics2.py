@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family, register_family
+from vlmattn.models.pieces import Piece
 from vlmattn.models.tiles import real_tiles
 from vlmattn.request import TEXT, number_images
 
@@ -45,6 +46,9 @@ class Idefics2(Family):
                 images += len(group) // parts
         assert bool(((found >= 0) == (types != TEXT)).all())
         return found
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        return ()  # every latent of the perceiver sees all patches of its part
 
     def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return real_tiles(inputs[name][rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -21,6 +21,9 @@ class Idefics3(Tiled):
 
     def decoder(self, model: PreTrainedModel) -> nn.Module:
         return model.model.text_model  # type: ignore[no-any-return, union-attr]
+
+    def row_ends(self, model: PreTrainedModel, gaps: Sequence[Sequence[int]]) -> list[bool]:
+        return [len(gap) > 2 for gap in gaps]  # a line break besides <fake_token_around_image> and the name of a tile
 
     def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return real_tiles(inputs[name][rows])

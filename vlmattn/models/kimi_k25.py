@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family, register_family
+from vlmattn.models.pieces import Piece, by_grid
 from vlmattn.models.qwen2_5_vl import rows_by_grid
 
 
@@ -16,6 +18,11 @@ class KimiK25(Family):
 
     model_types: ClassVar[Mapping[str, str]] = {"kimi_k25": "moonshotai/Kimi-K2.5"}
     markers: ClassVar[tuple[str, ...]] = ("vision_start_token_id", "vision_end_token_id")
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        """The last row and column may be padding in part."""
+        high, wide = model.config.vision_config.merge_kernel_size
+        return by_grid(inputs, image, len(slots), high, wide)
 
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         high, wide = model.config.vision_config.merge_kernel_size

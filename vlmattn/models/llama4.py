@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import register_family
-from vlmattn.models.tiles import Tiled
+from vlmattn.models.pieces import Piece, inside
+from vlmattn.models.tiles import Tiled, joined, tiles_of
 
 
 class Llama4(Tiled):
@@ -29,6 +30,39 @@ class Llama4(Tiled):
 
     def known_marks(self, model: PreTrainedModel) -> dict[str, int]:
         return {self.first: model.config.boi_token_index}
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        """The picture lies at the top left of its tiles, the rest of them is padding; a single tile is taken as it is."""
+        found = super().layout(model, inputs, image, slots)
+        if len(found) < 2:
+            return found
+        *tiles, small = found
+        pixels = tiles_of(self, model, inputs, slots)
+        high, wide = filled(joined(pixels[:-1], round(1 / tiles[0].box[3])), pixels[-1])
+        boxes = (
+            (left / wide, top / high, right / wide, bottom / high)
+            for left, top, right, bottom in (t.box for t in tiles)
+        )
+        return (*(piece for tile, box in zip(tiles, boxes, strict=True) for piece in inside(tile.tokens, box)), small)
+
+    def row_ends(self, model: PreTrainedModel, gaps: Sequence[Sequence[int]]) -> list[bool]:
+        return [gap[0] == gaps[-1][0] for gap in gaps]  # <|tile_y_separator|>, which is behind the last tile too
+
+
+def filled(canvas: Tensor, small: Tensor) -> tuple[float, float]:
+    """Shares of height and width of a canvas ``[channels, height, width]`` that are not padding, by ``small``, the picture alone.
+
+    Both are read up to the last row and column that do not have the colour of the canvas's corner, so borders that the picture
+    has in that colour itself cancel out.
+    """
+    shares = []
+    for axis in (1, 0):
+        ends = []
+        for pixels in (canvas, small):
+            other = ((pixels - canvas[:, -1:, -1:]).abs() > 0.02).any(0).any(axis).nonzero()
+            ends.append((int(other[-1]) + 1) / pixels.shape[2 - axis] if len(other) else 1.0)
+        shares.append(min(1.0, ends[0] / ends[1]))
+    return shares[0], shares[1]
 
 
 register_family(Llama4())

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import encoded_lengths, register_family
+from vlmattn.models.pieces import Piece, whole
 from vlmattn.models.towers import PatchTower
 
 
@@ -19,6 +20,15 @@ def pixtral_lengths(model: PreTrainedModel, inputs: Mapping[str, Any], merge: in
         return found
     side = model.config.vision_config.patch_size * merge
     return [(int(height) // side) * (int(width) // side) for height, width in sizes.tolist()]
+
+
+def pixtral_pieces(
+    model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor, merge: int = 1
+) -> tuple[Piece, ...]:
+    """The whole of an image of any size; the token behind a row is no image token."""
+    side = model.config.vision_config.patch_size * merge
+    high, wide = (length // side for length in inputs["image_sizes"][image].tolist())
+    return whole(len(slots), high, wide)
 
 
 def own_of_sizes(inputs: Mapping[str, Any], rows: slice) -> tuple[slice, ...]:
@@ -42,6 +52,11 @@ class Llava(PatchTower):
         if (found := encoded_lengths(inputs)) is not None or pixels is None:
             return found
         return [model.config.image_seq_length] * len(pixels)
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        if model.config.vision_config.model_type == "pixtral":
+            return pixtral_pieces(model, inputs, image, slots)
+        return super().layout(model, inputs, image, slots)
 
     def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return own_of_sizes(inputs, rows)

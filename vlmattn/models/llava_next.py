@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 from vlmattn.models.base import Family, encoded_lengths, register_family
+from vlmattn.models.pieces import Box, Piece, cells, in_square, inside
 
 
 class LlavaNext(Family):
@@ -22,7 +28,21 @@ class LlavaNext(Family):
         found, sizes = encoded_lengths(inputs), inputs.get("image_sizes")
         if found is not None or sizes is None or inputs.get("pixel_values") is None:
             return found
-        return self.packed(model, sizes, inputs)
+        return list(map(len, self.packed(model, sizes, inputs)))
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        """A view of the whole picture, then all tiles as one grid without their padding, with a newline behind each row; an image
+        without tiles (LLaVA-OneVision) lies in the middle of a square."""
+        config, size = model.config, inputs["image_sizes"][image].tolist()
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        newlines = self.packed(model, inputs["image_sizes"], inputs)[image][side * side :, 0].nonzero()[:, 0]
+        rows, columns = len(newlines), int(newlines[0])
+        if side * side + rows * (columns + 1) != len(slots):
+            return ()
+        if not columns:
+            return inside(cells(side, side), in_square(*size))
+        box = unpadded(size, config.image_grid_pinpoints, config.vision_config.image_size, side)
+        return (Piece(cells(side, side)), *inside(cells(rows, columns, side * side, behind=1), box))
 
     def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         sizes = inputs.get("image_sizes")
@@ -30,23 +50,44 @@ class LlavaNext(Family):
             return ()
         return (slice(max(map(len, features_of(model, sizes[rows])))),)
 
-    def packed(self, model: PreTrainedModel, sizes: Tensor, inputs: Mapping[str, Any]) -> list[int]:
-        """Tokens of images of these sizes, by the model's own packing of features of width 1."""
-        lengths = model.model.pack_image_features(  # type: ignore[union-attr, operator]
-            features_of(model, sizes), sizes, vision_feature_select_strategy="full", image_newline=torch.empty(1)
-        )[1]
-        return lengths.tolist()  # type: ignore[no-any-return]
+    def packed(self, model: PreTrainedModel, sizes: Tensor, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """``[tokens, 1]`` for images of these sizes, by the model's own packing: 0 for features, 1 for newlines."""
+        found: list[Tensor] = model.model.pack_image_features(  # type: ignore[union-attr, operator]
+            features_of(model, sizes), sizes, vision_feature_select_strategy="full", image_newline=torch.ones(1)
+        )[0]
+        return found
 
 
 def features_of(model: PreTrainedModel, sizes: Tensor) -> list[Tensor]:
-    """Empty features ``[tiles, patches, 1]`` of images ``[n, 2]`` (height, width)."""
+    """Features ``[tiles, patches, 1]`` of zeros, of images ``[n, 2]`` (height, width)."""
     config = model.config
     side, patches = (
         config.vision_config.image_size,
         (config.vision_config.image_size // config.vision_config.patch_size) ** 2,
     )
     tiles = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes.tolist()]
-    return [torch.empty(count, patches, 1) for count in tiles]
+    return [torch.zeros(count, patches, 1) for count in tiles]
+
+
+def unpadded(size: list[int], pinpoints: list[list[int]], tile: int, side: int) -> Box:
+    """The rectangle of a picture of ``size`` (height, width) that is left of its tiles, of ``side`` times ``side`` patches, when
+    rows and columns of padding are cut off; it reaches out of the picture where some of the padding stays.
+
+    Args:
+        tile: its height and width in pixels.
+    """
+    shape = get_anyres_image_grid_shape(size, pinpoints, tile)
+    scale = min(count * tile / length for count, length in zip(shape, size, strict=True))
+    places = torch.stack(torch.meshgrid(*(torch.arange(count * side) for count in shape), indexing="ij"))
+    kept = unpad_image(places, size)
+    spans = []
+    for axis, (count, length) in enumerate(zip(shape, size, strict=True)):
+        shown = min(ceil(length * scale), count * tile)
+        before = (count * tile - shown) // 2  # pixels of padding, and as many behind
+        first, last = (int(kept[axis].flatten()[end]) for end in (0, -1))
+        spans.append([(edge * tile / side - before) / shown for edge in (first, last + 1)])
+    (top, bottom), (left, right) = spans
+    return left, top, right, bottom
 
 
 register_family(LlavaNext())

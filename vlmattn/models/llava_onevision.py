@@ -18,16 +18,16 @@ class LlavaOnevision(LlavaNext):
 
     model_types: ClassVar[Mapping[str, str]] = {"llava_onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf"}
 
-    def packed(self, model: PreTrainedModel, sizes: Tensor, inputs: Mapping[str, Any]) -> list[int]:
+    def packed(self, model: PreTrainedModel, sizes: Tensor, inputs: Mapping[str, Any]) -> list[Tensor]:
         features = features_of(model, sizes)
         if (counts := inputs.get("batch_num_images")) is not None:
             tiled = [count == 1 for count in counts.tolist() for _ in range(count)]
             features = [found if whole else found[:1] for found, whole in zip(features, tiled, strict=True)]
         aspect = model.config.vision_aspect_ratio
-        lengths = model.model.pack_image_features(  # type: ignore[union-attr, operator]
-            features, sizes, image_newline=torch.empty(1), vision_aspect_ratio=aspect
-        )[1]
-        return lengths.tolist()  # type: ignore[no-any-return]
+        found: list[Tensor] = model.model.pack_image_features(  # type: ignore[union-attr, operator]
+            features, sizes, image_newline=torch.ones(1), vision_aspect_ratio=aspect
+        )[0]
+        return found
 
 
 register_family(LlavaOnevision())

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family, register_family
-from vlmattn.models.llava import own_of_sizes, pixtral_lengths
+from vlmattn.models.llava import own_of_sizes, pixtral_lengths, pixtral_pieces
+from vlmattn.models.pieces import Piece
 
 
 class Mistral3(Family):
@@ -18,6 +20,9 @@ class Mistral3(Family):
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         return pixtral_lengths(model, inputs, model.config.spatial_merge_size)
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        return pixtral_pieces(model, inputs, image, slots, model.config.spatial_merge_size)
 
     def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return own_of_sizes(inputs, rows)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family, register_family
+from vlmattn.models.pieces import Piece
 
 _WHY = "its image tokens are not in the decoder's sequence but in cross-attention layers of their own"
 
@@ -21,6 +23,9 @@ class Mllama(Family):
 
     def refuses(self, model: PreTrainedModel) -> Mapping[str, str]:
         return self.refused
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        return ()  # a placeholder stands for the whole image
 
     def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return (slice(int((inputs["aspect_ratio_ids"][rows] > 0).sum())),)

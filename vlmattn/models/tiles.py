@@ -1,26 +1,30 @@
-"""Families that cut an image into tiles with tokens between them: which runs of image tokens are one image."""
+"""Families that cut an image into tiles: which runs of image tokens are one image, and where its tiles lie."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import adaptive_avg_pool2d, pad
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
+from vlmattn.models.pieces import Piece, tiled
 from vlmattn.request import TEXT, number_images
 
 
 class Tiled(Family):
     """Images of several runs. ``first`` is the text of the token that opens an image, ``last`` that of the token before its
-    last tile; a family has one of them. Without a tokenizer every tile counts as an image."""
+    last tile; a family has one of them. Without a tokenizer every tile counts as an image. ``ahead``: the whole picture in small
+    comes before its tiles, not behind them."""
 
     first: ClassVar[str] = ""
     last: ClassVar[str] = ""
+    ahead: ClassVar[bool] = False
 
     @property
     def marks(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -54,8 +58,58 @@ class Tiled(Family):
         """Marks whose ids the config knows."""
         return {}
 
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        runs = torch.tensor_split(slots, (slots.diff() > 1).nonzero()[:, 0] + 1)
+        ids = inputs["input_ids"][0].tolist()
+        gaps = [ids[int(one[-1]) + 1 : int(other[0])] for one, other in pairwise(runs)]
+        ends = self.row_ends(model, gaps) if gaps else []
+        rows = (len(runs) - 1) // (ends.index(True) + 1) if True in ends else None
+        return tiled(len(slots), len(runs), rows, self.ahead)
+
+    def row_ends(self, model: PreTrainedModel, gaps: Sequence[Sequence[int]]) -> list[bool]:
+        """Which tiles of an image are the last of their row, by the ids of the tokens between one run and the next."""
+        return []
+
 
 def real_tiles(pixels: Tensor) -> tuple[slice, ...]:
     """The tiles ``[1, tiles, ...]`` of one sequence up to the last that is not all zeros, as padding is."""
     real = (pixels != 0).flatten(2).any(-1)[0].nonzero().flatten()
     return (slice(int(real[-1]) + 1 if len(real) else 0),)
+
+
+def matched(
+    family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], slots: Tensor, ahead: bool = False
+) -> tuple[Piece, ...]:
+    """Pieces of an image of tiles whose prompt does not say how many are in a row: found by their likeness to the small picture.
+
+    Args:
+        slots, ahead: as for ``Family.layout`` and ``Tiled``.
+    """
+    own = tiles_of(family, model, inputs, slots)
+    small, tiles = (own[:1], own[1:]) if ahead else (own[-1:], own[:-1])
+    return tiled(len(slots), len(own), arranged(tiles, small) if len(tiles) else None, ahead)
+
+
+def tiles_of(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], slots: Tensor) -> Tensor:
+    """Pixels ``[tiles, channels, height, width]`` of the image whose tokens are in ``slots``; all tiles have as many tokens."""
+    pixels: Tensor = inputs["pixel_values"].flatten(0, -4)
+    visual = family.token_types(model, inputs["input_ids"])[0] != TEXT
+    each = int(visual.sum()) // len(pixels)
+    first = int(visual[: int(slots[0])].sum()) // each
+    return pixels[first : first + len(slots) // each].float()
+
+
+def arranged(tiles: Tensor, small: Tensor) -> int | None:
+    """Rows of the tiles that look most like the picture in small ``[1, ...]``; None if others look nearly like it too."""
+    found = []
+    for rows in range(1, len(tiles) + 1):
+        if len(tiles) % rows == 0:
+            drawn, wanted = (adaptive_avg_pool2d(image, 48) for image in (joined(tiles, rows), small[0]))
+            found.append((float((drawn - wanted).square().mean()), rows))
+    (best, rows), *others = sorted(found)
+    return rows if all(best < other / 2 for other, _ in others) else None
+
+
+def joined(tiles: Tensor, rows: int) -> Tensor:
+    """The picture ``[channels, height, width]`` that tiles in reading order are cut from."""
+    return tiles.view(rows, -1, *tiles.shape[1:]).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
+from vlmattn.models.pieces import Piece, square
 
 _KNOWN = ("clip_vision_model", "siglip_vision_model")
 
@@ -32,6 +33,9 @@ class PatchTower(Family):
     def drops_cls(self, model: PreTrainedModel) -> bool:
         """The first token of the tower is no image token of the prompt."""
         return bool(getattr(model.config, "vision_feature_select_strategy", "full") == "default")
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        return square(len(slots), first=int(self.has_cls(model) and not self.drops_cls(model)))
 
     def summary_attention(
         self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]

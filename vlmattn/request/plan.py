@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmattn.kernels import AttentionEdit
 
 if TYPE_CHECKING:
-    from vlmattn.request.scope import Choice, Eviction, HeadSplit, Preparation, Scope, Sight, Stage
+    from vlmattn.request.scope import Choice, Eviction, HeadSplit, Preparation, Scope, Sight, Stage, Step
 
 Weights = Callable[[int, int], Tensor]
 """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
@@ -46,6 +46,16 @@ class Method(Looker, Protocol):
     def observe(self, scope: Scope, hidden: Tensor) -> None: ...
 
     def edit(self, scope: Scope) -> AttentionEdit: ...
+
+
+class Watcher(Protocol):
+    """Sees every layer at work and changes nothing; it belongs to no recipe (``Handle.watched``)."""
+
+    def enter(self, step: Step, layer: int, hidden: Tensor) -> None:
+        """The residual stream ``[batch, rows, hidden]`` that enters a layer."""
+
+    def attended(self, scope: Scope, edit: AttentionEdit, weights: Weights) -> None:
+        """The edit that was in force in a layer, and attention with it (before head gains)."""
 
 
 class Pruner(Looker, Protocol):
@@ -129,6 +139,7 @@ class Plan:
         evicting: for each layer the policy that takes slots out of its cache, if one does; empty: no layer has one.
         policies: all methods about cached slots, which must know on the host how far a cache is filled.
         looking: policies of each layer that see its queries and keys.
+        watching: who sees every layer at work.
     """
 
     name: str
@@ -152,11 +163,12 @@ class Plan:
     evicting: tuple[Policy | None, ...] = ()
     policies: tuple[Policy, ...] = ()
     looking: tuple[tuple[Policy, ...], ...] = ()
+    watching: tuple[Watcher, ...] = ()
 
     @property
     def is_identity(self) -> bool:
         """Nothing happens in the attention of the main prompt."""
-        return not any(self.by_layer) and not any(self.measuring) and not self.pruning
+        return not any(self.by_layer) and not any(self.measuring) and not self.pruning and not self.watching
 
     @property
     def drops(self) -> bool:

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from vlmattn.errors import OptionError
 from vlmattn.models import Anatomy, Family, Turns, marks_of
 from vlmattn.recipe import Recipe
-from vlmattn.request import Ledger, Plan
+from vlmattn.request import Ledger, Plan, Watcher
 
 _KEPT = 64  # plans of a model
 
@@ -57,6 +58,17 @@ class Handle:
         finally:
             self._plans.pop(lent, None)  # what measures keeps what it has seen
             self.recipe, self._plan, self._ledger, self._warned, self._enabled = before
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Somebody sees every layer at work, under the recipe in force, within the block."""
+        before = self._plan
+        self._plan = replace(self.active_plan, watching=(watcher,))
+        enabled, self._enabled = self._enabled, True
+        try:
+            yield
+        finally:
+            self._plan, self._enabled = before, enabled
 
     def plan_of(self, recipe: Recipe) -> Plan:
         if recipe not in self._plans:

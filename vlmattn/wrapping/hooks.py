@@ -482,6 +482,8 @@ def _before_layer(
 
 def _observe(step: Step, index: int, hidden: Tensor) -> None:
     plan = step.request.plan
+    for watcher in plan.watching:
+        watcher.enter(step, index, hidden)
     observers = plan.observing[index]
     if len(observers) == 0 or not (
         step.is_prompt or index in plan.extending

@@ -1,0 +1,102 @@
+"""vlmattn profile: what was measured about a model's heads or sinks, or what is different in two measurements."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from vlmattn.cli.common import app, console, plain
+from vlmattn.errors import InputError, OptionError
+
+if TYPE_CHECKING:
+    from vlmattn.inspection.listings import Listing
+    from vlmattn.interventions.profiles import HeadProfile, SinkProfile
+
+_DPI = 200
+_WHAT = "vlmattn_heads.json or vlmattn_sinks.json, a folder that holds one, or 'embedded'."
+
+
+@app.command()
+def profile(
+    first: Annotated[str, typer.Argument(help=_WHAT)],
+    second: Annotated[str | None, typer.Argument(help="Another one of the same language model, to compare.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write everything as one HTML page.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder to write the figures to.")] = None,
+    score: Annotated[str | None, typer.Option(help="Show this score of the heads only.")] = None,
+    top: Annotated[int, typer.Option(help="Heads in a table.", min=1)] = 10,
+) -> None:
+    """Show a saved profile of attention heads or sinks, or what is different in two.
+
+    Examples:
+
+      [bold]vlmattn profile embedded --html heads.html[/bold]
+
+      [bold]vlmattn profile before/vlmattn_heads.json after/vlmattn_heads.json --score causal[/bold]
+    """
+    from vlmattn.inspection.atlas import figures, page
+    from vlmattn.inspection.differences import compare_profiles
+    from vlmattn.inspection.listings import listings
+
+    names = [first] if second is None else [first, second]
+    found = [_load(name, score) for name in names]
+    shown = found[0] if second is None else compare_profiles(*found)
+    for name, one in zip(names, found, strict=True):
+        plain(f"{name}: measured on {one.source or 'unknown'} ({one.fingerprint})")
+    for listing in listings(shown, top):
+        console.print(_table(listing))
+    if html is not None:
+        _write(html, page(shown, " and ".join(names), top).encode(), "--html")
+        plain(f"page: {html}")
+    if png is not None:
+        for title, figure in figures(shown).items():
+            _write(png / f"{re.sub(r'[^a-zA-Z0-9_-]', '_', title)}.png", _pixels(figure), "--png")
+        plain(f"figures: {png}")
+
+
+def _load(name: str, score: str | None) -> HeadProfile | SinkProfile:
+    """A profile, with one of its scores if one is named."""
+    from vlmattn.embedded import FOLDER
+    from vlmattn.interventions.profiles import HeadProfile, load_profile
+
+    found = load_profile(FOLDER if name == "embedded" else name)
+    if score is None:
+        return found
+    if not isinstance(found, HeadProfile):
+        raise OptionError(f"{name} is about sinks, which have no scores; leave out --score")
+    if score not in found.scores:
+        raise OptionError(f"{name} has no score '{score}'; it has {', '.join(sorted(found.scores))}")
+    return replace(found, scores={score: found.scores[score]})
+
+
+def _table(listing: Listing) -> Table:
+    table = Table(title=listing.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, column in enumerate(listing.columns):
+        table.add_column(Text(column), justify="right" if number else "left", no_wrap=True)
+    for row in listing.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _pixels(figure: object) -> bytes:
+    import io
+
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=_DPI)  # type: ignore[attr-defined]
+    return data.getvalue()
+
+
+def _write(target: Path, content: bytes, option: str) -> None:
+    from vlmattn.files import write_whole
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, content)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}; give another {option}") from None

@@ -1,0 +1,116 @@
+"""``smol`` as one Hugging Face folder: language model and adapter merged, once, in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from contextlib import redirect_stderr, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from vlmattn.embedded.smol.language import GGUF_SHA256, gguf_file, read_language_model
+from vlmattn.errors import InputError
+from vlmattn.files import file_sha256, write_whole
+
+ADAPTER = Path(__file__).parents[1] / "smol-scenes" / "adapter.safetensors"
+_VERSION = 1  # of what is made from the same sources; a higher one makes new folders
+_FILES = "files.json"
+
+
+def cache() -> Path:
+    """Where it is kept: ``$VLMATTN_CACHE``, else ``$XDG_CACHE_HOME/vlmattn``, else ``~/.cache/vlmattn``."""
+    if own := os.environ.get("VLMATTN_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "vlmattn"
+
+
+def folder_name() -> str:
+    """Of the sources: another adapter, another folder.
+
+    Raises:
+        InputError: there is no adapter.
+    """
+    if not ADAPTER.is_file():
+        raise InputError(f"this vlmattn has no adapter for 'smol' ({ADAPTER} is missing); use 'embedded'")
+    sources = f"{_VERSION} {GGUF_SHA256} {file_sha256(ADAPTER)}"
+    return f"smol-{hashlib.sha256(sources.encode()).hexdigest()[:12]}"
+
+
+def model_folder() -> Path:
+    """The folder of the merged model; if it is not there, or damaged, it is made, which takes about a minute.
+
+    Raises:
+        InputError: no adapter; no language model, where it is needed; the cache cannot be written.
+    """
+    folder = cache() / folder_name()
+    if not is_whole(folder):
+        _make(folder)
+    return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files are there, byte for byte."""
+    try:
+        listed = json.loads((folder / _FILES).read_text())
+        sizes = all((folder / name).stat().st_size == file["bytes"] for name, file in listed.items())
+        return bool(listed) and sizes and all(file_sha256(folder / name) == file["sha256"] for name, file in listed.items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or none that can be read
+        return False
+
+
+def _make(folder: Path) -> None:
+    """Write the folder under another name and move it into place."""
+    source = gguf_file()
+    if folder.exists():
+        print(f"note: {folder} is damaged and is made again", file=sys.stderr)
+    print(f"note: the model 'smol' is made in {folder}, once; this takes about a minute", file=sys.stderr, flush=True)
+    made = folder.with_name(f"{folder.name}.{uuid4().hex}.partial")
+    try:
+        made.mkdir(parents=True)
+    except OSError as error:
+        where = "set VLMATTN_CACHE to a folder with room for 280 MB"
+        raise InputError(f"cannot write to {folder.parent} ({error.strerror}); {where}") from error
+    try:
+        _write(source, made)
+        _place(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _write(source: Path, target: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from vlmattn.embedded.saving import save
+    from vlmattn.embedded.smol.build import build_llava, load_adapter, load_language_model
+    from vlmattn.embedded.smol.text import IMAGE_TOKEN, build_processor
+
+    # Progress bars of what is read and written; and the model's random start must not move the caller's seed.
+    with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+        language, weights, tokenizer = read_language_model(source)
+        processor = build_processor(tokenizer)
+        llava = build_llava(language, processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        load_language_model(llava, weights)
+        load_adapter(llava, load_file(ADAPTER))
+        save(llava, processor, target)
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in target.iterdir()}
+    write_whole(target / _FILES, json.dumps(files, indent=2, sort_keys=True) + "\n")
+
+
+def _place(made: Path, folder: Path) -> None:
+    """Give a finished folder its name; if another process was first, its folder stays."""
+    if folder.exists() and not is_whole(folder):
+        damaged = made.with_suffix(".damaged")
+        with suppress(FileNotFoundError):  # another process has moved it away
+            folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        made.rename(folder)
+    except OSError:
+        if not is_whole(folder):
+            raise

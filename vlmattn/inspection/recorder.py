@@ -1,0 +1,95 @@
+"""Who watches a prompt and its answer at work, layer by layer and row by row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vlmattn.errors import UnsupportedError
+from vlmattn.interventions.sinks import sink_values
+from vlmattn.kernels import AttentionEdit, scale_heads
+from vlmattn.request import Request, Scope, Step, Weights
+
+Keep = Callable[[int, int, Tensor, Tensor], None]
+"""``keep(row, layer, attention, gain)``: attention float32 ``[heads, row + 1]`` and head gains ``[heads]`` of one row, on the CPU."""
+
+
+class Recorder:
+    """Sees the rows that predict the answer, and chosen rows of the prompt, in every layer (a ``Watcher``).
+
+    Rows and keys count in original slots, whatever tokens a layer goes on with. One sequence, no padding.
+
+    Attributes:
+        phi, dims, norms: (layer) -> one tensor for each forward: sink value over all dimensions, its dimension, and norm of
+            each token that entered, with the tokens' slots in ``slots``.
+    """
+
+    def __init__(self, rows: Collection[int], keep: Keep) -> None:
+        self._rows, self._keep = rows, keep
+        self.slots: dict[int, list[Tensor]] = {}
+        self.phi: dict[int, list[Tensor]] = {}
+        self.dims: dict[int, list[Tensor]] = {}
+        self.norms: dict[int, list[Tensor]] = {}
+        self._entered: Counter[int] = Counter()  # generated tokens by layer
+        self._attended: Counter[int] = Counter()
+
+    def enter(self, step: Step, layer: int, hidden: Tensor) -> None:
+        """Note norm and sink value of the tokens that enter a layer."""
+        if len(hidden) != 1:
+            raise UnsupportedError("only one sequence can be looked at; use no beams and no method that searches")
+        if step.start is None or not step.is_prompt:
+            slots = torch.tensor([_prompt_length(step.request) + self._entered[layer]])
+            self._entered[layer] += 1
+        elif step.request.tokens is None:
+            slots = torch.arange(step.start, step.start + hidden.shape[1])
+        else:
+            slots = step.request.tokens.slots[0, -hidden.shape[1] :].cpu()
+        rows = hidden[0].float()
+        self.slots.setdefault(layer, []).append(slots)
+        self.phi.setdefault(layer, []).append(sink_values(rows, ()).cpu())
+        self.dims.setdefault(layer, []).append(rows.abs().argmax(-1).cpu())
+        self.norms.setdefault(layer, []).append(rows.norm(dim=-1).cpu())
+
+    def attended(self, scope: Scope, edit: AttentionEdit, weights: Weights) -> None:
+        """Keep what the wanted rows of a layer attend to."""
+        keys = _original(scope)
+        if scope.step.start is None or not scope.step.is_prompt:
+            row = _prompt_length(scope.request) + self._attended[scope.layer]
+            self._attended[scope.layer] += 1
+            rows = [(0, row)]
+        else:
+            own = keys[scope.keys - scope.queries :].tolist()
+            rows = [(place, row) for place, row in enumerate(own) if row in self._rows]
+        for place, row in rows:
+            found = weights(place, place + 1)[0, :, 0].float().cpu()
+            seen = keys <= row
+            attention = found.new_zeros(len(found), row + 1)
+            attention[:, keys[seen]] = found[:, seen]
+            self._keep(row, scope.layer, attention, _gains(edit.slice_rows(place, place + 1), found))
+
+
+def _prompt_length(request: Request) -> int:
+    """Original slots of the prompt."""
+    tokens = request.tokens
+    return request.prompt_length if tokens is None else request.prompt_length + tokens.removed
+
+
+def _original(scope: Scope) -> Tensor:
+    """The original slot of each key of a layer, on the CPU."""
+    slots, tokens = torch.arange(scope.keys), scope.request.tokens
+    if tokens is None:
+        return slots
+    kept = tokens.slots[0].cpu()
+    return torch.cat([kept[: scope.keys], slots[len(kept) :] + tokens.removed])
+
+
+def _gains(edit: AttentionEdit, like: Tensor) -> Tensor:
+    """What one row's head outputs are multiplied with ``[heads]``."""
+    parts = tuple(replace(part, offset=None) for part in edit.head_gain)
+    device = parts[0].gain.device if parts else like.device
+    ones = torch.ones(1, len(like), 1, 1, device=device)
+    return scale_heads(AttentionEdit(head_gain=parts), ones)[0, :, 0, 0].float().cpu()
