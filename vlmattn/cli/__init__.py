@@ -8,7 +8,7 @@ from typing import TextIO
 
 from rich.markup import escape
 
-from vlmattn.cli import benchmark, comparing, evaluation, information, profiles, tracking  # noqa: F401  (they add their commands)
+from vlmattn.cli import benchmark, comparing, evaluation, information, inspection, profiles, tracking  # noqa: F401  (they add their commands)
 from vlmattn.cli.common import app, errors
 from vlmattn.errors import TORCHVISION_REMEDY, VlmattnError, torchvision_trouble
 

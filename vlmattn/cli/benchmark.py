@@ -19,13 +19,13 @@ from vlmattn.evals.loading import check_dtype, load
 Model = Annotated[
     str,
     typer.Option(
-        help="'embedded', a folder, a hub name, or random weights: random-llava (12 layers, 768 wide, 576 image tokens), "
+        help="'embedded', 'smol', a folder, a hub name, or random weights: random-llava (12 layers, 768 wide, 576 image tokens), "
         "random-llava-7b (LLaVA-1.5-7B's sizes), random-qwen2.5-vl-7b (the language model's sizes, 1296 image tokens, a "
         "small vision tower: its first token comes sooner than the real one's)."
     ),
 ]
 _PROMPT = "Describe the image."
-_SIDE = 672  # pixels of the built-in picture for models other than the bundled one
+_SIDE = 672  # pixels of the built-in picture for models other than the bundled ones
 
 
 @app.command()
@@ -127,13 +127,14 @@ def _prepare(
 def _picture(name: str, path: Path | None) -> Any:
     from PIL import Image
 
+    from vlmattn.embedded import BUNDLED
     from vlmattn.embedded.scenes import make_scene
     from vlmattn.evals.suites.files import read_image
 
     if path is not None:
         return read_image(path)
     scene = Image.fromarray(make_scene(0, 0)[1])
-    return scene if name == "embedded" else scene.resize((_SIDE, _SIDE))
+    return scene if name in BUNDLED else scene.resize((_SIDE, _SIDE))
 
 
 def _show(model: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -19,7 +19,9 @@ app = typer.Typer(
 console = Console(emoji=False)  # ":-1:" is a layer range, not a thumb
 errors = Console(stderr=True, emoji=False)
 
-Model = Annotated[str, typer.Option(help="'embedded', a folder, or a hub name such as llava-hf/llava-1.5-7b-hf.")]
+Model = Annotated[
+    str, typer.Option(help="'embedded', 'smol', a folder, or a hub name such as llava-hf/llava-1.5-7b-hf.")
+]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceMap = Annotated[
     str | None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlmattn.cli.common import errors
+from vlmattn.embedded import BUNDLED
 from vlmattn.errors import InputError, OptionError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def lacking(names: list[str]) -> str:
 
 
 def note_scenes(model: str) -> None:
-    if model != "embedded":
+    if model not in BUNDLED:
         errors.print(
-            "note: generated scenes were made for the bundled model; give --questions and --images for real data"
+            "note: generated scenes were made for the bundled models; give --questions and --images for real data"
         )

@@ -183,9 +183,26 @@ def doctor() -> None:
     table.add_row("backend triton", _triton())
     table.add_row("families", f"{len(supported_families())} model types (vlmattn families)")
     found = (FOLDER / "model.safetensors").exists()
-    table.add_row("bundled model", "found" if found else f"[red]missing[/red] ({FOLDER})")
+    table.add_row("bundled model 'embedded'", "found" if found else f"[red]missing[/red] ({FOLDER})")
+    table.add_row("bundled model 'smol'", _smol())
     console.print(table)
     console.print("[green]no trouble found[/green]")
+
+
+def _smol() -> str:
+    """Whether the parts of the second bundled model are here."""
+    from vlmattn.embedded.smol.cache import ADAPTER, cache, folder_name, is_whole
+    from vlmattn.embedded.smol.language import gguf_file
+
+    if not ADAPTER.exists():
+        return f"[red]adapter missing[/red] ({ADAPTER.parent})"
+    if is_whole(cache() / folder_name()):
+        return "found"
+    try:
+        gguf_file()
+    except InputError as error:
+        return f"not ready: {escape(str(error))}"
+    return "found (its first loading takes about a minute)"
 
 
 def _triton() -> str:

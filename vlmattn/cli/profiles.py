@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmattn.cli.common import app, console, plain
-from vlmattn.errors import InputError, OptionError
+from vlmattn.cli.figures import write_figures, write_page
+from vlmattn.errors import OptionError
 
 if TYPE_CHECKING:
     from vlmattn.inspection.listings import Listing
     from vlmattn.interventions.profiles import HeadProfile, SinkProfile
 
-_DPI = 200
 _WHAT = "vlmattn_heads.json or vlmattn_sinks.json, a folder that holds one, or 'embedded'."
 
 
@@ -52,11 +51,10 @@ def profile(
     for listing in listings(shown, top):
         console.print(_table(listing))
     if html is not None:
-        _write(html, page(shown, " and ".join(names), top).encode(), "--html")
+        write_page(html, page(shown, " and ".join(names), top))
         plain(f"page: {html}")
     if png is not None:
-        for title, figure in figures(shown).items():
-            _write(png / f"{re.sub(r'[^a-zA-Z0-9_-]', '_', title)}.png", _pixels(figure), "--png")
+        write_figures(png, figures(shown))
         plain(f"figures: {png}")
 
 
@@ -82,21 +80,3 @@ def _table(listing: Listing) -> Table:
     for row in listing.rows:
         table.add_row(*map(Text, row))
     return table
-
-
-def _pixels(figure: object) -> bytes:
-    import io
-
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=_DPI)  # type: ignore[attr-defined]
-    return data.getvalue()
-
-
-def _write(target: Path, content: bytes, option: str) -> None:
-    from vlmattn.files import write_whole
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, content)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}; give another {option}") from None

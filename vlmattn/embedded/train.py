@@ -12,11 +12,6 @@ Stage 3 (several images): the same with 2 to 8 images in three of four prompts; 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from vlmattn.embedded.packing import Row, Turn, answers, pack
+from vlmattn.embedded.saving import save
 from vlmattn.embedded.scenes import CATEGORIES, COLOURS, IMAGE_SIZE, PATCH_SIZE, Scene, make_scene, patch_labels
 from vlmattn.embedded.text import IMAGE_TOKENS, build_processor, build_tokenizer, multi_image_turns, turns
+from vlmattn.embedded.training import Batch, Stage, checkpoint, last_stage, load_stage, read_log, run_stage, write_log
 
 SEED = 2026
 BATCH = 16
@@ -39,7 +36,6 @@ MANY_STEPS = 4_500
 MULTI_IMAGE_FROM = 800  # steps of stage 2: single-image yes/no is learned by then
 _BROKEN_SHARE = 0.15
 _EMBEDDING_NORM = 8.0  # of the size of a projected patch: smaller rows are drowned by the image
-_IGNORE_POSITION = -1
 
 
 def build_model() -> LlavaForConditionalGeneration:
@@ -133,21 +129,7 @@ class Trainee(nn.Module):
         return loss, right
 
 
-class _Batches(Dataset[dict[str, Tensor]]):
-    """Batch ``i`` of a stage: a pure function of seed, stage and i, so a resumed run sees what it would have seen."""
-
-    def __init__(self, stage: int, start: int, stop: int) -> None:
-        self.stage, self.start, self.stop = stage, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        step = self.start + index
-        return vision_batch(step) if self.stage == 1 else text_batch(step) if self.stage == 2 else many_batch(step)
-
-
-def _scenes(stage: int, step: int, count: int) -> tuple[list[Scene], dict[str, Tensor]]:
+def _scenes(stage: int, step: int, count: int) -> tuple[list[Scene], Batch]:
     drawn = [make_scene(SEED * 10 + stage, step * 64 + i, None, _BROKEN_SHARE) for i in range(count)]
     pixels = torch.from_numpy(np.stack([image for _, image in drawn])).permute(0, 3, 1, 2).float()
     labels = [patch_labels(scene) for scene, _ in drawn]
@@ -158,7 +140,7 @@ def _scenes(stage: int, step: int, count: int) -> tuple[list[Scene], dict[str, T
     }
 
 
-def vision_batch(step: int) -> dict[str, Tensor]:
+def vision_batch(step: int) -> Batch:
     return _scenes(1, step, BATCH)[1]
 
 
@@ -171,86 +153,43 @@ def _encode(text: str) -> list[int]:
     return list(_encoder()(text, add_special_tokens=False))
 
 
-@dataclass
-class _Sequence:
-    """One image prefix and all its turns; ``turn`` 0 is the prefix, and every turn starts at the same position."""
-
-    ids: list[int]
-    position: list[int]
-    turn: list[int]
-    target: list[int]
-    weight: list[float]
-
-    @classmethod
-    def of(cls, images: int, dialogue: list[tuple[str, str]]) -> _Sequence:
-        prefix = _encode("<s> USER:")
-        for i in range(images):
-            prefix += (_encode(f"image {i + 1} :") if images > 1 else []) + _encode("<image>") * IMAGE_TOKENS
-        start = len(prefix)
-        out = cls(prefix, list(range(start)), [0] * start, [0] * start, [0.0] * start)
-        for number, (question, answer) in enumerate(dialogue, start=1):
-            ask, reply = _encode(f"{question} ASSISTANT:"), _encode(f"{answer} </s>")
-            tokens = ask + reply
-            out.ids += tokens
-            out.position += range(start, start + len(tokens))
-            out.turn += [number] * len(tokens)
-            out.target += [*tokens[1:], 0]
-            one_word = len(reply) == 2
-            out.weight += [0.0] * (len(ask) - 1) + ([2.5, 0.05] if one_word else [0.9] * len(reply)) + [0.0]
-        return out
+def _prefix(images: int) -> list[int]:
+    """Token ids of a prompt up to its question."""
+    ids = _encode("<s> USER:")
+    for i in range(images):
+        ids += (_encode(f"image {i + 1} :") if images > 1 else []) + _encode("<image>") * IMAGE_TOKENS
+    return ids
 
 
-def text_batch(step: int) -> dict[str, Tensor]:
+def _turn(question: str, answer: str) -> Turn:
+    """A turn with the weights of its answer: a single word counts for more than each word of a caption."""
+    reply = _encode(f"{answer} </s>")
+    return Turn(_encode(f"{question} ASSISTANT:"), reply, [2.5, 0.05] if len(reply) == 2 else [0.9] * len(reply))
+
+
+def text_batch(step: int) -> Batch:
     several = step >= MULTI_IMAGE_FROM and step % 4 == 0
     images = 2 + step // 4 % 3 if several else 1
     return _dialogues(2, step, images, {1: BATCH, 2: 8, 3: 5, 4: 4}[images], 9)
 
 
-def many_batch(step: int) -> dict[str, Tensor]:
+def many_batch(step: int) -> Batch:
     images = 1 if step % 4 == 0 else 2 + (step - step // 4) % 7
     return _dialogues(3, step, images, {1: 8, 2: 6, 3: 4, 4: 4, 5: 3, 6: 3, 7: 2, 8: 2}[images], 12)
 
 
-def _dialogues(stage: int, step: int, images: int, rows: int, questions: int) -> dict[str, Tensor]:
+def _dialogues(stage: int, step: int, images: int, rows: int, questions: int) -> Batch:
     """``rows`` prompts of so many images; ``questions`` turns about several."""
     rng = np.random.default_rng([SEED, stage + 1, step])
     scenes, batch = _scenes(stage, step, rows * images)
     groups = [scenes[i * images : (i + 1) * images] for i in range(rows)]
     dialogues = [turns(group[0], rng) if images == 1 else multi_image_turns(group, rng, questions) for group in groups]
-    sequences = [_Sequence.of(images, dialogue) for dialogue in dialogues]
-    length = max(len(sequence.ids) for sequence in sequences)
-
-    def padded(name: str, fill: float, dtype: torch.dtype) -> Tensor:
-        values = [getattr(sequence, name) for sequence in sequences]
-        return torch.tensor([row + [fill] * (length - len(row)) for row in values], dtype=dtype)
-
-    turn = padded("turn", _IGNORE_POSITION, torch.long)
-    same = (turn[:, :, None] == turn[:, None, :]) | (turn[:, None, :] == 0)
-    visible = same & torch.ones(length, length, dtype=torch.bool).tril()
-    batch |= {
-        "ids": padded("ids", 0, torch.long),
-        "position": padded("position", 0, torch.long),
-        "mask": torch.zeros(rows, 1, length, length).masked_fill(~visible[:, None], -1e9),
-        "target": padded("target", 0, torch.long),
-        "weight": padded("weight", 0.0, torch.float),
-        "images": torch.tensor(images),
-    }
-    return batch
+    packed = [Row.of(_prefix(images), [_turn(*said) for said in dialogue]) for dialogue in dialogues]
+    return batch | pack(packed) | {"images": torch.tensor(images)}
 
 
-def _text_loss(trainee: Trainee, batch: dict[str, Tensor], patches: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    llava = trainee.llava
-    image_token = llava.config.image_token_id
-    embeddings = llava.model.language_model.embed_tokens(batch["ids"])
-    embeddings = embeddings.masked_scatter(
-        (batch["ids"] == image_token)[..., None], patches.reshape(-1, patches.shape[-1])
-    )
-    hidden = llava.model.language_model(
-        inputs_embeds=embeddings, attention_mask=batch["mask"], position_ids=batch["position"], use_cache=False
-    ).last_hidden_state
-    used = batch["weight"] > 0
-    target, weight = batch["target"][used], batch["weight"][used]
-    logits = llava.lm_head(hidden[used])
+def _text_loss(trainee: Trainee, batch: Batch, patches: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    logits, target, weight = answers(trainee.llava, batch, patches)
     losses = F.cross_entropy(logits, target, reduction="none")
     right = (logits.argmax(-1) == target).float()
     yes_no = torch.isin(target, torch.tensor(_encode("yes no")))
@@ -263,7 +202,7 @@ def _text_loss(trainee: Trainee, batch: dict[str, Tensor], patches: Tensor) -> t
     return (losses * weight).sum() / weight.sum(), figures
 
 
-def _loss(trainee: Trainee, stage: int, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss(trainee: Trainee, stage: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """What a stage makes small, and figures for its log."""
     with torch.set_grad_enabled(stage < 3):
         patches, pooled = trainee.see(batch["pixels"])
@@ -304,71 +243,32 @@ def _optimizer(trainee: Trainee, stage: int) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def run_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: int, every: int = 200) -> None:
-    """Train one stage to its end, continuing from its checkpoint if there is one; figures go to ``log.jsonl``."""
-    path = folder / f"stage{stage}.pt"
-    optimizer = _optimizer(trainee, stage)
-    start, seconds = 0, 0.0
-    if (
-        stage == 3
-    ):  # from the weights as they would be stored; the rotary frequencies are rounded too, now and after a resumption
-        trainee.llava.half().float()
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        trainee.load_state_dict(state["trainee"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
-    elif stage == 2:
+def train_stage(trainee: Trainee, stage: int, steps: int, folder: Path, workers: int, every: int = 200) -> None:
+    """Train one stage to its end, from its checkpoint if there is one, otherwise from the weights as they are."""
+    if stage == 2 and not checkpoint(folder, stage).exists():
         trainee.start_text_stage()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    loader = DataLoader(_Batches(stage, start, steps), batch_size=None, num_workers=workers)
-    batches: Iterator[dict[str, Tensor]] = iter(loader)
-    sums: dict[str, list[float]] = {}
-    begun = time.monotonic() - seconds
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(stage, step) * group["share"]
-        batch = next(batches)
-        loss, figures = _loss(trainee, stage, batch)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        for name, value in ({"loss": loss} | figures).items():
-            if not value.isnan():  # a batch without such turns
-                sums.setdefault(name, []).append(float(value.detach()))
-        if (step + 1) % every == 0 or step + 1 == steps:
-            seconds = time.monotonic() - begun
-            line: dict[str, float] = {"stage": stage, "step": step + 1, "seconds": round(seconds)}
-            line |= {name: round(float(np.mean(values)), 4) for name, values in sorted(sums.items())}
-            sums = {}
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            print(json.dumps(line), flush=True)
-            state = {"trainee": trainee.state_dict(), "optimizer": optimizer.state_dict()}
-            _save(path, state | {"step": step + 1, "seconds": seconds})
+    if stage == 3:
+        # From the weights as they would be stored; the rotary frequencies are rounded too, now and after a resumption.
+        trainee.llava.half().float()
+    made = Stage(
+        number=stage,
+        steps=steps,
+        every=every,
+        batch={1: vision_batch, 2: text_batch, 3: many_batch}[stage],
+        loss=lambda batch: _loss(trainee, stage, batch),
+        rate=lambda step: _learning_rate(stage, step),
+    )
+    run_stage(trainee, _optimizer(trainee, stage), made, folder, workers)
 
 
 def export(folder: Path, target: Path) -> None:
     """Write the last checkpoint as a Hugging Face folder (float16 safetensors, processor, chat template)."""
     trainee = Trainee()
-    checkpoint = folder / "stage3.pt"
-    trainee.load_state_dict(torch.load(checkpoint, weights_only=True)["trainee"])
+    load_stage(trainee, folder, 3)
     model = trainee.llava
-    largest = max(float(p.detach().abs().max()) for p in model.parameters())
-    if largest > 6e4:
-        raise ValueError(f"a weight of {largest:g} does not fit in float16")
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_new_tokens=48)
-    model.half().save_pretrained(target)
-    build_processor().save_pretrained(target)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    (target / "training_log.json").write_text("[\n" + ",\n".join(json.dumps(line) for line in log) + "\n]\n")
+    save(model, build_processor(), target)
+    write_log(read_log(folder), target / "training_log.json")
 
 
 def main() -> None:
@@ -390,9 +290,8 @@ def main() -> None:
     torch.manual_seed(SEED)
     trainee = Trainee()
     stages = {1: options.vision_steps, 2: options.text_steps, 3: options.many_steps}
-    begun = [stage for stage in stages if (options.out / f"stage{stage}.pt").exists()]
-    for stage in range(max(begun, default=1), 4):
-        run_stage(trainee, stage, stages[stage], options.out, options.workers, every=500 if stage == 1 else 200)
+    for stage in range(last_stage(options.out, 3), 4):
+        train_stage(trainee, stage, stages[stage], options.out, options.workers, every=500 if stage == 1 else 200)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vlmattn.files import write_whole
+
 Batch = dict[str, Tensor]
 
 
@@ -24,7 +26,8 @@ class Stage:
 
     Attributes:
         number: names the checkpoint, ``stage<number>.pt``.
-        steps: how many; every: steps between two checkpoints and lines of the log.
+        steps: how many.
+        every: steps between two checkpoints and lines of the log.
         batch: the batch of a step, from its number alone, so that a resumed run sees what it would have seen.
         loss: what is made small, and figures for the log.
         rate: learning rate of a step; a group of the optimizer takes its ``share`` of it.
@@ -54,7 +57,7 @@ def run_stage(trainee: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage
 
     Checkpoints hold the parameters that may be trained.
     """
-    path, (start, seconds) = folder / f"stage{stage.number}.pt", (0, 0.0)
+    path, (start, seconds) = checkpoint(folder, stage.number), (0, 0.0)
     if path.exists():
         state = torch.load(path, weights_only=True)
         load_trained(trainee, state["trainee"])
@@ -88,9 +91,18 @@ def run_stage(trainee: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage
             _save(path, state | {"step": step + 1, "seconds": seconds})
 
 
+def checkpoint(folder: Path, number: int) -> Path:
+    return folder / f"stage{number}.pt"
+
+
 def trained(trainee: nn.Module) -> dict[str, Tensor]:
     """The parameters that may be trained."""
     return {name: parameter.detach() for name, parameter in trainee.named_parameters() if parameter.requires_grad}
+
+
+def load_stage(trainee: nn.Module, folder: Path, number: int) -> None:
+    """Take the parameters of a stage's checkpoint."""
+    load_trained(trainee, torch.load(checkpoint(folder, number), weights_only=True)["trainee"])
 
 
 def load_trained(trainee: nn.Module, state: dict[str, Tensor]) -> None:
@@ -106,7 +118,7 @@ def load_trained(trainee: nn.Module, state: dict[str, Tensor]) -> None:
 
 def last_stage(folder: Path, stages: int) -> int:
     """The stage to go on with: the last that has a checkpoint, or the first."""
-    return max((n for n in range(1, stages + 1) if (folder / f"stage{n}.pt").exists()), default=1)
+    return max((n for n in range(1, stages + 1) if checkpoint(folder, n).exists()), default=1)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -115,7 +127,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def write_log(log: list[dict[str, Any]], target: Path) -> None:
     """The figures of a training as a JSON list, one line each."""
-    target.write_text("[\n" + ",\n".join(json.dumps(line) for line in log) + "\n]\n")
+    write_whole(target, "[\n" + ",\n".join(json.dumps(line) for line in log) + "\n]\n")
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

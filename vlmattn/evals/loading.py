@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from typing import Any
 
+from vlmattn import embedded
 from vlmattn.errors import InputError, OptionError, VlmattnError, torchvision_trouble
 
 
@@ -58,12 +59,10 @@ def load(name: str, dtype: str, device_map: str | None, load_in: str | None = No
     if name == "embedded":
         import torch
 
-        import vlmattn
-
-        torch.set_num_threads(
-            1
-        )  # so small that threads would mostly wait for each other, ten times slower on a busy machine
-        return tuple(vlmattn.load("embedded", **({} if dtype == "auto" else {"dtype": dtype}), **options))  # type: ignore[return-value]
+        # So small that threads would mostly wait for each other, ten times slower on a busy machine.
+        torch.set_num_threads(1)
+    if name in embedded.BUNDLED:
+        return embedded.load(name, **({} if dtype == "auto" else {"dtype": dtype}), **options)
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from vlmattn.models import find_family, supported_families

@@ -1,28 +1,63 @@
 """Measuring a model, and answers that need measuring: its sinks, what its heads do, the order and the views of a prompt."""
 
 from vlmattn.inspection.directions import fit_directions
+from vlmattn.inspection.flow import attention_flow, rollout
 from vlmattn.inspection.heads import Conflict, find_heads, score_heads
 from vlmattn.inspection.importance import ablate_heads
+from vlmattn.inspection.looking import look
 from vlmattn.inspection.maps import image_attention
+from vlmattn.inspection.measures import (
+    distances,
+    entropy,
+    group_masses,
+    head_distances,
+    image_maps,
+    influence,
+    logit_difference,
+    sink_scores,
+    sink_tokens,
+    split_heads,
+)
 from vlmattn.inspection.multipath import MultiPath, multi_path
+from vlmattn.inspection.named import Named
 from vlmattn.inspection.needles import needle_prompts, retrieve_images
+from vlmattn.inspection.sides import Side, compare_answers
 from vlmattn.inspection.sinks import find_sinks
 from vlmattn.inspection.sorting import Sorted, sort_context
 from vlmattn.inspection.spans import Span
+from vlmattn.inspection.trace import GROUPS, Trace
 
 __all__ = [
+    "GROUPS",
     "Conflict",
     "MultiPath",
+    "Named",
+    "Side",
     "Sorted",
     "Span",
+    "Trace",
     "ablate_heads",
+    "attention_flow",
+    "compare_answers",
+    "distances",
+    "entropy",
     "find_heads",
     "find_sinks",
     "fit_directions",
+    "group_masses",
+    "head_distances",
     "image_attention",
+    "image_maps",
+    "influence",
+    "logit_difference",
+    "look",
     "multi_path",
     "needle_prompts",
     "retrieve_images",
+    "rollout",
     "score_heads",
+    "sink_scores",
+    "sink_tokens",
     "sort_context",
+    "split_heads",
 ]

@@ -75,7 +75,7 @@ def _heads(table: Table, title: str, marked: Sequence[tuple[int, int]], signed: 
     signed = signed or bool((finite < 0).any())
     drawn = Figure(figsize=(_WIDTH, min(max(_WIDTH * layers / heads, 2.4), 5.5)), layout="constrained")
     axis = drawn.subplots()
-    colours = {"cmap": "PuOr", "vmin": -highest} if signed else {"cmap": "cividis", "vmin": 0}
+    colours: dict[str, Any] = {"cmap": "PuOr", "vmin": -highest} if signed else {"cmap": "cividis", "vmin": 0}
     seen = axis.imshow(table, origin="lower", aspect="auto", interpolation="none", vmax=highest, **colours)
     for layer, head in marked:
         corner = (head - _MARKS / 2, layer - _MARKS / 2)

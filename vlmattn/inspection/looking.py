@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vlmattn.inspection.measuring import Inputs, prepared_one
 from vlmattn.inspection.recorder import Recorder
 from vlmattn.inspection.trace import GROUPS, Trace, begin, write_row
 from vlmattn.models import Anatomy, Family, Turns, find_family, marks_of
-from vlmattn.request import TEXT, USER
+from vlmattn.request import TEXT, USER, Watcher
 from vlmattn.wrapping import applied, handle_of
 
 _RIVALS = 5  # tokens named beside each answer token
@@ -76,10 +77,15 @@ def look(
     target, partial = (None, None) if folder is None else begin(folder)
     try:
         store = _Store(anatomy, partial)
-        recorder = Recorder({*kept, prompt - 1}, store.keep)
+        recorder = Recorder({*kept, prompt - 1}, store.layers, store.keep)
         found, name = _answered(model, processor, given, recipe, recorder, answer, steps)
         facts = _facts(model, family, processor, given, types, found)
         facts |= _states(recorder, anatomy.layers, len(facts["tokens"]) - 1)
+        if others := sorted(set(range(anatomy.layers)) - set(store.layers)):
+            what = (
+                "have no attention over the tokens (a state of them, or cross-attention to images), so it is not shown"
+            )
+            facts["notes"] += (f"layers {', '.join(map(str, others))} {what}",)
         trace = Trace(
             recipe=name, source=anatomy.source, layers=store.layers, rows=store.rows, gains=store.gains, **facts
         )
@@ -133,20 +139,20 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, processor: Any, recipe: Any, recorder: Recorder) -> Iterator[str]:
-    """A recipe in force and the recorder at work; after it the model is as before. The recipe's name."""
+def watched(model: PreTrainedModel, processor: Any, recipe: Any, watcher: Watcher) -> Iterator[str]:
+    """A recipe in force and a watcher at work; after it the model is as before. The recipe's name."""
     handle = handle_of(model)
     if handle is None:
         with applied(model, "none" if recipe is None else recipe, processor=processor):
             handle = handle_of(model)
             assert handle is not None
-            with handle.watched(recorder):
+            with handle.watched(watcher):
                 yield handle.recipe.name
-    elif recipe is None:
-        with handle.watched(recorder):
-            yield handle.recipe.name if handle.enabled else "none"
+    elif recipe is None and handle.enabled:
+        with handle.watched(watcher):
+            yield handle.recipe.name
     else:
-        with handle.lent(recipe), handle.watched(recorder):
+        with handle.lent("none" if recipe is None else recipe), handle.watched(watcher):
             yield handle.recipe.name
 
 
@@ -161,46 +167,67 @@ def _answered(
 ) -> tuple[dict[str, Any], str]:
     """The answer's tokens, their log-probabilities and rivals, and notes; and the recipe's name."""
     prompt = given["input_ids"].shape[1]
-    forced = LogitsProcessorList([] if answer is None else [_Forced(answer, prompt)])
     options: dict[str, Any] = dict(
-        max_new_tokens=steps, min_new_tokens=0, do_sample=False, num_beams=1, num_return_sequences=1, logits_processor=forced,
+        max_new_tokens=steps, min_new_tokens=0, do_sample=False, num_beams=1, num_return_sequences=1,
         return_dict_in_generate=True, output_logits=True, cache_implementation=None, use_cache=True,
     )  # fmt: skip
-    with warnings.catch_warnings(record=True) as caught, _watched(model, processor, recipe, recorder) as name:
+    if answer is not None:
+        options["logits_processor"] = LogitsProcessorList([_Forced(answer, prompt)])
+        # Janus drops the processor of the caller; alone this cannot say what a decoding rule ruled out
+        options["prefix_allowed_tokens_fn"] = lambda _, ids: [answer[len(ids) - prompt]]
+    with warnings.catch_warnings(record=True) as caught, watched(model, processor, recipe, recorder) as name:
         warnings.simplefilter("always")
         with torch.inference_mode():
             out = model.generate(**given, **options)
     said = out.sequences[0, prompt:]
+    if answer is not None and said.tolist() != list(answer):
+        raise InputError(
+            f"the model said {len(said)} tokens of the answer of {len(answer)}: it ends at an end token, and the tokens must"
+            " be ones that it can say"
+        )
     logprobs = torch.stack(out.logits, 1)[0].float().log_softmax(-1)
     best = logprobs.topk(_RIVALS)
     notes = dict.fromkeys(str(w.message) for w in caught if str(w.message).startswith("vlmattn"))
     return {
         "answer": tuple(said.tolist()),
         "logprobs": logprobs.gather(1, said[:, None])[:, 0].cpu(),
-        "rivals": [list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)],
+        "rivals": [
+            list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ],
         "notes": tuple(notes),
     }, name
 
 
 def _facts(
-    model: PreTrainedModel, family: Family, processor: Any, given: Mapping[str, Any], types: Tensor, found: dict[str, Any]
+    model: PreTrainedModel,
+    family: Family,
+    processor: Any,
+    given: Mapping[str, Any],
+    types: Tensor,
+    found: dict[str, Any],
 ) -> dict[str, Any]:
     """What is known of the tokens."""
     prompt, answer = types.shape[1], found["answer"]
     marks = marks_of(family, processor)
     numbers = family.image_numbers(model, given, types, marks)[0].cpu()
     counts = [int((numbers == image).sum()) for image in range(int(numbers.max()) + 1)]
-    tokenizer = getattr(processor, "tokenizer", processor)
-    decode = lambda token: tokenizer.decode([token], clean_up_tokenization_spaces=False)  # noqa: E731
+    decode = partial(_word, getattr(processor, "tokenizer", processor))
     ids = [*given["input_ids"][0].tolist(), *answer]
     return found | {
         "tokens": tuple(map(decode, ids)),
-        "groups": (*_groups(processor, given["input_ids"].cpu(), types.cpu()), *(GROUPS.index("answer"),) * len(answer)),
+        "groups": (
+            *_groups(processor, given["input_ids"].cpu(), types.cpu()),
+            *(GROUPS.index("answer"),) * len(answer),
+        ),
         "images": (*numbers.tolist(), *(-1,) * len(answer)),
         "pieces": tuple(family.pieces(model, given, image, count, marks) for image, count in enumerate(counts)),
         "prompt": prompt,
         "rivals": tuple(tuple((decode(token), value) for token, value in pairs) for pairs in found["rivals"]),
     }
+
+
+def _word(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 def _groups(processor: Any, ids: Tensor, types: Tensor) -> list[int]:
@@ -246,5 +273,3 @@ def _check_size(anatomy: Anatomy, rows: int, keys: int, folder: str | os.PathLik
         free = shutil.disk_usage(parent).free
         if size > free:
             raise InputError(f"too much to write: {what}, and {parent} has {free / 1e9:.1f} GB free")
-
-

@@ -23,7 +23,9 @@ class Named:
 
     def __post_init__(self) -> None:
         if self.values.ndim != len(self.axes) or len(set(self.axes)) != len(self.axes):
-            raise OptionError(f"a tensor of shape {list(self.values.shape)} needs as many different names, got {self.axes}")
+            raise OptionError(
+                f"a tensor of shape {list(self.values.shape)} needs as many different names, got {self.axes}"
+            )
 
     @property
     def sizes(self) -> dict[str, int]:

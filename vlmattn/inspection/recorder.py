@@ -15,7 +15,8 @@ from vlmattn.kernels import AttentionEdit, scale_heads
 from vlmattn.request import Request, Scope, Step, Weights
 
 Keep = Callable[[int, int, Tensor, Tensor], None]
-"""``keep(row, layer, attention, gain)``: attention float32 ``[heads, row + 1]`` and head gains ``[heads]`` of one row, on the CPU."""
+"""``keep(row, layer, attention, gain)``: attention float32 ``[heads, key]`` and head gains ``[heads]`` of one row, on the CPU. Keys
+are the original slots that were there when the row was read."""
 
 
 class Recorder:
@@ -28,8 +29,8 @@ class Recorder:
             each token that entered, with the tokens' slots in ``slots``.
     """
 
-    def __init__(self, rows: Collection[int], keep: Keep) -> None:
-        self._rows, self._keep = rows, keep
+    def __init__(self, rows: Collection[int], layers: Collection[int], keep: Keep) -> None:
+        self._rows, self._layers, self._keep = rows, layers, keep
         self.slots: dict[int, list[Tensor]] = {}
         self.phi: dict[int, list[Tensor]] = {}
         self.dims: dict[int, list[Tensor]] = {}
@@ -56,6 +57,8 @@ class Recorder:
 
     def attended(self, scope: Scope, edit: AttentionEdit, weights: Weights) -> None:
         """Keep what the wanted rows of a layer attend to."""
+        if scope.layer not in self._layers:  # cross-attention, whose keys are no tokens
+            return
         keys = _original(scope)
         if scope.step.start is None or not scope.step.is_prompt:
             row = _prompt_length(scope.request) + self._attended[scope.layer]
@@ -66,9 +69,8 @@ class Recorder:
             rows = [(place, row) for place, row in enumerate(own) if row in self._rows]
         for place, row in rows:
             found = weights(place, place + 1)[0, :, 0].float().cpu()
-            seen = keys <= row
-            attention = found.new_zeros(len(found), row + 1)
-            attention[:, keys[seen]] = found[:, seen]
+            attention = found.new_zeros(len(found), int(keys[-1]) + 1)  # image tokens of some models see ahead
+            attention[:, keys] = found
             self._keep(row, scope.layer, attention, _gains(edit.slice_rows(place, place + 1), found))
 
 

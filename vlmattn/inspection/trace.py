@@ -36,8 +36,8 @@ class Trace:
         pieces: for each image where its tokens lie in the picture; empty where that is not known.
         prompt: tokens of the prompt. answer: token ids of the answer.
         layers: decoder layers with attention; the axis "layer" of everything counts within these.
-        rows: for each row that was kept its attention, float32 ``[layer, head, row + 1]``, after masks, changed scores and group
-            gains; 0 for tokens that the layer no longer has.
+        rows: for each row that was kept its attention, float32 ``[layer, head, key]``, after masks, changed scores and group
+            gains; 0 for tokens that the layer no longer has. Keys are the prompt, and the answer up to the row.
         gains: for each such row what each head's output was multiplied with, ``[layer, head]``.
         phi: sink value max_d abs(x_d) / RMS(x) of each token that entered a layer, float32 ``[layer, token]``; nan where it did
             not. dims: the d of it. norms: of x.
@@ -90,7 +90,7 @@ class Trace:
         return self.answer_rows[step]
 
     def attention(self, row: int) -> Named:
-        """Attention of a row that was kept: float32 ``[layer, head, key]``, a key for each token; later ones are 0.
+        """Attention of a row that was kept: float32 ``[layer, head, key]``, a key for each token, 0 for those it does not see.
 
         Raises:
             InputError: a row that was not kept.
@@ -140,9 +140,17 @@ class Trace:
             facts, states = json.loads((source / _FACTS).read_text()), load_file(source / _STATES)
             pieces = tuple(tuple(Piece.from_dict(piece) for piece in of_image) for of_image in facts.pop("pieces"))
             gains = {int(name.split(".")[1]): states.pop(name) for name in list(states) if name.startswith("gains.")}
-            return cls(**{name: _frozen(value) for name, value in facts.items()}, pieces=pieces, rows=Rows(source), gains=gains, **states)
+            return cls(
+                **{name: _frozen(value) for name, value in facts.items()},
+                pieces=pieces,
+                rows=Rows(source),
+                gains=gains,
+                **states,
+            )
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise InputError(f"{source} holds no trace ({error}); look(..., folder=...) and Trace.save write one") from None
+            raise InputError(
+                f"{source} holds no trace ({error}); look(..., folder=...) and Trace.save write one"
+            ) from None
 
 
 _TENSORS = ("rows", "gains", "phi", "dims", "norms", "logprobs", "pieces")
@@ -155,7 +163,8 @@ class Rows(Mapping[int, Tensor]):
         self._files = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("row-*.safetensors"))}
 
     def __getitem__(self, row: int) -> Tensor:
-        return load_file(self._files[row])["attention"]
+        found: Tensor = load_file(self._files[row])["attention"]
+        return found
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._files)

@@ -57,8 +57,9 @@ def is_whole(folder: Path) -> bool:
     """Whether all files are there, byte for byte."""
     try:
         listed = json.loads((folder / _FILES).read_text())
-        sizes = all((folder / name).stat().st_size == file["bytes"] for name, file in listed.items())
-        return bool(listed) and sizes and all(file_sha256(folder / name) == file["sha256"] for name, file in listed.items())
+        files = [(folder / name, file) for name, file in listed.items()]
+        sizes = all(path.stat().st_size == file["bytes"] for path, file in files)
+        return bool(files) and sizes and all(file_sha256(path) == file["sha256"] for path, file in files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none, or none that can be read
         return False
 

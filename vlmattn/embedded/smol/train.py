@@ -45,7 +45,7 @@ from vlmattn.embedded.training import Batch, Stage, last_stage, load_trained, re
 
 SEED = 2027
 VISION_STEPS, VISION_BATCH = 1_500, 32
-TEXT_STEPS, TEXT_BATCH, QUESTIONS = 320, 4, 12
+TEXT_STEPS, TEXT_BATCH, QUESTIONS = 240, 4, 12
 MANY_STEPS = 300
 _BROKEN_SHARE = 0.15
 _LONGEST = 3.5  # norm of a projected patch that is free: embeddings of these words have about 2.3 to 3.2

@@ -1,0 +1,194 @@
+"""One answer, or the same question under two recipes, as an HTML page with sliders that needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmattn import pages
+from vlmattn.errors import InputError
+from vlmattn.inspection.measures import group_masses, sink_scores, sink_tokens
+from vlmattn.inspection.sides import Side
+from vlmattn.inspection.trace import GROUPS, Trace
+from vlmattn.models import Piece
+
+_HERE = Path(__file__).parent
+_MOST = 4_000_000  # bytes of single heads' attention on a page; beyond, only some heads of each layer
+_FEW = 4  # heads of a layer that are kept then
+_LISTED = 12  # tokens of a layer in the table of sinks
+_LONGEST = 672  # pixels of a picture
+
+
+def inspect_page(
+    sides: Sequence[Side],
+    pictures: Sequence[Any],
+    question: str,
+    *,
+    scores: Mapping[str, Any] | None = None,
+    facts: Mapping[str, str] | None = None,
+    tau: float = 20.0,
+) -> str:
+    """The page: answers by token, attention over the pictures, heads, sinks, masses of groups, log-probabilities.
+
+    Attention is stored in 255 steps of each head's largest value on the images (the answer's row, one layer).
+
+    Args:
+        sides: one answer or more, of one question (``compare_answers``).
+        pictures: PIL images, in the order of the prompt.
+        scores: name -> ``[layers][heads]``, of the model's saved HeadProfile.
+        facts: what to say about how it was made, by name.
+        tau: sink threshold of phi.
+
+    Raises:
+        InputError: not as many pictures as images in the prompt.
+    """
+    first = sides[0].trace
+    if len(pictures) != len(first.pieces):
+        raise InputError(f"the prompt has {len(first.pieces)} images and {len(pictures)} pictures were given")
+    data: dict[str, Any] = {
+        "pictures": [_picture(picture) for picture in pictures],
+        "layers": first.layers,
+        "heads": first.heads,
+        "groups": GROUPS,
+        "images": [[_drawn(piece) for piece in _shown(pieces)] for pieces in first.pieces],
+        "counts": [int(first.keys_of("image", image).sum()) for image in range(len(first.pieces))],
+        "scores": {name: [list(table[layer]) for layer in first.layers] for name, table in (scores or {}).items()},
+        "tau": tau,
+        "sides": [_side(side, tau) for side in sides],
+    }
+    kept = all(side["some"] is None for side in data["sides"])
+    heads = (
+        "every head" if kept else f"the {_FEW} heads of each layer that look at the images most, and the mean of all"
+    )
+    rows = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in (facts or {}).items()
+    )
+    notes = "".join(
+        f"<p class='note'>{html.escape(side.trace.recipe)}: {html.escape(note)}</p>"
+        for side in sides
+        for note in side.trace.notes
+    )
+    body = (_HERE / "page.html").read_text()
+    for name, value in {
+        "question": html.escape(question),
+        "notes": notes,
+        "heads": heads,
+        "facts": rows,
+        "style": (_HERE / "page.css").read_text(),
+        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
+        "script": (_HERE / "page.js").read_text(),
+    }.items():
+        body = body.replace(f"{{{{{name}}}}}", value)
+    return pages.document(f"vlmattn inspect: {question}", body)
+
+
+def _side(side: Side, tau: float) -> dict[str, Any]:
+    """What the script knows of one answer."""
+    trace = side.trace
+    visual = trace.keys_of("image")
+    every = torch.stack(
+        [trace.attention(row).values[..., visual] for row in trace.answer_rows]
+    )  # [step, layer, head, cell]
+    masses = group_masses(trace).values
+    some = None
+    if every.numel() > _MOST:
+        some = every.sum((0, 3)).topk(min(_FEW, trace.heads), 1).indices.sort(1).values  # [layer, few]
+    single = (
+        every if some is None else every.gather(2, some[None, :, :, None].expand(len(every), -1, -1, every.shape[-1]))
+    )
+    return {
+        "name": trace.recipe,
+        "tokens": [
+            {
+                "text": text,
+                "likely": {name: round(float(values[step]), 4) for name, values in side.logprobs.items()},
+                "rivals": [[rival, round(value, 3)] for rival, value in trace.rivals[step]],
+            }
+            for step, text in enumerate(trace.tokens[trace.prompt :])
+        ],
+        "mean": _bytes(every.mean(2)),
+        "single": _bytes(single),
+        "some": None if some is None else some.tolist(),
+        "visual": _rounded(masses[..., GROUPS.index("image")]),
+        "masses": _rounded(masses.mean(2)),
+        "gains": _rounded(torch.stack([trace.gains[row] for row in trace.answer_rows])),
+        "sinks": _sinks(trace, tau),
+        "phi": [
+            _rounded(row, 1)
+            for row in trace.phi[list(trace.layers), :][:, visual[: trace.phi.shape[1]]].nan_to_num(0.0)
+        ],
+    }
+
+
+def _sinks(trace: Trace, tau: float) -> list[dict[str, Any]]:
+    """For each layer: how many tokens are sinks, and those with the largest phi."""
+    massive, received = sink_tokens(trace, tau).values, sink_scores(trace).values
+    found = []
+    for place, layer in enumerate(trace.layers):
+        phi = trace.phi[layer].nan_to_num(-1.0)
+        top = phi.topk(min(_LISTED, len(phi))).indices.tolist()
+        found.append(
+            {
+                "text": int((massive[layer] & ~trace.keys_of("image")[: len(phi)]).sum()),
+                "image": int((massive[layer] & trace.keys_of("image")[: len(phi)]).sum()),
+                "tokens": [
+                    {
+                        "token": token,
+                        "text": trace.tokens[token] if trace.images[token] < 0 else f"image {trace.images[token] + 1}",
+                        "phi": round(float(phi[token]), 1),
+                        "dim": int(trace.dims[layer, token]),
+                        "norm": round(float(trace.norms[layer, token]), 1),
+                        "received": round(float(received[place, token].nan_to_num(0.0)), 4),
+                    }
+                    for token in top
+                    if phi[token] >= 0
+                ],
+            }
+        )
+    return found
+
+
+def _shown(pieces: Sequence[Piece]) -> list[Piece]:
+    """Parts of the picture; if there are none, the finest view of the whole."""
+    parts = [piece for piece in pieces if tuple(piece.box) != (0, 0, 1, 1)]
+    return parts or sorted(pieces, key=lambda piece: piece.tokens.numel())[-1:]
+
+
+def _drawn(piece: Piece) -> dict[str, Any]:
+    return {"box": [round(side, 5) for side in piece.box], "cells": piece.tokens.tolist()}
+
+
+def _bytes(values: Tensor) -> dict[str, Any]:
+    """Values ``[..., cell]`` as bytes relative to the largest cell of each map: value = byte / 255 scale."""
+    top = values.amax(-1)
+    share = (values / top.clamp_min(1e-12)[..., None] * 255).round().to(torch.uint8)
+    return {
+        "shape": list(values.shape),
+        "bytes": base64.b64encode(share.numpy().tobytes()).decode(),
+        "scale": base64.b64encode(top.float().numpy().astype("<f4").tobytes()).decode(),
+    }
+
+
+def _rounded(values: Tensor, digits: int = 4) -> Any:
+    return np.round(values.double().numpy(), digits).tolist()
+
+
+def _picture(picture: Any) -> dict[str, Any]:
+    shown = picture.convert("RGB")
+    shown.thumbnail((_LONGEST, _LONGEST))
+    data = io.BytesIO()
+    shown.save(data, format="PNG")
+    return {
+        "source": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}",
+        "width": shown.width,
+        "height": shown.height,
+    }
