@@ -117,7 +117,8 @@ def test_a_head_that_looks_nowhere_is_at_chance_and_one_that_knows_is_at_one():
 
 def test_what_a_window_has_left_behind_is_not_looked_at():
     model = talkative(windowed(8))
-    found = table(retrieve_images(model, [needle("llava", 0, 2, words=12)], answer_tokens=1))
+    span = needle("llava", 0, 2, words=12)
+    found = table(retrieve_images(model, [Span(span.inputs, 0, span.stop)], answer_tokens=1))
     assert found.eq(-1).all()  # no image token is seen; chance is one half
     near = table(retrieve_images(talkative(windowed(64)), [needle("llava", 0, 2, words=12)], answer_tokens=1))
     assert near.eq(1).any()

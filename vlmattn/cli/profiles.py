@@ -49,6 +49,7 @@ def profile(
     for name, one in zip(names, found, strict=True):
         plain(f"{name}: measured on {one.source or 'unknown'} ({one.fingerprint})")
     for listing in listings(shown, top):
+        plain(f"\n{listing.title}", style="bold")  # as a title of the table it would be folded to its width
         console.print(_table(listing))
     if html is not None:
         write_page(html, page(shown, " and ".join(names), top))
@@ -74,7 +75,7 @@ def _load(name: str, score: str | None) -> HeadProfile | SinkProfile:
 
 
 def _table(listing: Listing) -> Table:
-    table = Table(title=listing.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=any(listing.columns))
     for number, column in enumerate(listing.columns):
         table.add_column(Text(column), justify="right" if number else "left", no_wrap=True)
     for row in listing.rows:

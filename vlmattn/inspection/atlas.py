@@ -23,7 +23,7 @@ MEANING = {
 }
 """What the scores of this library mean."""
 
-_WIDTH = 4.0  # inches: 384 pixels, so that text keeps its size on a phone
+_WIDTH = 3.5  # inches: 336 pixels, so that text keeps its size on a phone and three stand beside each other on a desk
 _MARKS = 0.8  # side of the frame around a head, in cells
 
 
@@ -34,15 +34,18 @@ def page(shown: Shown, title: str, top: int = 10) -> str:
         title: names the profile, or both.
         top: heads in a table.
     """
+    import matplotlib
+
     if isinstance(shown, (HeadProfile, SinkProfile)):
         facts = f"<p>{_facts(shown)}</p>"
     else:
         facts = f"<p><b>first</b>: {_facts(shown.first)}</p><p><b>second</b>: {_facts(shown.second)}</p>"
-    drawn = "".join(map(pages.figure, figures(shown).values()))
+    with matplotlib.rc_context({"svg.hashsalt": "vlmattn"}):  # the same page has the same bytes
+        drawn = "".join(map(pages.figure, figures(shown).values()))
     tables = "".join(map(_table, listings(shown, top)))
     return pages.document(
         f"vlmattn profile: {title}",
-        f"<h1>{html.escape(title)}</h1>{facts}<div class='panels'>{drawn}</div>{_legend(shown)}{tables}",
+        f"<h1 style='overflow-wrap:anywhere'>{html.escape(title)}</h1>{facts}<div class='panels'>{drawn}</div>{_legend(shown)}{tables}",
     )
 
 
@@ -53,7 +56,8 @@ def figures(shown: Shown) -> dict[str, Any]:
     """
     if isinstance(shown, HeadProfile):
         tables = {name: np.array(table, dtype=float) for name, table in shown.scores.items()}
-        return {name: _heads(table, name, shown.top(name, SHARE)) for name, table in tables.items()}
+        marked = {name: shown.top(name, SHARE) if np.ptp(table) else () for name, table in tables.items()}
+        return {name: _heads(table, name, marked[name]) for name, table in tables.items()}
     if isinstance(shown, HeadDifference):
         return {
             f"{name}-difference": _heads(found.change, f"{name}, second less first", (), signed=True)
@@ -77,15 +81,17 @@ def _heads(table: Table, title: str, marked: Sequence[tuple[int, int]], signed: 
     axis = drawn.subplots()
     colours: dict[str, Any] = {"cmap": "PuOr", "vmin": -highest} if signed else {"cmap": "cividis", "vmin": 0}
     seen = axis.imshow(table, origin="lower", aspect="auto", interpolation="none", vmax=highest, **colours)
+    width = min(1.2, 24 / max(layers, heads))  # of a frame, in points: small cells keep their colour
     for layer, head in marked:
         corner = (head - _MARKS / 2, layer - _MARKS / 2)
-        axis.add_patch(Rectangle(corner, _MARKS, _MARKS, fill=False, lw=1.2, edgecolor="black" if signed else "white"))
+        frame = Rectangle(corner, _MARKS, _MARKS, fill=False, lw=width, edgecolor="black" if signed else "white")
+        axis.add_patch(frame)
     axis.set_title(title, loc="left", fontsize=11)
     axis.set_xlabel("head")
     axis.set_ylabel("layer")
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_locator(MaxNLocator(integer=True))
-    drawn.colorbar(seen, ax=axis, fraction=0.05, pad=0.02).outline.set_visible(False)
+    drawn.colorbar(seen, cax=axis.inset_axes((1.02, 0, 0.05, 1))).outline.set_visible(False)
     return drawn
 
 
@@ -130,12 +136,13 @@ def _legend(shown: Shown) -> str:
 
 
 def _table(listing: Listing) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in listing.columns)
-    rows = "".join(
-        f"<tr><th>{html.escape(first)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
-        for first, *cells in listing.rows
-    )
+    first, *others = map(html.escape, listing.columns)
+    head = f"<tr><th style='text-align:left'>{first}</th>{''.join(f'<th>{column}</th>' for column in others)}</tr>"
+    rows = ""
+    for name, *cells in listing.rows:
+        values = "".join(f"<td>{html.escape(cell).replace('  ', '&emsp;')}</td>" for cell in cells)
+        rows += f"<tr><th>{html.escape(name)}</th>{values}</tr>"
     return (
-        f"<h2>{html.escape(listing.title)}</h2><div class='wide'><table style='min-width:0;width:auto'><thead><tr>{head}</tr>"
-        f"</thead><tbody>{rows}</tbody></table></div>"
+        f"<h2>{html.escape(listing.title)}</h2><div class='wide'><table style='min-width:0;width:auto'>"
+        f"{f'<thead>{head}</thead>' if any(listing.columns) else ''}<tbody>{rows}</tbody></table></div>"
     )

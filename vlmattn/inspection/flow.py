@@ -71,7 +71,7 @@ def attention_flow(
 
     Args:
         row: by token of the prompt (from the end below 0).
-        keys: input tokens to measure; None = all up to the row.
+        keys: input tokens to measure; None = all that the row may see.
         layers: only the last so many; None = all.
         progress: show a bar.
         inputs, recipe, residual: as for ``rollout``.
@@ -88,7 +88,6 @@ def attention_flow(
         if not -tokens <= place < tokens:
             raise InputError(f"token {place} is out of range: the prompt has {tokens} (0 to {tokens - 1})")
     row %= tokens
-    wanted = range(row + 1) if keys is None else [key % tokens for key in keys]
     total = model.config.get_text_config().num_hidden_layers
     if layers is not None and not 1 <= layers <= total:
         raise OptionError(f"layers must be within 1..{total}, got {layers}")
@@ -102,6 +101,7 @@ def attention_flow(
     _each_layer(model, inputs, recipe, residual, lambda attention: mixed.append(_mixed(attention, residual)))
     ahead = any(bool(capacity.triu(1).any()) for capacity in mixed)  # then later tokens lie on the way
     stop = tokens if ahead else row + 1
+    wanted = range(stop) if keys is None else [key % tokens for key in keys]
     graph = networkx.DiGraph()
     for layer, capacity in enumerate(mixed):
         for query, key in (capacity[:stop, :stop] > 0).nonzero().tolist():

@@ -29,7 +29,7 @@ def listings(shown: Shown, top: int = 10) -> list[Listing]:
     if isinstance(shown, HeadProfile):
         tables = {name: np.array(table, dtype=float) for name, table in shown.scores.items()}
         best = {name: shown.top(name, 1.0)[:top] for name in tables}
-        return [_heads("Heads with the highest scores", tables, best, ".3g")]
+        return [_heads("Heads with the highest scores", tables, best, "#.3g")]
     if isinstance(shown, HeadDifference):
         return _differences(shown, top)
     if isinstance(shown, SinkProfile):
@@ -53,7 +53,7 @@ def _differences(shown: HeadDifference, top: int) -> list[Listing]:
     most = {name: _largest(change, top) for name, change in changes.items()}
     return [
         Listing("Agreement", ("score", "Spearman", f"top {SHARE:.0%} in common"), tuple(rows)),
-        _heads("Heads that changed most, second less first", changes, most, "+.3g"),
+        _heads("Heads that changed most, second less first", changes, most, "+#.3g"),
     ]
 
 
@@ -61,8 +61,11 @@ def _heads(
     title: str, tables: Mapping[str, Table], places: Mapping[str, Sequence[tuple[int, int]]], style: str
 ) -> Listing:
     """A column for each score, a row for each rank."""
-    columns = [[f"{n}.{h}  {table[n, h]:{style}}" for n, h in places[name]] for name, table in tables.items()]
-    rows = tuple((str(rank), *cells) for rank, cells in enumerate(zip(*columns, strict=True), 1))
+    columns = [
+        [f"{n}.{h}  {table[n, h]:{style}}" for n, h in places[name]] if np.ptp(table) else ["all alike"]
+        for name, table in tables.items()
+    ]
+    rows = tuple((str(rank), *cells) for rank, cells in enumerate(zip_longest(*columns, fillvalue=""), 1))
     return Listing(title, ("", *tables), rows)
 
 
