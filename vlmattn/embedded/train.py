@@ -20,13 +20,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmattn.embedded.packing import Row, Turn, answers, pack
 from vlmattn.embedded.saving import save
-from vlmattn.embedded.scenes import CATEGORIES, COLOURS, IMAGE_SIZE, PATCH_SIZE, Scene, make_scene, patch_labels
+from vlmattn.embedded.scenes import CATEGORIES, COLOURS, Scene
 from vlmattn.embedded.text import IMAGE_TOKENS, build_processor, build_tokenizer, multi_image_turns, turns
-from vlmattn.embedded.training import Batch, Stage, checkpoint, last_stage, load_stage, read_log, run_stage, write_log
+from vlmattn.embedded.tower import tower_config
+from vlmattn.embedded.training import (
+    Batch,
+    Stage,
+    checkpoint,
+    last_stage,
+    load_stage,
+    read_log,
+    run_stage,
+    scene_batch,
+    write_log,
+)
 
 SEED = 2026
 BATCH = 16
@@ -34,22 +45,12 @@ VISION_STEPS = 9_000
 TEXT_STEPS = 3_600
 MANY_STEPS = 4_500
 MULTI_IMAGE_FROM = 800  # steps of stage 2: single-image yes/no is learned by then
-_BROKEN_SHARE = 0.15
 _EMBEDDING_NORM = 8.0  # of the size of a projected patch: smaller rows are drowned by the image
 
 
 def build_model() -> LlavaForConditionalGeneration:
     """LLaVA-1.5 in small: a CLIP tower (last-but-one layer, without its CLS token), two-layer projector, Llama decoder."""
     tokenizer = build_tokenizer()
-    vision = CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=480,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=160,
-    )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -66,7 +67,7 @@ def build_model() -> LlavaForConditionalGeneration:
         pad_token_id=0,
     )
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=tower_config(),
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=IMAGE_TOKENS,
@@ -130,14 +131,7 @@ class Trainee(nn.Module):
 
 
 def _scenes(stage: int, step: int, count: int) -> tuple[list[Scene], Batch]:
-    drawn = [make_scene(SEED * 10 + stage, step * 64 + i, None, _BROKEN_SHARE) for i in range(count)]
-    pixels = torch.from_numpy(np.stack([image for _, image in drawn])).permute(0, 3, 1, 2).float()
-    labels = [patch_labels(scene) for scene, _ in drawn]
-    return [scene for scene, _ in drawn], {
-        "pixels": (pixels / 255 - 0.5) / 0.25,
-        "category": torch.from_numpy(np.stack([a for a, _ in labels])),
-        "colour": torch.from_numpy(np.stack([b for _, b in labels])),
-    }
+    return scene_batch(SEED * 10 + stage, step, count)
 
 
 def vision_batch(step: int) -> Batch:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vlmattn.embedded.scenes import Scene, make_scene, patch_labels
 from vlmattn.files import write_whole
 
 Batch = dict[str, Tensor]
+_BROKEN_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ class Stage:
     batch: Callable[[int], Batch]
     loss: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
     rate: Callable[[int], float]
+
+
+def scene_batch(stream: int, step: int, count: int) -> tuple[list[Scene], Batch]:
+    """Training scenes of a step, at most 64, with pixels and the labels of their patches; 15 % break the prior."""
+    drawn = [make_scene(stream, step * 64 + i, None, _BROKEN_SHARE) for i in range(count)]
+    pixels = torch.from_numpy(np.stack([image for _, image in drawn])).permute(0, 3, 1, 2).float()
+    labels = [patch_labels(scene) for scene, _ in drawn]
+    return [scene for scene, _ in drawn], {
+        "pixels": (pixels / 255 - 0.5) / 0.25,
+        "category": torch.from_numpy(np.stack([a for a, _ in labels])),
+        "colour": torch.from_numpy(np.stack([b for _, b in labels])),
+    }
 
 
 class _Batches(Dataset[Batch]):

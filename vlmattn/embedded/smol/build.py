@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlmattn.embedded.scenes import IMAGE_SIZE, PATCH_SIZE
 from vlmattn.embedded.text import IMAGE_TOKENS
+from vlmattn.embedded.tower import tower_config
 
 RANK, ALPHA = 16, 32
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -19,17 +19,8 @@ _LANGUAGE = "model.language_model."
 
 def build_llava(language: Mapping[str, Any], image_token: int) -> LlavaForConditionalGeneration:
     """LLaVA-1.5 with a tower of 56 x 56 pixels; ``language``: the config of the language model."""
-    vision = CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=480,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=160,
-    )
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=tower_config(),
         text_config=LlamaConfig(**language),
         image_token_index=image_token,
         image_seq_length=IMAGE_TOKENS,

