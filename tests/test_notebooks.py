@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run from start to end, offline, and say what they said when they were written."""
+"""The notebooks in examples/ run from start to end, offline, and every cell that printed something still does."""
 
 from __future__ import annotations
 

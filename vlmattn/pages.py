@@ -50,8 +50,7 @@ def heated(picture: Any, maps: Sequence[tuple[tuple[float, float, float, float],
             the picture are drawn; if there are none, the finest map of the whole picture.
     """
     drawn = [(box, np.asarray(values, dtype=float)) for box, values in maps]
-    parts = [(box, values) for box, values in drawn if box != (0, 0, 1, 1)]
-    parts = parts or [max(drawn, key=lambda one: one[1].size)]
+    parts = [drawn[number] for number in shown([box for box, _ in drawn], [values.size for _, values in drawn])]
     top = max(float(values.max()) for _, values in parts)
     mask = Image.new("L", picture.size)
     for (left, upper, right, lower), values in parts:
@@ -63,6 +62,16 @@ def heated(picture: Any, maps: Sequence[tuple[tuple[float, float, float, float],
         if x < end and y < bottom:
             mask.paste(share.resize((end - x, bottom - y), Image.Resampling.NEAREST), (x, y))
     return Image.composite(Image.new("RGB", picture.size, "#d40000"), picture.convert("RGB"), mask)
+
+
+def shown(boxes: Sequence[tuple[float, float, float, float]], cells: Sequence[int]) -> list[int]:
+    """Which views of a picture are drawn over it, by number: those of its parts; if there are none, the finest of the whole.
+
+    Args:
+        boxes: of the views (left, top, right, bottom in shares of the picture). cells: how many each has.
+    """
+    parts = [number for number, box in enumerate(boxes) if tuple(box) != (0, 0, 1, 1)]
+    return parts or sorted(range(len(boxes)), key=lambda number: cells[number])[-1:]
 
 
 _STYLE = """

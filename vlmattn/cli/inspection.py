@@ -69,7 +69,7 @@ def inspect(
     if save is not None:
         plain(f"attention: {save}")
     if html is not None:
-        write_page(html, _page(sides, pictures, prompt, loaded))
+        write_page(html, _page(sides, pictures, prompt, model, loaded))
         plain(f"page: {html}")
     if png is not None:
         from vlmattn.inspection.pictures import figures
@@ -78,7 +78,7 @@ def inspect(
         plain(f"figures: {png}")
 
 
-def _page(sides: list[Side], pictures: list[Any], prompt: str, model: Any) -> str:
+def _page(sides: list[Side], pictures: list[Any], prompt: str, name: str, model: Any) -> str:
     from vlmattn.evals.environment import hardware, versions
     from vlmattn.files import beside
     from vlmattn.inspection.page import inspect_page
@@ -87,7 +87,7 @@ def _page(sides: list[Side], pictures: list[Any], prompt: str, model: Any) -> st
     found = beside(model.name_or_path, HeadProfile.FILE_NAME)
     facts = {
         "command": typed(),
-        "model": sides[0].trace.source,
+        "model": name,
         "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
         "machine": ", ".join(f"{name} {value}" for name, value in hardware().items() if value),
         "decoding": "greedy, one prompt",

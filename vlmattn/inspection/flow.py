@@ -1,4 +1,4 @@
-"""How attention adds up over the layers: rollout, and maximum flow (arXiv 2005.00928)."""
+"""How attention adds up over the layers of a prompt: rollout, and maximum flow (arXiv 2005.00928)."""
 
 from __future__ import annotations
 
@@ -12,46 +12,68 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError, OptionError, UnsupportedError
-from vlmattn.inspection.looking import watched
-from vlmattn.inspection.measuring import Inputs, prepared_one
+from vlmattn.inspection.looking import prompt_of, watched
+from vlmattn.inspection.measuring import Inputs
 from vlmattn.inspection.named import Named
+from vlmattn.inspection.recorder import head_gains
 from vlmattn.kernels import AttentionEdit
-from vlmattn.models import find_family
-from vlmattn.request import Scope, Step, Weights
+from vlmattn.request import Scope, Step, Weights, number_images
+from vlmattn.wrapping import handle_of
 
-_CHUNK = 2**25  # scores held at once: 128 MB
-_EDGES = 500_000  # of a flow graph: a maximum flow to one key takes seconds at that size
+_CHUNK = 2**22  # scores held at once: 16 MB
+_EDGES = 500_000  # of a flow graph: 0.5 GB and 10 s to build, 1 to 3 s for each key
+_UNIT = 2**40  # capacities are whole numbers of 1 / _UNIT: with floats, rests of rounding would be paths of their own
+
+Use = Callable[[int, Tensor], None]
+"""``use(start, rows)`` gets A' of one layer after another, rows from ``start`` on: float32 ``[row, key]``."""
 
 
-@torch.no_grad()
-def rollout(model: PreTrainedModel, inputs: Inputs, recipe: Any = None, *, residual: float = 0.5) -> Named:
-    """Attention rollout of a prompt, ``[query, key]``: what of each input token is in each row after the last layer.
+def rollout(
+    model: PreTrainedModel, inputs: Inputs, recipe: Any = None, *, residual: float = 0.5, processor: Any = None
+) -> Named:
+    """Attention rollout of a prompt, ``[query, key]``: the share of each input token in each row after the last layer.
 
-        R = A'_L ... A'_1,   A'_l = (1 - residual) mean_h A_l + residual I
+        R = A'_L ... A'_1,   A'_l = (1 - residual) mean_h eta_h A_lh + residual I,   each row of A' divided by its sum
 
-    Holds three matrices of query x key, whatever the depth. Rows sum to 1 where attention does.
+    A is attention as the layers used it, under the recipe after masks, changed scores and group gains; eta are its
+    gains of whole heads (1 without). Decoding rules have no part in it. Rows of R sum to 1.
+
+    One forward, and attention of all rows once more, some rows of one layer at a time: two matrices of query x key are
+    held, whatever the depth (4,096 tokens: 0.13 GB).
 
     Args:
-        inputs: what the processor made of one prompt, without padding.
-        recipe: what acts meanwhile; None = what is on the model, or nothing.
-        residual: share of the residual stream in each layer (paper: 0.5).
+        inputs: what the processor made of one prompt with images, without padding.
+        recipe: what acts meanwhile, as for ``wrap``; None = what is on the model, or nothing.
+        residual: share of the residual stream in each layer, 0 to 1 (paper: 0.5).
+        processor: for recipes that must know the user's turn.
 
     Raises:
         OptionError: residual outside 0..1.
-        InputError: several prompts, or padding.
-        UnsupportedError: a model or recipe that is not supported, or a recipe that drops tokens.
+        InputError: several prompts, padding, no image tokens.
+        UnsupportedError: a family or an attention implementation that is not supported, layers without attention over
+            the tokens, a recipe that drops tokens or is about cached ones.
     """
-    rolled: list[Tensor] = []
+    before, after = torch.empty(0), torch.empty(0)
 
-    def add(attention: Tensor) -> None:
-        mixed = _mixed(attention, residual)
-        rolled[:] = [mixed @ rolled[0] if rolled else mixed]
+    def add(start: int, rows: Tensor) -> None:
+        nonlocal before, after
+        if not start:
+            before, after = after, rows.new_zeros(rows.shape[1], rows.shape[1])
+        if len(before):  # causal rows end early: a third of the work
+            seen = _width(rows)
+            wide = _width(before[:seen])
+            rows = rows[:, :seen].to(before.device) @ before[:seen, :wide]
+        after[start : start + len(rows), : rows.shape[1]] = rows
 
-    _each_layer(model, inputs, recipe, residual, add)
-    return Named(rolled[0], ("query", "key"))
+    _each_layer(model, inputs, recipe, residual, processor, add)
+    return Named(after.cpu(), ("query", "key"))
 
 
-@torch.no_grad()
+def _width(rows: Tensor) -> int:
+    """Columns up to the last that is not 0 everywhere, at least 1."""
+    return int(rows.any(0).long().cumsum(0).argmax()) + 1
+
+
 def attention_flow(
     model: PreTrainedModel,
     inputs: Inputs,
@@ -61,101 +83,150 @@ def attention_flow(
     keys: Sequence[int] | None = None,
     residual: float = 0.5,
     layers: int | None = None,
+    merge: int = 1,
+    processor: Any = None,
     progress: bool = True,
 ) -> Named:
-    """Maximum flow of attention from one row after the last layer to input tokens, ``[key]``; 0 for keys not asked for.
+    """Maximum flow of attention from one row after the last layer to each input token, ``[key]``, 0 to 1.
 
-    A node for each token and layer; the edge from (l, i) to (l - 1, j) has capacity A'_l[i, j] of ``rollout``. Each key is a
-    sink of its own, so each costs one maximum flow on a graph of about layers x tokens^2 / 2 edges (networkx): 0.1 s at 10,000
-    edges. Early tokens have many ways to every row, so under causal attention their flow is often close to 1.
+    The graph has a node for each layer and token; the edge from (l, i) to (l - 1, j) has the capacity A'_l[i, j] of
+    ``rollout``. Each key is a sink of its own, so each costs one maximum flow (networkx, shortest augmenting paths) in
+    a graph of about layers x tokens^2 / 2 edges. On one CPU core 30 layers and 70 tokens take 20 s for all keys; the
+    largest graph that is allowed (500,000 edges) takes 10 s and 0.5 GB to build, then 1 to 3 s a key. A causal row has
+    more ways to an early token than to a late one, and a higher flow from it.
 
     Args:
         row: by token of the prompt (from the end below 0).
-        keys: input tokens to measure; None = all that the row may see.
-        layers: only the last so many; None = all.
+        keys: input tokens to measure; None = all.
+        layers: only the last so many, whose input then stands for the prompt's tokens; None = all.
+        merge: so many neighbouring tokens of an image count as one node (text tokens stay apart). Its capacities are
+            mean over rows and sum over keys, so rows still sum to 1; its flow is given for each of its tokens.
         progress: show a bar.
-        inputs, recipe, residual: as for ``rollout``.
+        inputs, recipe, residual, processor: as for ``rollout``.
+
+    Returns:
+        0 for keys that the row cannot reach, nan for those not asked for.
 
     Raises:
-        InputError: a row or key that is not in the prompt; a graph that is too large (says how large).
-        OptionError, UnsupportedError: as for ``rollout``.
+        InputError: a row or key that is not in the prompt, a graph that is too large (says how large, and what to do).
+        OptionError: layers or merge out of range.
+        OptionError, InputError, UnsupportedError: also as for ``rollout``.
     """
-    import networkx
-    from networkx.algorithms.flow import boykov_kolmogorov
+    from networkx.algorithms.flow import build_residual_network, maximum_flow_value, shortest_augmenting_path
 
-    tokens = prepared_one(model, inputs)["input_ids"].shape[1]
+    family, given, types = prompt_of(model, inputs)
+    anatomy, tokens = family.anatomy(model), types.shape[1]
     for place in (row, *(keys or ())):
         if not -tokens <= place < tokens:
             raise InputError(f"token {place} is out of range: the prompt has {tokens} (0 to {tokens - 1})")
-    row %= tokens
-    total = model.config.get_text_config().num_hidden_layers
-    if layers is not None and not 1 <= layers <= total:
-        raise OptionError(f"layers must be within 1..{total}, got {layers}")
-    depth = layers or total
-    if (edges := depth * (row + 1) * (row + 2) // 2) > _EDGES:
+    if layers is not None and not 1 <= layers <= anatomy.layers:
+        raise OptionError(f"layers must be within 1..{anatomy.layers}, got {layers}")
+    if merge < 1:
+        raise OptionError(f"merge must be at least 1, got {merge}")
+    nodes = _nodes(number_images(types, family.image_lengths(model, given))[0].tolist(), merge)
+    depth, count = layers or anatomy.layers, int(nodes[-1]) + 1
+    edges = depth * (count * (count + 1) // 2 if anatomy.causal else count**2)
+    if edges > _EDGES:
         raise InputError(
-            f"the flow graph would have {edges:,} edges ({depth} layers, {row + 1} tokens; at most {_EDGES:,}); give"
-            " layers=, an earlier row, or use rollout"
+            f"the flow graph would have {edges:,} edges ({depth} layers, {count} nodes; at most {_EDGES:,}); give"
+            " merge= (image tokens that count as one) or layers=, or use rollout"
         )
-    mixed: deque[Tensor] = deque(maxlen=depth)
-    _each_layer(model, inputs, recipe, residual, lambda attention: mixed.append(_mixed(attention, residual)))
-    ahead = any(bool(capacity.triu(1).any()) for capacity in mixed)  # then later tokens lie on the way
-    stop = tokens if ahead else row + 1
-    wanted = range(stop) if keys is None else [key % tokens for key in keys]
-    graph = networkx.DiGraph()
-    for layer, capacity in enumerate(mixed):
-        for query, key in (capacity[:stop, :stop] > 0).nonzero().tolist():
-            graph.add_edge((layer + 1, query), (layer, key), capacity=float(capacity[query, key]))
-    flow = torch.zeros(tokens)
-    for key in tqdm(wanted, desc="flow", unit="key", disable=not progress):
-        if (0, key) in graph:
-            flow[key] = networkx.maximum_flow_value(graph, (len(mixed), row), (0, key), flow_func=boykov_kolmogorov)
+    capacities: deque[Tensor] = deque(maxlen=depth)
+    sizes = nodes.bincount()
+
+    def add(start: int, rows: Tensor) -> None:
+        if not start:
+            capacities.append(torch.zeros(count, count))
+        own = nodes[start : start + len(rows)]
+        merged = torch.zeros(len(rows), count).index_add_(1, nodes, rows.cpu())
+        capacities[-1].index_add_(0, own, merged / sizes[own, None])
+
+    _each_layer(model, inputs, recipe, residual, processor, add)
+    source = (depth, int(nodes[row]))
+    graph = _graph(capacities, source)
+    residue = build_residual_network(graph, "capacity")  # once: every flow begins by clearing it
+    wanted = range(tokens) if keys is None else [key % tokens for key in keys]
+    flows: dict[int, float] = {}
+    for node in tqdm(sorted({int(nodes[key]) for key in wanted}), desc="flow", unit="key", disable=not progress):
+        flows[node] = 0.0
+        if (0, node) in graph:
+            found = maximum_flow_value(graph, source, (0, node), flow_func=shortest_augmenting_path, residual=residue)
+            flows[node] = found / _UNIT
+    flow = torch.full((tokens,), float("nan"))
+    for key in wanted:
+        flow[key] = flows[int(nodes[key])]
     return Named(flow, ("key",))
 
 
-def _mixed(attention: Tensor, residual: float) -> Tensor:
-    """Attention with the share of the residual stream."""
-    return (attention * (1 - residual)).add_(torch.eye(len(attention)), alpha=residual)
+def _nodes(images: Sequence[int], merge: int) -> Tensor:
+    """The node of each token, int64 ``[token]``, from the number of its image (-1 for text)."""
+    nodes, node, size, before = [], -1, 0, -1
+    for image in images:
+        size = size + 1 if image >= 0 and image == before and size < merge else 1
+        node, before = node + (size == 1), image
+        nodes.append(node)
+    return torch.tensor(nodes)
 
 
-class _Layers:
-    """Hands on the mean over heads of each layer's attention, ``[query, key]`` (a ``Watcher``)."""
+def _graph(capacities: Sequence[Tensor], source: tuple[int, int]) -> Any:
+    """What can be reached from ``source`` = (layers, node) through capacities ``[node, node]`` of each layer."""
+    import networkx
 
-    def __init__(self, use: Callable[[Tensor], None]) -> None:
-        self._use = use
+    graph = networkx.DiGraph()
+    graph.add_node(source)
+    reached = torch.zeros(len(capacities[0]), dtype=torch.bool)
+    reached[source[1]] = True
+    for layer in reversed(range(len(capacities))):
+        whole = (capacities[layer].double() * reached[:, None] * _UNIT).round().long()
+        queries, keys = whole.nonzero(as_tuple=True)
+        for query, key, capacity in zip(queries.tolist(), keys.tolist(), whole[queries, keys].tolist(), strict=True):
+            graph.add_edge((layer + 1, query), (layer, key), capacity=capacity)
+        reached = (whole > 0).any(0)
+    return graph
+
+
+class _Mixed:
+    """Hands on A' of each layer, some rows at a time (a ``Watcher``)."""
+
+    def __init__(self, tokens: int, residual: float, use: Use) -> None:
+        self._tokens, self._residual, self._use = tokens, residual, use
 
     def enter(self, step: Step, layer: int, hidden: Tensor) -> None:
         pass
 
     def attended(self, scope: Scope, edit: AttentionEdit, weights: Weights) -> None:
-        if scope.keys != scope.queries:
+        tokens = self._tokens
+        if scope.queries != tokens or scope.keys != tokens:
             raise UnsupportedError(
-                "a recipe that drops tokens, or a sliding window, leaves no square of attention to follow"
+                f"'{scope.request.plan.name}' drops tokens before layer {scope.layer}, and attention cannot be followed"
+                " through rows that are gone; look shows the rows that are left"
             )
-        found, rows = torch.zeros(scope.queries, scope.keys), max(1, _CHUNK // (scope.heads * scope.keys))
-        for start in range(0, scope.queries, rows):
-            stop = min(start + rows, scope.queries)
-            found[start:stop] = weights(start, stop)[0].mean(0).float().cpu()
-        self._use(found)
+        size = max(1, _CHUNK // (scope.heads * tokens))
+        for start in range(0, tokens, size):
+            stop = min(start + size, tokens)
+            found = weights(start, stop)[0]
+            if edit.head_gain:
+                found *= head_gains(edit.slice_rows(start, stop), scope.heads, stop - start, scope.device)[..., None]
+            mixed = found.mean(0) * (1 - self._residual)
+            mixed.diagonal(start).add_(self._residual)
+            self._use(start, mixed / mixed.sum(-1, keepdim=True).clamp_min(1e-30))
 
 
-def _each_layer(
-    model: PreTrainedModel, inputs: Inputs, recipe: Any, residual: float, use: Callable[[Tensor], None]
-) -> None:
-    """Let ``use`` have the head mean of attention of one layer after another."""
+def _each_layer(model: PreTrainedModel, inputs: Inputs, recipe: Any, residual: float, processor: Any, use: Use) -> None:
+    """Let ``use`` have A' of all layers in one forward of the prompt."""
     if not 0 <= residual <= 1:
         raise OptionError(f"residual must be within 0..1, got {residual:g}")
-    if find_family(model).anatomy(model).attending is not None:
+    family, given, types = prompt_of(model, inputs)
+    if family.anatomy(model).attending is not None:
         raise UnsupportedError(
-            f"some layers of {type(model).__name__} have no attention over the tokens, so it cannot be followed through them"
+            f"some layers of {type(model).__name__} have no attention over the tokens, so it cannot be followed through"
+            " them; look shows the other layers"
         )
-    given, sizes = prepared_one(model, inputs), set()
-
-    def checked(attention: Tensor) -> None:
-        sizes.add(len(attention))
-        if len(sizes) > 1:
-            raise UnsupportedError("a recipe that drops tokens leaves layers of different sizes; look shows those rows")
-        use(attention)
-
-    with watched(model, None, recipe, _Layers(checked)):
-        model(**given, use_cache=False, logits_to_keep=1)
+    positions = family.positions(model, given)  # given, so that the model notes none
+    with torch.no_grad(), watched(model, processor, recipe, _Mixed(types.shape[1], residual, use)) as name:
+        handle = handle_of(model)
+        if handle is not None and handle.active_plan.policies:
+            raise UnsupportedError(
+                f"'{name}' changes what an answer sees of the cache, and attention is followed in the prompt; leave it out"
+            )
+        model(**given, position_ids=positions, use_cache=False, logits_to_keep=1)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from vlmattn.errors import InputError, UnsupportedError, VlmattnError
+from vlmattn.errors import InputError, OptionError, UnsupportedError, VlmattnError
+from vlmattn.inspection.answers import given_answers
 from vlmattn.inspection.measuring import Inputs, prepared_one
 from vlmattn.inspection.recorder import Recorder
 from vlmattn.inspection.trace import GROUPS, Trace, begin, write_row
@@ -53,25 +54,19 @@ def look(
         folder: new folder to write the attention to while it is computed; None = keep it in memory.
 
     Raises:
-        InputError: several prompts, padding, no image tokens, a row that is not in the prompt, an empty answer, more attention
-            than 2 GB without a folder (or than the disk holds), a folder that exists.
+        InputError: several prompts, padding, no image tokens, a row that is not in the prompt, an answer that is empty or not
+            of text tokens, more attention than 2 GB without a folder (or than the disk holds), a folder that exists.
+        OptionError: no new tokens.
         UnsupportedError: a family or an attention implementation that is not supported, a recipe that searches or keeps
             heads apart.
     """
-    family = find_family(model)
-    anatomy, given = family.anatomy(model), prepared_one(model, inputs)
-    ids = given["input_ids"]
-    if anatomy.leading:
-        raise UnsupportedError(f"{type(model).__name__} puts its image before the tokens; it cannot be looked at")
-    types = family.token_types(model, ids)
-    if not bool((types != TEXT).any()):
-        raise InputError(
-            "no image tokens in the prompt, so there is nothing to look at; put the image placeholder into it"
-            " (processor.apply_chat_template does)"
-        )
-    if answer is not None and not len(answer):
-        raise InputError("answer has no tokens; leave it out for the model's own answer")
-    prompt, steps = ids.shape[1], max_new_tokens if answer is None else len(answer)
+    family, given, types = prompt_of(model, inputs)
+    anatomy = family.anatomy(model)
+    if answer is not None:
+        given_answers(model, [given], [answer])
+    elif max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    prompt, steps = types.shape[1], max_new_tokens if answer is None else len(answer)
     kept = _checked_rows(rows, prompt)
     _check_size(anatomy, len(kept) + steps, prompt + steps, folder)
     target, partial = (None, None) if folder is None else begin(folder)
@@ -98,6 +93,27 @@ def look(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return Trace.load(target)
+
+
+def prompt_of(model: PreTrainedModel, inputs: Inputs) -> tuple[Family, dict[str, Any], Tensor]:
+    """The family, the prompt on the model's device with its mask, and types of its tokens ``[1, tokens]``.
+
+    Raises:
+        InputError: several prompts, padding, no image tokens.
+        UnsupportedError: a family that is not supported, or whose image is not among the tokens.
+    """
+    family, given = find_family(model), prepared_one(model, inputs)
+    if family.anatomy(model).leading:
+        raise UnsupportedError(f"{type(model).__name__} puts its image before the tokens; it cannot be looked at")
+    types = family.token_types(model, given["input_ids"])
+    if not bool((types != TEXT).any()):
+        raise InputError(
+            "no image tokens in the prompt, so there is nothing to look at; put the image placeholder into it"
+            " (processor.apply_chat_template does)"
+        )
+    if given.get("attention_mask") is None:
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+    return family, given, types
 
 
 class _Store:

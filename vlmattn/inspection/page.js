@@ -8,8 +8,6 @@
     if (parent) parent.append(node);
     return node;
   };
-  const GROUP_COLOURS = ["#777777", "#0072B2", "#E69F00", "#009E73"];
-  const SIDE_COLOURS = ["#777777", "#0072B2", "#D55E00", "#009E73"];
   // cividis: told apart by colour-blind readers, and ordered in grey too
   const STOPS = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115], [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56]];
   const colour = (share) => {
@@ -214,15 +212,15 @@
     const box = at("groups");
     box.replaceChildren();
     const lines = data.sides.flatMap((side, number_) => (stepOf(side) === null ? [] : data.groups.map((_, group) => ({
-      values: side.masses[state.step].map((row) => row[group]), colour: GROUP_COLOURS[group], dashed: number_ > 0,
+      values: side.masses[state.step].map((row) => row[group]), colour: data.colours[group], dashed: number_ > 0,
     }))));
-    const names = data.groups.map((name, group) => [name, GROUP_COLOURS[group]]);
+    const names = data.groups.map((name, group) => [name, data.colours[group]]);
     const kinds = data.sides.length > 1 ? [[data.sides[0].name, "#444"], [data.sides[1].name, "#444", true]] : [];
     const through = chart(box, "through the layers", lines, data.layers, 1, state.layer < 0 ? null : state.layer);
     legend(through, [...names, ...kinds]);
     data.sides.forEach((side) => {
       const of = (row, group) => (state.layer < 0 ? mean(row.map((layer) => [layer[group]]))[0] : row[state.layer][group]);
-      chart(box, `through the answer: ${side.name}`, data.groups.map((_, group) => ({ values: side.masses.map((row) => of(row, group)), colour: GROUP_COLOURS[group] })), side.tokens.map((_, i) => i), 1, stepOf(side));
+      chart(box, `through the answer: ${side.name}`, data.groups.map((_, group) => ({ values: side.masses.map((row) => of(row, group)), colour: data.colours[group] })), side.tokens.map((_, i) => i), 1, stepOf(side));
     });
   }
 
@@ -271,10 +269,10 @@
         names.forEach((name, i) => {
           const line = make("div", lines, { className: "line" });
           line.style.width = `${Math.min(100, (100 * -token.likely[name]) / 6)}%`;
-          line.style.background = SIDE_COLOURS[i % SIDE_COLOURS.length];
+          line.style.background = data.colours[i % data.colours.length];
         });
       });
-      legend(own, names.map((name, i) => [`${name} (bar: 0 to -6)`, SIDE_COLOURS[i % SIDE_COLOURS.length]]));
+      legend(own, names.map((name, i) => [`${name} (bar: 0 to -6)`, data.colours[i % data.colours.length]]));
       const step = stepOf(side);
       if (step !== null) {
         const table = make("table", own, { className: "small" }), body = make("tbody", table);

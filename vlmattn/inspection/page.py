@@ -59,7 +59,8 @@ def inspect_page(
         "layers": first.layers,
         "heads": first.heads,
         "groups": GROUPS,
-        "images": [[_drawn(piece) for piece in _shown(pieces)] for pieces in first.pieces],
+        "colours": pages.COLOURS,
+        "images": [_drawn(pieces) for pieces in first.pieces],
         "counts": [int(first.keys_of("image", image).sum()) for image in range(len(first.pieces))],
         "scores": {name: [list(table[layer]) for layer in first.layers] for name, table in (scores or {}).items()},
         "tau": tau,
@@ -157,14 +158,10 @@ def _sinks(trace: Trace, tau: float) -> list[dict[str, Any]]:
     return found
 
 
-def _shown(pieces: Sequence[Piece]) -> list[Piece]:
-    """Parts of the picture; if there are none, the finest view of the whole."""
-    parts = [piece for piece in pieces if tuple(piece.box) != (0, 0, 1, 1)]
-    return parts or sorted(pieces, key=lambda piece: piece.tokens.numel())[-1:]
-
-
-def _drawn(piece: Piece) -> dict[str, Any]:
-    return {"box": [round(side, 5) for side in piece.box], "cells": piece.tokens.tolist()}
+def _drawn(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """The pieces that are drawn over the picture: boxes, and numbers of tokens."""
+    chosen = pages.shown([piece.box for piece in pieces], [piece.tokens.numel() for piece in pieces])
+    return [{"box": [round(side, 5) for side in pieces[n].box], "cells": pieces[n].tokens.tolist()} for n in chosen]
 
 
 def _bytes(values: Tensor) -> dict[str, Any]:

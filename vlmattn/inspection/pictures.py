@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from vlmattn.inspection.trace import GROUPS, Trace
 from vlmattn.models import Piece
 
 _COLUMNS = 6
-_GROUP_COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73")
 
 
 def figures(sides: Sequence[Side], pictures: Sequence[Any]) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def group_lines(trace: Trace) -> Any:
     axes = drawn.subplots(1, 2, sharey=True)
     for axis, gone, label in zip(axes, ("step", "layer"), ("layer", "answer token"), strict=True):
         lines = masses.mean(gone).values
-        for group, (name, colour) in enumerate(zip(GROUPS, _GROUP_COLOURS, strict=True)):
+        for group, (name, colour) in enumerate(zip(GROUPS, pages.COLOURS, strict=False)):
             axis.plot(
                 range(len(lines)), lines[:, group], color=colour, label=name, marker="." if len(lines) == 1 else ""
             )
@@ -142,7 +141,7 @@ def _over(
     high, wide = picture.height / max(picture.size), picture.width / max(picture.size)
     drawn = Figure(figsize=(1.7 * columns * wide + 0.9, (1.7 * high + 0.25) * rows + 0.5), layout="constrained")
     axes = drawn.subplots(rows, columns, squeeze=False)
-    shown = list(_shown(pieces))
+    shown = pages.shown([piece.box for piece in pieces], [piece.tokens.numel() for piece in pieces])
     top = max(float(maps[number].max()) for maps in values for number in shown) or 1.0
     for axis in axes.flat:
         axis.set_axis_off()
@@ -160,9 +159,3 @@ def _over(
     drawn.suptitle(title, fontsize=10, parse_math=False)
     drawn.colorbar(seen, ax=axes, fraction=0.03, pad=0.01).outline.set_visible(False)
     return drawn
-
-
-def _shown(pieces: Sequence[Piece]) -> Iterator[int]:
-    """Parts of the picture; if there are none, the finest view of the whole."""
-    parts = [number for number, piece in enumerate(pieces) if tuple(piece.box) != (0, 0, 1, 1)]
-    yield from parts or [max(range(len(pieces)), key=lambda number: pieces[number].tokens.numel())]

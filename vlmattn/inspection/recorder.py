@@ -71,7 +71,8 @@ class Recorder:
             found = weights(place, place + 1)[0, :, 0].float().cpu()
             attention = found.new_zeros(len(found), int(keys[-1]) + 1)  # image tokens of some models see ahead
             attention[:, keys] = found
-            self._keep(row, scope.layer, attention, _gains(edit.slice_rows(place, place + 1), found))
+            gains = head_gains(edit.slice_rows(place, place + 1), len(found), 1, scope.device)
+            self._keep(row, scope.layer, attention, gains[:, 0].cpu())
 
 
 def _prompt_length(request: Request) -> int:
@@ -89,9 +90,7 @@ def _original(scope: Scope) -> Tensor:
     return torch.cat([kept[: scope.keys], slots[len(kept) :] + tokens.removed])
 
 
-def _gains(edit: AttentionEdit, like: Tensor) -> Tensor:
-    """What one row's head outputs are multiplied with ``[heads]``."""
+def head_gains(edit: AttentionEdit, heads: int, rows: int, device: torch.device) -> Tensor:
+    """What head outputs of an edit's rows are multiplied with, float32 ``[heads, row]``."""
     parts = tuple(replace(part, offset=None) for part in edit.head_gain)
-    device = parts[0].gain.device if parts else like.device
-    ones = torch.ones(1, len(like), 1, 1, device=device)
-    return scale_heads(AttentionEdit(head_gain=parts), ones)[0, :, 0, 0].float().cpu()
+    return scale_heads(AttentionEdit(head_gain=parts), torch.ones(1, heads, rows, 1, device=device))[0, :, :, 0]
