@@ -513,7 +513,7 @@ def test_evicted_equals_hidden(gemma, attn, rows, name):
         dropped, out = write(gemma, ids, replay=hidden)
     bare, _ = write(gemma, ids, replay=hidden)
     gemma.set_attn_implementation("sdpa")
-    torch.testing.assert_close(dropped, hidden, rtol=0, atol=1e-5)
+    torch.testing.assert_close(dropped, hidden, rtol=0, atol=2e-5)
     assert torch.equal(out.sequences, again.sequences)
     assert (bare - dropped).abs().max() > 0.05
     assert set(whole.slots[0]) == {16}
@@ -631,7 +631,7 @@ def test_images_from_pixels(gemma):
         with pytest.raises(UnsupportedError, match="first turn only"):
             write(gemma, PROMPTS[:1], past_key_values=out.past_key_values, **image)
     assert found.slots == [[10, 10]]
-    torch.testing.assert_close(dropped, hidden, rtol=0, atol=1e-5)
+    torch.testing.assert_close(dropped, hidden, rtol=0, atol=2e-5)
     assert (bare[0] - dropped[0]).abs().max() > 0.05
 
 

@@ -23,7 +23,7 @@ from vlmattn.models import find_family
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5  # float32; rounding differs between CPUs
 ACTS = 0.05  # logits are about 1
 NEW = 4
 PLACEHOLDERS = [96, 97, 98, 99]
