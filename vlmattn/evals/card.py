@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmattn.embedded.scenes import HARD_SHARE, patch_labels
-from vlmattn.embedded.text import existence_question
+from vlmattn.embedded.scenes import HARD_SHARE
 from vlmattn.embedded.train import BATCH, MANY_STEPS, MULTI_IMAGE_FROM, SEED, TEXT_STEPS, VISION_STEPS
 from vlmattn.evals.environment import versions
+from vlmattn.evals.gates import Gate, ask, bare_tables, figure, figure_rows, gate_rows, missed, rows_of, say
 from vlmattn.evals.journal import write_json
 from vlmattn.evals.runner import Result, evaluate
 from vlmattn.evals.suites import PQA, Chair, Pope, Which, World
@@ -32,31 +30,10 @@ _PRIORS = (0.25, 0.5, 0.75, 1.0)
 _IMAGES = (2, 3, 4, 6, 8)  # in one prompt
 
 
-@dataclass(frozen=True)
-class Gate:
-    """A bound that a figure must keep, both ends included."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-
-    @property
-    def passed(self) -> bool:
-        return self.low <= self.value <= self.high
-
-
-def _value(result: Result, suite: str, condition: str, split: str, metric: str) -> float:
-    for table in result.summary["tables"]:
-        if (table["suite"], table["condition"], table["split"]) == (suite, condition, split):
-            return float(table["rows"]["none"]["metrics"][metric]["value"])
-    raise KeyError((suite, condition, split))
-
-
 def gates(result: Result, faint: str, clear: str, broken: str, swapped: str) -> list[Gate]:
     """The gates of the bundled model; arguments are the names of the conditions."""
     accuracy = {
-        (c, s): _value(result, "pope", c, s, "accuracy")
+        (c, s): figure(result, "pope", c, s, "accuracy")
         for c in (faint, clear, broken, swapped)
         for s in ("random", "popular", "adversarial")
     }
@@ -66,20 +43,19 @@ def gates(result: Result, faint: str, clear: str, broken: str, swapped: str) -> 
         Gate("clear: POPE random", accuracy[clear, "random"], 97, 100),
         Gate("clear: POPE adversarial", accuracy[clear, "adversarial"], 92, 100),
         Gate("clear, prior broken: POPE random", accuracy[broken, "random"], 88, 100),
-        Gate("clear: in which of 2 images", _value(result, "which", clear, "2 images", "accuracy"), 95, 100),
-        Gate("clear: in which of 4 images", _value(result, "which", clear, "4 images", "accuracy"), 85, 100),
-        Gate("clear: in which of 8 images", _value(result, "which", clear, "8 images", "accuracy"), 70, 100),
+        Gate("clear: in which of 2 images", figure(result, "which", clear, "2 images", "accuracy"), 95, 100),
+        Gate("clear: in which of 4 images", figure(result, "which", clear, "4 images", "accuracy"), 85, 100),
+        Gate("clear: in which of 8 images", figure(result, "which", clear, "8 images", "accuracy"), 70, 100),
         Gate("faint: POPE random", accuracy[faint, "random"], 85, 92),
         Gate("faint: POPE random minus adversarial", drop, 4, 100),
-        Gate("faint: CHAIR_i", _value(result, "chair", faint, "captions", "chair_i"), 10, 25),
-        Gate("faint: recall of captions", _value(result, "chair", faint, "captions", "recall"), 60, 100),
+        Gate("faint: CHAIR_i", figure(result, "chair", faint, "captions", "chair_i"), 10, 25),
+        Gate("faint: recall of captions", figure(result, "chair", faint, "captions", "recall"), 60, 100),
         Gate("another scene's image: POPE, largest distance from 50", chance, 0, 6),
-        Gate("faint: captions that name an object twice", _value(result, "chair", faint, "captions", "repeats"), 0, 10),
-        Gate("clear: captions that name an object twice", _value(result, "chair", clear, "captions", "repeats"), 0, 10),
+        Gate("faint: captions that name an object twice", figure(result, "chair", faint, "captions", "repeats"), 0, 10),
+        Gate("clear: captions that name an object twice", figure(result, "chair", clear, "captions", "repeats"), 0, 10),
     ]
 
 
-@torch.inference_mode()
 def sink_statistics(model: Any, processor: Any, scenes: int = 100) -> list[dict[str, float]]:
     """Per layer, over existence questions about clear scenes: are there attention sinks or massive activations?
 
@@ -88,31 +64,11 @@ def sink_statistics(model: Any, processor: Any, scenes: int = 100) -> list[dict[
     20). ``top3``: share of the last row's visual attention on its three strongest visual tokens; ``top3_background``:
     how many of those show background; ``background``: share of background patches.
     """
-    world = World("clear", 0.0, scenes)
-    model.set_attn_implementation("eager")
-    prompts = [existence_question(world.scene(i).categories[0]) for i in range(scenes)]
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": p}]}], add_generation_prompt=True
-        )
-        for p in prompts
+    asked = ask(model, processor, scenes)
+    return [
+        _sinks_of_layer(hidden, attention, asked.visual, asked.first, asked.background)
+        for hidden, attention in zip(asked.hidden, asked.attention, strict=True)
     ]
-    inputs = processor(
-        text=texts,
-        images=[world.image(i)[0] for i in range(scenes)],
-        padding=True,
-        return_tensors="pt",
-        add_special_tokens=False,
-    )
-    out = model(**inputs, output_attentions=True, output_hidden_states=True)
-    model.set_attn_implementation("sdpa")
-    background = torch.stack([torch.from_numpy(patch_labels(world.scene(i))[0] == 0) for i in range(scenes)])
-    visual = inputs["input_ids"] == model.config.image_token_id
-    first = inputs["attention_mask"].argmax(1)
-    rows = []
-    for hidden, attention in zip(out.hidden_states, out.attentions, strict=False):
-        rows.append(_sinks_of_layer(hidden, attention, visual, first, background))
-    return rows
 
 
 def _sinks_of_layer(
@@ -155,11 +111,10 @@ def measure(model: Any, processor: Any, images: int) -> dict[str, Any]:
         result = evaluate(model, processor, suites, ["none"], Path(folder) / "full", "embedded")
         check = evaluate(model, processor, [Pope.on_scenes([small])], ["none"], Path(folder) / "small", "embedded")
     found = gates(result, faint.name, clear.name, broken[-1].name, swapped.name)
-    tables = [{k: v for k, v in t.items() if k != "rows"} | t["rows"]["none"] for t in result.summary["tables"]]
     return {
         "images": images,
-        "gates": [{**gate.__dict__, "value": round(gate.value, 2), "passed": gate.passed} for gate in found],
-        "tables": tables,
+        "gates": [gate.to_dict() for gate in found],
+        "tables": bare_tables(result),
         "sinks": sink_statistics(model, processor),
         "check": {t["split"]: t["rows"]["none"]["metrics"]["accuracy"]["value"] for t in check.summary["tables"]},
         "versions": versions(),
@@ -168,44 +123,20 @@ def measure(model: Any, processor: Any, images: int) -> dict[str, Any]:
 
 def card(figures: dict[str, Any], log: list[dict[str, Any]]) -> str:
     """The model card in markdown."""
-    lines = []
-    for table in figures["tables"]:
-        cells = table["metrics"]
-        if table["suite"] == "pope":
-            shown = f"accuracy {_with_interval(cells['accuracy'])}, yes-ratio {cells['yes_ratio']['value']:.1f}"
-        elif table["suite"] == "chair":
-            shown = (
-                f"CHAIR_i {_with_interval(cells['chair_i'])}, CHAIR_s {cells['chair_s']['value']:.1f},"
-                f" recall {cells['recall']['value']:.1f}, {cells['length']['value']:.1f} words, repeats {cells['repeats']['value']:.1f}"
-            )
-        else:
-            shown = f"accuracy {_with_interval(cells['accuracy'])}"
-            if "inconsistency" in cells and "position" not in table["split"]:
-                shown += f", inconsistency {_with_interval(cells['inconsistency'])}, yes-ratio {cells['yes_ratio']['value']:.1f}"
-        lines.append(f"| {table['suite']} | {table['condition']} | {table['split']} | {shown} |")
-    marks = [
-        f"| {g['name']} | {g['value']:.1f} | {g['low']:g} to {g['high']:g} | {'yes' if g['passed'] else '**no**'} |"
-        for g in figures["gates"]
-    ]
-    keys = list(figures["sinks"][0])
-    sinks = [f"| {i} | " + " | ".join(str(row[key]) for key in keys) + " |" for i, row in enumerate(figures["sinks"])]
     phi = max(row["phi"] for row in figures["sinks"])
     minutes = (
         sum(max((line["seconds"] for line in log if line["stage"] == stage), default=0) for stage in (1, 2, 3)) / 60
     )
-    missed = [g for g in figures["gates"] if not g["passed"]]
     return _CARD.format(
         images=figures["images"],
-        gates="\n".join(marks),
-        tables="\n".join(lines),
-        sink_head=" | ".join(keys),
-        sink_rule="|".join(["---"] * (len(keys) + 1)),
-        sinks="\n".join(sinks),
+        gates=gate_rows(figures["gates"]),
+        tables=figure_rows(figures["tables"]),
+        **rows_of(figures["sinks"]),
         phi=phi,
         vision=VISION_STEPS,
         text=TEXT_STEPS,
         many=MANY_STEPS,
-        missed=_missed(missed),
+        missed=missed(figures["gates"]),
         batch=BATCH,
         multi=MULTI_IMAGE_FROM,
         seed=SEED,
@@ -214,18 +145,6 @@ def card(figures: dict[str, Any], log: list[dict[str, Any]]) -> str:
         torch=figures["versions"]["torch"],
         transformers=figures["versions"]["transformers"],
     )
-
-
-def _missed(gates: Sequence[dict[str, Any]]) -> str:
-    """What was not reached, in a sentence."""
-    if not gates:
-        return "All gates are passed."
-    named = "; ".join(f"{g['name']} {g['value']:.1f} instead of {g['low']:g} to {g['high']:g}" for g in gates)
-    return f"**Missed**: {named}. Read figures about these with that in mind."
-
-
-def _with_interval(cell: dict[str, float]) -> str:
-    return f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
 
 
 _CARD = """---
@@ -318,10 +237,7 @@ def main() -> None:
     log = json.loads((options.model / "training_log.json").read_text())
     write_json(options.model / "figures.json", figures)
     write_whole(options.model / "README.md", card(figures, log))
-    for gate in figures["gates"]:
-        print(
-            f"{'passed' if gate['passed'] else 'MISSED'}  {gate['name']}: {gate['value']} (bound {gate['low']:g} to {gate['high']:g})"
-        )
+    say(figures["gates"])
 
 
 if __name__ == "__main__":
