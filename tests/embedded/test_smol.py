@@ -167,6 +167,15 @@ def test_it_is_made_once_and_said_so(tiny, capfd):
     } == {path.name for path in folder.iterdir()}
 
 
+def test_what_was_measured_about_it_lies_beside_it(tiny):
+    bare = cache.folder_name()
+    cache.ADAPTER.with_name("vlmattn_heads.json").write_text("{}")
+    assert cache.folder_name() != bare
+    folder = cache.model_folder()
+    assert (folder / "vlmattn_heads.json").read_text() == "{}"
+    assert "vlmattn_heads.json" in json.loads((folder / "files.json").read_text())
+
+
 def test_every_way_of_loading_gives_the_same_model(tiny):
     folder = cache.model_folder()
     for loader in (LlavaForConditionalGeneration, AutoModelForImageTextToText):

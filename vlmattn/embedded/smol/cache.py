@@ -17,7 +17,8 @@ from vlmattn.errors import InputError
 from vlmattn.files import file_sha256, write_whole
 
 ADAPTER = Path(__file__).parents[1] / "smol-scenes" / "adapter.safetensors"
-_VERSION = 1  # of what is made from the same sources; a higher one makes new folders
+_VERSION = 2  # of what is made from the same sources; a higher one makes new folders
+_MEASURED = ("vlmattn_heads.json", "vlmattn_directions.safetensors")  # beside the adapter: what some presets act on
 _FILES = "files.json"
 
 
@@ -30,15 +31,19 @@ def cache() -> Path:
 
 
 def folder_name() -> str:
-    """Of the sources: another adapter, another folder.
+    """Of the sources: another adapter, or other measurements beside it, another folder.
 
     Raises:
         InputError: there is no adapter.
     """
     if not ADAPTER.is_file():
         raise InputError(f"this vlmattn has no adapter for 'smol' ({ADAPTER} is missing); use 'embedded'")
-    sources = f"{_VERSION} {GGUF_SHA256} {file_sha256(ADAPTER)}"
+    sources = " ".join([str(_VERSION), GGUF_SHA256, *map(file_sha256, (ADAPTER, *_measured()))])
     return f"smol-{hashlib.sha256(sources.encode()).hexdigest()[:12]}"
+
+
+def _measured() -> list[Path]:
+    return [path for name in _MEASURED if (path := ADAPTER.with_name(name)).is_file()]
 
 
 def model_folder() -> Path:
@@ -99,6 +104,8 @@ def _write(source: Path, target: Path) -> None:
         load_language_model(llava, weights)
         load_adapter(llava, load_file(ADAPTER))
         save(llava, processor, target)
+    for path in _measured():
+        shutil.copy(path, target)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in target.iterdir()}
     write_whole(target / _FILES, json.dumps(files, indent=2, sort_keys=True) + "\n")
 
