@@ -55,7 +55,7 @@ LAYERS, HEADS = 4, 4
 
 def processor_of(name: str) -> Any:
     """No chat template; a token is shown as its id."""
-    decode = lambda ids, **_: f"<{ids[0]}>"  # noqa: E731
+    decode = lambda ids, **_: "".join(f"<{token}>" for token in ids)  # noqa: E731
     return SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: ZOO[name].vocabulary, decode=decode))
 
 
@@ -698,7 +698,7 @@ GROWN = """
     model = LlavaForConditionalGeneration(config).eval()
     ids = torch.tensor([[1, 5, 6, *[99] * 4096, 7, 8, 9]])
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 256, 256))
-    processor = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict, decode=lambda ids, **_: str(ids[0])))
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict, decode=lambda ids, **_: str(list(ids))))
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * resource.getpagesize()
     if what == "rollout":

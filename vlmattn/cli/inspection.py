@@ -65,7 +65,7 @@ def inspect(
         loaded, processor, inputs, recipes, max_new_tokens=max_new_tokens, folder=save, progress=not quiet
     )
     for side in sides:
-        plain(f"{side.trace.recipe}: {processor.tokenizer.decode(side.trace.answer, skip_special_tokens=True).strip()}")
+        plain(f"{side.trace.recipe}: {side.trace.said}")
     if save is not None:
         plain(f"attention: {save}")
     if html is not None:

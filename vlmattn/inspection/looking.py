@@ -227,7 +227,8 @@ def _facts(
     marks = marks_of(family, processor)
     numbers = family.image_numbers(model, given, types, marks)[0].cpu()
     counts = [int((numbers == image).sum()) for image in range(int(numbers.max()) + 1)]
-    decode = partial(_word, getattr(processor, "tokenizer", processor))
+    tokenizer = getattr(processor, "tokenizer", processor)
+    decode = partial(_word, tokenizer)
     ids = [*given["input_ids"][0].tolist(), *answer]
     return found | {
         "tokens": tuple(map(decode, ids)),
@@ -238,6 +239,7 @@ def _facts(
         "images": (*numbers.tolist(), *(-1,) * len(answer)),
         "pieces": tuple(family.pieces(model, given, image, count, marks) for image, count in enumerate(counts)),
         "prompt": prompt,
+        "said": str(tokenizer.decode(answer, skip_special_tokens=True)).strip(),
         "rivals": tuple(tuple((decode(token), value) for token, value in pairs) for pairs in found["rivals"]),
     }
 

@@ -34,7 +34,7 @@ class Trace:
         tokens: each token as text, prompt first; the last answer token is there too, though no layer ran on it.
         groups: index into ``GROUPS`` of each token. images: number of the image of each token, -1 for text.
         pieces: for each image where its tokens lie in the picture; empty where that is not known.
-        prompt: tokens of the prompt. answer: token ids of the answer.
+        prompt: tokens of the prompt. answer: token ids of the answer. said: the answer as text, without special tokens.
         layers: decoder layers with attention; the axis "layer" of everything counts within these.
         rows: for each row that was kept its attention, float32 ``[layer, head, key]``, after masks, changed scores and group
             gains; 0 for tokens that the layer no longer has. Keys are the prompt, and the answer up to the row.
@@ -53,6 +53,7 @@ class Trace:
     pieces: tuple[tuple[Piece, ...], ...]
     prompt: int
     answer: tuple[int, ...]
+    said: str
     layers: tuple[int, ...]
     rows: Mapping[int, Tensor] = field(repr=False)
     gains: Mapping[int, Tensor] = field(repr=False)
@@ -62,11 +63,6 @@ class Trace:
     logprobs: Tensor = field(repr=False)
     rivals: tuple[tuple[tuple[str, float], ...], ...] = field(repr=False)
     notes: tuple[str, ...] = ()
-
-    @property
-    def said(self) -> str:
-        """The answer as text, token by token."""
-        return "".join(self.tokens[self.prompt :])
 
     @property
     def heads(self) -> int:
