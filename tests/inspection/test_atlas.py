@@ -290,7 +290,7 @@ def test_errors_of_the_command_are_one_line(run, tmp_path):
         ((sink, "--score", "causal"), "no scores; leave out --score"),
         ((head, sink), "one kind"),
         ((head, other), "'some/model' (one) and 'other/model' (two)"),
-        (("embedded", head), "'the bundled model'"),
+        (("embedded", head), "'the bundled model embedded'"),
         ((head, "--html", tmp_path), "give another --html"),
         ((head, "--html", head / "x.html"), "give another --html"),
         ((head, "--png", head), "give another --png"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny import FAMILIES, IMAGE_TOKEN, build, left_padded, prompt
 
 import vlmattn
 from vlmattn import InputError, OptionError, SinkProfile
-from vlmattn.inspection import find_sinks
+from vlmattn.inspection import find_sinks, look, sink_levels
 from vlmattn.inspection.sinks import _agreed
 from vlmattn.models import find_family
 
@@ -78,6 +79,22 @@ def test_exactly_the_planted_dimensions_layers_and_levels(planted):
     assert (found.tau, found.seed, found.prompts) == (TAU, 5, ("a", "b"))
     for layer, levels in enumerate(found.levels):
         assert levels == (float(ENTER <= layer < LEAVE), float(ENTER <= layer < ENTER + 2)), layer
+
+
+def test_one_trace_has_the_levels_that_many_prompts_have(planted):
+    family, model = planted
+    inputs = prompt(family)
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict, decode=lambda ids, **_: ""))
+    trace = look(model, processor, inputs, answer=[5, 6, 7])
+    found = sink_levels(trace)
+    assert found.axes == ("layer", "token")
+    ids = inputs["input_ids"][0]
+    third, fourth = (ids == IMAGE_TOKEN).nonzero()[2:4, 0].tolist()
+    wanted = torch.zeros(LAYERS, len(ids) + 2, dtype=torch.int64)
+    wanted[ENTER:LEAVE, third], wanted[ENTER : ENTER + 2, fourth] = 2, 1
+    assert torch.equal(found.values, wanted)
+    counts = [(float((row == 2).sum()), float((row == 1).sum())) for row in found.values]
+    assert find_sinks(model, [inputs], tau=TAU).levels == tuple(counts)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

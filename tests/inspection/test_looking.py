@@ -140,6 +140,9 @@ def check(trace: Trace, attention: Tensor, states: Tensor, logits: Tensor, close
     rms = (states.square().mean(-1) + 1e-6).sqrt()
     torch.testing.assert_close(trace.phi, states.abs().amax(-1) / rms, rtol=1e-4, atol=close)
     assert torch.equal(trace.dims, states.abs().argmax(-1))
+    lengths = states.norm(dim=-1)
+    cosine = (states * states[:, :1]).sum(-1) / (lengths * lengths[:, :1])
+    torch.testing.assert_close(trace.likeness, cosine.abs(), rtol=1e-4, atol=1e-4)
     wanted = logits[list(trace.answer_rows)].float().log_softmax(-1)
     torch.testing.assert_close(trace.logprobs, wanted[range(len(SAID)), list(SAID)], rtol=1e-4, atol=1e-4)
     for step, rivals in enumerate(trace.rivals):
@@ -478,7 +481,7 @@ def test_on_disk_is_the_same_as_in_memory(tmp_path, recipe):
         for row in memory.rows:
             assert torch.equal(other.rows[row], memory.rows[row])
             assert torch.equal(other.gains[row], memory.gains[row])
-        for name in ("phi", "dims", "norms", "logprobs"):
+        for name in ("phi", "dims", "norms", "likeness", "logprobs"):
             assert torch.equal(getattr(other, name).nan_to_num(), getattr(memory, name).nan_to_num())
             assert getattr(other, name).dtype == getattr(memory, name).dtype
         for name in ("recipe", "source", "tokens", "groups", "images", "prompt", "answer", "layers", "rivals", "notes"):

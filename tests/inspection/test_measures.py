@@ -286,7 +286,7 @@ def made(rows: torch.Tensor, prompt: int, images: int) -> Trace:
         pieces=((Piece(torch.arange(images)[None]),),), prompt=prompt, answer=tuple(range(steps)), said="", layers=tuple(range(layers)),
         rows={prompt - 1 + n: row[..., : prompt + n] for n, row in enumerate(rows)},
         gains={prompt - 1 + n: torch.ones(layers, heads) for n in range(steps)},
-        phi=states, dims=states.long(), norms=states, logprobs=torch.zeros(steps), rivals=((),) * steps,
+        phi=states, dims=states.long(), norms=states, likeness=states, logprobs=torch.zeros(steps), rivals=((),) * steps,
     )  # fmt: skip
 
 

@@ -261,13 +261,13 @@ def _groups(processor: Any, ids: Tensor, types: Tensor) -> list[int]:
 
 def _states(recorder: Recorder, layers: int, tokens: int) -> dict[str, Any]:
     """What entered the layers, by token."""
-    phi, norms = torch.full((2, layers, tokens), float("nan"))
+    phi, norms, likeness = torch.full((3, layers, tokens), float("nan"))
     dims = torch.full((layers, tokens), -1)
     for layer, slots in recorder.slots.items():
         at = torch.cat(slots)
         phi[layer, at], norms[layer, at] = torch.cat(recorder.phi[layer]), torch.cat(recorder.norms[layer])
-        dims[layer, at] = torch.cat(recorder.dims[layer])
-    return {"phi": phi, "dims": dims, "norms": norms}
+        likeness[layer, at], dims[layer, at] = torch.cat(recorder.likeness[layer]), torch.cat(recorder.dims[layer])
+    return {"phi": phi, "dims": dims, "norms": norms, "likeness": likeness}
 
 
 def _checked_rows(rows: Sequence[int], prompt: int) -> set[int]:

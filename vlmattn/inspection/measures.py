@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import InputError, OptionError
+from vlmattn.inspection.levels import split_levels
 from vlmattn.inspection.named import Named
 from vlmattn.inspection.trace import GROUPS, Trace
+from vlmattn.interventions.sinks import LIKE_FIRST
 
 
 def _steps(trace: Trace) -> Iterator[tuple[int, Tensor]]:
@@ -190,6 +192,21 @@ def sink_tokens(trace: Trace, tau: float = 20.0, dims: Sequence[int] = ()) -> Na
     if dims:
         found &= torch.isin(trace.dims, torch.tensor(list(dims)))
     return Named(found, ("layer", "token"))
+
+
+def sink_levels(trace: Trace) -> Named:
+    """Levels of sinks, int64 ``[layer, token]``: 2 primary, 1 secondary, 0 none (arXiv 2512.22213).
+
+    A token is a sink of a layer when abs(cos(x, x_first)) > .9 and the layer lies between the largest rise and the largest
+    fall of the first token's norm; primary when that holds in at least 60% of the layers, secondary in at least 12%. The
+    first token itself stays at 0. All decoder layers are there; the last answer token enters none and is left out.
+    ``find_sinks`` counts the same over many prompts.
+    """
+    norms = torch.nn.functional.pad(trace.norms[:, 0], (0, 1)).nan_to_num()[None]  # the decoder's norm ends every sink
+    near = (trace.likeness > LIKE_FIRST)[:, None]
+    near[..., 0] = False
+    primary, secondary = (kind[:, 0].long() for kind in split_levels(norms, near))
+    return Named(2 * primary + secondary, ("layer", "token"))
 
 
 def logit_difference(trace: Trace, other: Trace) -> Named:

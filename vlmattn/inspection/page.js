@@ -228,16 +228,16 @@
     const layer = state.layer, box = at("sinks");
     box.replaceChildren();
     const any = data.sides.some((side) => side.sinks.some((row) => row.text + row.image > 0));
-    at("sink-note").textContent = (any ? `Tokens whose largest dimension exceeds ${data.tau} times the root mean square as they enter a layer.` : `No token is massive in any layer: no dimension exceeds ${data.tau} times the root mean square.`) + (layer < 0 ? " Choose a layer to list its tokens with the largest values." : "");
+    at("sink-note").textContent = (any ? `Tokens whose largest dimension exceeds ${data.tau} times the root mean square as they enter a layer; primary and secondary sinks are those that point where the first token does in at least 60 % and 12 % of the layers.` : `No token is massive in any layer: no dimension exceeds ${data.tau} times the root mean square.`) + (layer < 0 ? " Choose a layer to list its tokens with the largest values." : "");
     const count = at("sink-count");
     count.replaceChildren();
     if (any) {
       const table = make("table", count, { className: "small" }), head = make("tr", make("thead", table)), body = make("tbody", table);
       make("th", head, { textContent: "layer" });
       data.layers.forEach((name) => make("th", head, { textContent: name }));
-      for (const side of data.sides) for (const kind of ["text", "image"]) {
+      for (const side of data.sides) for (const [kind, words] of [["text", "text tokens"], ["image", "image tokens"], ["primary", "primary"], ["secondary", "secondary"]]) {
         const row = make("tr", body);
-        make("th", row, { textContent: `${side.name}, ${kind} tokens` });
+        make("th", row, { textContent: `${side.name}, ${words}` });
         side.sinks.forEach((one) => make("td", row, { textContent: one[kind] || "·" }));
       }
     }
@@ -246,11 +246,11 @@
       const own = make("div", box, { className: "side" });
       make("h3", own, { textContent: `${side.name}, layer ${data.layers[layer]}` });
       const table = make("table", own, { className: "small" }), head = make("tr", make("thead", table)), body = make("tbody", table);
-      for (const name of ["token", "phi", "dim", "norm", "draws"]) make("th", head, { textContent: name });
+      for (const name of ["token", "phi", "dim", "norm", "level", "draws"]) make("th", head, { textContent: name });
       for (const one of side.sinks[layer].tokens) {
         const row = make("tr", body);
         make("th", row, { textContent: `${one.token} ${one.text.replace(/\n/g, "⏎")}` });
-        for (const value of [one.phi, one.dim, one.norm, one.received]) make("td", row, { textContent: value });
+        for (const value of [one.phi, one.dim, one.norm, one.level, one.received]) make("td", row, { textContent: value });
       }
       make("p", own, { innerHTML: "<small>draws: mean attention of later answer rows</small>" });
     }

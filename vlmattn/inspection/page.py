@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmattn import pages
 from vlmattn.errors import InputError
-from vlmattn.inspection.measures import group_masses, sink_scores, sink_tokens
+from vlmattn.inspection.measures import group_masses, sink_levels, sink_scores, sink_tokens
 from vlmattn.inspection.sides import Side
 from vlmattn.inspection.trace import GROUPS, Trace
 from vlmattn.models import Piece
@@ -25,6 +25,7 @@ _HERE = Path(__file__).parent
 _MOST = 4_000_000  # bytes of single heads' attention on a page; beyond, only some heads of each layer
 _FEW = 4  # heads of a layer that are kept then
 _LISTED = 12  # tokens of a layer in the table of sinks
+_LEVELS = ("", "secondary", "primary")
 _LONGEST = 672  # pixels of a picture
 
 
@@ -132,7 +133,7 @@ def _side(side: Side, tau: float) -> dict[str, Any]:
 
 def _sinks(trace: Trace, tau: float) -> list[dict[str, Any]]:
     """For each layer: how many tokens are sinks, and those with the largest phi."""
-    massive, received = sink_tokens(trace, tau).values, sink_scores(trace).values
+    massive, received, levels = sink_tokens(trace, tau).values, sink_scores(trace).values, sink_levels(trace).values
     found = []
     for place, layer in enumerate(trace.layers):
         phi = trace.phi[layer].nan_to_num(-1.0)
@@ -141,12 +142,15 @@ def _sinks(trace: Trace, tau: float) -> list[dict[str, Any]]:
             {
                 "text": int((massive[layer] & ~trace.keys_of("image")[: len(phi)]).sum()),
                 "image": int((massive[layer] & trace.keys_of("image")[: len(phi)]).sum()),
+                "primary": int((levels[layer] == 2).sum()),
+                "secondary": int((levels[layer] == 1).sum()),
                 "tokens": [
                     {
                         "token": token,
                         "text": trace.tokens[token] if trace.images[token] < 0 else f"image {trace.images[token] + 1}",
                         "phi": round(float(phi[token]), 1),
                         "dim": int(trace.dims[layer, token]),
+                        "level": _LEVELS[int(levels[layer, token])],
                         "norm": round(float(trace.norms[layer, token]), 1),
                         "received": round(float(received[place, token].nan_to_num(0.0)), 4),
                     }

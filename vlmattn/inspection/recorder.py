@@ -25,8 +25,8 @@ class Recorder:
     Rows and keys count in original slots, whatever tokens a layer goes on with. One sequence, no padding.
 
     Attributes:
-        phi, dims, norms: (layer) -> one tensor for each forward: sink value over all dimensions, its dimension, and norm of
-            each token that entered, with the tokens' slots in ``slots``.
+        phi, dims, norms, likeness: (layer) -> one tensor for each forward: sink value over all dimensions, its dimension, norm, and
+            abs(cos) with the first token (nan if that is gone) of each token that entered, with the tokens' slots in ``slots``.
     """
 
     def __init__(self, rows: Collection[int], layers: Collection[int], keep: Keep) -> None:
@@ -35,6 +35,8 @@ class Recorder:
         self.phi: dict[int, list[Tensor]] = {}
         self.dims: dict[int, list[Tensor]] = {}
         self.norms: dict[int, list[Tensor]] = {}
+        self.likeness: dict[int, list[Tensor]] = {}
+        self._first: dict[int, Tensor] = {}
         self._entered: Counter[int] = Counter()  # generated tokens by layer
         self._attended: Counter[int] = Counter()
 
@@ -50,10 +52,14 @@ class Recorder:
         else:
             slots = step.request.tokens.slots[0, -hidden.shape[1] :].cpu()
         rows = hidden[0].float()
+        if int(slots[0]) == 0:
+            self._first[layer] = rows[0]
+        first = self._first.get(layer, rows.new_full((rows.shape[-1],), float("nan")))
         self.slots.setdefault(layer, []).append(slots)
         self.phi.setdefault(layer, []).append(sink_values(rows, ()).cpu())
         self.dims.setdefault(layer, []).append(rows.abs().argmax(-1).cpu())
         self.norms.setdefault(layer, []).append(rows.norm(dim=-1).cpu())
+        self.likeness.setdefault(layer, []).append(torch.cosine_similarity(rows, first, dim=-1).abs().cpu())
 
     def attended(self, scope: Scope, edit: AttentionEdit, weights: Weights) -> None:
         """Keep what the wanted rows of a layer attend to."""

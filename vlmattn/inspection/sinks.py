@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import OptionError
+from vlmattn.inspection.levels import split_levels
 from vlmattn.inspection.measuring import Inputs, bare, prepared
 from vlmattn.interventions.profiles import SinkProfile
 from vlmattn.interventions.sinks import LIKE_FIRST, sink_values
@@ -22,7 +23,6 @@ from vlmattn.models import Family, find_family
 _MIDDLE = (0.15, 0.85)  # share of the depth in which massive activations neither come nor go (ours)
 _TOP, _MOST = 4, 4  # dimensions looked at in each token, dimensions in a profile (ours)
 _AGREE = 0.8  # share of (layer, prompt) in which a dimension must be massive (ours)
-_PRIMARY, _SECONDARY = 0.6, 0.12  # least share of the layers a sink lives (its code has fixed counts for deep models)
 
 
 @torch.no_grad()
@@ -145,15 +145,8 @@ class _Look:
 
     def levels(self) -> Tensor:
         """Primary and secondary sinks of each layer ``[layers, 2]``, summed over the prompts."""
-        rise = torch.stack(self._norms, 1).diff(dim=1)  # [prompts, layers]
-        layer = torch.arange(rise.shape[1])
-        start = rise.argmax(1, keepdim=True) + 1
-        stop = rise.masked_fill(layer < start, torch.inf).argmin(1, keepdim=True) + 1
-        high = ((layer >= start) & (layer < stop)).T
-        sinks = torch.stack(self._near) & high[..., None]  # [layers, prompts, tokens]
-        life = sinks.sum(0) / len(sinks)
-        primary, secondary = life >= _PRIMARY, (life >= _SECONDARY) & (life < _PRIMARY)
-        return torch.stack([(sinks & kind).sum((1, 2)) for kind in (primary, secondary)], -1).float()
+        kinds = split_levels(torch.stack(self._norms, 1), torch.stack(self._near))
+        return torch.stack([kind.sum((1, 2)) for kind in kinds], -1).float()
 
 
 def _look(model: PreTrainedModel, family: Family, batch: dict[str, Any], tau: float) -> _Look:

@@ -40,7 +40,7 @@ class Trace:
             gains; 0 for tokens that the layer no longer has. Keys are the prompt, and the answer up to the row.
         gains: for each such row what each head's output was multiplied with, ``[layer, head]``.
         phi: sink value max_d abs(x_d) / RMS(x) of each token that entered a layer, float32 ``[layer, token]``; nan where it did
-            not. dims: the d of it. norms: of x.
+            not. dims: the d of it. norms: of x. likeness: abs(cos(x, x_first)) with the first token of the prompt.
         logprobs: of each answer token, ``[token]``; rivals: the most likely tokens there and their log-probabilities, as text.
         notes: what else should be said beside the figures.
     """
@@ -60,6 +60,7 @@ class Trace:
     phi: Tensor = field(repr=False)
     dims: Tensor = field(repr=False)
     norms: Tensor = field(repr=False)
+    likeness: Tensor = field(repr=False)
     logprobs: Tensor = field(repr=False)
     rivals: tuple[tuple[tuple[str, float], ...], ...] = field(repr=False)
     notes: tuple[str, ...] = ()
@@ -119,7 +120,7 @@ class Trace:
         facts = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in _TENSORS}
         facts["pieces"] = [[piece.to_dict() for piece in pieces] for pieces in self.pieces]
         (partial / _FACTS).write_text(json.dumps(facts))
-        states = {name: getattr(self, name).contiguous() for name in ("phi", "dims", "norms", "logprobs")}
+        states = {name: getattr(self, name).contiguous() for name in _STREAM}
         save_file(states | {f"gains.{row}": gain for row, gain in self.gains.items()}, partial / _STATES)
         partial.rename(target)
         return target
@@ -149,7 +150,8 @@ class Trace:
             ) from None
 
 
-_TENSORS = ("rows", "gains", "phi", "dims", "norms", "logprobs", "pieces")
+_STREAM = ("phi", "dims", "norms", "likeness", "logprobs")
+_TENSORS = ("rows", "gains", "pieces", *_STREAM)
 
 
 class Rows(Mapping[int, Tensor]):
