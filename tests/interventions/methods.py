@@ -30,6 +30,7 @@ from vlmattn.interventions import (
     Intervention,
     Isolation,
     Knockout,
+    SinkKnockout,
     SoFA,
 )
 from vlmattn.interventions.focus import save_directions
@@ -37,6 +38,7 @@ from vlmattn.models import Anatomy, find_family
 
 BOS, USER, ASSISTANT, STOP = 1, 10, 11, 15  # STOP ends a document
 SINKS: dict[str, Any] = dict(tau=2.0, dims=(3, 17), layers="0:", max_sink=1.0, min_visual=0.0)
+_FEW: dict[str, Any] = dict(tau=1.0, dims=(3, 17), layers="0:")  # some image tokens are sinks, and some are none
 SETTINGS: dict[str, Intervention] = {
     "var": VAR(**SINKS),
     "var_extend": VAR(**SINKS, extend=True),
@@ -70,6 +72,9 @@ SETTINGS: dict[str, Intervention] = {
     "knockout_text_image": Knockout(source="text", target="image"),
     "knockout_text_last": Knockout(source="text", target="last"),
     "knockout_text_generated": Knockout(source="text", target="generated"),
+    "sink_knockout": SinkKnockout(**_FEW),
+    "sink_knockout_any": SinkKnockout(**_FEW, hide="any"),
+    "sink_knockout_others": SinkKnockout(**_FEW, hide="others"),
     "isolate_images": Isolation(between="images"),
     "isolate_documents": Isolation(between="documents"),
     "isolate_separated": Isolation(between="documents", separator=(STOP,)),

@@ -234,6 +234,23 @@ def test_heads_that_are_named_need_no_profile(tmp_path):
             vlmattn.wrap(beside, needing)
 
 
+def test_random_heads_are_those_of_the_seed():
+    model = build("llava")
+    sizes, found = find_family(model).anatomy(model), {}
+    for seed in range(8):
+        bound = Heads(operation="amplify", score="random", share=0.25, seed=seed).bind(sizes)
+        assert bound == Heads(operation="amplify", score="random", share=0.25, seed=seed).bind(sizes)
+        found[seed] = set(bound.heads.split(","))
+        assert len(found[seed]) == LAYERS * HEADS // 4
+    assert len({frozenset(heads) for heads in found.values()}) > 5
+    assert len(set.union(*found.values())) > LAYERS * HEADS // 2
+    some = Heads(operation="block", score="random", share=0.5, layers="1:3").bind(sizes).heads
+    assert {pair[0] for pair in some.split(",")} <= {"1", "2"}
+    assert len(some.split(",")) == HEADS
+    named = Heads(operation="block", score="random", heads=NAMES).bind(sizes)
+    assert named.heads == NAMES
+
+
 def test_a_lent_recipe_leaves_nothing_behind():
     model, inputs = build("llava"), inputs_of(build("llava"), prompts("llava"))
     vlmattn.wrap(model, PAI(layers="0:"))

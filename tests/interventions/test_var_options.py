@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import vlmattn
 from vlmattn import VAR, InputError, OptionError, Recipe, SinkProfile
+from vlmattn.interventions.sinks import SinkTest
 from vlmattn.models import find_family
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -41,7 +44,7 @@ def planted(family: str, attn: str = "sdpa", **kwargs) -> PreTrainedModel:
     return model
 
 
-def sinks_by_hand(states: Tensor, tokens: list[Token], kind: str, extend: bool) -> set[int]:
+def sinks_by_hand(states: Tensor, tokens: list[Token], kind: str, extend: bool, tau: float = TAU) -> set[int]:
     """Slots of the sinks of one sample from the residual stream ``[tokens, hidden]``."""
     real = [n for n, t in enumerate(tokens) if t.real]
     first = states[real[0]].double()
@@ -50,12 +53,16 @@ def sinks_by_hand(states: Tensor, tokens: list[Token], kind: str, extend: bool) 
         x = states[n].double()
         phi = max(abs(float(x[d])) for d in DIMS) / (sum(float(v) ** 2 for v in x) / len(x) + 1e-6) ** 0.5
         cos = abs(float(x @ first)) / float(x.norm() * first.norm())
-        assert abs(phi - TAU) > 1e-4, "the premise: nothing lies on the threshold"
+        assert abs(phi - tau) > 1e-4, "the premise: nothing lies on the threshold"
         assert abs(cos - 0.9) > 1e-4
-        by_phi, by_cos = phi > TAU and kind != "cos", cos > 0.9 and kind != "phi"
+        by_phi, by_cos = phi > tau and kind != "cos", cos > 0.9 and kind != "phi"
         if (by_phi or by_cos) and (extend or not tokens[n].generated):
             out.add(n)
     return out
+
+
+Change = Callable[[Tensor, set[int], set[int], Any], Tensor]
+"""``change(row, sinks, image, method)``: one head's row of attention after the edit."""
 
 
 def redistributed(row: Tensor, sinks: set[int], image: set[int], method: VAR) -> Tensor:
@@ -74,12 +81,13 @@ def redistributed(row: Tensor, sinks: set[int], image: set[int], method: VAR) ->
 
 
 def naive(
-    model: PreTrainedModel, rows: list[list[Token]], inputs: dict, method: VAR, layer: int
+    model: PreTrainedModel, rows: list[list[Token]], inputs: dict, method: SinkTest, layer: int, change: Change
 ) -> tuple[Tensor, list]:
     """Logits of the bare model with the edit in one layer, which does not change the residual stream that enters it."""
     model.set_attn_implementation({"text_config": "eager"})
     states = model(**inputs, output_hidden_states=True).hidden_states[layer]
-    sinks = [sinks_by_hand(states[b], row, method.sinks, method.extend) for b, row in enumerate(rows)]
+    extend = getattr(method, "extend", False)
+    sinks = [sinks_by_hand(states[b], row, method.sinks, extend, method.tau) for b, row in enumerate(rows)]
     image = [{n for n, t in enumerate(row) if t.image >= 0} for row in rows]
 
     def attend(module, query, key, value, mask, scaling, dropout=0.0, **kwargs):
@@ -91,7 +99,7 @@ def naive(
                 for i in range(min(image[b]), len(row)):
                     if row[i].is_text:
                         for h in range(weights.shape[1]):
-                            weights[b, h, i] = redistributed(weights[b, h, i], sinks[b], image[b], method)
+                            weights[b, h, i] = change(weights[b, h, i], sinks[b], image[b], method)
         return (weights @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("var_for_test", attend)
@@ -122,7 +130,14 @@ class Say:
 SAID = [20, MASSIVE, LIKE, 30, MASSIVE, OPPOSITE, 31]
 
 
-def check(family: str, rows: list[list[Token]], method: VAR, layer: int, attn: str = "sdpa") -> Tensor:
+def check(
+    family: str,
+    rows: list[list[Token]],
+    method: SinkTest,
+    layer: int,
+    attn: str = "sdpa",
+    change: Change = redistributed,
+) -> Tensor:
     """Logits of forced words against the naive model, with every kind of cache; returns those logits."""
     model = planted(family, attn)
     inputs = inputs_of(model, rows, positions=False)
@@ -131,7 +146,7 @@ def check(family: str, rows: list[list[Token]], method: VAR, layer: int, attn: s
     vlmattn.wrap(model, method)
     got = generate(model, inputs, len(SAID), logits_processor=say)
     longer = [row + [Token(word, generated=True) for word in SAID[:-1]] for row in rows]
-    expected, _ = naive(planted(family), longer, inputs_of(model, longer), method, layer)
+    expected, _ = naive(planted(family), longer, inputs_of(model, longer), method, layer, change)
     torch.testing.assert_close(got, expected[:, -len(SAID) :], rtol=0, atol=TOLERANCE)
     assert (got - bare).abs().max() > 1e-3
     for options in (dict(use_cache=False), dict(cache_implementation="static")):

@@ -36,6 +36,7 @@ from vlmattn.interventions.registry import (
     make_method,
     register,
 )
+from vlmattn.interventions.sink_knockout import SinkKnockout
 from vlmattn.interventions.sofa import SoFA
 from vlmattn.interventions.vaf import VAF
 from vlmattn.interventions.var import VAR
@@ -71,6 +72,7 @@ __all__ = [
     "RazorAttention",
     "RecycledAttention",
     "Rounds",
+    "SinkKnockout",
     "SinkProfile",
     "SoFA",
     "SparseVLM",

@@ -32,6 +32,10 @@ from vlmattn.request import Scope
         "heads_block": ("silence the 5 % of heads with the largest causal effect", {"operation": "block"}),
         "heads_amplify": ("double the 5 % of heads with the largest causal effect", {"operation": "amplify"}),
         "heads_cut": ("the same heads do not see the image any more", {"operation": "cut"}),
+        "heads_amplify_random": (
+            "control: double 5 % of the heads, drawn at random",
+            {"operation": "amplify", "score": "random"},
+        ),
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class Heads(Intervention):
 
     on text rows after an image and all generated rows (``rows`` "instruction"), or on all rows. Which heads: ``heads``, or
     the top ``share`` of a score in a HeadProfile; ``vlmattn.inspection.find_heads`` ranks heads by their causal effect on
-    which modality the answer follows. The paper's operator and scale are not known to us: experimental. Counts heads.
+    which modality the answer follows. The score "random" draws that share instead, by ``seed``: a control. The paper's operator and scale are not known to us: experimental. Counts heads.
 
     Raises:
         OptionError: no heads given and no profile beside the model; a profile of another model; a head or layer that the
@@ -55,22 +59,23 @@ class Heads(Intervention):
     operation: str = option("block", about="what happens to the heads", choices=("block", "amplify", "cut"))
     heads: str = option("", about="layer.head pairs such as '12.3,14.7'; empty: the top share of the profile")
     profile: str = option("", about="HeadProfile file; empty: vlmattn_heads.json beside the model")
-    score: str = option("causal", about="score of the profile that ranks heads")
+    score: str = option("causal", about="score of the profile that ranks heads; random: none, they are drawn")
     share: float = option(0.05, 0, 1, "share of all heads", source="paper: 5 %")
     gain: float = option(2.0, 0, 10, "factor of amplified heads", source="ours: middle of 1.5..3")
     ablation: str = option("zero", about="what a blocked head says instead", choices=("zero", "mean"))
+    seed: int = option(0, 0, 2**31 - 1, "of the draw")
     rows: str = option("instruction", about="rows that are steered", choices=("instruction", "all"))
 
     def bind(self, sizes: Sizes) -> Heads:
         mean, path = self.operation == "block" and self.ablation == "mean", self.profile
-        if not path and (mean or not self.heads):
+        chosen = _pairs(self.heads) or (self._drawn(sizes) if self.score == "random" else ())
+        if not path and (mean or not chosen):
             path = str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
-        if not path and (mean or not self.heads):
+        if not path and (mean or not chosen):
             raise OptionError(
                 "heads: which heads? Give heads='12.3,14.7', or measure them: find_heads(model, samples).save(folder of the"
                 " model), and name the file with profile=..."
             )
-        chosen = _pairs(self.heads)
         if path:
             found = _load(path)
             found.check(sizes, "heads.profile")
@@ -85,6 +90,13 @@ class Heads(Intervention):
         bound = replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
         bound.active_layers(sizes)
         return bound
+
+    def _drawn(self, sizes: Sizes) -> tuple[tuple[int, int], ...]:
+        """The share of the heads of ``layers``, at random, at least one."""
+        layers = parse_layers(self.layers, sizes.layers, "heads.layers")
+        places = [(layer, head) for layer in layers for head in range(sizes.heads)]
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return tuple(places[n] for n in order[: max(1, round(self.share * len(places)))])
 
     def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
         inside = parse_layers(self.layers, sizes.layers, "heads.layers")

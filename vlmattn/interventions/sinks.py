@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
 from torch import Tensor
+
+from vlmattn.errors import OptionError
+from vlmattn.files import beside
+from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.profiles import SinkProfile
+from vlmattn.interventions.registry import Sizes, option
+from vlmattn.request import Scope
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # (language model type, hidden size, layers, MLP width) -> sink dimensions. They belong to the language model and its
 # weights, not to the vision-language model built on it. For other models: vlmattn.inspection.find_sinks.
 SINK_DIMS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
     ("llama", 4096, 32, 11008): (1415, 2533),  # LLaMA-2-7B, Vicuna-7B: released code of VAR
     ("llama", 5120, 40, 13824): (2100, 4743),  # LLaMA-2-13B, Vicuna-13B: released code of VAR
+    ("llama", 576, 30, 1536): (507,),  # SmolLM2-135M: measured by find_sinks on smol, see its card
 }
 
 # Read in third-party notes or recalled, checked by nobody here: used with a warning.
@@ -32,3 +49,79 @@ def sink_values(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     rms = hidden.square().mean(-1).add(1e-6).sqrt()
     chosen = hidden[..., list(dims)] if dims else hidden
     return chosen.abs().amax(-1) / rms
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkTest(Intervention):
+    """What methods about sinks share: a token is a sink of a layer when phi(x) > tau for the x that enters it.
+
+    Dimensions and threshold are ``dims`` and ``tau`` where they are given, else those of ``profile`` (measured by
+    ``vlmattn.inspection.find_sinks``), else for known language models those of a table. Without any of these every
+    dimension is tested, with a warning.
+    """
+
+    files: ClassVar[Mapping[str, str]] = {"profile": SinkProfile.FILE_NAME}
+    tau: float = option(20.0, 0, 1e3, "sink threshold; phi never exceeds sqrt(hidden size)", source="paper and code")
+    dims: tuple[int, ...] = option((), about="sink dimensions; empty: those of the profile or the table, else all")
+    profile: str = option(
+        "", about="SinkProfile file; empty: vlmattn_sinks.json beside an unknown model, if it is there"
+    )
+    sinks: str = option("phi", about="what makes a sink", source="paper: phi", choices=("phi", "cos", "either"))
+    layers: str = option("2:-1", about="decoder layers", source="paper: all but the last; sinks exist from layer 2 on")
+
+    def bind(self, sizes: Sizes) -> Self:
+        name, bound = self.info.name, self._with_profile(sizes)
+        known = SINK_DIMS.get(sizes.backbone, ())
+        guessed = UNVERIFIED_SINK_DIMS.get(sizes.backbone, ())
+        dims = bound.dims or known or guessed
+        if any(not 0 <= d < sizes.hidden_size for d in dims):
+            raise OptionError(f"{name}.dims must lie within 0..{sizes.hidden_size - 1}, got {list(dims)}")
+        if bound.sinks != "cos" and bound.tau >= sizes.hidden_size**0.5:
+            warnings.warn(
+                f"{name}: no token can reach tau = {bound.tau:g} at hidden size {sizes.hidden_size} (phi is at most"
+                f" {sizes.hidden_size**0.5:.1f}), so this edit cannot fire; give a smaller tau",
+                stacklevel=2,
+            )
+        elif bound.sinks != "cos" and not bound.dims and not known:
+            what = (
+                f"{list(guessed)} are from notes that nobody checked" if guessed else "not known; every one is tested"
+            )
+            warnings.warn(
+                f"{name}: the sink dimensions of this language model {sizes.backbone}: {what}; measure them with"
+                " vlmattn.inspection.find_sinks and give profile=..., or give dims=(...)",
+                stacklevel=2,
+            )
+        return replace(bound, dims=dims)
+
+    def _with_profile(self, sizes: Sizes) -> Self:
+        """With what a profile says about this model, if there is one."""
+        self.active_layers(sizes)
+        path = self.profile
+        if not path and not self.dims and sizes.backbone not in SINK_DIMS:
+            path = str(beside(sizes.source, SinkProfile.FILE_NAME) or "")
+        if not path:
+            return self
+        found = SinkProfile.load(path)
+        found.check(sizes, f"{self.info.name}.profile")
+        if found.tau >= sizes.hidden_size**0.5:
+            raise OptionError(
+                f"{self.info.name}: {path} has tau = {found.tau:g}, which no token can reach at hidden size {sizes.hidden_size}"
+            )
+        layers = self.layers
+        if self.sinks != "phi" and found.layers[0] < found.layers[1]:  # elsewhere the first token is not a sink yet
+            inside = [layer for layer in self.active_layers(sizes) if found.layers[0] <= layer < found.layers[1]]
+            layers = ",".join(map(str, inside)) or layers
+        tau = found.tau if self.tau == type(self).tau else self.tau
+        return replace(self, dims=self.dims or found.dims, tau=tau, layers=layers, profile=path)
+
+    def is_sink(self, scope: Scope, hidden: Tensor) -> Tensor:
+        """bool ``[batch, query]``."""
+        sink = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.sinks != "cos":
+            sink = sink_values(hidden, self.dims) > self.tau
+        if self.sinks != "phi":
+            first: Tensor = scope.state(self, "first", lambda: scope.first_token(hidden))
+            sink = sink | (
+                torch.cosine_similarity(hidden.float(), first[:, None].to(hidden.device), dim=-1).abs() > LIKE_FIRST
+            )
+        return sink

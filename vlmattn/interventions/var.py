@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlmattn.errors import OptionError
-from vlmattn.files import beside
-from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.profiles import SinkProfile
-from vlmattn.interventions.registry import Sizes, option, register
-from vlmattn.interventions.sinks import LIKE_FIRST, SINK_DIMS, UNVERIFIED_SINK_DIMS, sink_values
+from vlmattn.interventions.registry import option, register
+from vlmattn.interventions.sinks import SinkTest
 from vlmattn.kernels import AttentionEdit, GainPart, GainPlan, MassGate
 from vlmattn.request import Scope, Slots
 
@@ -40,7 +33,7 @@ TEXT, TEXT_SINK, VISUAL, VISUAL_SINK = range(4)
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class VAR(Intervention):
+class VAR(SinkTest):
     """Give the attention that sinks waste to the rest of the image, in heads that look at the image.
 
     A token is a sink of a layer when phi(x) = max_{d in dims} |x_d| / RMS(x) > tau for the residual stream x that
@@ -65,7 +58,6 @@ class VAR(Intervention):
             profile, a profile of another model.
     """
 
-    files: ClassVar[Mapping[str, str]] = {"profile": SinkProfile.FILE_NAME}
     keep: float = option(0.4, 0, 1, "fraction of a sink's attention that stays", source="paper, p = .6 removed")
     max_sink: float = option(
         0.5, 0, 1, "largest share of visual attention on sinks in an image-centric head", source="paper, rho = .5"
@@ -73,67 +65,15 @@ class VAR(Intervention):
     min_visual: float = option(
         0.2, 0, 1, "least attention on the image in an image-centric head", source="paper and code"
     )
-    tau: float = option(20.0, 0, 1e3, "sink threshold; phi never exceeds sqrt(hidden size)", source="paper and code")
-    dims: tuple[int, ...] = option((), about="sink dimensions; empty: those of the profile or the table, else all")
-    profile: str = option(
-        "", about="SinkProfile file; empty: vlmattn_sinks.json beside an unknown model, if it is there"
-    )
-    sinks: str = option("phi", about="what makes a sink", source="paper: phi", choices=("phi", "cos", "either"))
     extend: bool = option(False, about="test generated tokens too", source="released code: no")
     need_visual_sink: bool = option(False, about="leave rows alone that see no visual sink", source="released code")
-    layers: str = option("2:-1", about="decoder layers", source="paper: all but the last; sinks exist from layer 2 on")
-
-    def bind(self, sizes: Sizes) -> VAR:
-        bound = self._with_profile(sizes)
-        known = SINK_DIMS.get(sizes.backbone, ())
-        guessed = UNVERIFIED_SINK_DIMS.get(sizes.backbone, ())
-        dims = bound.dims or known or guessed
-        if any(not 0 <= d < sizes.hidden_size for d in dims):
-            raise OptionError(f"var.dims must lie within 0..{sizes.hidden_size - 1}, got {list(dims)}")
-        if bound.sinks != "cos" and bound.tau >= sizes.hidden_size**0.5:
-            warnings.warn(
-                f"var: no token can reach tau = {bound.tau:g} at hidden size {sizes.hidden_size} (phi is at most"
-                f" {sizes.hidden_size**0.5:.1f}), so this edit cannot fire; give a smaller tau",
-                stacklevel=2,
-            )
-        elif bound.sinks != "cos" and not bound.dims and not known:
-            what = (
-                f"{list(guessed)} are from notes that nobody checked" if guessed else "not known; every one is tested"
-            )
-            warnings.warn(
-                f"var: the sink dimensions of this language model {sizes.backbone}: {what}; measure them with"
-                " vlmattn.inspection.find_sinks and give profile=..., or give dims=(...)",
-                stacklevel=2,
-            )
-        return replace(bound, dims=dims)
-
-    def _with_profile(self, sizes: Sizes) -> VAR:
-        """With what a profile says about this model, if there is one."""
-        self.active_layers(sizes)
-        path = self.profile
-        if not path and not self.dims and sizes.backbone not in SINK_DIMS:
-            path = str(beside(sizes.source, SinkProfile.FILE_NAME) or "")
-        if not path:
-            return self
-        found = SinkProfile.load(path)
-        found.check(sizes, "var.profile")
-        if found.tau >= sizes.hidden_size**0.5:
-            raise OptionError(
-                f"var: {path} has tau = {found.tau:g}, which no token can reach at hidden size {sizes.hidden_size}"
-            )
-        layers = self.layers
-        if self.sinks != "phi" and found.layers[0] < found.layers[1]:  # elsewhere the first token is not a sink yet
-            inside = [layer for layer in self.active_layers(sizes) if found.layers[0] <= layer < found.layers[1]]
-            layers = ",".join(map(str, inside)) or layers
-        tau = found.tau if self.tau == type(self).tau else self.tau
-        return replace(self, dims=self.dims or found.dims, tau=tau, layers=layers, profile=path)
 
     @property
     def observes_generated(self) -> bool:
         return self.extend
 
     def observe(self, scope: Scope, hidden: Tensor) -> None:
-        sink = self._is_sink(scope, hidden)
+        sink = self.is_sink(scope, hidden)
         groups: Slots = scope.state(self, "groups", lambda: Slots(TEXT, torch.uint8))
         scope.count("var", sink.sum())
         if scope.step.start is None:  # one generated token, which is text
@@ -143,18 +83,6 @@ class VAR(Intervention):
         start = scope.keys - scope.queries
         visual = scope.visual[:, start:]
         groups.write(start, (VISUAL * visual + sink).to(torch.uint8))
-
-    def _is_sink(self, scope: Scope, hidden: Tensor) -> Tensor:
-        """bool ``[batch, query]``."""
-        sink = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        if self.sinks != "cos":
-            sink = sink_values(hidden, self.dims) > self.tau
-        if self.sinks != "phi":
-            first: Tensor = scope.state(self, "first", lambda: scope.first_token(hidden))
-            sink = sink | (
-                torch.cosine_similarity(hidden.float(), first[:, None].to(hidden.device), dim=-1).abs() > LIKE_FIRST
-            )
-        return sink
 
     def edit(self, scope: Scope) -> AttentionEdit:
         groups: Slots | None = scope.find(self, "groups")

@@ -1,0 +1,92 @@
+"""Knockout of visual sinks, and of as many other image tokens: the control for methods that move attention of sinks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmattn.interventions.registry import option, register
+from vlmattn.interventions.sinks import SinkTest
+from vlmattn.kernels import AttentionEdit, MaskPart
+from vlmattn.request import Scope, Slots
+
+
+@register(
+    "sink_knockout",
+    paper="arXiv:2503.03321 (visual sinks carry no content); the controls are ours",
+    code="own",
+    faithful="paper text",
+    parts="mask",
+    cost="prefill: dense rows; decode: one comparison per key",
+    presets={
+        "knockout_sinks": ("text rows do not see image tokens that are sinks", {}),
+        "knockout_as_many": (
+            "control: text rows do not see as many image tokens, drawn from all of them",
+            {"hide": "any"},
+        ),
+        "knockout_others": (
+            "control: text rows do not see as many image tokens, drawn from those that are no sinks",
+            {"hide": "others"},
+        ),
+    },
+)
+@dataclass(frozen=True, kw_only=True)
+class SinkKnockout(SinkTest):
+    """Hide image tokens that are sinks from text rows, or as many others. A tool for analysis.
+
+    In a layer with k sinks in an image (by ``dims``, ``tau``, ``profile`` and ``sinks`` as in VAR) the rows of text and of
+    generated tokens do not see
+
+        sinks: these k;   any: k drawn from the image's tokens;   others: k drawn from those that are no sinks, or all of them
+
+    and the softmax is over what is left. Which token of a prompt is drawn first, second, ... follows from ``seed`` and is
+    the same in all layers. If sinks carry no content, hiding them changes little where hiding as many others changes
+    much. Counts hidden tokens.
+    """
+
+    hide: str = option("sinks", about="image tokens that are hidden", choices=("sinks", "any", "others"))
+    seed: int = option(0, 0, 2**31 - 1, "of the draw")
+
+    def hides(self) -> frozenset[str]:
+        return frozenset({"text-image"})
+
+    def observe(self, scope: Scope, hidden: Tensor) -> None:
+        start = scope.keys - scope.queries
+        chosen = self.is_sink(scope, hidden) & scope.visual[:, start:]
+        if self.hide != "sinks":
+            chosen = self._as_many(scope, chosen)
+        scope.count("sink_knockout", chosen.sum())
+        slots: Slots = scope.state(self, "hidden", lambda: Slots(False, torch.bool))
+        slots.write(start, chosen)
+
+    def _as_many(self, scope: Scope, sinks: Tensor) -> Tensor:
+        """In each image as many tokens as it has sinks: bool ``[batch, query]``."""
+        start = scope.keys - scope.queries
+        pool = scope.visual[:, start:]
+        pool = pool & ~sinks if self.hide == "others" else pool
+        image = scope.images[:, start:].long() + 1  # 0 for text
+        order = scope.step.once((self, "order"), lambda: self._order(scope))[:, start:]
+        place = torch.where(pool, image + order, scope.keys + 1.0).argsort(1).argsort(1)  # image by image
+        wanted, there = (
+            torch.zeros(len(pool), scope.keys + 1, dtype=torch.long, device=pool.device).scatter_add_(
+                1, image, of.long()
+            )
+            for of in (sinks, pool)
+        )
+        before = there.cumsum(1) - there
+        return pool & (place - before.gather(1, image) < wanted.gather(1, image))
+
+    def _order(self, scope: Scope) -> Tensor:
+        """A random number in 0..1 for each slot, which follows from how many image tokens stand before it."""
+        drawn = torch.rand(scope.keys, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        number: Tensor = (scope.visual.long().cumsum(1) - 1).clamp_min(0)
+        return drawn.to(scope.device)[number]
+
+    def edit(self, scope: Scope) -> AttentionEdit:
+        found: Slots | None = scope.find(self, "hidden")
+        if found is None:
+            return AttentionEdit()
+        rows = scope.of_rows(~scope.visual, True)
+        return AttentionEdit(mask=(MaskPart(rows.int() - 1, scope.read(found).int() - 1, 0.0),))
