@@ -168,9 +168,9 @@ def test_it_is_made_once_and_said_so(tiny, capfd):
 
 
 def test_what_was_measured_about_it_lies_beside_it(tiny):
-    bare = cache.folder_name()
+    bare = cache.folder_name(cache.ADAPTER)
     cache.ADAPTER.with_name("vlmattn_heads.json").write_text("{}")
-    assert cache.folder_name() != bare
+    assert cache.folder_name(cache.ADAPTER) != bare
     folder = cache.model_folder()
     assert (folder / "vlmattn_heads.json").read_text() == "{}"
     assert "vlmattn_heads.json" in json.loads((folder / "files.json").read_text())

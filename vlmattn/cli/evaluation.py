@@ -51,7 +51,10 @@ Jobs = Annotated[
     typer.Option("--processes", help="Share the questions among so many processes, each on a GPU of its own.", min=1),
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="Of the generated scenes; 12 if not given (training drew 20261 to 20263).", min=0)
+    int | None,
+    typer.Option(
+        help="Of the generated scenes; 12 if not given (training drew 20261 to 20263, of smol 20271 to 20273).", min=0
+    ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away earlier answers in --out.")]
 DEMO_PRESETS = "none,var,vhr,pai"

@@ -196,7 +196,7 @@ def _smol() -> str:
 
     if not ADAPTER.exists():
         return f"[red]adapter missing[/red] ({ADAPTER.parent})"
-    if is_whole(cache() / folder_name()):
+    if is_whole(cache() / folder_name(ADAPTER)):
         return "found"
     try:
         gguf_file()

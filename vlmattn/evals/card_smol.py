@@ -3,7 +3,7 @@
     python -m vlmattn.evals.card_smol --out runs/smol-card
 
 writes ``figures.json`` and ``README.md`` beside the adapter; a run that was stopped goes on where it was. Gates were fixed
-before the model was trained.
+before the model was trained. ``--adapter`` measures another one and writes ``figures.json`` beside it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vlmattn
 from vlmattn.embedded.smol import train
 from vlmattn.embedded.smol.build import ALPHA, RANK
-from vlmattn.embedded.smol.cache import ADAPTER
+from vlmattn.embedded.smol.cache import ADAPTER, model_folder
 from vlmattn.evals.environment import versions
 from vlmattn.evals.gates import Asked, Gate, ask, bare_tables, figure, figure_rows, gate_rows, missed, rows_of, say
 from vlmattn.evals.journal import write_json
+from vlmattn.evals.loading import load
 from vlmattn.evals.runner import Result, evaluate
 from vlmattn.evals.suites import Chair, Pope, Suite, Which, World
 from vlmattn.evals.suites.mmhal_scenes import MMHalScenes
@@ -114,9 +114,9 @@ def suites(images: int) -> list[Suite]:
     ]
 
 
-def measure(images: int, out: Path) -> dict[str, Any]:
+def measure(images: int, out: Path, adapter: Path) -> dict[str, Any]:
     """All figures of the card."""
-    model, processor = vlmattn.load("smol")
+    model, processor = load(str(model_folder(adapter)), "float32", "cpu")
     asked = ask(model, processor, min(images, _FEW))
     profile = find_sinks(model, [{k: v[i : i + 1] for k, v in asked.inputs.items()} for i in range(8)])
     layers = sink_layers(asked, profile)
@@ -240,11 +240,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the answers; asked again, it goes on")
     parser.add_argument("--images", type=int, default=500, help="scenes per setting")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="what was trained")
     options = parser.parse_args()
-    figures = measure(options.images, options.out)
-    log = json.loads((ADAPTER.parent / "training_log.json").read_text())
-    write_json(ADAPTER.parent / "figures.json", figures)
-    write_whole(ADAPTER.parent / "README.md", card(figures, log))
+    figures, folder = measure(options.images, options.out, options.adapter), options.adapter.parent
+    write_json(folder / "figures.json", figures)
+    if options.adapter == ADAPTER:
+        log = json.loads((folder / "training_log.json").read_text())
+        write_whole(folder / "README.md", card(figures, log))
     say(figures["gates"])
 
 

@@ -30,31 +30,35 @@ def cache() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "vlmattn"
 
 
-def folder_name() -> str:
+def folder_name(adapter: Path) -> str:
     """Of the sources: another adapter, or other measurements beside it, another folder.
 
     Raises:
         InputError: there is no adapter.
     """
-    if not ADAPTER.is_file():
-        raise InputError(f"this vlmattn has no adapter for 'smol' ({ADAPTER} is missing); use 'embedded'")
-    sources = " ".join([str(_VERSION), GGUF_SHA256, *map(file_sha256, (ADAPTER, *_measured()))])
+    if not adapter.is_file():
+        raise InputError(f"there is no adapter for 'smol' ({adapter} is missing); use 'embedded'")
+    sources = " ".join([str(_VERSION), GGUF_SHA256, *map(file_sha256, (adapter, *_measured(adapter)))])
     return f"smol-{hashlib.sha256(sources.encode()).hexdigest()[:12]}"
 
 
-def _measured() -> list[Path]:
-    return [path for name in _MEASURED if (path := ADAPTER.with_name(name)).is_file()]
+def _measured(adapter: Path) -> list[Path]:
+    return [path for name in _MEASURED if (path := adapter.with_name(name)).is_file()]
 
 
-def model_folder() -> Path:
+def model_folder(adapter: Path | None = None) -> Path:
     """The folder of the merged model; if it is not there, or damaged, it is made, which takes about a minute.
+
+    Args:
+        adapter: what ``train --export`` wrote; None = the one that the package carries.
 
     Raises:
         InputError: no adapter; no language model, where it is needed; the cache cannot be written.
     """
-    folder = cache() / folder_name()
+    adapter = adapter or ADAPTER
+    folder = cache() / folder_name(adapter)
     if not is_whole(folder):
-        _make(folder)
+        _make(folder, adapter)
     return folder
 
 
@@ -69,7 +73,7 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, adapter: Path) -> None:
     """Write the folder under another name and move it into place."""
     source = gguf_file()
     if folder.exists():
@@ -82,13 +86,13 @@ def _make(folder: Path) -> None:
         where = "set VLMATTN_CACHE to a folder with room for 280 MB"
         raise InputError(f"cannot write to {folder.parent} ({error.strerror}); {where}") from error
     try:
-        _write(source, made)
+        _write(source, made, adapter)
         _place(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _write(source: Path, target: Path) -> None:
+def _write(source: Path, target: Path, adapter: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -102,9 +106,9 @@ def _write(source: Path, target: Path) -> None:
         processor = build_processor(tokenizer)
         llava = build_llava(language, processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         load_language_model(llava, weights)
-        load_adapter(llava, load_file(ADAPTER))
+        load_adapter(llava, load_file(adapter))
         save(llava, processor, target)
-    for path in _measured():
+    for path in _measured(adapter):
         shutil.copy(path, target)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in target.iterdir()}
     write_whole(target / _FILES, json.dumps(files, indent=2, sort_keys=True) + "\n")
