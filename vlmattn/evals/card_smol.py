@@ -134,15 +134,21 @@ def measure(images: int, out: Path, adapter: Path) -> dict[str, Any]:
     }
 
 
-def card(figures: dict[str, Any], log: list[dict[str, Any]]) -> str:
-    """The model card in Markdown."""
+def card(figures: dict[str, Any], log: list[dict[str, Any]], natural: dict[str, Any]) -> str:
+    """The model card in Markdown; ``natural``: figures of the other route."""
     last = log[-1]
+    most = max(range(len(natural["sinks"])), key=lambda layer: natural["sinks"][layer]["sinks"])
     return _CARD.format(
         images=figures["images"],
         gates=gate_rows(figures["gates"]),
         missed=missed(figures["gates"]),
         tables=figure_rows(figures["tables"]),
         few=_FEW,
+        natural_images=natural["images"],
+        natural_gates=gate_rows(natural["gates"]),
+        natural_dims=natural["dims"] or "none",
+        natural_most=natural["sinks"][most],
+        natural_layer=most,
         dims=figures["dims"],
         **rows_of(figures["sinks"]),
         rank=RANK,
@@ -225,6 +231,17 @@ Dimensions found by `vlmattn.inspection.find_sinks`: {dims}. Per layer, over {fe
 |{sink_rule}|
 {sinks}
 
+## The natural route
+`--route natural` leaves both to the training: a background vector that is learned, no anchor, all else alike. One run, measured
+by the same command on {natural_images} scenes (`--adapter`; kept in `natural.json`):
+
+| gate | measured | bound | passed |
+|---|---:|---|---|
+{natural_gates}
+
+Sink dimensions found: {natural_dims}. The layer with most image sinks is {natural_layer}: {natural_most[sinks]} per image, in
+{natural_most[with]:.0%} of the images, largest phi {natural_most[phi]} on average.
+
 ## What it cannot validate
 - Tiny pictures, 16 kinds of things, one caption style: figures do not transfer to real models. A method that does not help here
   may help there, and the other way round.
@@ -246,7 +263,8 @@ def main() -> None:
     write_json(folder / "figures.json", figures)
     if options.adapter == ADAPTER:
         log = json.loads((folder / "training_log.json").read_text())
-        write_whole(folder / "README.md", card(figures, log))
+        natural = json.loads((folder / "natural.json").read_text())
+        write_whole(folder / "README.md", card(figures, log, natural))
     say(figures["gates"])
 
 

@@ -22,6 +22,7 @@ from vlmattn.inspection.measures import (
 from vlmattn.inspection.multipath import MultiPath, multi_path
 from vlmattn.inspection.named import Named
 from vlmattn.inspection.needles import needle_prompts, retrieve_images
+from vlmattn.inspection.page import inspect_page
 from vlmattn.inspection.sides import Side, compare_answers
 from vlmattn.inspection.sinks import find_sinks
 from vlmattn.inspection.sorting import Sorted, sort_context
@@ -50,6 +51,7 @@ __all__ = [
     "image_attention",
     "image_maps",
     "influence",
+    "inspect_page",
     "logit_difference",
     "look",
     "multi_path",
