@@ -14,7 +14,16 @@ from vlmattn.errors import InputError
 from vlmattn.evals import survey
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites import Chair, Pope, Which, World
-from vlmattn.evals.survey import checked_against, comparisons, findings, page, paper_id, read_run, table_of_presets
+from vlmattn.evals.survey import (
+    checked_against,
+    comparisons,
+    findings,
+    joined,
+    page,
+    paper_id,
+    read_run,
+    table_of_presets,
+)
 from vlmattn.recipe import Recipe
 
 
@@ -59,6 +68,29 @@ def test_overall_figures_are_means_over_splits(summary):
     assert whole["rows"]["vhr"]["changed"] <= whole["samples"]
     (captions,) = (t for t in summary["tables"] if t["suite"] == "chair")
     assert {**summary["overall"][1], "split": "captions"} == captions
+
+
+def part(summary, *gone):
+    """The summary as a run without some presets would have it."""
+    found = copy.deepcopy(summary)
+    for kept in (*(table["rows"] for table in found["overall"]), *(found[n] for n in ("recipes", "reports", "cost"))):
+        for preset in gone:
+            kept.pop(preset, None)
+    return found
+
+
+def test_runs_of_other_presets_are_one_page(summary):
+    first, second = part(summary, "pai"), {**part(summary, "vhr"), "command": "typed that"}
+    whole = joined([first, second])
+    assert {**whole, "command": "typed this"} == {**summary, "tables": first["tables"]}
+    assert "- answers: `typed this`, `typed that`" in page(whole, "made by")
+    assert joined([summary]) == summary
+    for name, value in (("weights", "others"), ("seed", 5), ("suites", {})):
+        with pytest.raises(InputError, match=f"their {name} are different"):
+            joined([first, {**second, name: value}])
+    second["overall"][0]["rows"]["none"]["metrics"]["accuracy"]["value"] += 1
+    with pytest.raises(InputError, match="does not say the same"):
+        joined([first, second])
 
 
 def test_each_preset_has_a_row_with_its_figures(summary):

@@ -2,7 +2,8 @@
 
     python -m vlmattn.evals.survey --run runs/all --out docs/results-embedded.md
 
-Every figure on the page is read from ``summary.json`` or counted from what is there.
+``--run`` may be given again, for other presets on the same questions. Every figure on the page is read from the runs'
+``summary.json`` (a folder or the file itself) or counted from what is there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from vlmattn.interventions import all_presets, find_method
 
 FEWER_TOKENS = "<!-- fewer image tokens: written by vlmattn.evals.curve -->"  # begins a section that is kept
 _LEVEL = 0.05  # of the 95 % intervals in the summary
+_SAME = ("model", "weights", "dtype", "suites", "decoding", "seed", "versions", "batch_size", "metrics")
 _NEEDED = {"overall", "metrics", "titles", "recipes", "reports", "cost"}
 
 
@@ -50,7 +52,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is of a version that did not write what the page needs.
     """
-    path = folder / "summary.json"
+    path = folder if folder.suffix == ".json" else folder / "summary.json"
     try:
         summary = json.loads(path.read_text())
     except OSError as error:
@@ -61,6 +63,32 @@ def read_run(folder: Path) -> dict[str, Any]:
         lacking = "" if not isinstance(summary, dict) else f" ({', '.join(missing)} missing)"
         raise InputError(f"{path}: not of this version{lacking}; run vlmattn eval again, it keeps the answers")
     return summary
+
+
+def joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Runs of other presets on the same questions as one; of presets that several have, the first counts.
+
+    Raises:
+        InputError: another model, other questions, settings or versions; ``none`` is not the same.
+    """
+    first, *others = summaries
+    whole = json.loads(json.dumps(first))
+    for other in others:
+        for name in _SAME:
+            if other[name] != first[name]:
+                raise InputError(f"the runs cannot be on one page: their {name} are different")
+        for table, more in zip(whole["overall"], other["overall"], strict=True):
+            if table["rows"]["none"] != more["rows"]["none"]:
+                raise InputError("the runs cannot be on one page: the bare model does not say the same in both")
+            table["rows"] = {**more["rows"], **table["rows"]}
+        for name in ("recipes", "reports", "cost"):
+            whole[name] = {
+                **whole[name],
+                **{key: value for key, value in other[name].items() if key not in whole[name]},
+            }
+    if others:
+        whole["command"] = "`, `".join(str(summary.get("command") or "from Python") for summary in summaries)
+    return dict(whole)
 
 
 def checked_against(about: str, faithful: str) -> str:
@@ -264,13 +292,15 @@ def page(summary: Mapping[str, Any], command: str, times: bool = True) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="results folder of vlmattn eval")
+    parser.add_argument(
+        "--run", type=Path, required=True, action="append", help="results folder of vlmattn eval; repeat"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the page, in markdown")
     parser.add_argument("--without-times", action="store_true", help="the machine did other work during the run")
     options = parser.parse_args()
     try:
         command = shlex.join(["python", "-m", "vlmattn.evals.survey", *sys.argv[1:]])
-        text = page(read_run(options.run), command, not options.without_times)
+        text = page(joined([read_run(run) for run in options.run]), command, not options.without_times)
         _, mark, kept = (options.out.read_text() if options.out.exists() else "").partition(FEWER_TOKENS)
         text += f"\n{mark}{kept}" if mark else ""
         options.out.parent.mkdir(parents=True, exist_ok=True)
