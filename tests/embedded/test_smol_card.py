@@ -38,8 +38,8 @@ def smol():
 
 @needs_card
 def test_the_card_shows_the_measured_figures(figures):
-    log = json.loads((FOLDER / "training_log.json").read_text())
-    assert (FOLDER / "README.md").read_text() == card(figures, log)
+    log, natural = (json.loads((FOLDER / name).read_text()) for name in ("training_log.json", "natural.json"))
+    assert (FOLDER / "README.md").read_text() == card(figures, log, natural)
     assert len(figures["gates"]) == 12
     assert all(gate["passed"] == (gate["low"] <= gate["value"] <= gate["high"]) for gate in figures["gates"])
 

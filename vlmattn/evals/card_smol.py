@@ -137,7 +137,7 @@ def measure(images: int, out: Path, adapter: Path) -> dict[str, Any]:
 def card(figures: dict[str, Any], log: list[dict[str, Any]], natural: dict[str, Any]) -> str:
     """The model card in Markdown; ``natural``: figures of the other route."""
     last = log[-1]
-    most = max(range(len(natural["sinks"])), key=lambda layer: natural["sinks"][layer]["sinks"])
+    most = {name: max(row[name] for row in natural["sinks"]) for name in ("sinks", "phi", "bos")}
     return _CARD.format(
         images=figures["images"],
         gates=gate_rows(figures["gates"]),
@@ -147,8 +147,8 @@ def card(figures: dict[str, Any], log: list[dict[str, Any]], natural: dict[str, 
         natural_images=natural["images"],
         natural_gates=gate_rows(natural["gates"]),
         natural_dims=natural["dims"] or "none",
-        natural_most=natural["sinks"][most],
-        natural_layer=most,
+        natural_most=most,
+        own_bos=max(row["bos"] for row in figures["sinks"]),
         dims=figures["dims"],
         **rows_of(figures["sinks"]),
         rank=RANK,
@@ -239,8 +239,10 @@ by the same command on {natural_images} scenes (`--adapter`; kept in `natural.js
 |---|---:|---|---|
 {natural_gates}
 
-Sink dimensions found: {natural_dims}. The layer with most image sinks is {natural_layer}: {natural_most[sinks]} per image, in
-{natural_most[with]:.0%} of the images, largest phi {natural_most[phi]} on average.
+Sink dimensions found: {natural_dims}. Image tokens that are sinks: at most {natural_most[sinks]} per image in any layer; their
+largest phi, a mean over images, is {natural_most[phi]} where VAR asks for 20. What the text does not look at goes to the first
+token instead: up to {natural_most[bos]:.0%} of the last row's attention in a layer, against {own_bos:.0%} on the anchored route.
+One run of each route, with one seed.
 
 ## What it cannot validate
 - Tiny pictures, 16 kinds of things, one caption style: figures do not transfer to real models. A method that does not help here
