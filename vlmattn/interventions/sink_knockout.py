@@ -54,18 +54,17 @@ class SinkKnockout(SinkTest):
 
     def observe(self, scope: Scope, hidden: Tensor) -> None:
         start = scope.keys - scope.queries
-        chosen = self.is_sink(scope, hidden) & scope.visual[:, start:]
+        pool = scope.visual[:, start:] if scope.real is None else (scope.visual & scope.real)[:, start:]  # not dropped
+        chosen = self.is_sink(scope, hidden) & pool
         if self.hide != "sinks":
-            chosen = self._as_many(scope, chosen)
+            chosen = self._as_many(scope, chosen, pool & ~chosen if self.hide == "others" else pool)
         scope.count("sink_knockout", chosen.sum())
         slots: Slots = scope.state(self, "hidden", lambda: Slots(False, torch.bool))
         slots.write(start, chosen)
 
-    def _as_many(self, scope: Scope, sinks: Tensor) -> Tensor:
-        """In each image as many tokens as it has sinks: bool ``[batch, query]``."""
+    def _as_many(self, scope: Scope, sinks: Tensor, pool: Tensor) -> Tensor:
+        """In each image as many tokens of the pool as it has sinks: bool ``[batch, query]``."""
         start = scope.keys - scope.queries
-        pool = scope.visual[:, start:]
-        pool = pool & ~sinks if self.hide == "others" else pool
         image = scope.images[:, start:].long() + 1  # 0 for text
         order = scope.step.once((self, "order"), lambda: self._order(scope))[:, start:]
         place = torch.where(pool, image + order, scope.keys + 1.0).argsort(1).argsort(1)  # image by image
@@ -79,10 +78,16 @@ class SinkKnockout(SinkTest):
         return pool & (place - before.gather(1, image) < wanted.gather(1, image))
 
     def _order(self, scope: Scope) -> Tensor:
-        """A random number in 0..1 for each slot, which follows from how many image tokens stand before it."""
-        drawn = torch.rand(scope.keys, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        number: Tensor = (scope.visual.long().cumsum(1) - 1).clamp_min(0)
-        return drawn.to(scope.device)[number]
+        """A random number in 0..1 for each slot, by its distance from the first real one, whatever was dropped between."""
+        tokens, real = scope.request.tokens, scope.real
+        count = scope.keys + (0 if tokens is None else tokens.removed)
+        numbers = Slots(0, torch.long)
+        numbers.write(0, torch.arange(count, device=scope.device).expand(len(scope.visual), -1))
+        slots = scope.request.read(numbers, scope.keys, scope.device)
+        if real is not None:
+            slots = slots - slots.gather(1, real.int().argmax(1, keepdim=True))
+        drawn = torch.rand(count, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        return drawn.to(scope.device)[slots.clamp_min(0)]
 
     def edit(self, scope: Scope) -> AttentionEdit:
         found: Slots | None = scope.find(self, "hidden")
