@@ -29,7 +29,7 @@ def drawn(tokens: list[Token], sinks: set[int], method: SinkKnockout) -> set[int
     """Hidden slots of one prompt: in each image as many as it has sinks, in a random order of the prompt's tokens."""
     slots = [n for n, token in enumerate(tokens) if token.image >= 0]
     first = next(n for n, token in enumerate(tokens) if token.real)
-    random = torch.rand(999, generator=torch.Generator().manual_seed(method.seed), dtype=torch.float64).tolist()
+    random = torch.randint(2**31, (999,), generator=torch.Generator().manual_seed(method.seed)).tolist()
     found = set()
     for image in {tokens[n].image for n in slots}:
         own = {n for n in slots if tokens[n].image == image}

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import shlex
@@ -72,7 +73,7 @@ def joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         InputError: another model, other questions, settings or versions; ``none`` is not the same.
     """
     first, *others = summaries
-    whole = json.loads(json.dumps(first))
+    whole = copy.deepcopy(dict(first))
     for other in others:
         for name in _SAME:
             if other[name] != first[name]:
@@ -88,7 +89,7 @@ def joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             }
     if others:
         whole["command"] = "`, `".join(str(summary.get("command") or "from Python") for summary in summaries)
-    return dict(whole)
+    return whole
 
 
 def checked_against(about: str, faithful: str) -> str:

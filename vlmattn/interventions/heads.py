@@ -48,7 +48,8 @@ class Heads(Intervention):
 
     on text rows after an image and all generated rows (``rows`` "instruction"), or on all rows. Which heads: ``heads``, or
     the top ``share`` of a score in a HeadProfile; ``vlmattn.inspection.find_heads`` ranks heads by their causal effect on
-    which modality the answer follows. The score "random" draws that share instead, by ``seed``: a control. The paper's operator and scale are not known to us: experimental. Counts heads.
+    which modality the answer follows. The score "random" draws that share instead, by ``seed``: a control. The paper's
+    operator and scale are not known to us: experimental. Counts heads.
 
     Raises:
         OptionError: no heads given and no profile beside the model; a profile of another model; a head or layer that the

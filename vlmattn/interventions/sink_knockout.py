@@ -12,6 +12,8 @@ from vlmattn.interventions.sinks import SinkTest
 from vlmattn.kernels import AttentionEdit, MaskPart
 from vlmattn.request import Scope, Slots
 
+_DRAWS = 2**31  # so many numbers are drawn from
+
 
 @register(
     "sink_knockout",
@@ -66,8 +68,9 @@ class SinkKnockout(SinkTest):
         """In each image as many tokens of the pool as it has sinks: bool ``[batch, query]``."""
         start = scope.keys - scope.queries
         image = scope.images[:, start:].long() + 1  # 0 for text
-        order = scope.step.once((self, "order"), lambda: self._order(scope))[:, start:]
-        place = torch.where(pool, image + order, scope.keys + 1.0).argsort(1).argsort(1)  # image by image
+        order = scope.once((self, "order"), lambda: self._order(scope))[:, start:]
+        last = (scope.keys + 1) * _DRAWS
+        place = torch.where(pool, image * _DRAWS + order, last).argsort(1).argsort(1)  # image by image
         wanted, there = (
             torch.zeros(len(pool), scope.keys + 1, dtype=torch.long, device=pool.device).scatter_add_(
                 1, image, of.long()
@@ -78,7 +81,7 @@ class SinkKnockout(SinkTest):
         return pool & (place - before.gather(1, image) < wanted.gather(1, image))
 
     def _order(self, scope: Scope) -> Tensor:
-        """A random number in 0..1 for each slot, by its distance from the first real one, whatever was dropped between."""
+        """A random number for each slot, by its distance from the first real one, whatever was dropped between."""
         tokens, real = scope.request.tokens, scope.real
         count = scope.keys + (0 if tokens is None else tokens.removed)
         numbers = Slots(0, torch.long)
@@ -86,7 +89,7 @@ class SinkKnockout(SinkTest):
         slots = scope.request.read(numbers, scope.keys, scope.device)
         if real is not None:
             slots = slots - slots.gather(1, real.int().argmax(1, keepdim=True))
-        drawn = torch.rand(count, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        drawn = torch.randint(_DRAWS, (count,), generator=torch.Generator().manual_seed(self.seed))
         return drawn.to(scope.device)[slots.clamp_min(0)]
 
     def edit(self, scope: Scope) -> AttentionEdit:

@@ -53,12 +53,7 @@ def sink_values(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SinkTest(Intervention):
-    """What methods about sinks share: a token is a sink of a layer when phi(x) > tau for the x that enters it.
-
-    Dimensions and threshold are ``dims`` and ``tau`` where they are given, else those of ``profile`` (measured by
-    ``vlmattn.inspection.find_sinks``), else for known language models those of a table. Without any of these every
-    dimension is tested, with a warning.
-    """
+    """What methods about sinks share: which tokens that enter a layer are sinks, and the options of that (see ``VAR``)."""
 
     files: ClassVar[Mapping[str, str]] = {"profile": SinkProfile.FILE_NAME}
     tau: float = option(20.0, 0, 1e3, "sink threshold; phi never exceeds sqrt(hidden size)", source="paper and code")
