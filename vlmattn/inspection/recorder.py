@@ -53,7 +53,7 @@ class Recorder:
             slots = step.request.tokens.slots[0, -hidden.shape[1] :].cpu()
         rows = hidden[0].float()
         if int(slots[0]) == 0:
-            self._first[layer] = rows[0]
+            self._first[layer] = rows[0].clone()  # a view would keep the whole prompt
         first = self._first.get(layer, rows.new_full((rows.shape[-1],), float("nan")))
         self.slots.setdefault(layer, []).append(slots)
         self.phi.setdefault(layer, []).append(sink_values(rows, ()).cpu())
