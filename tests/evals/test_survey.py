@@ -12,18 +12,29 @@ import pytest
 import vlmattn
 from vlmattn.errors import InputError
 from vlmattn.evals import survey
+from vlmattn.evals.bench import bench, encode
+from vlmattn.evals.compare import Compared
+from vlmattn.evals.controls import against_controls
 from vlmattn.evals.runner import evaluate
+from vlmattn.evals.stats import Interval
 from vlmattn.evals.suites import Chair, Pope, Which, World
 from vlmattn.evals.survey import (
+    bench_costs,
     checked_against,
     comparisons,
+    controls_section,
     findings,
     joined,
     page,
     paper_id,
     read_run,
+    read_tuned,
     table_of_presets,
+    times,
+    tuned_section,
 )
+from vlmattn.evals.timing import write_csv
+from vlmattn.evals.tune import tune
 from vlmattn.recipe import Recipe
 
 
@@ -35,6 +46,17 @@ def run(tmp_path_factory):
     evaluate(
         *vlmattn.load("embedded"), suites, ["vhr", "pai"], folder, "embedded", say=lambda _: None, command="typed this"
     )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory):
+    """A preset, and its control in another run on the same questions."""
+    folder = tmp_path_factory.mktemp("controlled")
+    world = World("faint", 0.0, 4)
+    suites = [Pope.on_scenes([world]), Chair.on_scenes([world])]
+    for name, presets in (("first", ["vhr", Recipe.of("vhr", alpha=3.0)]), ("second", ["heads_random_half", "pai"])):
+        evaluate(*vlmattn.load("embedded"), suites, presets, folder / name, "embedded", say=lambda _: None)
     return folder
 
 
@@ -53,7 +75,7 @@ def set_difference(summary, column, preset, value, low, high):
 
 
 def rows_of(summary):
-    lines = table_of_presets(summary).splitlines()
+    lines = table_of_presets(summary, times(summary)).splitlines()
     assert len({line.count("|") for line in lines}) == 1, "a table that renders"
     return {line.split("|")[1].strip().strip("`"): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:]}
 
@@ -106,6 +128,8 @@ def test_each_preset_has_a_row_with_its_figures(summary):
     assert rows["vhr"][6] == str(summary["reports"]["vhr"]["fired"]["vhr"])
     own, base = (summary["cost"][name]["seconds_per_sample"] for name in ("vhr", "none"))
     assert rows["vhr"][7] == f"{own / base:.2f}x"
+    changed = summary["overall"][0]["rows"]["vhr"]["changed"]
+    assert rows["vhr"][3].endswith(f", {changed} changed")
 
 
 def test_bold_and_verdict_follow_the_interval_and_the_metrics_side(summary):
@@ -201,7 +225,7 @@ def test_the_page_says_how_it_was_made(run, tmp_path, monkeypatch):
         "seed of the bootstrap: 0",
         '"seed": 12',
         f"{summary['overall'][0]['samples']} questions about 8 images",
-        table_of_presets(summary),
+        table_of_presets(summary, times(summary)),
         findings(summary),
         "Many comparisons",
     ):
@@ -232,12 +256,100 @@ def test_runs_without_figures_are_refused(tmp_path, monkeypatch, capsys, content
     assert not (tmp_path / "page.md").exists()
 
 
-def test_times_of_a_busy_machine_are_left_out(summary):
-    assert "| fired | time |" in page(summary, "command")
-    without = page(summary, "command", times=False)
-    assert "| fired |\n" in without
-    assert "Time:" not in without
-    assert " s a sample" not in without
+def test_times_of_a_busy_machine_are_left_out(run, summary, tmp_path, monkeypatch):
+    out = tmp_path / "page.md"
+    monkeypatch.setattr(sys, "argv", ["survey", "--run", str(run), "--out", str(out)])
+    survey.main()
+    assert "| fired | cost |" in out.read_text()
+    assert "not a benchmark" in out.read_text()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--without-times"])
+    survey.main()
+    assert "| fired |\n" in out.read_text()
+    assert "Cost:" not in out.read_text()
+    assert " s a sample" not in out.read_text()
+
+
+def test_costs_are_those_of_a_bench(run, tmp_path, monkeypatch):
+    model, processor = vlmattn.load("embedded")
+    inputs = encode(processor, model, World("faint", 0.0, 1).image(0)[0], "Describe the image.")
+    rows = bench(model, inputs, ["vhr", "opera"], rounds=2, new_tokens=4, processor=processor)
+    write_csv(tmp_path / "bench.csv", rows)
+    costs, settings = bench_costs([tmp_path / "bench.csv"])
+    assert set(costs) == {"none", "vhr", "opera"}
+    by = {(row["what"], row["candidate"]): row for row in rows}
+    first, step = by["first token", "vhr"], by["decode step", "vhr"]
+    assert costs["vhr"] == "<br>".join(
+        f"{label} {row['ratio']:.2f}x [{row['ratio_q1']:.2f}, {row['ratio_q3']:.2f}]"
+        for label, row in (("first token", first), ("step", step))
+    )
+    assert costs["none"].startswith(f"first token {by['first token', 'none']['median']:.0f} ms<br>step ")
+    assert costs["opera"].startswith("4 tokens "), "it has no first token of its own"
+    assert f"{first['prompt_tokens']} tokens, {first['image_tokens']} of them" in settings
+    assert "2 rounds" in settings
+    out = tmp_path / "page.md"
+    monkeypatch.setattr(
+        sys, "argv", ["survey", "--run", str(run), "--out", str(out), "--bench", str(tmp_path / "bench.csv")]
+    )
+    survey.main()
+    assert costs["vhr"] in out.read_text()
+    assert settings in out.read_text()
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="not a table of vlmattn bench"):
+        bench_costs([tmp_path / "other.csv"])
+
+
+def test_presets_are_held_against_their_controls(controlled):
+    runs = [controlled / "first", controlled / "second"]
+    parts = [read_run(run) for run in runs]
+    found = against_controls(runs, parts)
+    assert set(found) == {("vhr", "heads_random_half"), ("vhr[alpha=3.0]", "heads_random_half")}
+    (rows,) = (found["vhr", "heads_random_half"],)
+    assert [(row.suite, row.metric) for row in rows] == [("pope", "accuracy"), ("chair", "chair_i")], "headlines only"
+    summary = joined(parts)
+    for row, table in zip(rows, summary["overall"], strict=True):
+        values = {name: table["rows"][name]["metrics"][row.metric]["value"] for name in ("vhr", "heads_random_half")}
+        assert row.difference.value == pytest.approx(values["vhr"] - values["heads_random_half"], abs=1e-3)
+    text = controls_section(summary, found)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert f"{rows[0].difference.value:+.1f} [" in lines[2]
+    assert against_controls([runs[0] / "summary.json", runs[1]], parts) == {}, "no answers of vhr"
+
+
+@pytest.mark.parametrize(
+    ("beaten", "kind"), [(True, "than every control"), (False, "so no claim"), (None, "without a control")]
+)
+def test_a_claim_needs_a_gain_over_the_control(summary, beaten, kind):
+    set_difference(summary, 0, "vhr", 3.0, 0.1, 6.0)
+    low = 0.5 if beaten else -0.5
+    row = Compared("pope", "faint", "x → vhr", "accuracy", "higher", 80, 83, Interval(3.0, low, 6.0), 0.01, 50, 7)
+    found = {} if beaten is None else {("vhr", "heads_random_half"): [row]}
+    (line,) = (line for line in controls_section(summary, found).splitlines() if "`vhr` (pope faint: accuracy)" in line)
+    assert kind in line
+
+
+def test_what_was_tuned_is_said(tmp_path):
+    model, processor = vlmattn.load("embedded")
+    suite = Pope.on_scenes([World("faint", 0.0, 4, seed=13)])
+    tuned = tune(
+        model,
+        processor,
+        suite,
+        "vhr",
+        {"alpha": [1.5, 3.0]},
+        tmp_path,
+        "embedded",
+        12,
+        say=lambda _: None,
+        command="tuned by",
+    )
+    text = tuned_section([read_tuned(tmp_path / "tune.json")])
+    assert f"| `vhr` | alpha = 1.5, 3.0 | 12 of pope, seed 13 | {tuned.none:.1f} | `{tuned.chosen.name}` |" in text
+    assert f"{tuned.chosen.value:.1f} accuracy" in text
+    assert "- `tuned by`" in text
+    (tmp_path / "tune.json").write_text("[]")
+    with pytest.raises(InputError, match="run vlmattn tune first"):
+        read_tuned(tmp_path / "tune.json")
 
 
 @pytest.mark.parametrize(

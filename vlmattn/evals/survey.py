@@ -3,13 +3,15 @@
     python -m vlmattn.evals.survey --run runs/all --out docs/results-embedded.md
 
 ``--run`` may be given again, for other presets on the same questions. Every figure on the page is read from the runs'
-``summary.json`` (a folder or the file itself) or counted from what is there.
+``summary.json`` (a folder or the file itself) and answers, from the table of ``vlmattn bench`` (``--bench``) and from what
+``vlmattn tune`` wrote (``--tuned``), or counted from what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import re
 import shlex
@@ -21,6 +23,9 @@ from typing import Any
 
 import vlmattn.decoding  # noqa: F401  (its methods have names too)
 from vlmattn.errors import InputError, VlmattnError
+from vlmattn.evals.bench import FIRST, STEP
+from vlmattn.evals.compare import Compared
+from vlmattn.evals.controls import against_controls, controls_of
 from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.files import write_whole
 from vlmattn.interventions import all_presets, find_method
@@ -28,6 +33,7 @@ from vlmattn.interventions import all_presets, find_method
 FEWER_TOKENS = "<!-- fewer image tokens: written by vlmattn.evals.curve -->"  # begins a section that is kept
 _LEVEL = 0.05  # of the 95 % intervals in the summary
 _SAME = ("model", "weights", "dtype", "suites", "decoding", "seed", "versions", "batch_size", "metrics")
+_TUNED = ("preset", "grid", "samples", "suite", "seed", "none", "chosen", "settings", "metric", "command", "notes")
 _NEEDED = {"overall", "metrics", "titles", "recipes", "reports", "cost"}
 
 
@@ -64,6 +70,19 @@ def read_run(folder: Path) -> dict[str, Any]:
         lacking = "" if not isinstance(summary, dict) else f" ({', '.join(missing)} missing)"
         raise InputError(f"{path}: not of this version{lacking}; run vlmattn eval again, it keeps the answers")
     return summary
+
+
+def read_tuned(path: Path) -> dict[str, Any]:
+    """What ``vlmattn tune`` wrote into ``tune.json``.
+
+    Raises:
+        InputError: it did not.
+    """
+    try:
+        record = json.loads(path.read_text())
+        return {name: record[name] for name in _TUNED}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not a tune.json; run vlmattn tune first, its --out has one") from None
 
 
 def joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -128,16 +147,16 @@ def _columns(summary: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]
         yield table, f"{table['suite']} {table['condition']}"
 
 
-def table_of_presets(summary: Mapping[str, Any], times: bool = True) -> str:
+def table_of_presets(summary: Mapping[str, Any], costs: Mapping[str, str] | None = None) -> str:
     """One row per preset: where it is from, the headline metrics and their differences, whether it fired, its cost."""
     header = ["preset", "method", "paper", "checked against"]
     header += [f"{where}: {_headline(summary, table['suite'])}" for table, where in _columns(summary)]
-    header += ["fired", "time"] if times else ["fired"]
+    header += ["fired", "cost"] if costs else ["fired"]
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] * len(header)) + "|"]
     for preset in summary["recipes"]:
         cells = [f"`{preset}`", *_origin(preset, summary["recipes"][preset])]
         cells += [_figures(summary, table, preset) for table, _ in _columns(summary)]
-        cells += ["" if preset == "none" else _fired(summary, preset), *([_time(summary, preset)] if times else [])]
+        cells += ["" if preset == "none" else _fired(summary, preset), *([costs.get(preset, "")] if costs else [])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -154,7 +173,7 @@ def _figures(summary: Mapping[str, Any], table: Mapping[str, Any], preset: str) 
         return f"{cell['value']:.1f}"
     found = verdict(cell, metric["better"])
     difference = f"**{change(cell)}** {found}" if found else change(cell)
-    return f"{cell['value']:.1f}<br>{difference}<br>p {p_value(row)}"
+    return f"{cell['value']:.1f}<br>{difference}<br>p {p_value(row)}, {row['changed']} changed"
 
 
 def _origin(preset: str, recipe: Mapping[str, Any]) -> list[str]:
@@ -182,9 +201,47 @@ def _fired(summary: Mapping[str, Any], preset: str) -> str:
     return next(iter(counts.values())) if len(counts) == 1 else ", ".join(f"{k}: {v}" for k, v in counts.items())
 
 
-def _time(summary: Mapping[str, Any], preset: str) -> str:
-    own, base = (summary["cost"][name]["seconds_per_sample"] for name in (preset, "none"))
-    return f"{base:.3g} s a sample" if preset == "none" else f"{own / base:.2f}x"
+def times(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Preset -> seconds a sample of the run, relative to ``none``."""
+    seconds = {preset: cost["seconds_per_sample"] for preset, cost in summary["cost"].items()}
+    base = seconds["none"]
+    return {
+        preset: f"{base:.3g} s a sample" if preset == "none" else f"{own / base:.2f}x"
+        for preset, own in seconds.items()
+    }
+
+
+def bench_costs(paths: Sequence[Path]) -> tuple[dict[str, str], str]:
+    """Preset -> ratios to ``none`` from tables of ``vlmattn bench``, and in words how they were measured.
+
+    Raises:
+        InputError: no such table.
+    """
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    settings: dict[str, None] = {}
+    for path in paths:
+        try:
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if row["unit"] == "ms"]
+            for row in rows:
+                found.setdefault(row["candidate"], {})[row["what"]] = row
+                settings[
+                    f"one prompt of {row['prompt_tokens']} tokens, {row['image_tokens']} of them of the image, answers of"
+                    f" {row['new_tokens']}, {row['dtype']}, {row['n']} rounds, threads: {row['threads']}"
+                ] = None
+        except (OSError, KeyError):
+            raise InputError(f"{path}: not a table of vlmattn bench; make it with vlmattn bench --out {path}") from None
+    costs = {}
+    for preset, rows_of in found.items():
+        what = [(FIRST, "first token"), (STEP, "step")] if FIRST in rows_of else [(name, name) for name in rows_of]
+        costs[preset] = "<br>".join(
+            f"{label} {float(row['median']):.0f} ms"
+            if preset == "none"
+            else f"{label} {float(row['ratio']):.2f}x [{float(row['ratio_q1']):.2f}, {float(row['ratio_q3']):.2f}]"
+            for name, label in what
+            for row in (rows_of[name],)
+        )
+    return costs, "; ".join(settings)
 
 
 def _idle(summary: Mapping[str, Any], preset: str) -> bool:
@@ -243,8 +300,85 @@ def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
     )
 
 
-def page(summary: Mapping[str, Any], command: str, times: bool = True) -> str:
-    """The whole page; ``command`` made it. ``times`` False: the machine did other work meanwhile."""
+def controls_section(summary: Mapping[str, Any], found: Mapping[tuple[str, str], Sequence[Compared]]) -> str:
+    """Presets against their controls, and which gains survive them."""
+    where = [name for _, name in _columns(summary)]
+    header = ["preset", "control", *(f"{table['suite']} {table['condition']}" for table, _ in _columns(summary))]
+    lines = [
+        "A control does as much at random, or does only a part. Differences are preset minus control, with 95 % intervals, paired"
+        " over images, and bold where the interval leaves out 0.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join(["---"] * len(header)) + "|",
+    ]
+    for (preset, control), rows in found.items():
+        cells = {f"{row.suite} {row.condition}": _against(row) for row in rows}
+        lines.append(
+            "| " + " | ".join([f"`{preset}`", f"`{control}`", *(cells.get(name, "") for name in where)]) + " |"
+        )
+    helps = [c for c in comparisons(summary) if c.headline and c.verdict == "better"]
+    groups: dict[str, list[str]] = {"survive": [], "fall": [], "without": []}
+    for c in helps:
+        beaten = [
+            row.verdict == "better"
+            for (preset, _), rows in found.items()
+            for row in rows
+            if preset == c.preset and f"{row.suite} {row.condition}" == c.where
+        ]
+        complete = len(beaten) == len(controls_of(c.preset, summary["recipes"][c.preset])) > 0
+        group = "without" if not complete else "survive" if all(beaten) else "fall"
+        groups[group].append(f"`{c.preset}` ({c.where}: {c.metric})")
+    labels = {
+        "survive": "better than `none` and than every control",
+        "fall": "better than `none`, not better than every control, so no claim",
+        "without": "better than `none`, without a control here, so no claim",
+    }
+    return "\n".join(
+        [*lines, "", *(f"- {labels[name]}: {'; '.join(of) or 'none of them'}" for name, of in groups.items())]
+    )
+
+
+def _against(row: Compared) -> str:
+    d = row.difference
+    text = f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+    return f"**{text}** {row.verdict}" if row.verdict else text
+
+
+def tuned_section(records: Sequence[Mapping[str, Any]]) -> str:
+    """What ``vlmattn tune`` chose, on which samples."""
+    lines = [
+        "Before the run, on validation samples of other scenes; their figures flatter the choice. In the table above the chosen",
+        "settings stand under their own names, tested once.",
+        "",
+        "| preset | tried | samples | none | chosen | its value |",
+        "|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for record in records:
+        tried = " x ".join(f"{name} = {', '.join(map(str, values))}" for name, values in record["grid"].items())
+        value = next(each["value"] for each in record["settings"] if each["name"] == record["chosen"])
+        samples = f"{len(record['samples'])} of {record['suite']}, seed {record['seed']}"
+        cells = [f"`{record['preset']['name']}`", tried, samples, f"{record['none']['value']:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"`{record['chosen']}`", f"{value:.1f} {record['metric']}"]) + " |")
+        notes.append(f"- `{record['command']}`" + "".join(f" {note}" for note in record["notes"][1:]))
+    return "\n".join([*lines, "", *notes])
+
+
+def page(
+    summary: Mapping[str, Any],
+    command: str,
+    costs: Mapping[str, str] | None = None,
+    costs_are: str = "",
+    more: Mapping[str, str] | None = None,
+) -> str:
+    """The whole page.
+
+    Args:
+        command: made it.
+        costs: preset -> cell of the last column; None for no such column.
+        costs_are: what these are, in words.
+        more: title -> further sections.
+    """
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     machine = ", ".join(f"{name}: {value}" for name, value in summary["hardware"].items() if value)
     typed = summary.get("command")
@@ -272,19 +406,19 @@ def page(summary: Mapping[str, Any], command: str, times: bool = True) -> str:
         "",
         "## Figures",
         "Under each value: the difference to `none` with its 95 % interval (paired bootstrap over images), bold where the",
-        "interval leaves out 0, and p of McNemar's exact test on right and wrong answers. A question counts once for each split",
-        "of its suite that it belongs to (POPE: the mean over random, popular and adversarial), and once in McNemar's test.",
-        "Fired: how often the method found something to do, in its own count."
-        + (
-            " Time: seconds per sample relative to `none`,\ntaken once on this machine; not a benchmark."
-            if times
-            else ""
-        ),
+        "interval leaves out 0, p of McNemar's exact test on right and wrong answers, and how many answers changed. A question",
+        "counts once for each split of its suite that it belongs to (POPE: the mean over random, popular and adversarial), and",
+        "once in McNemar's test. Fired: how often the method found something to do, in its own count."
+        + (f" Cost: {costs_are}." if costs else ""),
         "",
-        table_of_presets(summary, times),
+        table_of_presets(summary, costs),
         "",
         "## What helps here",
         findings(summary),
+    ]
+    for title, text in (more or {}).items():
+        lines += ["", f"## {title}", text]
+    lines += [
         "",
         f"All of this is about {summary['model']} and these samples; other models and data may say otherwise.",
     ]
@@ -298,10 +432,25 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the page, in markdown")
     parser.add_argument("--without-times", action="store_true", help="the machine did other work during the run")
+    parser.add_argument("--bench", type=Path, action="append", default=[], help="costs: table of vlmattn bench; repeat")
+    parser.add_argument("--tuned", type=Path, action="append", default=[], help="tune.json of vlmattn tune; repeat")
     options = parser.parse_args()
     try:
         command = shlex.join(["python", "-m", "vlmattn.evals.survey", *sys.argv[1:]])
-        text = page(joined([read_run(run) for run in options.run]), command, not options.without_times)
+        parts = [read_run(run) for run in options.run]
+        summary = joined(parts)
+        if options.bench:
+            costs, settings = bench_costs(options.bench)
+            costs_are = f"relative to `none` in the same round, median and quartiles, measured apart by `vlmattn bench` ({settings})"
+        else:
+            costs = {} if options.without_times else times(summary)
+            costs_are = "seconds per sample relative to `none`, taken once on this machine; not a benchmark"
+        more = {}
+        if found := against_controls(options.run, parts):
+            more["Against controls"] = controls_section(summary, found)
+        if options.tuned:
+            more["Settings chosen first"] = tuned_section([read_tuned(path) for path in options.tuned])
+        text = page(summary, command, costs, costs_are, more)
         _, mark, kept = (options.out.read_text() if options.out.exists() else "").partition(FEWER_TOKENS)
         text += f"\n{mark}{kept}" if mark else ""
         options.out.parent.mkdir(parents=True, exist_ok=True)

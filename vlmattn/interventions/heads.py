@@ -36,6 +36,10 @@ from vlmattn.request import Scope
             "control: double 5 % of the heads, drawn at random",
             {"operation": "amplify", "score": "random"},
         ),
+        "heads_random_half": (
+            "control of vhr: double half of the heads of its layers, drawn at random, on all rows",
+            {"operation": "amplify", "score": "random", "share": 0.5, "layers": "1,-14:", "rows": "all"},
+        ),
     },
 )
 @dataclass(frozen=True, kw_only=True)
