@@ -35,6 +35,7 @@ from vlmattn.evals.survey import (
 )
 from vlmattn.evals.timing import write_csv
 from vlmattn.evals.tune import tune
+from vlmattn.interventions import all_presets
 from vlmattn.recipe import Recipe
 
 
@@ -231,6 +232,8 @@ def test_the_page_says_how_it_was_made(run, tmp_path, monkeypatch):
     ):
         assert word in text
     assert page(summary, "x") == page(summary, "x")
+    (absent,) = re.findall("- presets of the library that were not run: (.+)", text)
+    assert set(absent.replace("`", "").split(", ")) == set(all_presets()) - {"vhr", "pai"}
 
 
 @pytest.mark.parametrize(

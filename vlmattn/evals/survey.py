@@ -402,6 +402,8 @@ def page(
         )
     for suite, settings in summary["suites"].items():
         lines.append(f"- data of {suite}: `{json.dumps(settings)}`")
+    if absent := [name for name in all_presets() if name not in summary["recipes"]]:
+        lines.append(f"- presets of the library that were not run: {', '.join(f'`{name}`' for name in absent)}")
     lines += [
         "",
         "## Figures",
