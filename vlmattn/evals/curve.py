@@ -9,14 +9,16 @@ The section is appended to the page, or takes the place of the one that is there
 from __future__ import annotations
 
 import argparse
-import io
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from vlmattn.errors import InputError, VlmattnError
+from vlmattn.evals.drawing import svg
 from vlmattn.evals.report import change, verdict
 from vlmattn.evals.survey import FEWER_TOKENS, read_run
 from vlmattn.files import write_whole
@@ -72,9 +74,6 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def picture(summary: Mapping[str, Any]) -> str:
     """The headline metrics against the budget, one panel for each suite and condition, as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     panels = summary["overall"]
     figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -102,10 +101,7 @@ def picture(summary: Mapping[str, Any]) -> str:
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("budget: share of the image tokens", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=9, frameon=False, fontsize=8)
-    drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "vlmattn"}):  # the same picture has the same bytes
-        figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return drawn.getvalue()
+    return svg(figure)
 
 
 def section(summary: Mapping[str, Any], command: str, image: str) -> str:

@@ -26,6 +26,7 @@ from vlmattn.errors import InputError, VlmattnError
 from vlmattn.evals.bench import FIRST, STEP
 from vlmattn.evals.compare import Compared
 from vlmattn.evals.controls import against_controls, controls_of
+from vlmattn.evals.drawing import forest
 from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.files import write_whole
 from vlmattn.interventions import all_presets, find_method
@@ -369,6 +370,7 @@ def page(
     command: str,
     costs: Mapping[str, str] | None = None,
     costs_are: str = "",
+    picture: str = "",
     more: Mapping[str, str] | None = None,
 ) -> str:
     """The whole page.
@@ -377,6 +379,7 @@ def page(
         command: made it.
         costs: preset -> cell of the last column; None for no such column.
         costs_are: what these are, in words.
+        picture: address of what ``drawing.forest`` draws.
         more: title -> further sections.
     """
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
@@ -413,6 +416,7 @@ def page(
         "once in McNemar's test. Fired: how often the method found something to do, in its own count."
         + (f" Cost: {costs_are}." if costs else ""),
         "",
+        *([f"![Differences to none with their intervals; to the right is better]({picture})", ""] if picture else []),
         table_of_presets(summary, costs),
         "",
         "## What helps here",
@@ -436,6 +440,7 @@ def main() -> None:
     parser.add_argument("--without-times", action="store_true", help="the machine did other work during the run")
     parser.add_argument("--bench", type=Path, action="append", default=[], help="costs: table of vlmattn bench; repeat")
     parser.add_argument("--tuned", type=Path, action="append", default=[], help="tune.json of vlmattn tune; repeat")
+    parser.add_argument("--picture", type=Path, help="the differences as a picture, .svg, beside the page")
     options = parser.parse_args()
     try:
         command = shlex.join(["python", "-m", "vlmattn.evals.survey", *sys.argv[1:]])
@@ -452,10 +457,12 @@ def main() -> None:
             more["Against controls"] = controls_section(summary, found)
         if options.tuned:
             more["Settings chosen first"] = tuned_section([read_tuned(path) for path in options.tuned])
-        text = page(summary, command, costs, costs_are, more)
+        text = page(summary, command, costs, costs_are, options.picture.name if options.picture else "", more)
         _, mark, kept = (options.out.read_text() if options.out.exists() else "").partition(FEWER_TOKENS)
         text += f"\n{mark}{kept}" if mark else ""
         options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.picture:
+            write_whole(options.picture, forest(summary))
         write_whole(options.out, text)
     except VlmattnError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""Pictures of results pages: the differences of many presets, and how a figure becomes the same bytes every time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from math import copysign
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from vlmattn.evals.report import verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {"better": "#009e73", "worse": "#d55e00", "": "#777777"}
+_SIGN = {"higher": 1, "lower": -1}
+
+
+def svg(figure: Figure) -> str:
+    """A figure as SVG; the same figure has the same bytes."""
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "vlmattn"}):
+        figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return drawn.getvalue()
+
+
+def forest(summary: Mapping[str, Any]) -> str:
+    """The headline differences to ``none`` with their intervals: one line a preset, one panel a suite and condition, as SVG.
+
+    To the right is better in every panel. A panel ends where most presets are; arrows stand for those beyond.
+    """
+    presets = [preset for preset in summary["recipes"] if preset != "none"]
+    panels = summary["overall"]
+    figure = Figure(figsize=(2.2 + 2.4 * len(panels), 1.2 + 0.17 * len(presets)), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, found in zip(axes, panels, strict=True):
+        metric = summary["metrics"][found["suite"]][0]
+        _panel(axis, {preset: found["rows"][preset]["metrics"][metric["name"]] for preset in presets}, metric["better"])
+        axis.set_title(f"{found['suite']} {found['condition']}", fontsize=9)
+        axis.set_xlabel(f"{metric['name']}, points\n({metric['better']} is better)", fontsize=8)
+    axes[0].set_yticks(range(len(presets)), presets, fontsize=7)
+    axes[0].set_ylim(len(presets) - 0.4, -0.6)
+    return svg(figure)
+
+
+def _panel(axis: Axes, cells: Mapping[str, Mapping[str, Any]], better: str) -> None:
+    sign = _SIGN.get(better, 1)
+    widths = sorted(cell["difference"]["high"] - cell["difference"]["low"] for cell in cells.values())
+    limit = 1.5 * max(widths[len(widths) * 9 // 10], 0.5)
+    axis.axvline(0, color="#333", lw=0.8)
+    for row, cell in enumerate(cells.values()):
+        difference, colour = cell["difference"], _COLOURS[verdict(dict(cell), better)]
+        if abs(difference["value"]) > limit:
+            marker = ">" if (difference["value"] > 0) == (sign > 0) else "<"
+            axis.plot(copysign(limit, difference["value"]), row, marker, ms=5, color=colour, clip_on=False)
+            continue
+        axis.plot([difference["low"], difference["high"]], [row, row], "-", lw=1.2, color=colour)
+        axis.plot(difference["value"], row, "o", ms=3, color=colour)
+    axis.set_xlim(-limit * sign, limit * sign)
+    axis.grid(axis="x", color="#ddd", lw=0.5)
+    axis.tick_params(labelsize=7, length=2)
+    axis.spines[["top", "right", "left"]].set_visible(False)
