@@ -141,10 +141,16 @@ def test_bold_and_verdict_follow_the_interval_and_the_metrics_side(summary):
         assert "<br>+3.0 [+0.0, +6.0]<br>" in rows_of(summary)["vhr"][3 + column]
 
 
+def neutral(summary):
+    """Every difference of every metric is about 0."""
+    for table in summary["overall"]:
+        for preset, row in table["rows"].items():
+            for found in row["metrics"].values() if preset != "none" else ():
+                found["difference"] = {"value": 0.0, "low": -1.0, "high": 1.0}
+
+
 def test_findings_name_who_helps_and_who_hurts(summary):
-    for column in range(3):
-        for preset in ("vhr", "pai"):
-            set_difference(summary, column, preset, 1.0, -1.0, 3.0)
+    neutral(summary)
     plain = findings(summary).split("By the other")[0]
     assert "- helps: none of them" in plain
     assert "- hurts: none of them" in plain
@@ -155,6 +161,19 @@ def test_findings_name_who_helps_and_who_hurts(summary):
     assert "- helps: `vhr` (pope faint: accuracy)" in text
     assert "- hurts: `vhr` (chair faint: chair_i)" in text
     assert "- neither: `pai`\n" in text
+
+
+def test_a_gain_names_its_price(summary):
+    """Who names fewer things names fewer wrong ones."""
+    neutral(summary)
+    set_difference(summary, 1, "vhr", -3.0, -6.0, -0.1)
+    assert "- helps: `vhr` (chair faint: chair_i)\n" in findings(summary)
+    recall = summary["overall"][1]["rows"]["vhr"]["metrics"]["recall"]
+    recall["difference"] = {"value": -9.0, "low": -12.0, "high": -6.0}
+    assert "- helps: `vhr` (chair faint: chair_i, but recall worse)\n" in findings(summary)
+    assert "`vhr` (chair faint: chair_i, but recall worse)" in controls_section(summary, {})
+    set_difference(summary, 1, "vhr", 3.0, 0.1, 6.0)
+    assert "- hurts: `vhr` (chair faint: chair_i)\n" in findings(summary)
 
 
 def test_comparisons_are_counted_and_chance_is_said(summary):
@@ -323,6 +342,7 @@ def test_presets_are_held_against_their_controls(controlled):
     ("beaten", "kind"), [(True, "than every control"), (False, "so no claim"), (None, "without a control")]
 )
 def test_a_claim_needs_a_gain_over_the_control(summary, beaten, kind):
+    neutral(summary)
     set_difference(summary, 0, "vhr", 3.0, 0.1, 6.0)
     low = 0.5 if beaten else -0.5
     row = Compared("pope", "faint", "x → vhr", "accuracy", "higher", 80, 83, Interval(3.0, low, 6.0), 0.01, 50, 7)

@@ -267,7 +267,7 @@ def _list(summary: Mapping[str, Any], made: list[Comparison]) -> list[str]:
     for label, kind in (("helps", "better"), ("hurts", "worse")):
         named = []
         for preset in presets:
-            where = [f"{c.where}: {c.metric}" for c in made if c.preset == preset and c.verdict == kind]
+            where = [_place(summary, c) for c in made if c.preset == preset and c.verdict == kind]
             if where:
                 named.append(f"`{preset}` ({', '.join(where)})")
         lines.append(f"- {label}: {'; '.join(named) or 'none of them'}")
@@ -279,6 +279,13 @@ def _list(summary: Mapping[str, Any], made: list[Comparison]) -> list[str]:
         names = ", ".join(f"`{p}`" for p in idle)
         lines.append(f"- never fired, so the figures are those of the bare model and say nothing about it: {names}")
     return lines
+
+
+def _place(summary: Mapping[str, Any], c: Comparison) -> str:
+    """Where a finding is; of a better headline also what it cost: who says less invents less."""
+    others = [o.metric for o in comparisons(summary) if (o.preset, o.where, o.verdict) == (c.preset, c.where, "worse")]
+    price = f", but {' and '.join(others)} worse" if c.headline and c.verdict == "better" and others else ""
+    return f"{c.where}: {c.metric}{price}"
 
 
 def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
@@ -328,11 +335,11 @@ def controls_section(summary: Mapping[str, Any], found: Mapping[tuple[str, str],
         ]
         complete = len(beaten) == len(controls_of(c.preset, summary["recipes"][c.preset])) > 0
         group = "without" if not complete else "survive" if all(beaten) else "fall"
-        groups[group].append(f"`{c.preset}` ({c.where}: {c.metric})")
+        groups[group].append(f"`{c.preset}` ({_place(summary, c)})")
     labels = {
         "survive": "better than `none` and than every control",
         "fall": "better than `none`, not better than every control, so no claim",
-        "without": "better than `none`, without a control here, so no claim",
+        "without": "better than `none`, without a control here: a hint, no claim",
     }
     return "\n".join(
         [*lines, "", *(f"- {labels[name]}: {'; '.join(of) or 'none of them'}" for name, of in groups.items())]
