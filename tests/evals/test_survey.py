@@ -107,6 +107,7 @@ def test_runs_of_other_presets_are_one_page(summary):
     whole = joined([first, second])
     assert {**whole, "command": "typed this"} == {**summary, "tables": first["tables"]}
     assert "- answers: `typed this`, `typed that`" in page(whole, "made by")
+    assert [list(table["rows"]) for table in whole["overall"]] == [["none", "vhr", "pai"]] * 3
     assert joined([summary]) == summary
     for name, value in (("weights", "others"), ("seed", 5), ("suites", {})):
         with pytest.raises(InputError, match=f"their {name} are different"):
@@ -349,6 +350,14 @@ def test_a_claim_needs_a_gain_over_the_control(summary, beaten, kind):
     found = {} if beaten is None else {("vhr", "heads_random_half"): [row]}
     (line,) = (line for line in controls_section(summary, found).splitlines() if "`vhr` (pope faint: accuracy)" in line)
     assert kind in line
+
+
+def test_a_control_that_gains_is_no_preset_that_helps(summary):
+    added(summary, "heads_random_half", Recipe.of("heads_random_half").record())
+    neutral(summary)
+    set_difference(summary, 0, "heads_random_half", 3.0, 0.1, 6.0)
+    (line,) = (line for line in controls_section(summary, {}).splitlines() if "heads_random_half" in line)
+    assert line.startswith("- controls that are better than `none`")
 
 
 def test_what_was_tuned_is_said(tmp_path):

@@ -16,6 +16,8 @@ CONTROLS: Mapping[str, tuple[str, ...]] = {
     "vhr": ("heads_random_half",),
     "heads_amplify": ("heads_amplify_random",),
 }
+#: What acts at random: all controls but one that is a part of VAR, and a preset of its own.
+ALL_CONTROLS = frozenset(name for names in CONTROLS.values() for name in names) - {"knockout_sinks"}
 
 
 def controls_of(preset: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:
@@ -35,16 +37,14 @@ def against_controls(
         summaries: of the same runs.
     """
     found: dict[tuple[str, str], list[Compared]] = {}
-    where = {
-        preset: (run, summary)
-        for run, summary in reversed(list(zip(runs, summaries, strict=True)))
-        if run.is_dir()
-        for preset in summary["recipes"]
-    }
+    where: dict[str, tuple[Path, Mapping[str, Any]]] = {}
+    for run, summary in zip(runs, summaries, strict=True):
+        if run.is_dir():
+            where |= {preset: (run, summary) for preset in summary["recipes"] if preset not in where}
     for preset, (run, summary) in where.items():
+        first = {suite: metrics[0]["name"] for suite, metrics in summary["metrics"].items()}
         for control in controls_of(preset, summary["recipes"][preset]):
             if control in where:
                 rows = compare(where[control][0], run, [(control, preset)], examples=0).rows
-                first = {suite: metrics[0]["name"] for suite, metrics in summary["metrics"].items()}
                 found[preset, control] = [row for row in rows if row.metric == first[row.suite]]
     return found

@@ -25,7 +25,7 @@ import vlmattn.decoding  # noqa: F401  (its methods have names too)
 from vlmattn.errors import InputError, VlmattnError
 from vlmattn.evals.bench import FIRST, STEP
 from vlmattn.evals.compare import Compared
-from vlmattn.evals.controls import against_controls, controls_of
+from vlmattn.evals.controls import ALL_CONTROLS, against_controls, controls_of
 from vlmattn.evals.drawing import forest
 from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.files import write_whole
@@ -101,15 +101,17 @@ def joined(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for table, more in zip(whole["overall"], other["overall"], strict=True):
             if table["rows"]["none"] != more["rows"]["none"]:
                 raise InputError("the runs cannot be on one page: the bare model does not say the same in both")
-            table["rows"] = {**more["rows"], **table["rows"]}
+            _add(table["rows"], more["rows"])
         for name in ("recipes", "reports", "cost"):
-            whole[name] = {
-                **whole[name],
-                **{key: value for key, value in other[name].items() if key not in whole[name]},
-            }
+            _add(whole[name], other[name])
     if others:
         whole["command"] = "`, `".join(str(summary.get("command") or "from Python") for summary in summaries)
     return whole
+
+
+def _add(known: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """What is new, behind what is there."""
+    known.update({name: value for name, value in more.items() if name not in known})
 
 
 def checked_against(about: str, faithful: str) -> str:
@@ -277,7 +279,9 @@ def _list(summary: Mapping[str, Any], made: list[Comparison]) -> list[str]:
     lines.append(f"- neither: {', '.join(f'`{p}`' for p in neither) or 'none of them'}")
     if idle:
         names = ", ".join(f"`{p}`" for p in idle)
-        lines.append(f"- never fired, so the figures are those of the bare model and say nothing about it: {names}")
+        lines.append(
+            f"- never fired, so the figures are the bare model's, but for rounding, and say nothing about it: {names}"
+        )
     return lines
 
 
@@ -325,7 +329,7 @@ def controls_section(summary: Mapping[str, Any], found: Mapping[tuple[str, str],
             "| " + " | ".join([f"`{preset}`", f"`{control}`", *(cells.get(name, "") for name in where)]) + " |"
         )
     helps = [c for c in comparisons(summary) if c.headline and c.verdict == "better"]
-    groups: dict[str, list[str]] = {"survive": [], "fall": [], "without": []}
+    groups: dict[str, list[str]] = {"survive": [], "fall": [], "control": [], "without": []}
     for c in helps:
         beaten = [
             row.verdict == "better"
@@ -333,12 +337,17 @@ def controls_section(summary: Mapping[str, Any], found: Mapping[tuple[str, str],
             for row in rows
             if preset == c.preset and f"{row.suite} {row.condition}" == c.where
         ]
-        complete = len(beaten) == len(controls_of(c.preset, summary["recipes"][c.preset])) > 0
-        group = "without" if not complete else "survive" if all(beaten) else "fall"
+        if c.preset in ALL_CONTROLS:
+            group = "control"
+        elif len(beaten) == len(controls_of(c.preset, summary["recipes"][c.preset])) > 0:
+            group = "survive" if all(beaten) else "fall"
+        else:
+            group = "without"
         groups[group].append(f"`{c.preset}` ({_place(summary, c)})")
     labels = {
         "survive": "better than `none` and than every control",
         "fall": "better than `none`, not better than every control, so no claim",
+        "control": "controls that are better than `none`: so much can be had at random",
         "without": "better than `none`, without a control here: a hint, no claim",
     }
     return "\n".join(
