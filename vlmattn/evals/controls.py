@@ -17,7 +17,7 @@ CONTROLS: Mapping[str, tuple[str, ...]] = {
     "heads_amplify": ("heads_amplify_random",),
 }
 #: What acts at random: all controls but one that is a part of VAR, and a preset of its own.
-ALL_CONTROLS = frozenset(name for names in CONTROLS.values() for name in names) - {"knockout_sinks"}
+AT_RANDOM = frozenset(name for names in CONTROLS.values() for name in names) - {"knockout_sinks"}
 
 
 def controls_of(preset: str, recipe: Mapping[str, Any]) -> tuple[str, ...]:

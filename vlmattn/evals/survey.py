@@ -25,7 +25,7 @@ import vlmattn.decoding  # noqa: F401  (its methods have names too)
 from vlmattn.errors import InputError, VlmattnError
 from vlmattn.evals.bench import FIRST, STEP
 from vlmattn.evals.compare import Compared
-from vlmattn.evals.controls import ALL_CONTROLS, against_controls, controls_of
+from vlmattn.evals.controls import AT_RANDOM, against_controls, controls_of
 from vlmattn.evals.drawing import forest
 from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.files import write_whole
@@ -337,7 +337,7 @@ def controls_section(summary: Mapping[str, Any], found: Mapping[tuple[str, str],
             for row in rows
             if preset == c.preset and f"{row.suite} {row.condition}" == c.where
         ]
-        if c.preset in ALL_CONTROLS:
+        if c.preset in AT_RANDOM:
             group = "control"
         elif len(beaten) == len(controls_of(c.preset, summary["recipes"][c.preset])) > 0:
             group = "survive" if all(beaten) else "fall"
