@@ -214,6 +214,13 @@ def times(summary: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _cost(row: Mapping[str, str]) -> str:
+    """A row of ``vlmattn bench``."""
+    if row["candidate"] == "none":
+        return f"{float(row['median']):.0f} ms"
+    return f"{float(row['ratio']):.2f}x [{float(row['ratio_q1']):.2f}, {float(row['ratio_q3']):.2f}]"
+
+
 def bench_costs(paths: Sequence[Path]) -> tuple[dict[str, str], str]:
     """Preset -> ratios to ``none`` from tables of ``vlmattn bench``, and in words how they were measured.
 
@@ -235,15 +242,9 @@ def bench_costs(paths: Sequence[Path]) -> tuple[dict[str, str], str]:
         except (OSError, KeyError):
             raise InputError(f"{path}: not a table of vlmattn bench; make it with vlmattn bench --out {path}") from None
     costs = {}
-    for preset, rows_of in found.items():
-        what = [(FIRST, "first token"), (STEP, "step")] if FIRST in rows_of else [(name, name) for name in rows_of]
-        costs[preset] = "<br>".join(
-            f"{label} {float(row['median']):.0f} ms"
-            if preset == "none"
-            else f"{label} {float(row['ratio']):.2f}x [{float(row['ratio_q1']):.2f}, {float(row['ratio_q3']):.2f}]"
-            for name, label in what
-            for row in (rows_of[name],)
-        )
+    for preset, of in found.items():
+        shown = {FIRST: "first token", STEP: "step"} if FIRST in of else {name: name for name in of}
+        costs[preset] = "<br>".join(f"{label} {_cost(of[name])}" for name, label in shown.items())
     return costs, "; ".join(settings)
 
 
