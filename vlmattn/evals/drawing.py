@@ -62,4 +62,5 @@ def _panel(axis: Axes, cells: Mapping[str, Mapping[str, Any]], better: str) -> N
     axis.set_xlim(-limit * sign, limit * sign)
     axis.grid(axis="x", color="#ddd", lw=0.5)
     axis.tick_params(labelsize=7, length=2)
+    axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
