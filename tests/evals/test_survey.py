@@ -326,7 +326,7 @@ def test_presets_are_held_against_their_controls(controlled):
     parts = [read_run(run) for run in runs]
     found = against_controls(runs, parts)
     assert set(found) == {("vhr", "heads_random_half"), ("vhr[alpha=3.0]", "heads_random_half")}
-    (rows,) = (found["vhr", "heads_random_half"],)
+    rows = found["vhr", "heads_random_half"]
     assert [(row.suite, row.metric) for row in rows] == [("pope", "accuracy"), ("chair", "chair_i")], "headlines only"
     summary = joined(parts)
     for row, table in zip(rows, summary["overall"], strict=True):

@@ -357,8 +357,7 @@ def controls_section(summary: Mapping[str, Any], found: Mapping[tuple[str, str],
 
 
 def _against(row: Compared) -> str:
-    d = row.difference
-    text = f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+    text = change({"difference": row.difference.to_dict()})
     return f"**{text}** {row.verdict}" if row.verdict else text
 
 
