@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vlmattn.errors import InputError, VlmattnError
 from vlmattn.texts import read_bytes
@@ -111,9 +111,9 @@ class MovingPicture:
             for number in range(self._count):
                 moving.seek(number)
                 frame = upright(moving)
-                milliseconds = moving.info.get("duration")
-                known = isinstance(milliseconds, (int, float)) and 0 < milliseconds < float("inf")
-                yield frame, milliseconds / 1000 if known else None
+                milliseconds: Any = moving.info.get("duration")
+                told = isinstance(milliseconds, (int, float)) and 0 < milliseconds < float("inf")
+                yield frame, float(milliseconds) / 1000 if told else None
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _refusing() -> Iterator[None]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"it has more than {MOST_PIXELS} pixels; make it smaller first") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InputError("it is no picture of a known kind") from None
     except MemoryError:
         raise InputError("memory is short for it") from None
@@ -192,4 +192,6 @@ def _white(low: float, high: float, real: bool) -> float:
         for white in (1.0, 255.0, 65535.0):
             if high <= white and (real or white > 1):
                 return white
-    raise InputError(f"it holds values from {low:g} to {high:g}, of which none is known to be white; save it in 8 or 16 bits")
+    raise InputError(
+        f"it holds values from {low:g} to {high:g}, of which none is known to be white; save it in 8 or 16 bits"
+    )

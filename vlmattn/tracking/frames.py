@@ -53,7 +53,9 @@ def to_tensor(image: Any) -> Tensor:
         image = open_picture(image)
     if isinstance(image, Image.Image):
         image = np.array(upright(image))
-    x = _tensor(image, "a frame is a PIL image, a path, or numbers: uint8 [height, width, 3] or float [3, height, width]")
+    x = _tensor(
+        image, "a frame is a PIL image, a path, or numbers: uint8 [height, width, 3] or float [3, height, width]"
+    )
     if x.dtype == torch.uint8:
         if x.dim() < 3 or x.shape[-1] != 3:
             raise InputError(f"pictures in uint8 must be [height, width, 3], got {list(x.shape)}")
@@ -109,7 +111,7 @@ def fit(picture: Image.Image, longest: int | None, multiple: int) -> Image.Image
     """
     for name, value in (("longest", 1 if longest is None else longest), ("multiple", multiple)):
         if not _whole(value):
-            raise InputError(f"{name} must be a whole number of pixels, at least 1, got {value!r}")
+            raise InputError(f"{name} must be at least 1 and a whole number of pixels, got {value!r}")
     scale = 1.0 if longest is None else longest / max(picture.size)
     wide, high = (max(multiple, round(side * scale / multiple) * multiple) for side in picture.size)
     check_size(wide, high)
@@ -159,9 +161,11 @@ class Frames:
 
     def __init__(self, source: str | os.PathLike[str], every: int = 1, rate: float | None = None) -> None:
         if not _whole(every):
-            raise InputError(f"every must be a whole number, at least 1, got {every!r}")
+            raise InputError(f"every must be at least 1 and a whole number, got {every!r}")
         if rate is not None and not (_number(rate) and _RATES[0] <= rate <= _RATES[1]):
             raise InputError(f"rate must be from {_RATES[0]:g} to {_RATES[1]:g} frames per second, got {rate!r}")
+        if not isinstance(source, (str, os.PathLike)):
+            raise InputError(f"frames come from the path of a folder or video, got {type(source).__name__}")
         self._source, self._every, self._rate = Path(source), every, rate
         self._told = False
         self._files: list[tuple[Path, float | None]] = []
@@ -262,7 +266,9 @@ class _Clock:
                 self._known = self._last = said + self._moved
                 self._since = 0
                 return self._last
-            self._tell(f"a time of {said:g} s is not after the one before; such frames follow at {self._rate:g} per second")
+            self._tell(
+                f"a time of {said:g} s is not after the one before; such frames follow at {self._rate:g} per second"
+            )
         elif self._frames._rate is None:
             self._tell(f"no times for all frames; those without follow at {self._rate:g} per second (rate sets it)")
         if self._last >= 0:
@@ -290,7 +296,9 @@ def _listed(folder: Path) -> list[tuple[Path, float | None]]:
         name = name.strip()
         inside = name != "" and not os.path.isabs(name) and ".." not in Path(name).parts
         if not math.isfinite(seconds) or not inside:
-            raise InputError(f"{folder / _LIST}:{number}: a line is 'time file' with a file in this folder, got '{line[:60]}'")
+            raise InputError(
+                f"{folder / _LIST}:{number}: a line is 'time file' with a file in this folder, got '{line[:60]}'"
+            )
         found.append((seconds, folder / name))
     if not found:
         raise InputError(f"{folder / _LIST} names no picture")
@@ -343,7 +351,7 @@ def _natural(file: Path) -> list[tuple[int, float, str]]:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 1)
 
 
 def _number(value: Any) -> bool:

@@ -84,7 +84,9 @@ class RowPictures:
             InputError: a picture is damaged.
         """
         cells = self.data[self.index : self.index + 1].to_pydict().values()
-        listed = [item for (cell,) in cells for item in (cell if isinstance(cell, list) else [cell]) if item is not None]
+        listed = [
+            item for (cell,) in cells for item in (cell if isinstance(cell, list) else [cell]) if item is not None
+        ]
         try:
             return [decode_picture(_bytes(item)) for item in listed]
         except InputError as error:
