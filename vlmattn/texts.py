@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -110,8 +110,8 @@ def parse_data(text: str, where: str) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], made: Callable[[dict[str, Any]], Any] | None = None, what: str = "") -> Any:
-    """The value of a JSON file; arguments and errors as of ``read_text`` and ``parse_json``."""
-    return parse_json(read_text(path, what=what), path_text(path), made=made)
+    """The value of a JSON file; ``made`` and errors as of ``read_text`` and ``parse_json``."""
+    return parse_json(read_text(path), path_text(path), made=made)
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
@@ -205,14 +205,14 @@ class _Loader(yaml.SafeLoader):
     Aliases make a few lines a tree of millions of leaves; tags and dates make objects that no option takes.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class has it as one of the instance)
         letter: [(tag, pattern) for tag, pattern in found if not tag.endswith((":timestamp", ":merge", ":value"))]
         for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             raise _error(f"aliases (*{event.anchor}) are not read; write the value out", event.start_mark)
         if getattr(event, "tag", None) is not None:

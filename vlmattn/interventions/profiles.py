@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from vlmattn.errors import InputError, OptionError
 from vlmattn.files import make_folder, path_text, write_whole
 from vlmattn.interventions.registry import Sizes
-from vlmattn.texts import read_json
+from vlmattn.texts import parse_json, read_text
 
 _P = TypeVar("_P", bound="_Profile")
 
@@ -55,7 +55,7 @@ class _Profile:
         source = Path(path)
         if os.path.isdir(source):
             source = source / cls.FILE_NAME
-        return cls._made(read_json(source, what="the profile"), source)
+        return cls._made(_read(source, cls.__name__), source)
 
     @classmethod
     def _made(cls: type[_P], data: Any, source: Path) -> _P:
@@ -170,9 +170,18 @@ def load_profile(path: str | os.PathLike[str]) -> HeadProfile | SinkProfile:
             one, other = (kind.FILE_NAME for kind in kinds)
             raise InputError(f"{path_text(source)} holds two profiles; name one of them: {one} or {other} in it")
         source = found[0] if found else source / HeadProfile.FILE_NAME
-    data = read_json(source, what="the profile")
+    data = _read(source, "profile")
     kind = SinkProfile if isinstance(data, Mapping) and "dims" in data else HeadProfile
     return kind._made(data, source)
+
+
+def _read(source: Path, what: str) -> Any:
+    """The JSON in a file."""
+    text = read_text(source, what="the profile")
+    try:
+        return parse_json(text, "JSON")
+    except InputError as error:
+        raise InputError(f"{path_text(source)}: not a {what} ({error})") from None
 
 
 def _is_number(value: Any) -> bool:
