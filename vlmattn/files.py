@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,10 +68,32 @@ def file_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
         raise FileError(f"cannot {doing} {path_text(path)}: no file can have this name") from None
     try:
         yield
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"cannot {doing} {path_text(path)}: {reason(error)}") from error
     except SafetensorError as error:  # what the system says of files of tensors, and of damaged ones
         raise FileError(f"cannot {doing} {path_text(path)}: {error}") from error
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
+    """As ``file_errors``, for libraries that open a file by its name: a pipe or a device, which would hang them, is an error.
+
+    Args:
+        what: the file in words, for errors ("the directions").
+    """
+    doing = f"read {what}".strip()
+    with file_errors(doing, path):
+        check_regular(os.stat(path), doing, path)
+        yield
+
+
+def check_regular(found: os.stat_result, doing: str, path: str | os.PathLike[str]) -> None:
+    """Raise ``FileError`` for what is no file with bytes in it."""
+    if not stat.S_ISREG(found.st_mode):
+        kind = "it is a folder" if stat.S_ISDIR(found.st_mode) else "it is a pipe or a device; give a file"
+        raise FileError(f"cannot {doing} {path_text(path)}: {kind}")
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:

@@ -6,14 +6,13 @@ import codecs
 import json
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import yaml
 
 from vlmattn.errors import InputError, one_line, quoted
-from vlmattn.files import file_errors, path_text
+from vlmattn.files import check_regular, file_errors, path_text
 
 MOST = 2**30  # bytes of a file; every published question file is below
 _YAML = 2**16  # letters of YAML, which takes seconds to read beyond
@@ -37,21 +36,18 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST, what: str = "") -
     Raises:
         InputError: there is no such file, it is another kind of file, has more than ``most`` bytes, or cannot be read.
     """
-    reading = f"read {what}".strip()
-    with file_errors(reading, path):
+    doing = f"read {what}".strip()
+    with file_errors(doing, path):
         # a pipe without a writer would block in open(), so it is opened without waiting
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
-            kind = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(kind):
-                found = "it is a folder" if stat.S_ISDIR(kind) else "it is a pipe or a device; give a file"
-                raise InputError(f"cannot {reading} {path_text(path)}: {found}")
+            check_regular(os.fstat(descriptor), doing, path)
             with open(descriptor, "rb", closefd=False) as file:
                 content = file.read(most + 1)
         finally:
             os.close(descriptor)
     if len(content) > most:
-        raise InputError(f"cannot {reading} {path_text(path)}: it has more than {most} bytes")
+        raise InputError(f"cannot {doing} {path_text(path)}: it has more than {most} bytes")
     return content
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.files import beside, make_folder, written_whole
+from vlmattn.files import beside, make_folder, path_text, reading, written_whole
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit
@@ -107,13 +108,10 @@ def save_directions(
 @lru_cache(maxsize=8)
 def _load(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file of directions."""
-    try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read the directions {path}: {error}") from None
-    named = all(name.split(".")[0] in ("query", "key") and name.split(".")[-1].isdigit() for name in tensors)
+    with reading(path, "the directions"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = dict(file.metadata() or {})
+    named = all(re.fullmatch(r"(query|key)\.[0-9]{1,6}", name) for name in tensors)
     if not tensors or not named:
-        raise InputError(f"{path}: not a file of directions (needs query.LAYER and key.LAYER)")
+        raise InputError(f"{path_text(path)}: not a file of directions (needs query.LAYER and key.LAYER)")
     return tensors, facts

@@ -129,8 +129,20 @@ class HeadProfile(_Profile):
             raise ValueError("scores must be one number for each layer and head")
         if not all(_is_number(value) for row in rows for value in row):
             raise ValueError("scores must be numbers")
-        if not all(_is_number(value) for table in self.means for row in table for value in row):
+        ragged = (
+            len({len(table) for table in self.means}) > 1
+            or len({len(row) for heads in self.means for row in heads}) > 1
+        )
+        if ragged or not all(_is_number(value) for heads in self.means for row in heads for value in row):
             raise ValueError("means must be numbers, by layer, head and dimension")
+
+    def check(self, sizes: Sizes, where: str) -> None:
+        super().check(sizes, where)
+        shapes = {(len(table), len(table[0])) for table in (*self.scores.values(), self.means) if table}
+        if shapes - {(sizes.layers, sizes.heads)}:
+            raise OptionError(
+                f"{where}: this HeadProfile is damaged (not {sizes.layers} layers of {sizes.heads} heads); measure it again"
+            )
 
     def merged(self, other: HeadProfile) -> HeadProfile:
         """This profile and another of the same model as one; of scores and means that both have, those of ``other``.
