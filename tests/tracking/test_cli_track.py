@@ -126,7 +126,7 @@ def test_what_is_made_up_or_odd_is_noted_once(run, walk, tmp_path):
     assert code == 0
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2
-    assert "no times for all frames; those without follow at 30 per second" in notes[0]
+    assert "does not say the times of all frames; those without follow at 30 per second" in notes[0]
     assert "the times of the truth repeat or go back (two runs in one file?)" in notes[1]
     code, _, err = run("track", "--frames", "walk", "--out", "a.txt", "--rate", "10")
     assert code == 0

@@ -202,7 +202,7 @@ def test_numbers_of_frames_are_not_times(tmp_path):
     found, said = times(folder)
     assert found == pytest.approx([0, 1 / 30, 2 / 30])
     assert len(said) == 1
-    assert "no times" in said[0]
+    assert "does not say the times" in said[0]
     assert "30 per second" in said[0]
     found, said = times(folder_of(tmp_path / "b", ["1.5.png", "1.50.png", "1.75.png"]))
     assert found == pytest.approx([1.5, 1.5 + 1 / 30, 1.75])

@@ -282,7 +282,9 @@ class _Clock:
                 f"a time of {said:g} s is not after the one before; such frames follow at {self._rate:g} per second"
             )
         elif self._frames._rate is None:
-            self._tell(f"no times for all frames; those without follow at {self._rate:g} per second (rate sets it)")
+            self._tell(
+                f"it does not say the times of all frames; those without follow at {self._rate:g} per second (rate sets it)"
+            )
         if self._last >= 0:
             self._since += 1
         self._last = self._known + self._since / self._rate
