@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.errors import InputError, OptionError, UnsupportedError
 from vlmattn.interventions.pruning import Pruning
 from vlmattn.models import Anatomy, Family, find_family
@@ -186,7 +187,7 @@ def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
 
 def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], plan: Plan) -> Request:
     """The prompt as the engine reads it."""
-    if inputs.get("past_key_values") is not None:
+    if compat.cache_of(inputs) is not None:
         raise InputError("cost() is about prompts from their beginning; leave past_key_values out")
     types = family.types_of_call(model, inputs)
     mask = inputs.get("attention_mask")
@@ -325,7 +326,7 @@ def _measured(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any],
         aten._scaled_dot_product_flash_attention: _attention,
     }
     with torch.inference_mode(), _under(model, recipe), FlopCounterMode(display=False, custom_mapping=own) as counter:
-        cache = model(**{**inputs, "use_cache": True, "logits_to_keep": 1}).past_key_values
+        cache = compat.output_cache(model(**{**inputs, "use_cache": True, "logits_to_keep": 1}))
     held = sum(getattr(layer, "nbytes", 0) or layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return replace(
         load,

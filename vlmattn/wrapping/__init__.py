@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn import attention
+from vlmattn import attention, compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.files import beside, copy_whole
 from vlmattn.models import Generic, find_family
@@ -187,7 +187,7 @@ def _generate(
     try:
         plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
         original = handle._originals.get("generate") or MethodType(type(self).generate, self)
-        forget_branches(kwargs.get("past_key_values"))
+        forget_branches(compat.cache_of(kwargs))
         fan = fan_of(self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
         if plan.search is not None:
             kwargs = _searched(self, plan, kwargs)
@@ -232,13 +232,13 @@ def _prepare_inputs(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwar
     original = handle._originals.get("prepare_inputs_for_generation") or MethodType(
         type(self).prepare_inputs_for_generation, self
     )
-    cache, call = kwargs.get("past_key_values"), CALL.get()
+    cache, call = compat.cache_of(kwargs), CALL.get()
     merged = merged_of(cache)
     if merged is not None:
         input_ids, kwargs = merged.expand(input_ids, kwargs)
     elif call is not None and call.model is self and call.fan is not None:
         # while the prompt is read, the cache of the call is empty and no mask may be made for it
-        return original(input_ids, *args, **{**kwargs, "past_key_values": None}) | {"past_key_values": cache}
+        return compat.with_cache(original(input_ids, *args, **compat.with_cache(kwargs, None, self)), cache, self)
     inputs = original(input_ids, *args, **kwargs)
     if call is not None and call.model is self and not kwargs.get("is_first_iteration"):
         inputs[attention.STEP] = step_of(handle, self, call, inputs)  # here, because the forward may be compiled

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead, Noise
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import OF_IMAGES, OF_TOKENS, Family, find_family
@@ -21,7 +22,16 @@ from vlmattn.wrapping.dropping import speak_original
 from vlmattn.wrapping.merged import REQUEST, Merged, View
 
 _NOT_PASSED_ON = frozenset(
-    ("position_ids", "past_key_values", "inputs_embeds", "mm_encoder_outputs", "use_cache", "labels", "logits_to_keep")
+    (
+        "position_ids",
+        "past_key_values",
+        "cache",
+        "inputs_embeds",
+        "mm_encoder_outputs",
+        "use_cache",
+        "labels",
+        "logits_to_keep",
+    )
 )
 
 
@@ -79,7 +89,8 @@ class Fan:
             speak_original(self._target)
         t = torch.arange(1, kept + 1, device=ids.device)
         output.logits = merged.scores(call.model, [view.logits for view in views], early, t)
-        output.past_key_values, self.cache, self.ropes = self._target, None, merged.ropes
+        compat.set_output_cache(output, self._target)
+        self.cache, self.ropes = None, merged.ropes
 
 
 @dataclass(eq=False)
@@ -160,7 +171,7 @@ class _Reader:
             out = call.model(
                 **inputs,
                 position_ids=positions,
-                past_key_values=cache,
+                **{compat.cache_name(): cache},
                 use_cache=True,
                 return_dict=True,
                 logits_to_keep=kept,
@@ -371,7 +382,7 @@ def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             "continuous batching (paged) runs every request by itself, without branches; use generate()"
         )
-    cache = kwargs.get("past_key_values")
+    cache = compat.cache_of(kwargs)
     if cache is not None and not (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0):
         raise UnsupportedError(
             "a decoding rule cannot go on from past_key_values, which hold no branches; give the whole conversation"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn import attention
+from vlmattn import attention, compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import Family
 from vlmattn.request import (
@@ -86,9 +86,9 @@ def _before_model(
         if call.plan.decoding is not None:
             _refuse_packing(inputs)
             handle.warn_of_forward()
-    if call.fan is not None and (own := call.fan.begin(model, inputs.get("past_key_values"))) is not None:
-        kwargs = {**kwargs, "past_key_values": own}
-        inputs["past_key_values"] = own
+    if call.fan is not None and (own := call.fan.begin(model, compat.cache_of(inputs))) is not None:
+        kwargs = compat.with_cache(kwargs, own, model)
+        inputs = compat.with_cache(inputs, own, model)
         if any(branch.rope != 1 for branch in call.fan.contrast.branches) and not handle._rotating:
             handle._rotating = True
             handle._hooks += _hook_rotation(handle._family, model)
@@ -97,7 +97,7 @@ def _before_model(
 
 def step_of(handle: Handle, model: PreTrainedModel, call: Call | None, inputs: dict[str, Any]) -> Step | Steps | None:
     """What the decoder has to know of this forward; None when there is nothing to do in it."""
-    cache = inputs.get("past_key_values")
+    cache = compat.cache_of(inputs)
     if (merged := merged_of(cache)) is not None:
         merged.check(call)
         return merged.steps(cache, inputs["input_ids"].shape[1])
@@ -111,7 +111,7 @@ def step_of(handle: Handle, model: PreTrainedModel, call: Call | None, inputs: d
 
 def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Step | None:
     """The step of this forward; None when there is nothing to do in it."""
-    cache = inputs.get("past_key_values")
+    cache = compat.cache_of(inputs)
     request: Request | None = getattr(cache, REQUEST, None)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if tokens is None or (call.plan.is_identity and request is None):
@@ -248,10 +248,10 @@ def _real_keys(mask: Tensor) -> Tensor:
 
 def _refuse_packing(inputs: dict[str, Any]) -> None:
     """Several sequences in one row would be edited as if they were one."""
-    if inputs.get("cache") is not None:
+    if compat.paged(inputs):
         raise UnsupportedError("continuous batching cannot be edited; use generate()")
     positions = inputs.get("position_ids")
-    alone = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None
+    alone = inputs.get("attention_mask") is None and compat.cache_of(inputs) is None
     if alone and isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
         raise UnsupportedError(
             "packed sequences (position_ids that start anew) cannot be edited; give them as a padded batch"
@@ -285,18 +285,18 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """A cache that the forward made itself gets the request, so that the next call finds it; branches come and go."""
     step: Step | Steps | None = kwargs.get(attention.STEP)
     if isinstance(step, Steps) and step.merged is not None:
-        step.merged.combine(model, kwargs["past_key_values"], output, step.early)
+        step.merged.combine(model, compat.cache_of(kwargs), output, step.early)
         return
     if torch.compiler.is_compiling():  # one token of generate(): there is nothing to note
         return
-    call, given = CALL.get(), kwargs.get("past_key_values")
+    call, given = CALL.get(), compat.cache_of(kwargs)
     if call is not None and call.direct and call.model is model:
         CALL.set(call.outer)
     if call is not None and call.fan is not None and call.fan.cache is not None and given is call.fan.cache:
         call.fan.spread(call, kwargs, output, step.early if isinstance(step, Steps) else {})
         return
     first = step.parts[0][1] if step is not None else None
-    if first is not None and (cache := getattr(output, "past_key_values", None)) is not None:
+    if first is not None and (cache := compat.output_cache(output)) is not None:
         setattr(cache, REQUEST, first.request)
 
 
@@ -471,7 +471,7 @@ def _before_layer(
     first = step.parts[0][1]
     if first is not None and first.request.plan.drops and first.watch is None:  # never with branches
         view, hidden, kwargs = narrow(first, layer, index, hidden, kwargs)
-        before_layer(view, index, hidden.shape[1], kwargs.get("past_key_values"))
+        before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
         _observe(view, index, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for rows, part in step.parts:

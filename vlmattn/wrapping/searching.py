@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from vlmattn import compat
 from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import OF_TOKENS
@@ -38,7 +39,9 @@ def refuse_ways(model: PreTrainedModel, rule: str, kwargs: Mapping[str, Any]) ->
     for name in ("do_sample", "stopping_criteria", "assistant_model", "custom_generate"):
         if kwargs.get(name):
             raise UnsupportedError(f"'{rule}' {_CHOOSES} and cannot have {name}; leave it out")
-    if any(kwargs.get(name) is not None for name in ("past_key_values", "inputs_embeds", "position_ids")):
+    if compat.cache_of(kwargs) is not None or any(
+        kwargs.get(name) is not None for name in ("inputs_embeds", "position_ids")
+    ):
         raise UnsupportedError(
             f"'{rule}' needs input_ids of the whole prompt, without past_key_values or inputs_embeds or position_ids"
         )
@@ -160,7 +163,9 @@ class _Rows:
     def _forward(self, cache: DynamicCache, **inputs: Any) -> Tensor:
         token = CALL.set(self._call)
         try:
-            out = self._call.model(**inputs, past_key_values=cache, use_cache=True, return_dict=True, logits_to_keep=1)
+            out = self._call.model(
+                **inputs, **{compat.cache_name(): cache}, use_cache=True, return_dict=True, logits_to_keep=1
+            )
         finally:
             CALL.reset(token)
         logits: Tensor = out.logits[:, -1].float()
