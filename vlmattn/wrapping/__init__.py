@@ -59,6 +59,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         StateError: the model is already wrapped.
         UnknownNameError, OptionError: no such preset or option, a value out of range.
     """
+    compat.warn_if_untested()
     given, model = model, _within_peft(model)
     family = find_family(model)
     assert isinstance(model, PreTrainedModel)
