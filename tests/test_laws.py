@@ -436,7 +436,7 @@ def test_a_second_turn_counts_for_the_recipe_in_force():
     model.vlmattn.set(RECIPES["vhr"])
     model.vlmattn.set(RECIPES["pai"])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         turn(model, next_turn("llava", inputs, sequences, cache))
     assert model.vlmattn.report()["fired"]["pai"] > 0
 
