@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.files import beside
+from vlmattn.files import beside, make_folder, path_text, reading, written_whole
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit
@@ -95,12 +96,11 @@ def save_directions(
 ) -> Path:
     """Write directions by layer, ``[heads, dim]`` and ``[kv_heads, dim]``, to a file or under the usual name to a folder."""
     target = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / FILE_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     tensors = {f"query.{layer}": value.detach().float().cpu().contiguous() for layer, value in query.items()}
     tensors |= {f"key.{layer}": value.detach().float().cpu().contiguous() for layer, value in key.items()}
-    partial = target.with_suffix(".partial")
-    save_file(tensors, partial, {"fingerprint": sizes.fingerprint, "source": sizes.source})
-    partial.replace(target)
+    with written_whole(target) as partial:
+        save_file(tensors, partial, {"fingerprint": sizes.fingerprint, "source": sizes.source})
     _load.cache_clear()
     return target
 
@@ -108,13 +108,10 @@ def save_directions(
 @lru_cache(maxsize=8)
 def _load(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file of directions."""
-    try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read the directions {path}: {error}") from None
-    named = all(name.split(".")[0] in ("query", "key") and name.split(".")[-1].isdigit() for name in tensors)
+    with reading(path, "the directions"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = dict(file.metadata() or {})
+    named = all(re.fullmatch(r"(query|key)\.[0-9]{1,6}", name) for name in tensors)
     if not tensors or not named:
-        raise InputError(f"{path}: not a file of directions (needs query.LAYER and key.LAYER)")
+        raise InputError(f"{path_text(path)}: not a file of directions (needs query.LAYER and key.LAYER)")
     return tensors, facts

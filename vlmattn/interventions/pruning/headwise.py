@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,7 +10,7 @@ from vlmattn.errors import OptionError
 from vlmattn.files import beside
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.interventions.pruning.policy import KVPolicy, host_counts
-from vlmattn.interventions.registry import Sizes, option
+from vlmattn.interventions.registry import Sizes, option, parse_heads
 from vlmattn.request import HeadSplit, Scope
 
 
@@ -33,8 +32,7 @@ class HeadWise(KVPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads and not re.fullmatch(r"\s*\d+\.\d+\s*(,\s*\d+\.\d+\s*)*", self.heads):
-            raise OptionError(f"{self.info.name}.heads must look like '12.3,14.7' (layer.KV head), got '{self.heads}'")
+        parse_heads(self.heads, f"{self.info.name}.heads", "layer.KV head")
         if self.mode == "mask":
             raise OptionError(f"{self.info.name} has no mode 'mask'; compare with a larger share")
 
@@ -48,7 +46,7 @@ class HeadWise(KVPolicy):
 
     def bind(self, sizes: Sizes) -> HeadWise:
         KVPolicy.bind(self, sizes)
-        chosen = [tuple(map(int, place.split("."))) for place in self.heads.split(",") if place.strip()]
+        chosen = list(parse_heads(self.heads, f"{self.info.name}.heads"))
         path = self.profile
         if not chosen:
             path = path or str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
@@ -66,7 +64,7 @@ class HeadWise(KVPolicy):
                 )
         return replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
 
-    def _best(self, path: str, sizes: Sizes) -> list[tuple[int, ...]]:
+    def _best(self, path: str, sizes: Sizes) -> list[tuple[int, int]]:
         found = HeadProfile.load(path)
         found.check(sizes, f"{self.info.name}.profile")
         found.top(self.score, 1.0)  # says which scores there are
