@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vlmattn.errors import InputError
+from vlmattn.evals.suites.files import Item
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
@@ -91,18 +92,14 @@ class RowPictures:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table.
+class Row(Item):
+    """A row of a table: its columns but the pictures, and these.
 
     Attributes:
-        where: table and number, for errors.
-        values: its columns but the pictures.
         pictures: read them.
         count: how many there are.
     """
 
-    where: str
-    values: Mapping[str, Any]
     pictures: RowPictures
     count: int
 
