@@ -160,9 +160,7 @@ class AmberQuestions(YesNo):
         YES_RATIO,
     )
 
-    def __init__(
-        self, folder: Path, images: Path, limit: int | None = None, allow_outside: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, images: Path, limit: int | None = None, allow_outside: bool = False) -> None:
         self.settings = {"folder": folder.name, "limit": limit}
         known, pictures = _annotations(folder), ImageFolder(images, allow_outside)
         counts: dict[str, int] = {}

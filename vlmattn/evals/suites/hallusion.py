@@ -78,9 +78,7 @@ class HallusionBench(YesNo):
         return found
 
 
-def _samples(
-    source: str, shown: Iterable[tuple[Item, Callable[[], list[Any]]]], limit: int | None
-) -> list[Sample]:
+def _samples(source: str, shown: Iterable[tuple[Item, Callable[[], list[Any]]]], limit: int | None) -> list[Sample]:
     """Of questions with a figure, each with its pictures."""
     found: list[Sample] = []
     for item, pictures in itertools.islice(shown, limit):

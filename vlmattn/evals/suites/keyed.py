@@ -19,6 +19,8 @@ def read_keyed(path: Path, key: str, needs: Sequence[str], what: str) -> dict[st
     for item in read_items(path, (key, *needs), what):
         name = item.key(key)
         if name in found:
-            raise InputError(f"{item.where}: {key} {quoted(name)} is there twice (first {found[name].where}); keep one of them")
+            raise InputError(
+                f"{item.where}: {key} {quoted(name)} is there twice (first {found[name].where}); keep one of them"
+            )
         found[name] = item
     return found

@@ -84,7 +84,9 @@ class LlavaBench(Suite):
             if image not in context:
                 raise InputError(f"{item.where}: image {image} is not in context.jsonl; take both from one release")
             if key not in answers:
-                raise InputError(f"{item.where}: question {key} is not in answers_gpt4.jsonl; take both from one release")
+                raise InputError(
+                    f"{item.where}: question {key} is not in answers_gpt4.jsonl; take both from one release"
+                )
             about = context[image]
             lines = about.texts("caption") if isinstance(about.values["caption"], list) else [about.text("caption")]
             self._samples.append(

@@ -57,7 +57,12 @@ class MME(YesNo):
         for task in sorted(path for path in folder.iterdir() if path.is_dir()):
             for picture, questions in list(_pairs(task))[:limit]:
                 image = f"{task.name}/{picture.name}"
-                samples += _samples(task.name, image, _questions(questions), pictures.files(str(questions), [str(picture.relative_to(folder))]))
+                samples += _samples(
+                    task.name,
+                    image,
+                    _questions(questions),
+                    pictures.files(str(questions), [str(picture.relative_to(folder))]),
+                )
         if not samples:
             raise InputError(
                 f"{folder}: no MME subtask; each is a folder of pictures and question files of the same names"

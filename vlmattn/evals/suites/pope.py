@@ -178,7 +178,9 @@ def columns(questions: Sequence[Path]) -> dict[Path, str]:
     """The column of each file: its split; where two files have one split, the names of the files, with their folders if need be."""
     splits = {path: next((name for name in SPLITS if name in path.stem), path.stem) for path in questions}
     named = (splits, {path: path.stem for path in splits}, {path: f"{path.parent.name}/{path.stem}" for path in splits})
-    return next((names for names in named if len(set(names.values())) == len(names)), {path: str(path) for path in splits})
+    return next(
+        (names for names in named if len(set(names.values())) == len(names)), {path: str(path) for path in splits}
+    )
 
 
 def _file_name(source: str) -> str:

@@ -183,9 +183,7 @@ def _of_scenes(world: World, size: int, number: int) -> _Set:
     )
 
 
-def _of_files(
-    known: Mapping[str, Mapping[str, bool]], folder: ImageFolder, size: int, number: int, seed: int
-) -> _Set:
+def _of_files(known: Mapping[str, Mapping[str, bool]], folder: ImageFolder, size: int, number: int, seed: int) -> _Set:
     """Half of the images, as far as there are such, have the answer yes."""
     rng = np.random.default_rng([seed, size, number])
     fitting = sorted(text for text, of in known.items() if len(of) >= size and len(set(of.values())) == 2)

@@ -23,7 +23,7 @@ _NUMBERS = {
     )
 }
 _NUMBERS["none"] = "0"
-_MARKS = ";/[]\"{}()=+\\_-><@`,?!"  # every one is removed or becomes a space
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'  # every one is removed or becomes a space
 _FULL_STOPS = 32  # so many are removed, no more
 #: Contracted words that answers are corrected to where an apostrophe is missing, by their endings.
 _CONTRACTED = {
