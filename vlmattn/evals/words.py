@@ -96,7 +96,7 @@ _ENDING = re.compile(r"(?:n't|'(?:s|m|d|ll|re|ve)?)(?=\s|$)", re.IGNORECASE)
 
 
 def penn_words(text: str) -> list[str]:
-    """The words of a text as the released scripts of CHAIR and AMBER split it; marks and endings ('s) are tokens of their own."""
+    """The words of a text as the CHAIR reference splits it; marks and endings ('s) are tokens of their own."""
     for apart in (_MARK, _FULL_STOP, _ENDING):
         text = apart.sub(r" \g<0> ", text)
     return text.split()

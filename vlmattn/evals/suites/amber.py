@@ -3,11 +3,14 @@
 Ours without spaCy and NLTK ("lite"): a word of a caption counts if its singular is in the vocabulary of the association
 file, whatever its part of speech; it is safe by exact or associated match only, where the released code also takes words
 whose vectors are alike. Both raise CHAIR and Hal above published figures: compare runs of this suite with each other.
-All else is the released rule; words are those of its tokenizer, and capitals count: "Trees" is not in the vocabulary.
+Words are runs of letters, where the released tokenizer keeps hyphens ("air-conditioning"). All else is the released rule,
+capitals included: "TV" is in the vocabulary, "Trees" is not. Yes/no questions: the first "yes" or "no" among the words,
+where the released code takes "Yes" and "No" alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFolder, Item, read_items
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo
-from vlmattn.evals.words import penn_words, singular
+from vlmattn.evals.words import singular
 from vlmattn.texts import read_json, read_text
 
 _SPLITS = {
@@ -106,7 +109,7 @@ class AmberCaptions(Suite):
         return self._samples
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
-        named = [word for word in map(singular, penn_words(answer)) if word in self._vocabulary]
+        named = [word for word in map(singular, re.findall(r"[^\W\d_]+", answer)) if word in self._vocabulary]
         safe, risky = self._stand_for(sample.truth.truth), self._stand_for(sample.truth.traps)
         asked = [word for word in named if word not in self._skipped]
         unsafe = [word for word in asked if word not in safe]
