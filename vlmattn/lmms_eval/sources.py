@@ -12,7 +12,7 @@ from typing import Any
 from vlmattn.errors import InputError, OptionError, UnknownNameError
 from vlmattn.evals.suites.base import Suite
 from vlmattn.evals.suites.generated import make_generated
-from vlmattn.evals.suites.pope import Pope, columns
+from vlmattn.evals.suites.pope import Pope, columns_of
 from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.world import World
 
@@ -88,6 +88,6 @@ def _pope_on_parquet(paths: Sequence[Path]) -> Pope:
     for path in paths:
         rows = Dataset.from_parquet(str(path))
         if "category" not in rows.column_names:
-            rows = rows.add_column("category", [columns(paths)[path]] * len(rows))
+            rows = rows.add_column("category", [columns_of(paths)[path]] * len(rows))
         parts.append(rows)
     return Pope.on_table(Table("pope", ", ".join(map(str, paths)), parts, {"table": [path.name for path in paths]}))

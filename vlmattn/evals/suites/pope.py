@@ -79,7 +79,7 @@ class Pope(Suite):
     def on_files(
         cls, questions: Sequence[Path], images: Path, limit: int | None = None, allow_outside: bool = False
     ) -> Pope:
-        """The published files. Each file is a column: random, popular or adversarial, or the name of the file.
+        """Published question files (JSON lines or a JSON array); each file is a column, named by ``columns_of``.
 
         Args:
             questions: files with ``image``, ``text`` and ``label`` (yes / no).
@@ -90,10 +90,10 @@ class Pope(Suite):
         Raises:
             InputError: a line that is not a question (file:line), an image that lies outside of the folder.
         """
-        folder, names = ImageFolder(images, allow_outside), columns(questions)
+        folder, columns = ImageFolder(images, allow_outside), columns_of(questions)
         asked = (
             _Question(
-                names[path],
+                columns[path],
                 item.text("image"),
                 item.text("text"),
                 item.yes("label"),
@@ -174,13 +174,16 @@ def _samples(asked: Iterable[_Question]) -> list[Sample]:
     return list(samples.values())
 
 
-def columns(questions: Sequence[Path]) -> dict[Path, str]:
-    """The column of each file: its split; where two files have one split, the names of the files, with their folders if need be."""
-    splits = {path: next((name for name in SPLITS if name in path.stem), path.stem) for path in questions}
-    named = (splits, {path: path.stem for path in splits}, {path: f"{path.parent.name}/{path.stem}" for path in splits})
-    return next(
-        (names for names in named if len(set(names.values())) == len(names)), {path: str(path) for path in splits}
-    )
+def columns_of(files: Sequence[Path]) -> dict[Path, str]:
+    """A column for each file: the split in its name, its name where files share a split, its path where they share the name."""
+    within = {path: [name for name in SPLITS if name in path.stem] for path in files}
+    for names in (
+        {path: found[0] if len(found) == 1 else path.stem for path, found in within.items()},
+        {path: path.stem for path in files},
+    ):
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: str(path) for path in files}
 
 
 def _file_name(source: str) -> str:
