@@ -172,7 +172,7 @@ class ObjectWords:
         """Read the published ``synonyms.txt`` format: one object a line, words separated by commas, its name first.
 
         The rules are those of the reference then (``ReferenceWords``), no compounds or hyphens of our own. Words with
-        stray blanks or capitals in the file are found here ("iPhone"); the reference never finds them.
+        stray blanks or capitals in the file, or in the plural, are found here ("iPhone"); the reference never finds them.
 
         Raises:
             InputError: the file cannot be read or used; the message starts with the file and the line.

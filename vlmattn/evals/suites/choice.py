@@ -138,7 +138,7 @@ def _rows(answer: str) -> Iterator[_Row]:
     for found in _ROW.finditer(answer):
         before, row, after = answer[: found.start()], found.group(), answer[found.end() :]
         letters = re.findall(_LETTER, row)
-        is_word = row[-1] in "AI" and re.match(r"\s+\w", after) is not None and _AFTER.match(after) is None
+        is_word = row[-1] in "AI" and re.match(r"[^\S\n]+\w", after) is not None and _AFTER.match(after) is None
         if is_word:
             letters.pop()
         if letters and not _DENIED.search(before) and (is_word or not _WRONG.match(after)):
