@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vlmattn.cli.common import DeviceMap, DType, LoadIn, Model, app, console, errors, plain, say, typed
 from vlmattn.cli.data import (
+    AllowOutside,
     CaptionLength,
     Captions,
     Data,
@@ -95,6 +96,7 @@ def eval_command(
     data: Data = None,
     questions: Questions = None,
     images: Images = None,
+    allow_outside: AllowOutside = False,
     instances: Instances = None,
     captions: Captions = None,
     synonyms: Synonyms = None,
@@ -136,6 +138,7 @@ def eval_command(
         prompt_suffix,
         drop_cut_sentence,
         counts_of(prompt_images),
+        allow_outside,
     )
     if files:
         chosen = files.suites(names)
@@ -175,6 +178,7 @@ def tune(
     data: Data = None,
     questions: Questions = None,
     images: Images = None,
+    allow_outside: AllowOutside = False,
     instances: Instances = None,
     captions: Captions = None,
     synonyms: Synonyms = None,
@@ -222,6 +226,7 @@ def tune(
         prompt_suffix,
         drop_cut_sentence,
         counts_of(prompt_images),
+        allow_outside,
     )
     if not files:
         if seed == EVAL_SEED:

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vlmattn.errors import InputError
+from vlmattn.evals.suites.files import Item
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
@@ -91,18 +92,14 @@ class RowPictures:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table.
+class Row(Item):
+    """A row of a table: its columns but the pictures, and these.
 
     Attributes:
-        where: table and number, for errors.
-        values: its columns but the pictures.
         pictures: read them.
         count: how many there are.
     """
 
-    where: str
-    values: Mapping[str, Any]
     pictures: RowPictures
     count: int
 
@@ -129,7 +126,7 @@ class Table:
         for part in self._parts:
             texts = part.select_columns([c for c in part.column_names if c in (*self._form.needs, *self._form.more)])
             pictures = part.select_columns([c for c in self._form.pictures if c in part.column_names])
-            for index, (values, count) in enumerate(zip(texts, _counts(pictures), strict=True)):
+            for index, (values, count) in enumerate(zip(texts, _counts(pictures, self.name), strict=True)):
                 where = f"{self.name}: row {start + index}"
                 yield Row(where, values, RowPictures(pictures, index, where), count)
             start += len(part)
@@ -237,13 +234,21 @@ def _form(suite: str, name: str, columns: Sequence[str]) -> Form:
     )
 
 
-def _counts(pictures: Any) -> Iterator[int]:
-    """How many pictures each row has, without decoding any."""
+def _counts(pictures: Any, where: str) -> Iterator[int]:
+    """How many pictures each row has, without decoding any.
+
+    Raises:
+        InputError: a column has no pictures, or names of files in their place, which could be any of this machine.
+    """
     for batch in pictures.with_format("arrow").iter(batch_size=256):
         counts = [0] * batch.num_rows
-        for column in batch.columns:
+        for name, column in zip(batch.column_names, batch.columns, strict=True):
             there = column.is_valid().to_pylist()
             lists = hasattr(column.chunk(0), "value_lengths")  # a column of lists of pictures
             sizes = [size for chunk in column.chunks for size in chunk.value_lengths().to_pylist()] if lists else there
             counts = [count + int(size or 0) for count, size in zip(counts, sizes, strict=True)]
+            for cells in (chunk.flatten() if lists else chunk for chunk in column.chunks):
+                held = hasattr(cells, "field") and cells.type.get_field_index("bytes") >= 0
+                if not held or (cells.is_valid().to_numpy(False) & cells.field("bytes").is_null().to_numpy(False)).any():
+                    raise InputError(f"{where}: the column {name} does not hold its pictures; give a table that does")
         yield from counts
