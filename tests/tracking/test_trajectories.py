@@ -122,8 +122,8 @@ def test_bad_trajectories():
 
 def test_associate():
     here, there = metrics.associate([0.0, 0.1, 0.2, 5.0], [0.105, 0.0, 0.3])
-    assert here.tolist() == [0, 1]
-    assert there.tolist() == [1, 0]
+    assert here.tolist() == [1, 0]  # in the order of the shorter one
+    assert there.tolist() == [0, 1]
     with pytest.raises(InputError, match=r"within 0.02 s"):
         metrics.associate([0.0], [1.0])
 

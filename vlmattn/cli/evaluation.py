@@ -319,8 +319,6 @@ def ask(
     from vlmattn.evals.prompts import answer
     from vlmattn.evals.suites.files import read_image
 
-    if not image.is_file():
-        raise InputError(f"image not found: {image}")
     picture, recipe = read_image(image), vlmattn.Recipe.of(preset)
     loaded, processor = load(model, dtype, device_map, load_in)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

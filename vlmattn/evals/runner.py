@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -191,7 +192,7 @@ def _check(suites: Sequence[Suite], batch_size: int, batch_tokens: int | None, o
             raise InputError(f"suite {suite.name}: id '{twice[0]}' is there twice ({len(twice)} such ids)")
         if on_error == "stop":
             paths = {path for s in suite.samples() if isinstance(s.images, ImageFiles) for path in s.images.paths}
-            if missing := sorted(path for path in paths if not path.is_file()):
+            if missing := sorted(path for path in paths if not os.path.isfile(path)):  # False for any odd name
                 raise InputError(
                     f"suite {suite.name}: image not found: {missing[0]} ({len(missing)} of {len(paths)} images); give the"
                     " folder that holds them with --images, or leave their questions out with --on-error skip"

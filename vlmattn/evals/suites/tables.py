@@ -16,6 +16,7 @@ from PIL import Image
 
 from vlmattn.errors import InputError
 from vlmattn.evals.suites.files import Item
+from vlmattn.pictures import decode_picture
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
@@ -74,7 +75,7 @@ FORMS = (
 class RowPictures:
     """The pictures of one row, decoded when they are called for."""
 
-    data: Any  # a part of the table, picture columns only
+    data: Any  # a part of the table, picture columns only, as it is stored (Arrow)
     index: int
     where: str
 
@@ -83,12 +84,22 @@ class RowPictures:
         Raises:
             InputError: a picture is damaged.
         """
+        cells = self.data[self.index : self.index + 1].to_pydict().values()
+        listed = [
+            item for (cell,) in cells for item in (cell if isinstance(cell, list) else [cell]) if item is not None
+        ]
         try:
-            cells = self.data[self.index].values()
-            listed = [picture for cell in cells for picture in (cell if isinstance(cell, list) else [cell])]
-            return [picture.convert("RGB") for picture in listed if picture is not None]
-        except (OSError, SyntaxError, ValueError):  # as for files
-            raise InputError(f"{self.where}: cannot read the pictures of this row") from None
+            return [decode_picture(_bytes(item)) for item in listed]
+        except InputError as error:
+            raise InputError(f"{self.where}: cannot read the pictures of this row: {error}") from None
+
+
+def _bytes(item: Any) -> bytes:
+    """The file of a picture, from a cell as it is stored: bytes, or bytes and the name they had."""
+    content = item.get("bytes") if isinstance(item, dict) else item
+    if not isinstance(content, bytes):  # a name alone would read any file of this machine
+        raise InputError("the table holds no picture here, at most the name of one")
+    return content
 
 
 @dataclass(frozen=True)
@@ -126,9 +137,10 @@ class Table:
         for part in self._parts:
             texts = part.select_columns([c for c in part.column_names if c in (*self._form.needs, *self._form.more)])
             pictures = part.select_columns([c for c in self._form.pictures if c in part.column_names])
+            stored = pictures.with_format("arrow")
             for index, (values, count) in enumerate(zip(texts, _counts(pictures, self.name), strict=True)):
                 where = f"{self.name}: row {start + index}"
-                yield Row(where, values, RowPictures(pictures, index, where), count)
+                yield Row(where, values, RowPictures(stored, index, where), count)
             start += len(part)
 
 
