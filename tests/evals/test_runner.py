@@ -12,7 +12,7 @@ import torch
 from killing import kill_and_compare
 
 import vlmattn
-from vlmattn.errors import InputError, StateError
+from vlmattn.errors import StateError
 from vlmattn.evals.journal import Journal
 from vlmattn.evals.page import html_report
 from vlmattn.evals.processes import Processes

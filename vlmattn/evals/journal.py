@@ -276,20 +276,21 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> bool:
         return False
     if not isinstance(before, dict):
         return False
-    if changed := _changed(before, now):
+    if before != now:
+        names = sorted(
+            name for name in {*before, *now} if name not in before or name not in now or before[name] != now[name]
+        )
+        inner = [within for name in names for within in _differing(name, before.get(name), now.get(name))]
+        details = f": {', '.join(shortened(inner))}" if inner else ""
         raise StateError(
-            f"{folder} holds a run with other settings ({', '.join(shortened(changed))}); use another --out, or --restart"
+            f"{folder} holds a run with other settings ({', '.join(names)}){details}; use another --out, or --restart"
         )
     return True
 
 
-def _changed(before: Any, now: Any, depth: int = 2) -> list[str]:
-    """Names of what differs, as ``versions.torch``."""
+def _differing(name: str, before: Any, now: Any) -> list[str]:
+    """Names of what differs within a setting, as ``versions.torch``."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return []
-    found = []
-    for name in sorted({*before, *now}):
-        if name not in before or name not in now or before[name] != now[name]:
-            inner = _changed(before.get(name), now.get(name), depth - 1) if depth > 1 else []
-            found += [f"{name}.{each}" for each in inner] or [name]
-    return found
+    keys = sorted({*before, *now})
+    return [f"{name}.{key}" for key in keys if key not in before or key not in now or before[key] != now[key]]

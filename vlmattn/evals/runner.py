@@ -205,6 +205,7 @@ def _figures(
         "skipped": [{"suite": suite, "id": key, "why": why} for (suite, key), why in unreadable.items()],
         "titles": {suite.name: suite.title for suite in suites},
         "metrics": {suite.name: [metric.to_dict() for metric in suite.metrics] for suite in suites},
+        "mean_of_splits": {suite.name: suite.mean_of_splits for suite in suites},
         "tables": [table for by_split, _ in tables for table in by_split],
         "overall": [table for _, overall in tables for table in overall],
     }

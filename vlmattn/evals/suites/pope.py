@@ -33,6 +33,7 @@ class Pope(Suite):
     name = "pope"
     title = "POPE: is there a ... in the image?"
     fields = ("tp", "fp", "tn", "fn")
+    mean_of_splits = True
     metrics = (
         Metric("accuracy", {"tp": 1, "tn": 1}, _ALL, "share of right answers"),
         Metric("precision", {"tp": 1}, {"tp": 1, "fp": 1}, "share of yes answers that are right", label="prec"),
@@ -79,7 +80,7 @@ class Pope(Suite):
 
     @classmethod
     def on_files(cls, questions: Sequence[Path], images: Path, limit: int | None = None) -> Pope:
-        """Published question files (JSON lines or a JSON array); each file is a column.
+        """Published question files (JSON lines or a JSON array); each file is a column, named by ``columns_of``.
 
         Args:
             questions: files with ``question_id``, ``image``, ``text`` and ``label`` (yes / no).
@@ -89,10 +90,9 @@ class Pope(Suite):
         Raises:
             InputError: a line that is not a question (file:line), an image that is not there (path).
         """
+        columns = columns_of(questions)
         asked = (
-            _Question(
-                _split_name(path), item["image"], item["text"], item["label"], ImageFiles.of(images, [item["image"]])
-            )
+            _Question(columns[path], item["image"], item["text"], item["label"], ImageFiles.of(images, [item["image"]]))
             for path in questions
             for item in read_questions(path)[:limit]
         )
@@ -168,8 +168,16 @@ def _samples(asked: Iterable[_Question]) -> list[Sample]:
     return list(samples.values())
 
 
-def _split_name(path: Path) -> str:
-    return next((name for name in SPLITS if name in path.stem), path.stem)
+def columns_of(files: Sequence[Path]) -> dict[Path, str]:
+    """A column for each file: the split in its name, its name where files share a split, its path where they share the name."""
+    within = {path: [name for name in SPLITS if name in path.stem] for path in files}
+    for names in (
+        {path: found[0] if len(found) == 1 else path.stem for path, found in within.items()},
+        {path: path.stem for path in files},
+    ):
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: str(path) for path in files}
 
 
 def _file_name(source: str) -> str:
