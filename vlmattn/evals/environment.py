@@ -87,7 +87,7 @@ def files_of(recipe: Recipe, sizes: Any) -> dict[str, str]:
         sizes: of the model, ``model.vlmattn.anatomy``.
     """
     found: dict[str, str] = {}
-    for method in recipe.methods:
+    for method in recipe.interventions:
         if not method.files:
             continue
         bound = method.bind(sizes)

@@ -19,7 +19,6 @@ from vlmattn.texts import parse_json, read_bytes, read_json
 
 _WHOLE = "journal.jsonl"  # of all processes
 _OF_A_RUN = ("settings.json", "answers.jsonl", "summary.json", "table.md", "report.html", "tune.json", "tuned.yaml")
-_MOST = 2**40  # bytes of a journal
 _SHOWN = 5  # lines about what is asked again
 Key = tuple[str, str, int]
 
@@ -150,7 +149,7 @@ class Journal:
         unfit: list[str] = []
         for path in self._journals():
             # what follows the last line break was cut off by a kill, which is no news
-            *lines, last = read_bytes(path, _MOST).split(b"\n")
+            *lines, last = read_bytes(path, path.stat().st_size).split(b"\n")
             for number, line in enumerate([*lines, last], start=1):
                 where = f"{path.name}:{number}"
                 batch = self._parsed(line)
@@ -216,7 +215,7 @@ class Journal:
                     line = line[self._file.write(line) or 0 :]
                 os.fsync(self._file.fileno())
             except OSError:
-                self._file.truncate(before)
+                self._file.truncate(before)  # no half a line before the next one
                 raise
         except OSError as error:
             raise InputError(
