@@ -8,15 +8,12 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlmattn.errors import one_line
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -66,9 +63,10 @@ def document(title: str, body: str) -> str:
 
 def figure(drawn: Any) -> str:
     """A matplotlib figure as SVG."""
-    text = io.StringIO()
-    drawn.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return f"<figure>{text.getvalue()[text.getvalue().index('<svg') :]}</figure>"
+    from vlmattn.drawing import svg
+
+    text = svg(drawn)
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
 
 
 def image(picture: Any, longest: int = 336, least: int = 112) -> str:

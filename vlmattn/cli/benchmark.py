@@ -15,6 +15,7 @@ from rich.table import Table
 from vlmattn.cli.common import DType, app, console, errors, plain
 from vlmattn.errors import InputError, OptionError
 from vlmattn.evals.loading import check_dtype, load
+from vlmattn.files import make_folder
 
 Model = Annotated[
     str,
@@ -103,9 +104,9 @@ def find_device(name: str | None) -> str:
 def check_target(out: Path) -> None:
     """Raise before anything is measured if the file cannot be written."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; give another --out") from None
+        make_folder(out.parent)
+    except InputError as error:
+        raise InputError(f"{error}; or give another --out") from None
     if out.is_dir():
         raise InputError(f"cannot write {out}: it is a folder; give --out a file name")
 

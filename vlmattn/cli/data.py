@@ -50,7 +50,7 @@ def counts_of(text: str | None) -> list[int] | None:
     """
     if text is None:
         return None
-    found = [int(word) for word in text.split(",") if word.strip().isdecimal()]
+    found = [int(word) for word in text.split(",") if word.strip().isdecimal() and len(word) < 10]
     if len(found) != len(text.split(",")) or min(found, default=0) < 2:
         raise OptionError(f"--prompt-images takes numbers from 2 on, as 2,4,8; got '{text}'")
     return found

@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from vlmattn.drawing import Figure, svg
 from vlmattn.errors import InputError, VlmattnError
-from vlmattn.evals.drawing import svg
 from vlmattn.evals.report import bounds, change, verdict
 from vlmattn.evals.survey import FEWER_TOKENS, read_run
 from vlmattn.files import write_whole

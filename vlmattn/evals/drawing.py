@@ -1,15 +1,12 @@
-"""Pictures of results pages: the differences of many presets, and how a figure becomes the same bytes every time."""
+"""Pictures of results pages: the differences of many presets."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from math import copysign
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
+from vlmattn.drawing import Figure, svg
 from vlmattn.evals.report import bounds, verdict
 
 if TYPE_CHECKING:
@@ -17,14 +14,6 @@ if TYPE_CHECKING:
 
 _COLOURS = {"better": "#009e73", "worse": "#d55e00", "": "#777777"}
 _SIGN = {"higher": 1, "lower": -1}
-
-
-def svg(figure: Figure) -> str:
-    """A figure as SVG; the same figure has the same bytes."""
-    drawn = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "vlmattn"}):
-        figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return drawn.getvalue()
 
 
 def forest(summary: Mapping[str, Any]) -> str:

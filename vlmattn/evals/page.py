@@ -84,7 +84,7 @@ def _leaderboard(result: Result, colours: Mapping[str, str]) -> str:
         return value if better == "lower" else -value
 
     columns = "".join(
-        f"<th>{html.escape(table['suite'])}<small>{html.escape(table['condition'])}: {heads[table['suite']].name}</small></th>"
+        f"<th>{html.escape(table['suite'])}<small>{html.escape(table['condition'])}: {html.escape(heads[table['suite']].name)}</small></th>"
         for table in tables
     )
     rows = []
@@ -103,7 +103,7 @@ def _leaderboard(result: Result, colours: Mapping[str, str]) -> str:
         )
     direction = {"higher": "the highest", "lower": "the lowest", "": "any"}[better]
     return (
-        f"<section><h2>All presets</h2><p>Headline metrics over all splits; {direction} {heads[first['suite']].name} of"
+        f"<section><h2>All presets</h2><p>Headline metrics over all splits; {direction} {html.escape(heads[first['suite']].name)} of"
         f" {html.escape(first['suite'])}, {html.escape(first['condition'])}, comes first.</p><div class='wide'><table><thead><tr>"
         f"<th></th>{columns}<th>tokens/s</th><th>s/sample</th><th>memory</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
         f"</div>{_trade(result, colours)}</section>"
@@ -123,7 +123,7 @@ def _cost_cells(costs: Mapping[str, Any], preset: str) -> str:
 
 def _trade(result: Result, colours: Mapping[str, str]) -> str:
     """Headline metrics against speed, as inline SVG."""
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     costs, panels = result.summary["cost"], result.summary["overall"]
     presets = [preset for preset in result.summary["recipes"] if costs[preset]["tokens_per_second"]]
@@ -155,7 +155,7 @@ def _trade(result: Result, colours: Mapping[str, str]) -> str:
 
 
 def _table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> str:
-    head = "".join(f"<th title='{html.escape(m.about)}'>{m.name}</th>" for m in suite.metrics)
+    head = "".join(f"<th title='{html.escape(m.about)}'>{html.escape(m.name)}</th>" for m in suite.metrics)
     rows = []
     for table in tables:
         for preset, row in table["rows"].items():
@@ -178,7 +178,7 @@ def _table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], colou
 
 def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]]]], colours: Mapping[str, str]) -> str:
     """Headline metric with its intervals: one inline SVG per condition, all on one scale."""
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     name, width = suite.headline.name, 0.8 / len(colours)
     every = [
@@ -215,7 +215,7 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
 
 def _differences(suite: Suite, result: Result, presets: Sequence[str]) -> str:
     """Headline metric of many presets: differences to none over all splits with their intervals, as inline SVG."""
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     panels = [table for table in result.summary["overall"] if table["suite"] == suite.name]
     figure = Figure(figsize=(2.4 + 3.6 * len(panels), 1.2 + 0.21 * len(presets)), layout="constrained")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.files import beside
+from vlmattn.files import beside, make_folder, written_whole
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit
@@ -95,12 +95,11 @@ def save_directions(
 ) -> Path:
     """Write directions by layer, ``[heads, dim]`` and ``[kv_heads, dim]``, to a file or under the usual name to a folder."""
     target = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / FILE_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     tensors = {f"query.{layer}": value.detach().float().cpu().contiguous() for layer, value in query.items()}
     tensors |= {f"key.{layer}": value.detach().float().cpu().contiguous() for layer, value in key.items()}
-    partial = target.with_suffix(".partial")
-    save_file(tensors, partial, {"fingerprint": sizes.fingerprint, "source": sizes.source})
-    partial.replace(target)
+    with written_whole(target) as partial:
+        save_file(tensors, partial, {"fingerprint": sizes.fingerprint, "source": sizes.source})
     _load.cache_clear()
     return target
 

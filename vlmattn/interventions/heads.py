@@ -158,6 +158,6 @@ def _load_version(path: str, changed: int) -> HeadProfile:
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:
     """``"12.3,14.7"`` as (layer, head) pairs."""
-    if text and not re.fullmatch(r"\s*\d+\.\d+\s*(,\s*\d+\.\d+\s*)*", text):
+    if text and not re.fullmatch(r"\s*\d{1,9}\.\d{1,9}\s*(,\s*\d{1,9}\.\d{1,9}\s*)*", text):
         raise OptionError(f"heads.heads must look like '12.3,14.7' (layer.head), got '{text}'")
     return tuple((int(a), int(b)) for a, b in (pair.split(".") for pair in text.split(",") if pair.strip()))
