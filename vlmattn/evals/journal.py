@@ -14,7 +14,7 @@ from vlmattn.errors import InputError, StateError, VlmattnError, one_line
 from vlmattn.evals.lock import Lock, refuse_if_used
 from vlmattn.evals.processes import Processes
 from vlmattn.evals.sources import short_hash
-from vlmattn.files import write_whole
+from vlmattn.files import file_errors, write_whole
 from vlmattn.texts import parse_json, read_bytes, read_json
 
 _WHOLE = "journal.jsonl"  # of all processes
@@ -118,7 +118,7 @@ class Journal:
 
     def _begin(self, settings: Mapping[str, Any], restart: bool) -> list[Batch]:
         """What the first process does alone: lock, check the settings, read all journals, leave one in good order."""
-        try:
+        with file_errors("use", self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock.take()
             refuse_if_used(self._folder, self._processes.rank)  # a process of an earlier run may outlive its first one
@@ -135,8 +135,6 @@ class Journal:
                     )
                 write_json(self._folder / "settings.json", settings)
             self._write(batches)
-        except OSError as error:
-            raise InputError(f"cannot use {self._folder} for results: {error.strerror}") from None
         return batches
 
     def _journals(self) -> list[Path]:
@@ -203,11 +201,11 @@ class Journal:
         """Append a batch and wait until it is on disk.
 
         Raises:
-            InputError: it cannot be written; what was written before stays whole.
+            FileError: it cannot be written; what was written before stays whole, so the same run goes on from there.
         """
         self.added.append(batch)
         line = self._line(batch)
-        try:
+        with file_errors("write", self._own):
             self._file = self._file or self._own.open("ab", buffering=0)
             before = self._file.seek(0, os.SEEK_END)
             try:
@@ -217,27 +215,17 @@ class Journal:
             except OSError:
                 self._file.truncate(before)  # no half a line before the next one
                 raise
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._own}: {error.strerror}; mend it and run the same command again, it keeps the answers so far"
-            ) from None
 
     def finish(self, order: Callable[[Batch], Any]) -> list[Batch]:
         """All batches of all processes, sorted by ``order``; waits for the processes, and leaves one journal.
 
         Raises:
-            InputError: it cannot be written; the journals of the processes stay.
+            FileError: it cannot be written; the journals of the processes stay.
         """
         again = {batch.key: batch for batch in self._processes.gathered(self.added)}
         found = sorted({**self.done, **again}.values(), key=order)
         if self._processes.first:
-            try:
-                self._write(found)
-            except OSError as error:
-                raise InputError(
-                    f"cannot write {self._folder / _WHOLE}: {error.strerror}; mend it and run the same command again, it keeps"
-                    " the answers"
-                ) from None
+            self._write(found)
         return found
 
     def __enter__(self) -> Journal:

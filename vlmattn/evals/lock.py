@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlmattn.errors import InputError, StateError, one_line
+from vlmattn.errors import FileError, StateError, one_line
+from vlmattn.files import file_errors
 
 try:
     import fcntl as _fcntl
@@ -40,17 +42,17 @@ class Lock:
 
         Raises:
             StateError: another process holds it.
-            InputError: the folder cannot be written.
+            FileError: the folder cannot be written.
         """
-        try:
+        with file_errors("lock", self._path):
             self._take()
-        except OSError as error:
-            raise InputError(f"cannot use {self._folder} for results: {error.strerror}") from None
 
     def _take(self) -> None:
         while self._descriptor is None:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o644)
             try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise FileError(f"cannot lock {self._path}: not a regular file; delete it")
                 held = _flock(descriptor)
                 self._refuse(held, _read(descriptor))
                 if _is_at(descriptor, self._path):  # or its last holder has removed it since it was opened
@@ -89,7 +91,7 @@ def refuse_if_used(folder: Path, own: int | None = None) -> None:
 
     Raises:
         StateError: one does.
-        InputError: the folder cannot be written.
+        FileError: the folder cannot be written.
     """
     for path in folder.glob("lock-*.json"):
         rank = path.stem.removeprefix("lock-")
