@@ -44,14 +44,14 @@ def asked(monkeypatch):
 
 
 def question(index, text="dog", label="yes"):
-    return {"question_id": index, "image": f"{index % 4}.png", "text": f"Is there a {text} {index}?", "label": label}
+    return {"question_id": index, "image": f"{index % 4}.bmp", "text": f"Is there a {text} {index}?", "label": label}
 
 
 @pytest.fixture
 def data(tmp_path):
     """A question file about four images, and its images."""
     for index in range(4):
-        Image.new("RGB", (56, 56), (index * 40, 0, 0)).save(tmp_path / f"{index}.png")
+        Image.new("RGB", (56, 56), (index * 40, 0, 0)).save(tmp_path / f"{index}.bmp")
     (tmp_path / "q.json").write_text("\n".join(json.dumps(question(index)) for index in range(12)))
     return tmp_path
 
@@ -77,21 +77,16 @@ def test_an_unchanged_run_asks_nothing(bundled, data, asked):
 
 def test_questions_of_a_changed_image_are_asked_again_by_name(bundled, data, asked):
     run(bundled, data, ["vhr"])
-    path = data / "2.png"
-    before = path.stat()
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # same size, same time
+    path = data / "2.bmp"
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 255  # a pixel: same size, same time
     path.write_bytes(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     del asked[:]
-    _, said = run(bundled, data, ["vhr"], on_error="skip")
-    expected = {question(index)["text"] for index in (2, 6, 10)}
-    assert expected <= set(asked) or "2.png" in str(run(bundled, data, ["vhr"], on_error="skip")[0].summary["skipped"])
+    _, said = run(bundled, data, ["vhr"])
     assert any(f"has changed ({path})" in line for line in said)
-    Image.new("RGB", (56, 56), "blue").save(path)
-    del asked[:]
-    run(bundled, data, ["vhr"])
-    assert expected <= set(asked)
+    assert {question(index)["text"] for index in (2, 6, 10)} <= set(asked)
+    assert len(asked) % 3 == 0
     assert len(asked) < 24, "batches without it stay"
 
 
@@ -125,14 +120,14 @@ def test_an_image_that_changes_during_the_run_ends_it(bundled, data, asked, monk
         real(model, processor, suite, preset, *rest)
         batches.append(preset)
         if preset == "none":
-            Image.new("RGB", (56, 56), "blue").save(data / "1.png")
+            Image.new("RGB", (56, 56), "blue").save(data / "1.bmp")
 
     monkeypatch.setattr(runner, "_ask", ask)
-    with pytest.raises(StateError, match=r"the image of '1\.png/.*' changed during the run"):
+    with pytest.raises(StateError, match=r"the image of '1\.bmp/.*' changed during the run"):
         run(bundled, data, ["vhr"])
     monkeypatch.setattr(runner, "_ask", real)
     _, said = run(bundled, data, ["vhr"])
-    assert any("1.png" in line for line in said)
+    assert any("1.bmp" in line for line in said)
 
 
 @pytest.mark.parametrize("where", ["middle", "last", "buffer"])
