@@ -14,6 +14,7 @@ import vlmattn
 from vlmattn import pages
 from vlmattn.evals.gallery import attention_of, gallery
 from vlmattn.evals.page import _card, html_report
+from vlmattn.evals.report import change
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites import Chair, Pope, World
 
@@ -39,8 +40,7 @@ def test_the_leaderboard_has_every_preset_with_interval_p_and_cost(finished):
     )
     for preset in ("vhr", "pai"):
         cell = result.summary["overall"][0]["rows"][preset]["metrics"]["accuracy"]
-        d = cell["difference"]
-        assert f"{cell['value']:.1f}<small>{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]</small>" in board
+        assert f"{cell['value']:.1f}<small>{change(cell)}</small>" in board
         assert f"<td>{result.summary['cost'][preset]['tokens_per_second']:.1f}<small>" in board
     assert board.count("<small>p ") == 4
     assert "tokens per second" in board  # the chart
