@@ -32,7 +32,7 @@ FIRST = ("agla", "fastv")  # the release does something else from the second tok
 
 def cases(*methods: str):
     found = [(method, case) for method in methods for case in INDEX[method]["cases"]]
-    return pytest.mark.parametrize("method, case", found, ids=[f"{method}-{case}" for method, case in found])
+    return pytest.mark.parametrize(("method", "case"), found, ids=[f"{method}-{case}" for method, case in found])
 
 
 @cache
@@ -126,7 +126,7 @@ def test_beams_equal_those_of_the_released_code(method, case):
     assert out[0, -len(want) :].tolist() == want
 
 
-@pytest.mark.parametrize("layers, rows", [("0:", slice(None)), ("0:-1", slice(-1, None))], ids=["all", "preset"])
+@pytest.mark.parametrize(("layers", "rows"), [("0:", slice(None)), ("0:-1", slice(-1, None))], ids=["all", "preset"])
 def test_mma_equals_a_dense_model_under_the_released_mask(layers, rows):
     """In the last layer only the last row counts, so the preset leaves it alone."""
     model, _ = bare(INDEX["mma"]["model"])
