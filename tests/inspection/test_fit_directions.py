@@ -51,7 +51,9 @@ def test_attention_moves_to_the_spans(family):
     before = [torch.stack([mass(eager, one) for one in some]) for some in (examples, others)]
     with added(eager, tensors):
         after = [torch.stack([mass(eager, one) for one in some]) for some in (examples, others)]
-    seen, unseen = ([(a - b).mean(0)[layer, head] for layer, head in CHOSEN] for a, b in zip(after, before, strict=True))
+    seen, unseen = (
+        [(a - b).mean(0)[layer, head] for layer, head in CHOSEN] for a, b in zip(after, before, strict=True)
+    )
     assert min(seen) > 0.05
     assert sum(unseen) > 0.05
     assert torch.equal(before[0][:, 0], after[0][:, 0])  # no direction below layer 1
@@ -73,8 +75,12 @@ def test_the_loss_is_minus_the_mean_mass_of_the_answer(attn, answer, capsys, mon
 def test_it_starts_small_and_takes_a_step_of_adamw_for_each_example():
     """The first step of AdamW is lr in each number, whatever the gradient; later ones are at most about that."""
     model, examples = build("llava"), [span("llava", s) for s in range(6)]
-    steps = [fit_directions(model, examples[:n], [(1, 0)], epochs=1, lr=5.0, progress=False)["query.1"][0] for n in (1, 6)]
-    assert steps[0].abs().sub(5).abs().max() < 0.4, "numbers around 0 of standard deviation .01, shrunk by 1 %, and one step"
+    steps = [
+        fit_directions(model, examples[:n], [(1, 0)], epochs=1, lr=5.0, progress=False)["query.1"][0] for n in (1, 6)
+    ]
+    assert steps[0].abs().sub(5).abs().max() < 0.4, (
+        "numbers around 0 of standard deviation .01, shrunk by 1 %, and one step"
+    )
     assert steps[1].abs().max() > 10
     start = fit_directions(model, examples[:1], [(1, 0)], epochs=1, lr=1e-9, progress=False)["query.1"][0]
     assert 0.003 < start.std() < 0.03

@@ -27,7 +27,7 @@ from vlmattn.interventions.focus import save_directions
 from vlmattn.models import find_family
 
 SEED = 31
-_STEPS = 10_000  # of the fit: as many as the published ones must have taken to grow as long as they are
+_STEPS = 10_000  # of the fit (ours)
 _FOLDERS = {"embedded": FOLDER, "smol": ADAPTER.parent}
 _SAID = {"embedded": ("yes", "no"), "smol": ("Yes", "No")}
 
@@ -56,9 +56,7 @@ def main() -> None:
     source = f"the bundled model {options.model}"  # not the folder it lies in on some machine
     profile = replace(profile, source=source, prompts=prompts)
     print(f"wrote {profile.save(out)}")
-    found = fit_directions(
-        model, [span for span, _ in spans], epochs=_STEPS // len(spans), seed=SEED, progress=shown
-    )
+    found = fit_directions(model, [span for span, _ in spans], epochs=_STEPS // len(spans), seed=SEED, progress=shown)
     query = {int(name.removeprefix("query.")): value for name, value in found.items()}
     heads = [(layer, head) for layer, of in query.items() for head in of.any(-1).nonzero().flatten().tolist()]
     anatomy = replace(find_family(model).anatomy(model), source=source)

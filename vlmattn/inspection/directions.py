@@ -140,9 +140,15 @@ def _most(
     """The ``count`` heads whose answer rows attend most to the spans."""
     total: dict[int, Tensor] = {}
     for example, prompt, places in zip(examples, prompts, rows, strict=True):
-        (found,) = _look(model, [prompt], lambda _, weights, e=example, p=places: _mass(weights, e, p).cpu())
+
+        def mass(layer: int, weights: Weights, example: Span = example, places: tuple[int, int] = places) -> Tensor:
+            return _mass(weights, example, places).cpu()
+
+        (found,) = _look(model, [prompt], mass)
         total = {layer: mass + total.get(layer, 0.0) for layer, mass in found.items()}
-    ranked = sorted(((float(mass), layer, head) for layer, of in total.items() for head, mass in enumerate(of)), reverse=True)
+    ranked = sorted(
+        ((float(mass), layer, head) for layer, of in total.items() for head, mass in enumerate(of)), reverse=True
+    )
     return sorted((layer, head) for _, layer, head in ranked[:count])
 
 

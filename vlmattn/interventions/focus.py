@@ -70,7 +70,9 @@ class FocusDirections(Intervention):
         for layer, tensor in tensors.items():
             shape = (sizes.heads, sizes.head_dim)
             if tuple(tensor.shape) != shape or layer >= sizes.layers:
-                raise OptionError(f"focus: {path} has 'query.{layer}' of shape {tuple(tensor.shape)}; the model needs {shape}")
+                raise OptionError(
+                    f"focus: {path} has 'query.{layer}' of shape {tuple(tensor.shape)}; the model needs {shape}"
+                )
         bound = replace(self, file=path)
         bound.active_layers(sizes)
         return bound

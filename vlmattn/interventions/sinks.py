@@ -28,7 +28,10 @@ SINK_DIMS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
     ("llama", 5120, 40, 13824): (2100, 4743),  # LLaMA-2-13B, Vicuna-13B: released code of VAR
     ("llama", 576, 30, 1536): (507,),  # SmolLM2-135M: measured by find_sinks on smol, see its card
     ("llama", 4096, 32, 14336): (788, 1384, 4062),  # LLaMA-3-8B: six codes
-    ("qwen2", 3584, 28, 18944): (458, 2570),  # Qwen2-7B, Qwen2.5-7B: six codes (some add a dimension that is nearly one)
+    ("qwen2", 3584, 28, 18944): (
+        458,
+        2570,
+    ),  # Qwen2-7B, Qwen2.5-7B: six codes (some add a dimension that is nearly one)
     ("qwen2_vl_text", 3584, 28, 18944): (458, 2570),
     ("qwen2_5_vl_text", 3584, 28, 18944): (458, 2570),
     ("mistral", 4096, 32, 14336): (2070,),  # Mistral-7B: two codes
@@ -90,7 +93,9 @@ class SinkTest(Intervention):
             )
         elif bound.sinks != "cos" and not bound.dims and not known:
             what = (
-                f"{list(reported)} are reported by others and not confirmed" if reported else "not known; every one is tested"
+                f"{list(reported)} are reported by others and not confirmed"
+                if reported
+                else "not known; every one is tested"
             )
             warnings.warn(
                 f"{name}: the sink dimensions of this language model {sizes.backbone}: {what}; measure them with"
