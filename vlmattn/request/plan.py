@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Weights(Protocol):
     """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
 
-    def __call__(self, start: int, stop: int, edit: AttentionEdit = ...) -> Tensor:
+    def __call__(self, start: int, stop: int, /, edit: AttentionEdit = ...) -> Tensor:
         """With ``edit``: as it would be under that edit (head gains aside)."""
 
 
