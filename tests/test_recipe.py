@@ -140,7 +140,7 @@ def test_presets_are_inside_their_own_ranges(name):
     ("preset", "layers"),
     [
         ("vaf", range(9, 15)),
-        ("heads_guided", range(5, 18)),
+        ("heads_guided", range(5, 19)),
         ("gift", range(12, 23)),
         ("sofa", range(0, 31, 2)),
         ("vhr", [1, *range(18, 32)]),

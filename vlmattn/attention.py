@@ -224,6 +224,9 @@ def _attend(
 ) -> Labelled:
     """Attention with an edit."""
     label = base_label(scope.step.base)
+    if edit.shift is not None:
+        query, edit = edit.shifted(query)
+        label = f"{label}+shift"
     if edit.is_identity:
         return *base(module, query, key, value, mask, **kwargs), label
     if edit.only_head_gain:
@@ -247,7 +250,11 @@ def _weights_of(
     """Attention of a few query rows, computed when somebody asks."""
     score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     scale = _scale(query, kwargs)
-    return lambda start, stop: attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+
+    def weights(start: int, stop: int, edit: AttentionEdit = edit) -> Tensor:
+        return attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+
+    return weights
 
 
 def base_label(name: str) -> str:

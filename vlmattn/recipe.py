@@ -169,12 +169,6 @@ class Recipe:
             )
 
         extending = [layers for m, layers in zip(bound, active, strict=True) if m.observes_generated]
-        directions = (
-            (layer, found)
-            for method, layers in zip(bound, active, strict=True)
-            for layer in sorted(layers)
-            if (found := method.directions(layer)) is not None
-        )
         policies = [m for m in bound if isinstance(m, KVPolicy)]
         evicting = self._evicting(policies, sizes)
         if policies and (search or (contrast is not None and (contrast.branches or evicting))):
@@ -208,7 +202,6 @@ class Recipe:
             else (),
             seeing=tuple(seeing),
             extending=frozenset().union(*extending),
-            directions=tuple(directions),
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
             turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
             uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from test_masks import Token, batch_of, inputs_of, write
-from tiny import FAMILIES, build, generate
+from tiny import FAMILIES, build, generate, prompt
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import vlmattn
 from vlmattn import VAR, InputError, OptionError, Recipe, SinkProfile
+from vlmattn.interventions import var
 from vlmattn.interventions.sinks import SinkTest
 from vlmattn.models import find_family
 
@@ -343,6 +344,15 @@ def test_prompts_in_sequence_and_in_threads_have_their_own_sinks():
         assert len(found) == 4
         for logits in found:
             torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_one_plan_serves_all_layers_and_tokens_of_a_request(monkeypatch):
+    made, plain = [], var.GainPlan
+    monkeypatch.setattr(var, "GainPlan", lambda *args, **kwargs: made.append(args) or plain(*args, **kwargs))
+    with vlmattn.applied(build("llava"), VAR(dims=DIMS, tau=TAU, **GATES)) as model:
+        for count in (1, 2):
+            generate(model, prompt("llava"), 4)
+            assert len(made) == count
 
 
 # --- Profiles

@@ -26,6 +26,7 @@ from vlmattn.kernels import (
     Visibility,
     attend,
     merge,
+    weights,
 )
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6.4e-2, torch.float16: 8e-3}
@@ -209,7 +210,8 @@ def edits(draw, batch: int, heads: int, rows: int, keys: int) -> AttentionEdit:
     offset = draw(st.sampled_from([None, uniform(batch, heads, 16), uniform(1, heads, 16)]))
     heads_part = [HeadPart(uniform(batch, heads) * 2, some_rows(), offset) for _ in range(draw(st.integers(0, 2)))]
     keep = uniform(batch, keys) < 0.8 if draw(st.booleans()) else None
-    return AttentionEdit(tuple(masks), tuple(logits), tuple(gains), tuple(heads_part), keep)
+    shift = uniform(heads, 16) - 0.5 if draw(st.booleans()) else None
+    return AttentionEdit(tuple(masks), tuple(logits), tuple(gains), tuple(heads_part), keep, shift=shift)
 
 
 @settings(max_examples=120, deadline=None)
@@ -253,6 +255,32 @@ def test_a_transfer_keeps_the_mass(masses, keep):
     gamma = plan.gains(mass, None)[0]
     assert float((gamma * mass).sum()) == pytest.approx(float(mass.sum()), abs=1e-9)
     assert (gamma >= 0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_a_shift_is_added_to_the_queries_before_scale_and_softcap(backend, softcap):
+    case = make_case(7, 6)
+    edit, sinks = AttentionEdit(shift=torch.randn(case.query.shape[1], 16)), torch.randn(case.query.shape[1])
+
+    def run(query: Tensor, edit: AttentionEdit) -> Tensor:
+        options = dict(backend=backend, softcap=softcap, sinks=sinks)
+        return attend(query, case.key, case.value, case.see, edit, case.scale, **options)[0]
+
+    by_hand = case.query + edit.shift[:, None]
+    torch.testing.assert_close(run(case.query, edit), run(by_hand, AttentionEdit()), rtol=0, atol=1e-6)
+    both = run(case.query, edit.then(AttentionEdit(shift=-0.5 * edit.shift)))
+    torch.testing.assert_close(both, run(case.query + 0.5 * edit.shift[:, None], AttentionEdit()), rtol=0, atol=1e-6)
+    looked, plain = (
+        weights(query, case.key, case.see, 1, 4, case.scale, softcap, sinks, one)
+        for query, one in ((case.query, edit), (by_hand, AttentionEdit()))
+    )
+    assert torch.equal(looked, plain)
+    if softcap is None:  # the same as a bias on each key
+        repeat = case.query.shape[1] // case.key.shape[1]
+        bias = torch.einsum("hd,bhkd->bhk", edit.shift, case.key.repeat_interleave(repeat, 1)) * case.scale
+        biased = run(case.query, AttentionEdit(logit=(LogitPart(bias=bias),)))
+        torch.testing.assert_close(run(case.query, edit), biased, rtol=0, atol=1e-5)
 
 
 def test_prefill_never_holds_query_times_key_weights():

@@ -112,7 +112,7 @@ class Memory:
     "opera",
     paper="arXiv:2311.17911 (CVPR 2024)",
     code="github.com/shikiw/OPERA",
-    faithful="released code (no golden)",
+    faithful="golden",
     parts="decoding",
     cost="one forward of num_beams x candidates rows per token, attention weights of the last layer;"
     " a rollback reads the answer again",

@@ -286,17 +286,6 @@ class Family:
         """The norm before the head."""
         return self.decoder(model).norm  # type: ignore[return-value]
 
-    def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Attention module of a decoder layer, its query and its key projection (before any norm and the rotation).
-
-        Raises:
-            UnsupportedError: queries and keys do not come from a projection each.
-        """
-        attn: Any = self.attention(layer)
-        if not hasattr(attn, "q_proj") or not hasattr(attn, "k_proj"):
-            raise UnsupportedError(f"{type(attn).__name__} has no query and key projections to add directions to")
-        return attn, attn.q_proj, attn.k_proj
-
     def tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The vision tower, where each image token of the prompt is one of its tokens (or a few); None = it is not looked at."""
         return None

@@ -314,6 +314,7 @@ class HeadSplit:
         sinks, window: the others keep the first ``sinks`` real tokens of each sequence and its last ``window``.
         tokens: real tokens of each sequence so far.
         compensate: they also keep the mean of what they let go.
+        late: a new token sees the whole window that was kept, and itself; else the window that ends in it.
     """
 
     full: tuple[int, ...]
@@ -321,6 +322,7 @@ class HeadSplit:
     window: tuple[int, ...]
     tokens: tuple[int, ...]
     compensate: bool
+    late: bool
 
 
 @dataclass(frozen=True, eq=False)

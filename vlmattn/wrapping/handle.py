@@ -34,7 +34,7 @@ class Handle:
         self._processor = processor
         self.turns: Turns | None = None
         self._marks: dict[str, int] | None = None
-        self._enabled, self._projecting, self._rotating = True, False, False
+        self._enabled, self._rotating = True, False
         self._rotaries: dict[tuple[float, torch.device], nn.Module] = {}
         self._plans: dict[Recipe, Plan] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []

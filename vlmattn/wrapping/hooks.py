@@ -9,7 +9,6 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -40,9 +39,6 @@ from vlmattn.wrapping.dropping import check_continuation, check_prompt, narrow
 from vlmattn.wrapping.evicting import after_layer, before_layer, check_cache
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.merged import REQUEST, merged_of
-
-# The step whose attention module runs in this thread: projections get no keyword arguments.
-_STEP: ContextVar[Step | Steps | None] = ContextVar("vlmattn_step", default=None)
 
 # Wrapped models by text config: two models may share one config object, and the last one out restores its setting.
 WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
@@ -170,9 +166,6 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             cache,
             cache is not None or (model.config.get_text_config().use_cache if wanted is None else wanted),
         )
-    if request.plan.directions and not handle._projecting:
-        handle._projecting = True
-        handle._hooks += _hook_projections(handle._family, model)
     if cache is not None:
         setattr(cache, REQUEST, request)
         if request.plan.extending or request.plan.policies:
@@ -534,52 +527,6 @@ def _before_tower_attention(number: int, module: nn.Module, args: tuple[Any, ...
         call.sight.patches.setdefault(number, []).extend(call.handle._family.summary_attention(*inputs))
         if call.plan.pruning:
             call.sight.keys.setdefault(number, []).extend(call.handle._family.patch_keys(*inputs))
-
-
-def _hook_projections(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hooks that add directions to queries and keys; only models whose recipe has some get them."""
-    hooks = []
-    for index, layer in enumerate(family.layers(model)):
-        module, query, key = family.projections(layer)
-        hooks += [
-            module.register_forward_pre_hook(_before_attention, with_kwargs=True),
-            module.register_forward_hook(_after_attention),
-            query.register_forward_hook(partial(_add_direction, index, "query")),
-            key.register_forward_hook(partial(_add_direction, index, "key")),
-        ]
-    return hooks
-
-
-def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _STEP.set(kwargs.get(attention.STEP))
-
-
-def _after_attention(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-    _STEP.set(None)
-
-
-def _add_direction(index: int, side: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-    step = _STEP.get()
-    if step is None:
-        return None
-    groups = []
-    for rows, part in step.parts:
-        group = out[rows]
-        if part is not None and part.watch is None:
-            for layer, found in part.request.plan.directions:
-                if layer == index and (added := getattr(found, side)) is not None:
-                    group = group + _direction(part.request, layer, side, added, out)
-        groups.append(group)
-    return groups[0] if len(groups) == 1 else torch.cat(groups)
-
-
-def _direction(request: Request, layer: int, side: str, added: Tensor, out: Tensor) -> Tensor:
-    """What is added, moved to the device once per request."""
-    kept, key = request.state, ("direction", layer, side, out.device, out.dtype)
-    if key not in kept:
-        kept[key] = added.flatten().to(out)
-    found: Tensor = kept[key]
-    return found
 
 
 def _hook_rotation(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
