@@ -804,7 +804,7 @@ def test_adjacent_llava_images_are_told_apart():
 segments = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(segments, min_size=1, max_size=3), st.integers(0, 3))
 def test_images_are_numbered_by_their_lengths(rows, tail):
     """Adjacent images are told apart when their lengths are known, else they count as one."""
@@ -850,7 +850,7 @@ def layouts(draw):
     return types, real, drafted, draw(st.integers(0, length - 1)), draw(st.integers(0, 4))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layouts(), st.data())
 def test_rows_and_runs_are_what_loops_find(layout, data):
     types, real, drafted, cut, generated = layout

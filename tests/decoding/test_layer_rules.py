@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from vlmattn.errors import OptionError
 INF = math.inf
 ROWS, POSITIONS, VOCABULARY, LAYERS = 3, 4, 25, 5
 T = torch.arange(1, POSITIONS + 1)
-free = settings(deadline=None)
 
 
 def views(seed: int, layers: int = LAYERS, scale: float = 1.5) -> tuple[Tensor, list[Tensor]]:
@@ -138,7 +137,6 @@ def test_sureness_is_about_candidates():
     assert got == [pytest.approx(3.0), pytest.approx(2.5 + sureness), -INF, -INF]
 
 
-@free
 @given(st.integers(0, 10**6), st.floats(0, 0.999), st.integers(1, 40))
 def test_candidates(seed, top_p, top_k):
     main, _ = views(seed, layers=0)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +21,6 @@ from vlmattn.errors import OptionError
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "vcd"
 COEFFICIENTS = json.loads((GOLDENS / "vcd_goldens.json").read_text())["noise"]["coefficients"]
-free = settings(deadline=None)
 
 
 def pixels(*shape: int, seed: int = 100) -> Tensor:
@@ -133,7 +132,6 @@ def attention_with_ties(draw):
     return torch.tensor(eighths).view(layers, batch, keys) / 8, torch.tensor(visual).view(batch, keys)
 
 
-@free
 @given(attention_with_ties(), st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0]), st.integers(0, 3))
 def test_top_attended(drawn, share, padding):
     attention, visual = drawn

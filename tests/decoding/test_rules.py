@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
@@ -49,7 +49,6 @@ VCD_GOLDEN = json.loads((GOLDENS / "vcd" / "vcd_goldens.json").read_text())
 INF = math.inf
 T = torch.tensor([1, 2, 7, 50, 200])
 betas = st.floats(0, 1)
-free = settings(deadline=None)
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -184,7 +183,6 @@ def test_rbd_without_a_visual_branch_is_vcd(text):
 # Plausibility
 
 
-@free
 @given(some_views(), betas)
 def test_the_most_likely_token_survives(views, beta):
     keep = plausible(views[0], beta)
@@ -193,7 +191,6 @@ def test_the_most_likely_token_survives(views, beta):
     assert torch.equal(~bits(scores), keep)
 
 
-@free
 @given(some_views(1))
 def test_beta_one_keeps_the_most_likely_tokens_and_zero_all(views):
     (main,) = views
@@ -207,7 +204,6 @@ def test_ties_at_the_threshold_stay():
     assert plausible(main, 0.25).tolist() == [True, True, True, False]
 
 
-@free
 @given(some_views(1), betas, betas)
 def test_plausibility_is_monotone(views, one, other):
     low, high = sorted((one, other))
@@ -217,7 +213,6 @@ def test_plausibility_is_monotone(views, one, other):
 # Contrast
 
 
-@free
 @given(some_views(1), st.lists(st.floats(-5, 5), max_size=3), st.sampled_from(["logits", "logprobs"]), betas)
 def test_a_branch_that_agrees_changes_nothing(views, weights, space, beta):
     (main,) = views
@@ -226,7 +221,6 @@ def test_a_branch_that_agrees_changes_nothing(views, weights, space, beta):
     torch.testing.assert_close(scores, own.masked_fill(~plausible(main, beta), -INF), rtol=1e-5, atol=5e-4)
 
 
-@free
 @given(some_views(), st.booleans(), betas)
 def test_weight_zero_is_the_identity(views, plus, beta):
     main, *others = views
@@ -261,7 +255,6 @@ def test_ends_of_unsure_below():
     assert torch.equal(Contrast((1.0,))(main, [branch], T), 2 * main - branch)
 
 
-@free
 @given(st.floats(0, 1), st.integers(1, 5000), st.floats(0, 1e6))
 def test_growth(rate, t, cap):
     got = float(Growth(rate, cap)(torch.tensor([t]))[0])
@@ -324,7 +317,6 @@ def test_tokens_that_branches_alone_suppress_give_a_distribution(weights):
 # Mixture
 
 
-@free
 @given(some_views(4), st.floats(0.1, 5))
 def test_mixtures(views, temperature):
     rule, t = Mixture(temperature), counted(views)

@@ -367,7 +367,7 @@ def test_sofa_takes_every_second_layer_without_the_last():
     assert ran == {"base:sdpa": [1, 3], "eager": [0, 2]}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from(["img", "sep", 1, 2]), min_size=2, max_size=6), st.sampled_from(sorted(BATCH)))
 def test_any_order_of_parts(parts, name):
     """Prompts where the edit may find nothing to do."""

@@ -22,7 +22,7 @@ from vlmattn.interventions.registry import parse_layers
 attn_matrix = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(4, 16), st.booleans(), st.sampled_from([1.0, 2.0]))
 def test_heads_are_chosen_by_the_rule(seed, heads, drop, power):
     generator = torch.Generator().manual_seed(seed)

@@ -212,7 +212,7 @@ def edits(draw, batch: int, heads: int, rows: int, keys: int) -> AttentionEdit:
     return AttentionEdit(tuple(masks), tuple(logits), tuple(gains), tuple(heads_part), keep)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.data())
 def test_any_composition_matches_the_reference(data):
     rows, past = data.draw(st.sampled_from([(1, 8), (6, 0), (4, 5)]))
@@ -234,7 +234,7 @@ def test_any_composition_matches_the_reference(data):
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_then_is_associative_with_a_neutral_identity(data):
     case = make_case(data.draw(st.integers(0, 99)), rows=5)
@@ -244,7 +244,7 @@ def test_then_is_associative_with_a_neutral_identity(data):
     assert torch.equal(run(AttentionEdit().then(a)), run(a.then(AttentionEdit())))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.floats(0, 1))
 def test_a_transfer_keeps_the_mass(masses, keep):
     total = sum(masses) or 1.0
