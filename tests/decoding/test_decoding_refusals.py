@@ -947,7 +947,7 @@ def test_a_reader_in_another_thread_never_hangs(fault, recipe):
     if recipe == "opera" and fault == dict(use_cache=False):
         pytest.skip("a search has a cache of its own")
     model, failed = wrapped(recipe), queue.Queue()
-    streamer = TextIteratorStreamer(LETTERS, skip_prompt=True, timeout=20)
+    streamer = TextIteratorStreamer(LETTERS, skip_prompt=True, timeout=600)
 
     def write() -> None:
         with torch.no_grad():

@@ -153,6 +153,7 @@ def test_a_damaged_line_in_the_middle_is_named(finished, tmp_path):
         Journal(tmp_path, settings, Processes())
 
 
+@pytest.mark.slow
 def test_killed_twice_in_two_processes_equals_one_that_was_left_alone(tmp_path):
     """The real thing, in small; ``python tests/evals/killing.py`` does it with 10,000 questions."""
     killed, whole = kill_and_compare(tmp_path, questions=240, batch=8)

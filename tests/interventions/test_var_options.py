@@ -331,7 +331,7 @@ def test_prompts_in_sequence_and_in_threads_have_their_own_sinks():
     def work(n: int) -> None:
         with torch.no_grad():
             for _ in range(4):
-                barrier.wait(timeout=30)
+                barrier.wait(timeout=600)
                 results[n].append(generate(model, inputs[n], suppress_tokens=PLACEHOLDERS))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(len(inputs))]

@@ -583,7 +583,7 @@ def test_threads_do_not_meet():
 
     def work(i: int) -> None:
         for _ in range(4):
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=600)
             with torch.no_grad():
                 results[i].append(generate(model, batches[i], preset=presets[i]))
 
