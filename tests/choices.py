@@ -6,6 +6,7 @@ one choose alike.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from vlmattn import VHR
 from vlmattn.interventions.sinks import SinkTest
 from vlmattn.request import Stage
 
+RANKING = ("vlmattn.interventions.", "vlmattn.kernels.edit")
 POINTS = ((VHR, "gains"), (SinkTest, "is_sink"), (Stage, "top"))
 
 
@@ -46,6 +48,7 @@ class Choices:
 
         def repeat(name: str, choose: Callable[..., Tensor], *given: Any) -> Tensor:
             own = choose(*given)
+            assert left, "the second run chooses more often"
             told, noted = left.pop(0)
             assert (told, noted.shape, noted.dtype) == (name, own.shape, own.dtype), "the runs ask for other choices"
             return noted
@@ -57,6 +60,20 @@ class Choices:
     @staticmethod
     @contextmanager
     def _instead(way: Callable[..., Tensor]) -> Iterator[None]:
+        def of_library(name: str) -> Callable[..., Any]:
+            """``Tensor.topk`` or ``Tensor.sort``, whose order is a choice where methods and plans rank heads or tokens."""
+            rank, place = getattr(Tensor, name), {"topk": 1, "sort": 0}[name]
+
+            def ranked(values: Tensor, *given: Any, **options: Any) -> Any:
+                found = rank(values, *given, **options)
+                if not sys._getframe(1).f_globals["__name__"].startswith(RANKING) or not values.is_floating_point():
+                    return found
+                index = way(name, lambda _: found.indices, values)
+                dim = options.get("dim", given[place] if len(given) > place else -1)
+                return type(found)((values.gather(dim, index), index))
+
+            return ranked
+
         with ExitStack() as stack:
             for owner, name in POINTS:
                 choose = getattr(owner, name)
@@ -65,4 +82,6 @@ class Choices:
                     return way(name, choose, *given)
 
                 stack.enter_context(mock.patch.object(owner, name, instead))
+            for name in ("topk", "sort"):
+                stack.enter_context(mock.patch.object(Tensor, name, of_library(name)))
             yield
