@@ -44,8 +44,6 @@ def generate(model: nn.Module, inputs: dict, new: int = 4, **options) -> Tensor:
     return unrestricted(model, inputs, new, **{"suppress_tokens": PLACEHOLDERS, **options})
 
 
-
-
 def three(family: str) -> list[dict[str, Tensor]]:
     """Prompts of different lengths; the second has two images."""
     return [prompt(family), prompt(family, images=2, words=3, seed=7), prompt(family, words=9, seed=5)]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from PIL import Image
 from numerics import near
+from PIL import Image
 from tiny import FAMILIES, build, generate, left_padded, prompt
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration

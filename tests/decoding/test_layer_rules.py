@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numerics import near
 from torch import Tensor
 
 from vlmattn.decoding import DeCo, DoLa
@@ -100,7 +101,7 @@ def test_rows_and_positions_choose_for_themselves(name):
         for at in range(POSITIONS):
             here = np.s_[row : row + 1, at : at + 1]
             alone = rule(main[here], [one[here] for one in early], T[at : at + 1])
-            torch.testing.assert_close(together[here], alone, rtol=1e-6, atol=1e-6)
+            near(together[here], alone, terms=8 * 12)  # a rule adds up the vocabulary a few times
 
 
 @cases

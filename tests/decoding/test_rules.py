@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numerics import near
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper
@@ -169,7 +170,7 @@ def test_positions_do_not_meet(name):
         for at in range(len(T)):
             here = np.s_[row : row + 1, at : at + 1]
             alone = contrast.rule(main[here], [other[here] for other in others], T[at : at + 1])
-            torch.testing.assert_close(together[here], alone, rtol=1e-6, atol=1e-6)
+            near(together[here], alone, terms=8 * 12)  # a rule adds up the vocabulary a few times
 
 
 @pytest.mark.parametrize("text", [0.5, 1.0])

@@ -186,7 +186,9 @@ def test_empty_groups_leave_attention_alone(backend):
     nothing = torch.zeros(2, 12, dtype=torch.uint8)
     edit = AttentionEdit(gain=(GainPart(nothing, VAR_PLAN),))
     check(case, edit, backend)
-    torch.testing.assert_close(case.run(edit, backend), case.run(AttentionEdit(), "reference"), rtol=0, atol=case.tolerance)
+    torch.testing.assert_close(
+        case.run(edit, backend), case.run(AttentionEdit(), "reference"), rtol=0, atol=case.tolerance
+    )
 
 
 @st.composite
