@@ -6,7 +6,7 @@ LMMS := .venv-lmms
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo smol test test-oldest test-newest test-lmms lint bench gpu clean
+.PHONY: demo smol test test-portable test-oldest test-newest test-lmms lint bench gpu clean
 
 # One stamp for the environment: rebuilt when the pins or the project file change.
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -26,6 +26,12 @@ smol: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
+
+# What other CPUs and thread counts would compute: kernels, methods, rules and laws with the arithmetic of an old CPU on one
+# thread, and with that of AVX2 on four.
+test-portable: $(VENV)/.ready
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2 -m "numeric and not slow"
+	OMP_NUM_THREADS=4 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2 -m "numeric and not slow"
 
 # The oldest and the newest transformers that we support, each in an environment of its own and without our pins: the laws,
 # one test for each preset and each difference between versions, and the README's example.

@@ -126,7 +126,7 @@ def phi_by_loops(history: list[list[float]], scale: float) -> tuple[float, int]:
     return min(max(scores), math.exp(60)), scores.index(max(scores))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from([1.0, 20.0, 50.0, 400.0]))
 def test_the_penalty_is_the_largest_column_product(seed, length, scale):
     table = Table(seed, summary=seed % 7, pull=0.5)
@@ -600,7 +600,7 @@ def beams_by_force(table: Table, width: int, new: int, eos: frozenset[int]) -> l
     return list(ended[0][1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([NO_EOS, frozenset({0}), frozenset({2, 5})]))
 def test_without_penalty_it_is_beam_search(seed, width, eos):
     table = Table(seed, vocabulary=13, sharp=1 + seed % 3)

@@ -126,7 +126,7 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(finished, tmp_path,
         [*command, f"--window-size={width},1400", f"--screenshot={shot}", path.as_uri()],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     seen = np.asarray(Image.open(shot).convert("L"))
     assert seen.shape == (1400, width)
@@ -143,7 +143,7 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(finished, tmp_path,
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     whole, shown = map(int, re.search(r"<title>(\d+) (\d+)</title>", told.stdout).groups())
     assert whole <= shown == width

@@ -143,6 +143,7 @@ def test_cut_off_runs_lose_nothing_and_repeat_nothing(bundled, finished, tmp_pat
         assert again.summary[name] == result.summary[name]
 
 
+@pytest.mark.slow
 def test_killed_twice_in_two_processes_equals_one_that_was_left_alone(tmp_path):
     """The real thing, in small; ``python tests/evals/killing.py`` does it with 10,000 questions."""
     killed, whole = kill_and_compare(tmp_path, questions=240, batch=8)

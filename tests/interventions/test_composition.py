@@ -54,7 +54,7 @@ def footprint(model: nn.Module) -> dict:
 # --- pairs against the oracle
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     family=st.sampled_from(FAMILIES),
     pair=st.lists(st.sampled_from(list(SETTINGS)), min_size=2, max_size=2, unique=True),
