@@ -171,6 +171,11 @@ class Plan:
         return not any(self.by_layer) and not any(self.measuring) and not self.pruning and not self.watching
 
     @property
+    def acts(self) -> bool:
+        """Anything happens, in attention or to logits."""
+        return not self.is_identity or self.decoding is not None or self.search is not None
+
+    @property
     def drops(self) -> bool:
         """Layers may go on with fewer tokens than the prompt has."""
         return bool(self.pruning or self.evicting)

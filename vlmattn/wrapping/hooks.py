@@ -1,13 +1,12 @@
 """The hooks of a wrapped model: they make a step of every forward and let the methods see what they need.
 
-They find the handle on the module they are called with, so that a deep copy of a model uses its own.
+They find the handle on the module they are called with, or have it: a deep copy of a model has its own.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -44,16 +43,14 @@ from vlmattn.wrapping.merged import REQUEST, merged_of
 # The step whose attention module runs in this thread: projections get no keyword arguments.
 _STEP: ContextVar[Step | Steps | None] = ContextVar("vlmattn_step", default=None)
 
-# Wrapped models by text config: two models may share one config object, and the last one out restores its setting.
-WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
 
-
-def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+def install_hooks(handle: Handle, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
     """Put the hooks on a model that has its handle; removing them is up to the caller."""
+    family = handle._family
     decoder, entry = family.decoder(model), family.entry(model)
     hooks = [
-        entry.register_forward_pre_hook(_before_model, with_kwargs=True),
-        entry.register_forward_hook(_after_model, with_kwargs=True),
+        entry.register_forward_pre_hook(partial(_before_model, handle), with_kwargs=True),
+        entry.register_forward_hook(_after_model, with_kwargs=True, always_call=True),
         decoder.register_forward_pre_hook(partial(_before_decoder, family), with_kwargs=True),
     ]
     if (tower := family.tower(model)) is not None:
@@ -68,10 +65,9 @@ def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.ho
 
 
 def _before_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    handle: Handle, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    handle = handle_of(model)
-    if handle is None or attention.STEP in kwargs:
+    if handle_of(model) is not handle or attention.STEP in kwargs:
         return args, kwargs
     assert isinstance(model, PreTrainedModel)
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
@@ -80,18 +76,26 @@ def _before_model(
     if call is None or call.handle is not handle or call.direct:  # not in generate(), or within another model's
         stale = call is not None and call.direct and call.model is model  # a forward that raised
         outer = call.outer if call is not None and stale else call
-        call = Call(handle, model, handle.active_plan, None, False, direct=True, outer=outer)
+        now = handle.now
+        cache = compat.cache_of(inputs)
+        call = Call(
+            handle, model, now.acting, None, False, direct=True, outer=outer, ledger=now.ledger, given_cache=cache is not None
+        )
+        if call.plan.acts and not torch.compiler.is_compiling() and not handle.enter("forward"):
+            return args, kwargs  # unwrapped a moment ago, by another thread
         if call.plan.tower_layers:
             CALL.set(call)
         if call.plan.decoding is not None:
             _refuse_packing(inputs)
-            handle.warn_of_forward()
+            now.warn_of_forward()
     if call.fan is not None and (own := call.fan.begin(model, compat.cache_of(inputs))) is not None:
         kwargs = compat.with_cache(kwargs, own, model)
         inputs = compat.with_cache(inputs, own, model)
-        if any(branch.rope != 1 for branch in call.fan.contrast.branches) and not handle._rotating:
-            handle._rotating = True
-            handle._hooks += _hook_rotation(handle._family, model)
+        if any(branch.rope != 1 for branch in call.fan.contrast.branches):
+            with handle._lock:
+                if not handle._rotating:
+                    handle._hooks += _hook_rotation(handle._family, model)
+                handle._rotating = True
     return args, {**kwargs, attention.STEP: step_of(handle, model, call, inputs)}
 
 
@@ -134,7 +138,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     elif request is None:
         raise StateError("this cache was filled without vlmattn; start a new generate()")
     _check_request(request, call.plan, tokens.shape[0])
-    _check_registration(handle, model)
+    _check_registration(handle)
     if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
         return decoding
     _refuse_packing(inputs)
@@ -144,7 +148,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
                 f"'{call.plan.name}' drops tokens, so there is no loss over all of them; leave labels out"
             )
         check_continuation(request, start or request.prompt_length)
-    request.ledger, request.call = handle._ledger, call.token
+    request.ledger, request.call = call.ledger, call.token
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one per kind of layer
         mask = mask.get("full_attention")
@@ -170,9 +174,11 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             cache,
             cache is not None or (model.config.get_text_config().use_cache if wanted is None else wanted),
         )
-    if request.plan.directions and not handle._projecting:
-        handle._projecting = True
-        handle._hooks += _hook_projections(handle._family, model)
+    if request.plan.directions:
+        with handle._lock:
+            if not handle._projecting:
+                handle._hooks += _hook_projections(handle._family, model)
+            handle._projecting = True
     if cache is not None:
         setattr(cache, REQUEST, request)
         if request.plan.extending or request.plan.policies:
@@ -258,15 +264,14 @@ def _refuse_packing(inputs: dict[str, Any]) -> None:
         )
 
 
-def _check_registration(handle: Handle, model: PreTrainedModel) -> None:
-    """The decoder must still call us; a deep copy of models that share a config becomes known here."""
-    text = model.config.get_text_config()
-    if text._attn_implementation != attention.NAMES[handle._base]:
+def _check_registration(handle: Handle) -> None:
+    """The decoder must still call us."""
+    found = handle._text._attn_implementation
+    if found != attention.NAMES[handle._base]:
         raise StateError(
-            f"the attention implementation was set to '{text._attn_implementation}' while the model was wrapped, by you or"
+            f"the attention implementation was set to '{found}' while the model was wrapped, by you or"
             " by unwrapping a copy that shares its config; unwrap the model and wrap it again"
         )
-    WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
 
 
 def _check_request(request: Request, plan: Plan, batch: int) -> None:
@@ -284,14 +289,18 @@ def _check_request(request: Request, plan: Plan, batch: int) -> None:
 def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the forward made itself gets the request, so that the next call finds it; branches come and go."""
     step: Step | Steps | None = kwargs.get(attention.STEP)
+    if not torch.compiler.is_compiling() and (handle := handle_of(model)) is not None:
+        handle.leave("forward")
+        if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
+            CALL.set(direct.outer)
+    if output is None:  # the forward raised
+        return
     if isinstance(step, Steps) and step.merged is not None:
         step.merged.combine(model, compat.cache_of(kwargs), output, step.early)
         return
     if torch.compiler.is_compiling():  # one token of generate(): there is nothing to note
         return
     call, given = CALL.get(), compat.cache_of(kwargs)
-    if call is not None and call.direct and call.model is model:
-        CALL.set(call.outer)
     if call is not None and call.fan is not None and call.fan.cache is not None and given is call.fan.cache:
         call.fan.spread(call, kwargs, output, step.early if isinstance(step, Steps) else {})
         return

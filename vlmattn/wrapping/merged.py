@@ -96,7 +96,7 @@ class Merged:
             if request is not None:
                 request.call = call.token
         self._window, self._attending = call.handle.anatomy.window, call.handle.anatomy.attending
-        self._alone, self._ledger, self._rule = alone, call.handle._ledger, call.plan.rule
+        self._alone, self._ledger, self._rule = alone, call.ledger, call.plan.rule
 
     def fill(self, cache: Any, views: Sequence[View]) -> None:
         """Move the keys and values of all groups into the cache of the call."""
