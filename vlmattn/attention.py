@@ -30,6 +30,9 @@ STEP = "vlmattn_step"  # the keyword argument on which a step travels through th
 #: "flash", "sdpa" or "flex": transformers tests for those words.
 NAMES = {"sdpa": "vlmattn", "eager": "vlmattn_eager"}
 
+#: Stands for weights that a layer cannot tell: transformers leaves None out, and those of later layers would move up.
+NO_WEIGHTS = torch.empty(0)
+
 Output = tuple[Tensor, Tensor | None]
 
 
@@ -104,7 +107,15 @@ def _run_apart(
     if isinstance(step, Step):
         phase = "decode" if queries == 1 else "prefill"
         step.request.ledger.add(("calls", phase, "split", str(module.layer_idx)))
-    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), None
+    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), NO_WEIGHTS if _wants_weights(step, module, kwargs) else None
+
+
+def _wants_weights(step: Step | Steps | None, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller of the model asked for attention weights."""
+    if isinstance(step, Step) and step.wants_weights:
+        return True
+    asked = kwargs.get("output_attentions")
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked)
 
 
 def _refuse_measuring_apart(step: Step, layer: int) -> None:
@@ -234,7 +245,10 @@ def _attend(
     see, dropout = _seen(scope, mask, kwargs), kwargs.get("dropout", 0.0)
     score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), dropout, **score)
-    return out.transpose(1, 2).contiguous(), None, backend
+    attended = None
+    if scope.step.base == "eager" and _wants_weights(scope.step, module, kwargs):  # as the bare model: sdpa has none to give
+        attended = _weights_of(see, query, key, kwargs, edit)(0, query.shape[2]).to(query.dtype)
+    return out.transpose(1, 2).contiguous(), attended, backend
 
 
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:

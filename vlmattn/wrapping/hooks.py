@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -293,6 +294,7 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         handle.leave("forward")
         if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
             CALL.set(direct.outer)
+        _tell_missing_weights(handle, output)
     if output is None:  # the forward raised
         return
     if isinstance(step, Steps) and step.merged is not None:
@@ -307,6 +309,22 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     first = step.parts[0][1] if step is not None else None
     if first is not None and (cache := compat.output_cache(output)) is not None:
         setattr(cache, REQUEST, first.request)
+
+
+def _tell_missing_weights(handle: Handle, output: Any) -> None:
+    """Put None where a layer has no attention weights, and say so once."""
+    if not hasattr(output, "keys"):
+        return
+    for name in [name for name in output if name.endswith("attentions")]:
+        missing = [layer for layer, found in enumerate(output[name] or ()) if found is not None and found.ndim == 1]
+        if missing:
+            output[name] = tuple(None if found.ndim == 1 else found for found in output[name])
+            if handle.now.first("weights"):
+                warnings.warn(
+                    f"vlmattn: {name} of layers {', '.join(map(str, missing))} are None: their heads keep different tokens"
+                    f" under '{handle.recipe.name}'",
+                    stacklevel=2,
+                )
 
 
 def _before_decoder(
@@ -475,6 +493,10 @@ def _before_layer(
     if step is None:
         return None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    if kwargs.get("output_attentions"):  # some attention modules keep it to themselves
+        for _, part in step.parts:
+            if part is not None:
+                part.wants_weights = True
     if isinstance(step, Steps) and index in step.early:
         step.early[index] = family.residual(hidden)
     first = step.parts[0][1]
