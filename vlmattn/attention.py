@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
-from vlmattn.request import Parts, Scope, Step, Steps, Stream, Weights
+from vlmattn.request import Looker, Parts, Scope, Step, Steps, Stream, Weights
 
 STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
 
@@ -120,14 +120,13 @@ def _wants_weights(step: Step | Steps | None, module: nn.Module, kwargs: dict[st
 
 def _refuse_measuring_apart(step: Step, layer: int) -> None:
     """Raise if a method wants to know what rows look at, where some heads have let tokens go."""
-    plan, images = step.request.plan, any(images for images, _ in step.request.newest)
+    plan = step.request.plan
     if plan.watching:
         raise UnsupportedError(
             f"attention under '{plan.name}' cannot be shown: heads of layer {layer} are kept apart, with different tokens"
         )
-    for method in plan.measuring[layer]:
-        if method.measures_generated or (step.is_prompt and (images or method not in plan.pruning)):
-            raise refusal_of_apart(step, layer)
+    if any(_measures(method, step) for method in plan.measuring[layer]):
+        raise refusal_of_apart(step, layer)
 
 
 def refusal_of_apart(step: Step, layer: int) -> UnsupportedError:
@@ -181,7 +180,7 @@ def _run(
     edit = AttentionEdit()
     for policy in plan.looking[layer] if plan.looking else ():
         policy.look(scope, query, key)
-    measuring = [method for method in plan.measuring[layer] if step.is_prompt or method.measures_generated]
+    measuring = [method for method in plan.measuring[layer] if _measures(method, step)]
     if measuring:
         look = _weights_of(_seen(scope, mask, kwargs), query, key, kwargs)
         for method in measuring:
@@ -198,6 +197,13 @@ def _run(
         watcher.attended(scope, edit, _weights_of(_seen(scope, mask, kwargs), query, key, kwargs, edit))
     step.request.ledger.add(("calls", "decode" if query.shape[2] == 1 else "prefill", label, str(layer)))
     return out, attended
+
+
+def _measures(method: Looker, step: Step) -> bool:
+    """Whether a method wants to know what rows of this step look at: one that drops image tokens, of prompts that have some."""
+    if step.is_prompt and method in step.request.plan.pruning:
+        return any(images for images, _ in step.request.newest)
+    return step.is_prompt or method.measures_generated
 
 
 def _attend_beside(

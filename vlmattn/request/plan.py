@@ -131,7 +131,8 @@ class Plan:
         directions: (layer, what is added to its projections).
         tower_layers: layers of the vision tower that ``seeing`` methods look at.
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
-        texts: prompts without images are welcome.
+        texts: prompts without images are welcome. ``text_first``: so is text that images follow later, on the same cache.
+        edits_text: text that no image precedes is edited, or looked at while it is read.
         decoding: branches and rule for this model, if there are some, ``branches``: a plan for each branch.
         branch_names: branches that a call may bring inputs for.
         search: the method that chooses the tokens, if it is not the library. ``rule``: what the report calls either.
@@ -154,6 +155,8 @@ class Plan:
     turns: tuple[str, ...] = ()
     uses_turns: bool = False
     texts: bool = False
+    text_first: bool = True
+    edits_text: bool = False
     decoding: Any = None
     search: Any = None
     rule: str = ""

@@ -119,6 +119,9 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     cache = compat.cache_of(inputs)
     request: Request | None = getattr(cache, REQUEST, None)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if request is not None and request.plan != call.plan and request.untouched:
+        request = None  # a text that no method has changed: as if the bare model had read it
+        delattr(cache, REQUEST)
     if tokens is None or (call.plan.is_identity and request is None):
         return None
     decoding = None
@@ -137,7 +140,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             return None
         request = Request(call.plan)
     elif request is None:
-        raise StateError("this cache was filled without vlmattn; start a new generate()")
+        request = _read_before(handle, model, call, start, len(tokens), inputs.get("attention_mask"))
     _check_request(request, call.plan, tokens.shape[0])
     _check_registration(handle)
     if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
@@ -163,10 +166,15 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
         if call.plan.drops:
             check_prompt(request)
-    if not request.has_images and not call.plan.texts:
+    if not request.has_images and not call.plan.texts and not (call.plan.text_first and call.given_cache):
+        later = (
+            "; if images follow later, give this prompt a cache to go on from: past_key_values=DynamicCache()"
+            if call.plan.text_first
+            else f"; '{call.plan.name}' cannot go on from their cache: when images follow, give the whole conversation as one prompt"
+        )
         raise InputError(
             "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
-            " call model.vlmattn.disable() for prompts without images"
+            f" call model.vlmattn.disable() for prompts without images{later}"
         )
     if request.plan.policies:
         wanted = inputs.get("use_cache")
@@ -188,6 +196,32 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         _check_windows(cache, handle.anatomy.window)
     plain = handle.anatomy.causal and (mask is None or mask.ndim == 2 or call.plain_mask)
     return Step(request, handle._base, start, plain, sight=call.sight, order=_image_order(inputs))
+
+
+def _read_before(
+    handle: Handle, model: PreTrainedModel, call: Call, start: int, rows: int, mask: Tensor | None
+) -> Request:
+    """The request of a cache that was filled without the recipe, where that makes no difference: with text.
+
+    Raises:
+        StateError: there is more in it, or nobody knows; the recipe looks at every token as it is read.
+    """
+    ids, filled = call.ids, "this cache was filled without vlmattn"
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start or handle.anatomy.leading:
+        raise StateError(f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache")
+    ids = ids[:, :start].repeat_interleave(rows // len(ids), 0)
+    types = handle._family.token_types(model, ids)
+    if bool((types != TEXT).any()):
+        raise StateError(f"{filled}, with images; start a new generate() with the whole conversation, and a new cache")
+    if call.plan.edits_text:
+        raise StateError(
+            f"{filled}, and '{call.plan.name}' must see every token as it is read; start a new generate() with the whole"
+            " conversation, and a new cache"
+        )
+    request = Request(call.plan)
+    real = None if mask is None else _real_keys(mask)[:, :start]
+    request.extend(0, types, torch.full_like(types, -1, dtype=torch.int16), real, None, ids)
+    return request
 
 
 def _leading_types(count: int, start: int, inputs: dict[str, Any]) -> Tensor:
@@ -341,7 +375,7 @@ def _before_decoder(
         plan = step.request.plan
         if plan.seeing:
             _show_images(step, step.start or 0, kwargs["inputs_embeds"])
-        if plan.preparing and step.start == 0:
+        if plan.preparing and step.start == 0 and step.request.has_images:
             _prepare(step, family, decoder, kwargs)
     return args, kwargs
 
