@@ -18,7 +18,7 @@ from vlmattn.interventions.pruning import Pruning
 from vlmattn.models import Anatomy, Family, find_family
 from vlmattn.recipe import Recipe
 from vlmattn.request import Plan, Request
-from vlmattn.wrapping import applied, handle_of
+from vlmattn.wrapping import borrowed, handle_of
 from vlmattn.wrapping.dropping import check_prompt
 
 
@@ -343,16 +343,9 @@ def _attention(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> 
 
 @contextmanager
 def _under(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
-    """The recipe in force, whether the model is wrapped or not; after it, all is as before."""
-    handle = handle_of(model)
-    if handle is not None:
-        with handle.lent(recipe):
-            yield
-    elif recipe.is_none:
+    """The recipe in force in this thread, whether the model is wrapped or not; for others it is as before."""
+    with borrowed(model) as handle, handle.lent(recipe):
         yield
-    else:
-        with applied(model, recipe):
-            yield
 
 
 def _operations(count: float) -> str:

@@ -170,6 +170,7 @@ class Recipe:
 
         extending = [layers for m, layers in zip(bound, active, strict=True) if m.observes_generated]
         policies = [m for m in bound if isinstance(m, KVPolicy)]
+        preparing, observing = tuple(m for m in bound if _has(m, "prepare")), at("observe", active)
         evicting = self._evicting(policies, sizes)
         if policies and (search or (contrast is not None and (contrast.branches or evicting))):
             raise OptionError(
@@ -181,8 +182,8 @@ class Recipe:
         return Plan(
             self.name,
             by_layer=at(None, active),
-            preparing=tuple(m for m in bound if _has(m, "prepare")),
-            observing=at("observe", active),
+            preparing=preparing,
+            observing=observing,
             measuring=tuple(
                 (
                     *methods,
@@ -205,6 +206,8 @@ class Recipe:
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
             turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
             uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
+            text_first=not preparing and not policies and not any(m.opens_text for m in bound),
+            edits_text=bool(preparing or policies or any(observing) or any(measured) or any(m.edits_text for m in bound)),
             texts=not any(m.needs_images for m in bound) and not pruners and not self.is_none,
             decoding=contrast,
             search=search,

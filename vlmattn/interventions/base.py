@@ -48,6 +48,16 @@ class Intervention(Options):
         """Kinds of edges that the method makes visible (``EDGES``)."""
         return frozenset()
 
+    @property
+    def edits_text(self) -> bool:
+        """Text that no image precedes is not read as the bare model reads it."""
+        return not self.needs_images or self.opens_text
+
+    @property
+    def opens_text(self) -> bool:
+        """Text sees what comes later."""
+        return any(edge.startswith("text-") for edge in self.opens())
+
     def hides(self) -> frozenset[str]:
         """Kinds of edges that the method takes away (``EDGES``)."""
         return frozenset()

@@ -1,7 +1,7 @@
 """What one generate() call knows: the request on its cache, the step in hand, and the scope that a method sees."""
 
 from vlmattn.request.beside import Stream
-from vlmattn.request.plan import Compare, Method, Plan, Policy, RoleFinder, Watch, Watcher, Weights
+from vlmattn.request.plan import Compare, Looker, Method, Plan, Policy, RoleFinder, Watch, Watcher, Weights
 from vlmattn.request.request import (
     ANSWER,
     IMAGE,
@@ -44,6 +44,7 @@ __all__ = [
     "Image",
     "Kept",
     "Ledger",
+    "Looker",
     "Method",
     "Parts",
     "Plan",

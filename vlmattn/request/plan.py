@@ -123,7 +123,8 @@ class Plan:
         extending: layers whose observers also see generated tokens.
         tower_layers: layers of the vision tower that ``seeing`` methods look at.
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
-        texts: prompts without images are welcome.
+        texts: prompts without images are welcome. ``text_first``: so is text that images follow later, on the same cache.
+        edits_text: text that no image precedes is edited, or looked at while it is read.
         decoding: branches and rule for this model, if there are some, ``branches``: a plan for each branch.
         branch_names: branches that a call may bring inputs for.
         search: the method that chooses the tokens, if it is not the library. ``rule``: what the report calls either.
@@ -145,6 +146,8 @@ class Plan:
     turns: tuple[str, ...] = ()
     uses_turns: bool = False
     texts: bool = False
+    text_first: bool = True
+    edits_text: bool = False
     decoding: Any = None
     search: Any = None
     rule: str = ""
@@ -160,6 +163,11 @@ class Plan:
     def is_identity(self) -> bool:
         """Nothing happens in the attention of the main prompt."""
         return not any(self.by_layer) and not any(self.measuring) and not self.pruning and not self.watching
+
+    @property
+    def acts(self) -> bool:
+        """Anything happens, in attention or to logits."""
+        return not self.is_identity or self.decoding is not None or self.search is not None
 
     @property
     def drops(self) -> bool:

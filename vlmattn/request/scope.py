@@ -57,6 +57,7 @@ class Step:
         rotary: makes cosines and sines, for methods that count positions anew.
         masks: the mask in original slots as the last layer had it, and in the slots of this view.
         passed: slots that the layer's sliding window has left behind.
+        wants_weights: the caller of the model asked for attention weights.
     """
 
     request: Request
@@ -74,6 +75,7 @@ class Step:
     rotary: Callable[..., tuple[Tensor, Tensor]] | None = None
     masks: tuple[Tensor | None, Tensor | None] | None = None
     passed: int = 0
+    wants_weights: bool = False
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def at(self, cache: Any) -> None:

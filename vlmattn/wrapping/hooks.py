@@ -1,13 +1,13 @@
 """The hooks of a wrapped model: they make a step of every forward and let the methods see what they need.
 
-They find the handle on the module they are called with, so that a deep copy of a model uses its own.
+They find the handle on the module they are called with, or have it: a deep copy of a model has its own.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import weakref
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
@@ -40,16 +40,14 @@ from vlmattn.wrapping.evicting import after_layer, before_layer, check_cache
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.merged import REQUEST, merged_of
 
-# Wrapped models by text config: two models may share one config object, and the last one out restores its setting.
-WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
 
-
-def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+def install_hooks(handle: Handle, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
     """Put the hooks on a model that has its handle; removing them is up to the caller."""
+    family = handle._family
     decoder, entry = family.decoder(model), family.entry(model)
     hooks = [
-        entry.register_forward_pre_hook(_before_model, with_kwargs=True),
-        entry.register_forward_hook(_after_model, with_kwargs=True),
+        entry.register_forward_pre_hook(partial(_before_model, handle), with_kwargs=True),
+        entry.register_forward_hook(_after_model, with_kwargs=True, always_call=True),
         decoder.register_forward_pre_hook(partial(_before_decoder, family), with_kwargs=True),
     ]
     if (tower := family.tower(model)) is not None:
@@ -64,10 +62,9 @@ def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.ho
 
 
 def _before_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    handle: Handle, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    handle = handle_of(model)
-    if handle is None or attention.STEP in kwargs:
+    if handle_of(model) is not handle or attention.STEP in kwargs:
         return args, kwargs
     assert isinstance(model, PreTrainedModel)
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
@@ -76,18 +73,26 @@ def _before_model(
     if call is None or call.handle is not handle or call.direct:  # not in generate(), or within another model's
         stale = call is not None and call.direct and call.model is model  # a forward that raised
         outer = call.outer if call is not None and stale else call
-        call = Call(handle, model, handle.active_plan, None, False, direct=True, outer=outer)
+        now = handle.now
+        cache = compat.cache_of(inputs)
+        call = Call(
+            handle, model, now.acting, None, False, direct=True, outer=outer, ledger=now.ledger, given_cache=cache is not None
+        )
+        if call.plan.acts and not torch.compiler.is_compiling() and not handle.enter("forward"):
+            return args, kwargs  # unwrapped a moment ago, by another thread
         if call.plan.tower_layers:
             CALL.set(call)
         if call.plan.decoding is not None:
             _refuse_packing(inputs)
-            handle.warn_of_forward()
+            now.warn_of_forward()
     if call.fan is not None and (own := call.fan.begin(model, compat.cache_of(inputs))) is not None:
         kwargs = compat.with_cache(kwargs, own, model)
         inputs = compat.with_cache(inputs, own, model)
-        if any(branch.rope != 1 for branch in call.fan.contrast.branches) and not handle._rotating:
-            handle._rotating = True
-            handle._hooks += _hook_rotation(handle._family, model)
+        if any(branch.rope != 1 for branch in call.fan.contrast.branches):
+            with handle._lock:
+                if not handle._rotating:
+                    handle._hooks += _hook_rotation(handle._family, model)
+                handle._rotating = True
     return args, {**kwargs, attention.STEP: step_of(handle, model, call, inputs)}
 
 
@@ -110,6 +115,9 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     cache = compat.cache_of(inputs)
     request: Request | None = getattr(cache, REQUEST, None)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if request is not None and request.plan != call.plan and request.untouched:
+        request = None  # a text that no method has changed: as if the bare model had read it
+        delattr(cache, REQUEST)
     if tokens is None or (call.plan.is_identity and request is None):
         return None
     decoding = None
@@ -128,9 +136,9 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             return None
         request = Request(call.plan)
     elif request is None:
-        raise StateError("this cache was filled without vlmattn; start a new generate()")
+        request = _read_before(handle, model, call, start, len(tokens), inputs.get("attention_mask"))
     _check_request(request, call.plan, tokens.shape[0])
-    _check_registration(handle, model)
+    _check_registration(handle)
     if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
         return decoding
     _refuse_packing(inputs)
@@ -140,7 +148,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
                 f"'{call.plan.name}' drops tokens, so there is no loss over all of them; leave labels out"
             )
         check_continuation(request, start or request.prompt_length)
-    request.ledger, request.call = handle._ledger, call.token
+    request.ledger, request.call = call.ledger, call.token
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one per kind of layer
         mask = mask.get("full_attention")
@@ -154,10 +162,15 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
         if call.plan.drops:
             check_prompt(request)
-    if not request.has_images and not call.plan.texts:
+    if not request.has_images and not call.plan.texts and not (call.plan.text_first and call.given_cache):
+        later = (
+            "; if images follow later, give this prompt a cache to go on from: past_key_values=DynamicCache()"
+            if call.plan.text_first
+            else f"; '{call.plan.name}' cannot go on from their cache: when images follow, give the whole conversation as one prompt"
+        )
         raise InputError(
             "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
-            " call model.vlmattn.disable() for prompts without images"
+            f" call model.vlmattn.disable() for prompts without images{later}"
         )
     if request.plan.policies:
         wanted = inputs.get("use_cache")
@@ -174,6 +187,32 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         _check_windows(cache, handle.anatomy.window)
     plain = handle.anatomy.causal and (mask is None or mask.ndim == 2 or call.plain_mask)
     return Step(request, handle._base, start, plain, sight=call.sight, order=_image_order(inputs))
+
+
+def _read_before(
+    handle: Handle, model: PreTrainedModel, call: Call, start: int, rows: int, mask: Tensor | None
+) -> Request:
+    """The request of a cache that was filled without the recipe, where that makes no difference: with text.
+
+    Raises:
+        StateError: there is more in it, or nobody knows; the recipe looks at every token as it is read.
+    """
+    ids, filled = call.ids, "this cache was filled without vlmattn"
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start or handle.anatomy.leading:
+        raise StateError(f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache")
+    ids = ids[:, :start].repeat_interleave(rows // len(ids), 0)
+    types = handle._family.token_types(model, ids)
+    if bool((types != TEXT).any()):
+        raise StateError(f"{filled}, with images; start a new generate() with the whole conversation, and a new cache")
+    if call.plan.edits_text:
+        raise StateError(
+            f"{filled}, and '{call.plan.name}' must see every token as it is read; start a new generate() with the whole"
+            " conversation, and a new cache"
+        )
+    request = Request(call.plan)
+    real = None if mask is None else _real_keys(mask)[:, :start]
+    request.extend(0, types, torch.full_like(types, -1, dtype=torch.int16), real, None, ids)
+    return request
 
 
 def _leading_types(count: int, start: int, inputs: dict[str, Any]) -> Tensor:
@@ -251,15 +290,14 @@ def _refuse_packing(inputs: dict[str, Any]) -> None:
         )
 
 
-def _check_registration(handle: Handle, model: PreTrainedModel) -> None:
-    """The decoder must still call us; a deep copy of models that share a config becomes known here."""
-    text = model.config.get_text_config()
-    if text._attn_implementation != attention.NAMES[handle._base]:
+def _check_registration(handle: Handle) -> None:
+    """The decoder must still call us."""
+    found = handle._text._attn_implementation
+    if found != attention.NAMES[handle._base]:
         raise StateError(
-            f"the attention implementation was set to '{text._attn_implementation}' while the model was wrapped, by you or"
+            f"the attention implementation was set to '{found}' while the model was wrapped, by you or"
             " by unwrapping a copy that shares its config; unwrap the model and wrap it again"
         )
-    WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
 
 
 def _check_request(request: Request, plan: Plan, batch: int) -> None:
@@ -277,20 +315,41 @@ def _check_request(request: Request, plan: Plan, batch: int) -> None:
 def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the forward made itself gets the request, so that the next call finds it; branches come and go."""
     step: Step | Steps | None = kwargs.get(attention.STEP)
+    if not torch.compiler.is_compiling() and (handle := handle_of(model)) is not None:
+        handle.leave("forward")
+        if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
+            CALL.set(direct.outer)
+        _tell_missing_weights(handle, output)
+    if output is None:  # the forward raised
+        return
     if isinstance(step, Steps) and step.merged is not None:
         step.merged.combine(model, compat.cache_of(kwargs), output, step.early)
         return
     if torch.compiler.is_compiling():  # one token of generate(): there is nothing to note
         return
     call, given = CALL.get(), compat.cache_of(kwargs)
-    if call is not None and call.direct and call.model is model:
-        CALL.set(call.outer)
     if call is not None and call.fan is not None and call.fan.cache is not None and given is call.fan.cache:
         call.fan.spread(call, kwargs, output, step.early if isinstance(step, Steps) else {})
         return
     first = step.parts[0][1] if step is not None else None
     if first is not None and (cache := compat.output_cache(output)) is not None:
         setattr(cache, REQUEST, first.request)
+
+
+def _tell_missing_weights(handle: Handle, output: Any) -> None:
+    """Put None where a layer has no attention weights, and say so once."""
+    if not hasattr(output, "keys"):
+        return
+    for name in [name for name in output if name.endswith("attentions")]:
+        missing = [layer for layer, found in enumerate(output[name] or ()) if found is not None and found.ndim == 1]
+        if missing:
+            output[name] = tuple(None if found.ndim == 1 else found for found in output[name])
+            if handle.now.first("weights"):
+                warnings.warn(
+                    f"vlmattn: {name} of layers {', '.join(map(str, missing))} are None: their heads keep different tokens"
+                    f" under '{handle.recipe.name}'",
+                    stacklevel=2,
+                )
 
 
 def _before_decoder(
@@ -307,7 +366,7 @@ def _before_decoder(
         plan = step.request.plan
         if plan.seeing:
             _show_images(step, step.start or 0, kwargs["inputs_embeds"])
-        if plan.preparing and step.start == 0:
+        if plan.preparing and step.start == 0 and step.request.has_images:
             _prepare(step, family, decoder, kwargs)
     return args, kwargs
 
@@ -459,6 +518,10 @@ def _before_layer(
     if step is None:
         return None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    if kwargs.get("output_attentions"):  # some attention modules keep it to themselves
+        for _, part in step.parts:
+            if part is not None:
+                part.wants_weights = True
     if isinstance(step, Steps) and index in step.early:
         step.early[index] = family.residual(hidden)
     first = step.parts[0][1]

@@ -130,7 +130,7 @@ class _Rows:
 
     def grow(self, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         self.keep(parents)
-        self._call.handle._ledger.add(("fired", self._call.plan.rule))
+        self._call.ledger.add(("fired", self._call.plan.rule))
         return self._append(tokens[:, None]), LastLook.read(self._now.request)
 
     def keep(self, rows: Tensor) -> None:
