@@ -65,7 +65,8 @@ def _registered(base_name: str) -> Callable[..., Output]:
         if isinstance(step, Probe):
             key = key if step.past is None else torch.cat([step.past, key], 2)
             step.weights = _weights_of(Visibility(attention_mask), query, key, kwargs)
-            return torch.zeros_like(query).transpose(1, 2), None
+            batch, heads, queries, _ = query.shape
+            return query.new_zeros(batch, queries, heads, value.shape[-1]), None  # latent attention has short values
         base = _base(base_name, module)
         if isinstance(key, SplitStates) and isinstance(value, SplitStates):
             return _run_apart(base, step, module, query, key, value, attention_mask, kwargs)

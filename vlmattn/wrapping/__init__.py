@@ -30,6 +30,7 @@ from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import Plan
 from vlmattn.wrapping.branches import fan_of, setting_of
 from vlmattn.wrapping.call import CALL, Call
+from vlmattn.wrapping.drafting import drafting_plan, is_drafting, refuse_drafts
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.hooks import WRAPPED, install_hooks, step_of
 from vlmattn.wrapping.merged import forget_branches, merged_of
@@ -186,6 +187,9 @@ def _generate(
     streamer, resting = kwargs.get("streamer"), preset is None and not handle.enabled
     try:
         plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
+        if is_drafting(kwargs):
+            plan = drafting_plan(plan)
+        refuse_drafts(self, plan, kwargs)
         original = handle._originals.get("generate") or MethodType(type(self).generate, self)
         forget_branches(kwargs.get("past_key_values"))
         fan = fan_of(self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)

@@ -119,6 +119,8 @@ class _Reader:
             )
         cache = new_cache(self.call.model)
         for number, layer in enumerate(self.main.cache.layers):
+            if layer.keys is None:  # a layer that reads the keys of another
+                continue
             cache.update(layer.keys[..., : prompt - 1, :], layer.values[..., : prompt - 1, :], number)
         call = replace(self.call, plan=self.plan, prompt_length=prompt - 1, fan=None, token=object())
         if not self.plan.is_identity:
