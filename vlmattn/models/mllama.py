@@ -12,7 +12,9 @@ from vlmattn.models.base import Family, register_family
 from vlmattn.models.pieces import Piece
 
 _WHY = "its image tokens are not in the decoder's sequence but in cross-attention layers of their own"
-_LOOKING = f"{_WHY}, so attention to them cannot guide a decoding rule; use one that does not look at attention, like vcd"
+_LOOKING = (
+    f"{_WHY}, so attention to them cannot guide a decoding rule; use one that does not look at attention, like vcd"
+)
 
 
 class Mllama(Family):

@@ -35,7 +35,7 @@ from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.hooks import WRAPPED, install_hooks, step_of
 from vlmattn.wrapping.merged import forget_branches, merged_of
 from vlmattn.wrapping.reach import check_reached
-from vlmattn.wrapping.searching import refuse_ways, searching
+from vlmattn.wrapping.searching import refuse_ways, row_by_row, searching
 
 __all__ = ["Handle", "applied", "handle_of", "install", "unwrap", "wrap"]
 
@@ -225,8 +225,8 @@ def _came_from(error: BaseException, function: Any) -> bool:
 def _searched(model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a generate() call in which a search method chooses the tokens."""
     refuse_ways(model, plan.rule, kwargs)
-    decode = searching(plan.search, kwargs)
-    return {**kwargs, "do_sample": False, "custom_generate": decode}
+    decode, allowed = searching(plan.search, kwargs), row_by_row(kwargs.get("prefix_allowed_tokens_fn"))
+    return {**kwargs, "do_sample": False, "custom_generate": decode, "prefix_allowed_tokens_fn": allowed}
 
 
 def _prepare_inputs(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -123,7 +123,9 @@ class Merged:
                 for name in ("keys", "values")
             )
             if sliding:  # each group holds the last tokens of its own prompt
-                if getattr(layer, "record_past", False) and any(part.get_seq_length() > part.keys.shape[-2] for part in parts):
+                if getattr(layer, "record_past", False) and any(
+                    part.get_seq_length() > part.keys.shape[-2] for part in parts
+                ):
                     raise UnsupportedError(
                         f"the decoding rule of '{self._name}' cannot take drafts back from a sliding window of {self._window} tokens;"
                         " leave assisted decoding out (assistant_model, prompt_lookup_num_tokens), or use a shorter prompt"
