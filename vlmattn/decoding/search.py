@@ -121,9 +121,9 @@ class Hypothesis:
     def scores(self, vocabulary: int) -> Tensor:
         """Log-probabilities of all tokens, float32 ``[generated tokens, vocabulary]``, -inf for those that could not be chosen."""
         found, at = self.tokens.new_full((len(self.tokens), vocabulary), -torch.inf, dtype=torch.float32), self.trail
-        for row in reversed(found):
+        for row in range(len(found) - 1, -1, -1):
             assert at is not None
-            row[at.tokens] = at.scores.float()
+            found[row, at.tokens] = at.scores.float()
             at = at.before
         return found
 
