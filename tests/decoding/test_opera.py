@@ -108,7 +108,7 @@ def run(
     method: OPERA, table: Table, new: int, eos: frozenset[int] = NO_EOS, process=unchanged
 ) -> tuple[list, Scripted]:
     rows = Scripted(table)
-    return method.search(rows, eos, new, process).tolist(), rows
+    return method.search(rows, eos, new, process).tokens.tolist(), rows
 
 
 # --- The penalty
@@ -577,7 +577,7 @@ def test_only_the_best_choices_become_hypotheses():
     assert not chosen
     assert [one.tokens.tolist() for one in longer.ended] == [[7, 1], [7, 2]]
     assert longer.done
-    assert longer.best.tolist() == [7, 1]
+    assert longer.best.tokens.tolist() == [7, 1]
 
 
 # --- Without penalty it is beam search
@@ -670,7 +670,7 @@ def test_without_penalty_it_is_the_beam_search_of_transformers(seed, beams, eos)
     )  # fmt: skip
     count = (1 + len(eos)) * beams
     method = OPERA(num_beams=beams, candidates=count, weight=0, threshold=OUT_OF_REACH, softmax="vocabulary")
-    found = method.search(Recomputed(model, ids), frozenset(eos), 14, at_least_three)
+    found = method.search(Recomputed(model, ids), frozenset(eos), 14, at_least_three).tokens
     assert found.dtype == torch.int64
     assert found.tolist() == expected[0, 5:].tolist()
 
@@ -679,7 +679,7 @@ def test_without_penalty_it_is_the_beam_search_of_transformers(seed, beams, eos)
 def test_it_runs_on_a_language_model_with_everything_on():
     ids = torch.randint(0, 40, (1, 5), generator=torch.Generator().manual_seed(0))
     rows = Recomputed(tiny_llama(0), ids)
-    found = OPERA(threshold=2).search(rows, frozenset({3}), 24, unchanged)
+    found = OPERA(threshold=2).search(rows, frozenset({3}), 24, unchanged).tokens
     assert 0 < len(found) <= 24
 
 

@@ -52,7 +52,7 @@ class Step:
             observe generated tokens too.
         sight: what was seen of each encoded image in the vision tower.
         seen: what one query row sees of so many keys, as the last layer had it.
-        order: which encoded image each image of the prompt is (beams repeat them); None = one after another.
+        order: which encoded image each image of the prompt is (beams repeat them); None = by the rows they are in.
         rows: prompt rows that are still there; None = all.
         rotary: makes cosines and sines, for methods that count positions anew.
         masks: the mask in original slots as the last layer had it, and in the slots of this view.

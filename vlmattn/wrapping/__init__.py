@@ -28,12 +28,13 @@ from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import Plan
 from vlmattn.wrapping.branches import fan_of, setting_of
 from vlmattn.wrapping.call import CALL, Call
+from vlmattn.wrapping.drafting import drafting_plan, is_drafting, refuse_drafts
 from vlmattn.wrapping.handle import WRAPPED, WRAPPING, Handle, handle_of
 from vlmattn.wrapping.hooks import install_hooks, step_of
 from vlmattn.wrapping.instead import Instead
 from vlmattn.wrapping.merged import forget_branches, merged_of
 from vlmattn.wrapping.reach import check_reached
-from vlmattn.wrapping.searching import refuse_ways, searching
+from vlmattn.wrapping.searching import refuse_ways, row_by_row, searching
 
 __all__ = ["Handle", "applied", "borrowed", "handle_of", "install", "unwrap", "wrap"]
 
@@ -115,7 +116,9 @@ def unwrap(model: _M) -> _M:
         model.__dict__.pop("vlmattn", None)
         WRAPPED.discard(handle)
         shared = any(other._text is handle._text for other in WRAPPED)
-        if not shared and handle._text._attn_implementation in attention.NAMES.values():  # the user may have set another
+        if (
+            not shared and handle._text._attn_implementation in attention.NAMES.values()
+        ):  # the user may have set another
             model.set_attn_implementation({"text_config": handle._base})
     return given
 
@@ -185,9 +188,7 @@ def _saved_recipe(given: Any) -> Recipe:
     found = beside(name, FILE_NAME) if name else None
     if found is None:
         which = f"'{name}' has none" if name else "this one is from no folder"
-        raise InputError(
-            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and {which}; {remedy}"
-        )
+        raise InputError(f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and {which}; {remedy}")
     return Recipe.from_pretrained(found.parent)
 
 
@@ -198,7 +199,9 @@ def _refuse_while_it_generates(*models: nn.Module) -> None:
         caller: Any = frame
         while caller is not None:
             if caller.f_code in running and caller.f_locals.get("self") is running[caller.f_code]:
-                raise StateError("the model is generating, and wrapping would change its answer; wrap it when that is done")
+                raise StateError(
+                    "the model is generating, and wrapping would change its answer; wrap it when that is done"
+                )
             caller = caller.f_back
 
 
@@ -226,8 +229,11 @@ def _generate(
     streamer, resting = kwargs.get("streamer"), preset is None and not now.enabled
     try:
         plan = now.acting if preset is None else handle.plan_of(Recipe.of(preset))
+        if is_drafting(kwargs):
+            plan = drafting_plan(plan)
         if plan.acts and not (entered := handle.enter("generate")):
             return original(**kwargs)
+        refuse_drafts(self, plan, kwargs)
         forget_branches(compat.cache_of(kwargs))
         fan = fan_of(self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
         if plan.search is not None:
@@ -268,8 +274,8 @@ def _came_from(error: BaseException, function: Any) -> bool:
 def _searched(model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a generate() call in which a search method chooses the tokens."""
     refuse_ways(model, plan.rule, kwargs)
-    decode = searching(plan.search, kwargs)
-    return {**kwargs, "do_sample": False, "custom_generate": decode}
+    decode, allowed = searching(plan.search, kwargs), row_by_row(kwargs.get("prefix_allowed_tokens_fn"))
+    return {**kwargs, "do_sample": False, "custom_generate": decode, "prefix_allowed_tokens_fn": allowed}
 
 
 def _prepare_inputs(

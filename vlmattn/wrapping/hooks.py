@@ -76,7 +76,15 @@ def _before_model(
         now = handle.now
         cache = compat.cache_of(inputs)
         call = Call(
-            handle, model, now.acting, None, False, direct=True, outer=outer, ledger=now.ledger, given_cache=cache is not None
+            handle,
+            model,
+            now.acting,
+            None,
+            False,
+            direct=True,
+            outer=outer,
+            ledger=now.ledger,
+            given_cache=cache is not None,
         )
         if call.plan.acts and not torch.compiler.is_compiling() and not handle.enter("forward"):
             return args, kwargs  # unwrapped a moment ago, by another thread
@@ -199,7 +207,9 @@ def _read_before(
     """
     ids, filled = call.ids, "this cache was filled without vlmattn"
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start or handle.anatomy.leading:
-        raise StateError(f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache")
+        raise StateError(
+            f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache"
+        )
     ids = ids[:, :start].repeat_interleave(rows // len(ids), 0)
     types = handle._family.token_types(model, ids)
     if bool((types != TEXT).any()):
@@ -238,12 +248,14 @@ def _check_windows(cache: Any, window: int) -> None:
 
 
 def _image_order(inputs: dict[str, Any]) -> list[int] | None:
-    """Which encoded image each image of the prompt is: beams get the same tensors again. None = one after another."""
+    """Which encoded image each image of the prompt is: beams get the same tensors again. None = by the rows they are in."""
     encoded = inputs.get("mm_encoder_outputs") or {}
     seen: dict[int, int] = {}
     every = []
     for kind in ("image", "video"):
         found = getattr(encoded.get(kind), "pooler_output", None)
+        if isinstance(found, Tensor):  # of equal images: repeated ones are copies
+            return None
         every += [] if found is None else list(found)
     for features in every:
         seen.setdefault(features.data_ptr(), len(seen))
@@ -389,30 +401,50 @@ def _show_images(step: Step, start: int, embeds: Tensor) -> None:
     types = request.types(stop, embeds.device)[:, start:]
     if not bool((types != TEXT).any()):
         return
-    patches = {layer: _ordered(step, seen) for layer, seen in step.sight.patches.items()}
-    if not patches:
+    if not step.sight.patches:
         raise InputError(
             f"{', '.join(m.info.name for m in request.plan.seeing)} must see the vision tower at work; give pixel_values,"  # type: ignore[attr-defined]
             " not features that were computed before"
         )
-    sight = Sight(request, start, types, patches, _images(step, patches, types, embeds) if request.plan.pruning else ())
+    order = step.order or _order_of_rows(request, start, types, len(next(iter(step.sight.patches.values()))))
+    patches = {layer: _ordered(order, seen) for layer, seen in step.sight.patches.items()}
+    images = _images(step, order, patches, types, embeds[:, : stop - start]) if request.plan.pruning else ()
+    sight = Sight(request, start, types, patches, images)
     for method in request.plan.seeing:
         method.encoded(sight)
     if (call := CALL.get()) is not None:
         call.sight.shown = True
 
 
-def _ordered(step: Step, seen: Sequence[Any]) -> list[Any]:
+def _ordered(order: Sequence[int], seen: Sequence[Any]) -> list[Any]:
     """What was seen of the encoded images, for the images of the prompt."""
-    return [seen[i] for i in step.order or range(len(seen))]
+    return [seen[i] for i in order]
 
 
-def _images(step: Step, patches: dict[int, list[Tensor]], types: Tensor, embeds: Tensor) -> tuple[Image, ...]:
+def _order_of_rows(request: Request, start: int, types: Tensor, encoded: int) -> list[int]:
+    """Which of ``encoded`` images each image of the prompt is, where every row may be there several times, one after another."""
+    numbers = request.images(start + types.shape[1], types.device)[:, start:]
+    counts = [
+        [torch.unique(row[own]).numel() for row, own in zip(numbers, types == kind, strict=True)]
+        for kind in (IMAGE, VIDEO)  # as they are encoded
+    ]
+    times = sum(map(sum, counts)) // encoded
+    order: list[int] = []
+    for of_kind in counts:
+        for count in of_kind[:: max(times, 1)]:
+            first = len(order) // max(times, 1)
+            order += [*range(first, first + count)] * times
+    return order if len(order) == times * encoded else list(range(encoded))
+
+
+def _images(
+    step: Step, order: Sequence[int], patches: dict[int, list[Tensor]], types: Tensor, embeds: Tensor
+) -> tuple[Image, ...]:
     """All that is known of each image of the prompt."""
     call = CALL.get()
     assert call is not None
-    keys = {layer: _ordered(step, seen) for layer, seen in step.sight.keys.items()}
-    features = _ordered(step, step.sight.features) if step.sight.features else []
+    keys = {layer: _ordered(order, seen) for layer, seen in step.sight.keys.items()}
+    features = _ordered(order, step.sight.features) if step.sight.features else []
     project = partial(call.handle._family.project, call.model)
     if not features:
         lengths = [seen.shape[-1] for seen in next(iter(patches.values()))]

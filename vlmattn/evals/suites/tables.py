@@ -261,6 +261,9 @@ def _counts(pictures: Any, where: str) -> Iterator[int]:
             counts = [count + int(size or 0) for count, size in zip(counts, sizes, strict=True)]
             for cells in (chunk.flatten() if lists else chunk for chunk in column.chunks):
                 held = hasattr(cells, "field") and cells.type.get_field_index("bytes") >= 0
-                if not held or (cells.is_valid().to_numpy(False) & cells.field("bytes").is_null().to_numpy(False)).any():
+                if (
+                    not held
+                    or (cells.is_valid().to_numpy(False) & cells.field("bytes").is_null().to_numpy(False)).any()
+                ):
                     raise InputError(f"{where}: the column {name} does not hold its pictures; give a table that does")
         yield from counts
