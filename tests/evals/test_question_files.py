@@ -328,14 +328,24 @@ def test_pictures_of_mme_are_no_links_to_elsewhere(tmp_path: Path) -> None:
     assert len(MME.on_folder(tmp_path / "MME", allow_outside=True).samples()) == 2
 
 
-@pytest.mark.parametrize("image", [{"bytes": None, "path": "/etc/passwd"}, "a.png"])
-def test_tables_hold_their_pictures(tmp_path: Path, image: Any) -> None:
+def test_tables_hold_their_pictures_or_name_files_beside_them(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    columns = {"question": ["?"], "answer": ["yes"], "image_source": ["a"], "category": ["random"], "image": [image]}
     (tmp_path / "table").mkdir()
-    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "table" / "test.parquet"))
-    message = one_line(lambda: make_published("pope", tmp_path / "table", None, None, 16))
-    assert "the column image does not hold its pictures" in message
+
+    def table(image: Any) -> Path:
+        row = {"question": ["?"], "answer": ["yes"], "image_source": ["a"], "category": ["random"], "image": [image]}
+        datasets.Dataset.from_dict(row).to_parquet(str(tmp_path / "table" / "test.parquet"))
+        return tmp_path / "table"
+
+    def read(image: Any, **options: Any) -> Any:
+        return make_published("pope", table(image), None, None, 16, **options).samples()
+
+    assert "does not hold pictures" in one_line(lambda: read("a.png"))
+    outside = {"bytes": None, "path": "/etc/passwd"}
+    assert "lies outside of" in one_line(lambda: read(outside))
+    assert "does not hold the picture" in one_line(lambda: read({"bytes": None, "path": "http://localhost/a.png"}))
+    assert len(read(outside, allow_outside=True)) == 1
+    assert len(read({"bytes": None, "path": str(tmp_path / "table" / "a.png")})) == 1
 
 
 # --- forms in which data are published -------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Needs the ``datasets`` library: pip install "vlmattn[hub]".
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ from typing import Any
 
 from PIL import Image
 
-from vlmattn.errors import InputError
-from vlmattn.evals.suites.files import Item
+from vlmattn.errors import InputError, quoted
+from vlmattn.evals.suites.files import ImageFolder, Item
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
@@ -112,13 +113,21 @@ class Table:
         name: of the table, for errors.
         parts: datasets with the same columns.
         settings: what is written with every result.
+        folder: where files may lie that a table names in place of holding their pictures; None for nowhere.
 
     Raises:
         InputError: columns are missing; the error names them, and the suite whose columns are there.
     """
 
-    def __init__(self, suite: str, name: str, parts: Sequence[Any], settings: Mapping[str, Any]) -> None:
-        self.name, self.settings, self._parts = name, dict(settings), parts
+    def __init__(
+        self,
+        suite: str,
+        name: str,
+        parts: Sequence[Any],
+        settings: Mapping[str, Any],
+        folder: ImageFolder | None = None,
+    ) -> None:
+        self.name, self.settings, self._parts, self._folder = name, dict(settings), parts, folder
         self._form = _form(suite, name, parts[0].column_names)
 
     def __iter__(self) -> Iterator[Row]:
@@ -126,7 +135,9 @@ class Table:
         for part in self._parts:
             texts = part.select_columns([c for c in part.column_names if c in (*self._form.needs, *self._form.more)])
             pictures = part.select_columns([c for c in self._form.pictures if c in part.column_names])
-            for index, (values, count) in enumerate(zip(texts, _counts(pictures, self.name), strict=True)):
+            for index, (values, count) in enumerate(
+                zip(texts, _counts(pictures, self.name, self._folder), strict=True)
+            ):
                 where = f"{self.name}: row {start + index}"
                 yield Row(where, values, RowPictures(pictures, index, where), count)
             start += len(part)
@@ -141,7 +152,7 @@ def is_table(path: Path) -> bool:
     return not is_file and _HUB_NAME.fullmatch(source.as_posix()) is not None
 
 
-def load_table(suite: str, path: Path) -> Table:
+def load_table(suite: str, path: Path, allow_outside: bool = False) -> Table:
     """The table that ``path`` names; from the hub only the files of one split are fetched.
 
     Configuration: the one behind the colon, or the only one, or ``default``; suite choice takes all (BLINK has one per
@@ -172,7 +183,8 @@ def load_table(suite: str, path: Path) -> Table:
         "split": [split for split, _, _ in found[0]],
         "revision": sorted({revision for parts in found for _, _, revision in parts}),
     }
-    return Table(suite, name, [part for parts in found for _, part, _ in parts], settings)
+    folder = ImageFolder(Path(name), allow_outside) if local else None
+    return Table(suite, name, [part for parts in found for _, part, _ in parts], settings, folder)
 
 
 def _named(path: Path) -> tuple[str, str]:
@@ -234,11 +246,11 @@ def _form(suite: str, name: str, columns: Sequence[str]) -> Form:
     )
 
 
-def _counts(pictures: Any, where: str) -> Iterator[int]:
+def _counts(pictures: Any, where: str, folder: ImageFolder | None) -> Iterator[int]:
     """How many pictures each row has, without decoding any.
 
     Raises:
-        InputError: a column has no pictures, or names of files in their place, which could be any of this machine.
+        InputError: a column without pictures, or one that names files outside of the folder, which would be read.
     """
     for batch in pictures.with_format("arrow").iter(batch_size=256):
         counts = [0] * batch.num_rows
@@ -248,7 +260,13 @@ def _counts(pictures: Any, where: str) -> Iterator[int]:
             sizes = [size for chunk in column.chunks for size in chunk.value_lengths().to_pylist()] if lists else there
             counts = [count + int(size or 0) for count, size in zip(counts, sizes, strict=True)]
             for cells in (chunk.flatten() if lists else chunk for chunk in column.chunks):
-                held = hasattr(cells, "field") and cells.type.get_field_index("bytes") >= 0
-                if not held or (cells.is_valid().to_numpy(False) & cells.field("bytes").is_null().to_numpy(False)).any():
-                    raise InputError(f"{where}: the column {name} does not hold its pictures; give a table that does")
+                if not hasattr(cells, "field") or cells.type.get_field_index("bytes") < 0:
+                    raise InputError(f"{where}: the column {name} does not hold pictures; give a table that does")
+                named = cells.filter(cells.field("bytes").is_null()).field("path").drop_null().to_pylist()
+                for file in named:
+                    if folder is None or "://" in file:
+                        raise InputError(
+                            f"{where}: the column {name} names {quoted(file)} and does not hold the picture"
+                        )
+                    folder.file(where, os.path.abspath(file))
         yield from counts
