@@ -93,6 +93,10 @@ class InputError(VlmattnError, ValueError):
     """Inputs, files or images that cannot be used."""
 
 
+class FileError(InputError, OSError):
+    """What the system says of a file: it is not there, the disk is full, the folder cannot be written."""
+
+
 def torchvision_trouble() -> str | None:
     """The remedy if torchvision is installed but broken, else None."""
     if importlib.util.find_spec("torchvision") is None:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vlmattn.errors import InputError, one_line
+from vlmattn.errors import FileError, InputError, one_line
 
 _REMEDIES = {
     errno.ENOSPC: "make room, or give a place on another disk",
@@ -55,7 +56,7 @@ def reason(error: OSError) -> str:
 
 @contextmanager
 def file_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """What the system says of a file becomes an ``InputError``: "cannot read FILE: why".
+    """What the system says of a file becomes a ``FileError``: "cannot read FILE: why".
 
     Args:
         doing: what is done with the file, a verb.
@@ -64,20 +65,42 @@ def file_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
         if b"\0" in os.fsencode(path):
             raise ValueError
     except ValueError:  # also half of a surrogate pair
-        raise InputError(f"cannot {doing} {path_text(path)}: no file can have this name") from None
+        raise FileError(f"cannot {doing} {path_text(path)}: no file can have this name") from None
     try:
         yield
+    except FileError:
+        raise
     except OSError as error:
-        raise InputError(f"cannot {doing} {path_text(path)}: {reason(error)}") from error
+        raise FileError(f"cannot {doing} {path_text(path)}: {reason(error)}") from error
     except SafetensorError as error:  # what the system says of files of tensors, and of damaged ones
-        raise InputError(f"cannot {doing} {path_text(path)}: {error}") from error
+        raise FileError(f"cannot {doing} {path_text(path)}: {error}") from error
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
+    """As ``file_errors``, for libraries that open a file by its name: a pipe or a device, which would hang them, is an error.
+
+    Args:
+        what: the file in words, for errors ("the directions").
+    """
+    doing = f"read {what}".strip()
+    with file_errors(doing, path):
+        check_regular(os.stat(path), doing, path)
+        yield
+
+
+def check_regular(found: os.stat_result, doing: str, path: str | os.PathLike[str]) -> None:
+    """Raise ``FileError`` for what is no file with bytes in it."""
+    if not stat.S_ISREG(found.st_mode):
+        kind = "it is a folder" if stat.S_ISDIR(found.st_mode) else "it is a pipe or a device; give a file"
+        raise FileError(f"cannot {doing} {path_text(path)}: {kind}")
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
     """A folder, made with those above it if it is not there.
 
     Raises:
-        InputError: it cannot be made.
+        FileError: it cannot be made.
     """
     with file_errors("make the folder", folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -89,7 +112,7 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A name to write a file or a folder under; it gets its own name at the end, and nothing is left if anything goes wrong.
 
     Raises:
-        InputError: the disk is full, the place cannot be written, and whatever else the system says.
+        FileError: the disk is full, the place cannot be written, and whatever else the system says.
     """
     target = Path(target)
     partial = target.with_name(target.name + ".partial")
@@ -107,7 +130,7 @@ def write_whole(target: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a file so that it is never seen half-written; halves of surrogate pairs are written as ``?``.
 
     Raises:
-        InputError: it cannot be written; nothing is left of it.
+        FileError: it cannot be written; nothing is left of it.
     """
     with written_whole(target) as partial:
         partial.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
@@ -117,7 +140,8 @@ def copy_whole(source: str | os.PathLike[str], target: Path) -> None:
     """Copy a file so that it is never seen half-written; nothing to do if it is the same one.
 
     Raises:
-        InputError: there is no such file, or it cannot be copied.
+        InputError: there is no such file.
+        FileError: it cannot be copied.
     """
     if not os.path.isfile(source):
         raise InputError(f"cannot copy {path_text(source)}, which the recipe names: there is no such file")

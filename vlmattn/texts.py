@@ -6,14 +6,13 @@ import codecs
 import json
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from vlmattn.errors import InputError, one_line, quoted
-from vlmattn.files import file_errors, path_text
+from vlmattn.files import check_regular, file_errors, path_text
 
 MOST = 2**30  # bytes of a file; every published question file is below
 _YAML = 2**16  # letters of YAML, which takes seconds to read beyond
@@ -37,21 +36,18 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST, what: str = "") -
     Raises:
         InputError: there is no such file, it is another kind of file, has more than ``most`` bytes, or cannot be read.
     """
-    reading = f"read {what}".strip()
-    with file_errors(reading, path):
+    doing = f"read {what}".strip()
+    with file_errors(doing, path):
         # a pipe without a writer would block in open(), so it is opened without waiting
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
-            kind = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(kind):
-                found = "it is a folder" if stat.S_ISDIR(kind) else "it is a pipe or a device; give a file"
-                raise InputError(f"cannot {reading} {path_text(path)}: {found}")
+            check_regular(os.fstat(descriptor), doing, path)
             with open(descriptor, "rb", closefd=False) as file:
                 content = file.read(most + 1)
         finally:
             os.close(descriptor)
     if len(content) > most:
-        raise InputError(f"cannot {reading} {path_text(path)}: it has more than {most} bytes")
+        raise InputError(f"cannot {doing} {path_text(path)}: it has more than {most} bytes")
     return content
 
 
@@ -110,8 +106,8 @@ def parse_data(text: str, where: str) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], made: Callable[[dict[str, Any]], Any] | None = None, what: str = "") -> Any:
-    """The value of a JSON file; arguments and errors as of ``read_text`` and ``parse_json``."""
-    return parse_json(read_text(path, what=what), path_text(path), made=made)
+    """The value of a JSON file; ``made`` and errors as of ``read_text`` and ``parse_json``."""
+    return parse_json(read_text(path), path_text(path), made=made)
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
@@ -205,14 +201,14 @@ class _Loader(yaml.SafeLoader):
     Aliases make a few lines a tree of millions of leaves; tags and dates make objects that no option takes.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class has it as one of the instance)
         letter: [(tag, pattern) for tag, pattern in found if not tag.endswith((":timestamp", ":merge", ":value"))]
         for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             raise _error(f"aliases (*{event.anchor}) are not read; write the value out", event.start_mark)
         if getattr(event, "tag", None) is not None:

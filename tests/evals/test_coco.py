@@ -215,8 +215,8 @@ def test_a_tenth_of_val2014_takes_no_time(tmp_path: Path) -> None:
         ]
     }
     paths = write(tmp_path / "i.json", data), write(tmp_path / "c.json", said)
-    start = time.perf_counter()
+    start = time.process_time()
     found = load_coco_objects(*paths, COCO)
-    assert time.perf_counter() - start < 10  # well under a second on an idle core
+    assert time.process_time() - start < 10  # well under a second, however busy the machine is
     assert len(found) == images
     assert all({"person", "horse", "bus"} <= image.objects for image in found.values())

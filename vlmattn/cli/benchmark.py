@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def bench(
         raise OptionError(f"--batch-size must be at least 1, got {batch_size}")
     if model in RANDOM_MODELS and (image or prompt is not None):
         raise OptionError(f"{model} has no tokenizer and makes its own prompt; leave out --image and --prompt")
-    if image is not None and not image.is_file():
+    if image is not None and not os.path.exists(image):
         raise InputError(f"image not found: {image}")
     check_dtype(dtype)
     place = find_device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -273,6 +274,8 @@ def tune(
 
 
 def _show_tuned(tuned: Tuned, suite: Suite) -> None:
+    from vlmattn.evals.report import spread
+
     table = Table(
         title=f"{suite.title}\n{len(tuned.samples)} validation samples; {tuned.better} {tuned.metric} is better",
         title_justify="left",
@@ -290,7 +293,7 @@ def _show_tuned(tuned: Tuned, suite: Suite) -> None:
         table.add_row(
             escape(setting.name),
             f"{setting.value:.1f}",
-            f"{setting.low:.1f} to {setting.high:.1f}",
+            spread(dataclasses.asdict(setting)),
             str(setting.changed),
             "<- chosen" if best else "",
             style="bold" if best else "",
@@ -319,8 +322,6 @@ def ask(
     from vlmattn.evals.prompts import answer
     from vlmattn.evals.suites.files import read_image
 
-    if not image.is_file():
-        raise InputError(f"image not found: {image}")
     picture, recipe = read_image(image), vlmattn.Recipe.of(preset)
     loaded, processor = load(model, dtype, device_map, load_in)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -356,6 +357,7 @@ def _evaluate(
     **running: Any,
 ) -> None:
     from vlmattn.evals.gallery import attention_of
+    from vlmattn.evals.lock import refuse_if_used
     from vlmattn.evals.page import html_report
     from vlmattn.evals.report import markdown_tables, terminal_tables
     from vlmattn.evals.runner import evaluate
@@ -365,8 +367,10 @@ def _evaluate(
     chosen = [preset.strip() for preset in presets.split(",") if preset.strip()]
     for preset in chosen:  # before a model of many gigabytes is loaded
         Recipe.of(preset)
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        launch(processes)
+    if "WORLD_SIZE" not in os.environ:  # else the first process of this very run may hold it
+        refuse_if_used(out)
+        if processes > 1:
+            launch(processes)
     model, processor = load(name, *loading)
     result = evaluate(model, processor, suites, chosen, out, name, say=say, command=typed(), **running)
     if not result.first:

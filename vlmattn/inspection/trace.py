@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmattn.errors import InputError
-from vlmattn.files import file_errors, path_text
+from vlmattn.files import file_errors, path_text, reading
 from vlmattn.inspection.named import Named
 from vlmattn.models import Piece
 from vlmattn.texts import read_json
@@ -141,7 +141,7 @@ class Trace:
         source = Path(folder)
         try:
             facts = read_json(source / _FACTS)
-            with file_errors("read", source / _STATES):
+            with reading(source / _STATES):
                 states = load_file(source / _STATES)
             pieces = tuple(tuple(Piece.from_dict(piece) for piece in of_image) for of_image in facts.pop("pieces"))
             gains = {int(name.split(".")[1]): states.pop(name) for name in list(states) if name.startswith("gains.")}
@@ -169,7 +169,7 @@ class Rows(Mapping[int, Tensor]):
         self._files = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("row-*.safetensors"))}
 
     def __getitem__(self, row: int) -> Tensor:
-        with file_errors("read", self._files[row]):
+        with reading(self._files[row]):
             found: Tensor = load_file(self._files[row])["attention"]
         return found
 

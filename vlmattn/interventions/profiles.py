@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from vlmattn.errors import InputError, OptionError
 from vlmattn.files import make_folder, path_text, write_whole
 from vlmattn.interventions.registry import Sizes
-from vlmattn.texts import read_json
+from vlmattn.texts import parse_json, read_text
 
 _P = TypeVar("_P", bound="_Profile")
 
@@ -55,7 +55,7 @@ class _Profile:
         source = Path(path)
         if os.path.isdir(source):
             source = source / cls.FILE_NAME
-        return cls._made(read_json(source, what="the profile"), source)
+        return cls._made(_read(source, cls.__name__), source)
 
     @classmethod
     def _made(cls: type[_P], data: Any, source: Path) -> _P:
@@ -129,8 +129,20 @@ class HeadProfile(_Profile):
             raise ValueError("scores must be one number for each layer and head")
         if not all(_is_number(value) for row in rows for value in row):
             raise ValueError("scores must be numbers")
-        if not all(_is_number(value) for table in self.means for row in table for value in row):
+        ragged = (
+            len({len(table) for table in self.means}) > 1
+            or len({len(row) for heads in self.means for row in heads}) > 1
+        )
+        if ragged or not all(_is_number(value) for heads in self.means for row in heads for value in row):
             raise ValueError("means must be numbers, by layer, head and dimension")
+
+    def check(self, sizes: Sizes, where: str) -> None:
+        super().check(sizes, where)
+        shapes = {(len(table), len(table[0])) for table in (*self.scores.values(), self.means) if table}
+        if shapes - {(sizes.layers, sizes.heads)}:
+            raise OptionError(
+                f"{where}: this HeadProfile is damaged (not {sizes.layers} layers of {sizes.heads} heads); measure it again"
+            )
 
     def merged(self, other: HeadProfile) -> HeadProfile:
         """This profile and another of the same model as one; of scores and means that both have, those of ``other``.
@@ -170,9 +182,18 @@ def load_profile(path: str | os.PathLike[str]) -> HeadProfile | SinkProfile:
             one, other = (kind.FILE_NAME for kind in kinds)
             raise InputError(f"{path_text(source)} holds two profiles; name one of them: {one} or {other} in it")
         source = found[0] if found else source / HeadProfile.FILE_NAME
-    data = read_json(source, what="the profile")
+    data = _read(source, "profile")
     kind = SinkProfile if isinstance(data, Mapping) and "dims" in data else HeadProfile
     return kind._made(data, source)
+
+
+def _read(source: Path, what: str) -> Any:
+    """The JSON in a file."""
+    text = read_text(source, what="the profile")
+    try:
+        return parse_json(text, "JSON")
+    except InputError as error:
+        raise InputError(f"{path_text(source)}: not a {what} ({error})") from None
 
 
 def _is_number(value: Any) -> bool:

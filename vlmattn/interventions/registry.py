@@ -182,6 +182,15 @@ def _layer_number(text: str, count: int) -> int | None:
     return int(text)
 
 
+def parse_heads(spec: str, name: str, what: str = "layer.head") -> tuple[tuple[int, int], ...]:
+    """``"12.3,14.7"`` as (layer, head) pairs; none for no text. ``name`` is the option's, ``what`` the form, for errors."""
+    if spec and not re.fullmatch(r"\s*\d{1,9}\.\d{1,9}\s*(,\s*\d{1,9}\.\d{1,9}\s*)*", spec):
+        raise OptionError(f"{name} must look like '12.3,14.7' ({what}), got {quoted(spec)}")
+    return tuple(
+        (int(layer), int(head)) for layer, head in (pair.split(".") for pair in spec.split(",") if pair.strip())
+    )
+
+
 _METHODS: dict[str, type[Options]] = {}
 _PRESETS: dict[str, PresetInfo] = {}
 _M = TypeVar("_M", bound=type[Options])

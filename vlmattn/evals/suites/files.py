@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from vlmattn.errors import InputError, quoted
+from vlmattn.pictures import open_picture
 from vlmattn.texts import lines_of, parse_json, read_text
 
 _T = TypeVar("_T")
@@ -32,12 +33,14 @@ class ImageFiles:
 
 
 def read_image(path: Path) -> Image.Image:
-    if not path.is_file():
+    """The picture in a file, as ``open_picture``.
+
+    Raises:
+        InputError: it is not there, or cannot be read.
+    """
+    if not os.path.exists(path):  # False for a name that no file can have
         raise InputError(f"image not found: {path}")
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # Pillow raises any of them for a damaged file
-        raise InputError(f"cannot read the image {path}; is it a picture file?") from None
+    return open_picture(path)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Pope(Suite):
     name = "pope"
     title = "POPE: is there a ... in the image?"
     fields = ("tp", "fp", "tn", "fn")
+    mean_of_splits = True
     metrics = (
         Metric("accuracy", {"tp": 1, "tn": 1}, _ALL, "share of right answers"),
         Metric("precision", {"tp": 1}, {"tp": 1, "fp": 1}, "share of yes answers that are right", label="prec"),

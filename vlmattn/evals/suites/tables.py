@@ -17,6 +17,7 @@ from PIL import Image
 
 from vlmattn.errors import InputError, quoted
 from vlmattn.evals.suites.files import ImageFolder, Item
+from vlmattn.pictures import decode_picture, open_picture
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
@@ -75,7 +76,7 @@ FORMS = (
 class RowPictures:
     """The pictures of one row, decoded when they are called for."""
 
-    data: Any  # a part of the table, picture columns only
+    data: Any  # a part of the table, picture columns only, as it is stored (Arrow)
     index: int
     where: str
 
@@ -84,12 +85,20 @@ class RowPictures:
         Raises:
             InputError: a picture is damaged.
         """
+        cells = self.data[self.index : self.index + 1].to_pydict().values()
+        listed = [
+            item for (cell,) in cells for item in (cell if isinstance(cell, list) else [cell]) if item is not None
+        ]
         try:
-            cells = self.data[self.index].values()
-            listed = [picture for cell in cells for picture in (cell if isinstance(cell, list) else [cell])]
-            return [picture.convert("RGB") for picture in listed if picture is not None]
-        except (OSError, SyntaxError, ValueError):  # as for files
-            raise InputError(f"{self.where}: cannot read the pictures of this row") from None
+            return [_picture(item) for item in listed]
+        except InputError as error:
+            raise InputError(f"{self.where}: cannot read the pictures of this row: {error}") from None
+
+
+def _picture(item: Any) -> Image.Image:
+    """A picture from a cell as it is stored: its bytes, bytes with a name, or the name alone of a file that may be read."""
+    content = item.get("bytes") if isinstance(item, dict) else item
+    return decode_picture(content) if isinstance(content, bytes) else open_picture(str(item.get("path")))
 
 
 @dataclass(frozen=True)
@@ -135,11 +144,12 @@ class Table:
         for part in self._parts:
             texts = part.select_columns([c for c in part.column_names if c in (*self._form.needs, *self._form.more)])
             pictures = part.select_columns([c for c in self._form.pictures if c in part.column_names])
+            stored = pictures.with_format("arrow")
             for index, (values, count) in enumerate(
                 zip(texts, _counts(pictures, self.name, self._folder), strict=True)
             ):
                 where = f"{self.name}: row {start + index}"
-                yield Row(where, values, RowPictures(pictures, index, where), count)
+                yield Row(where, values, RowPictures(stored, index, where), count)
             start += len(part)
 
 
@@ -260,13 +270,19 @@ def _counts(pictures: Any, where: str, folder: ImageFolder | None) -> Iterator[i
             sizes = [size for chunk in column.chunks for size in chunk.value_lengths().to_pylist()] if lists else there
             counts = [count + int(size or 0) for count, size in zip(counts, sizes, strict=True)]
             for cells in (chunk.flatten() if lists else chunk for chunk in column.chunks):
-                if not hasattr(cells, "field") or cells.type.get_field_index("bytes") < 0:
-                    raise InputError(f"{where}: the column {name} does not hold pictures; give a table that does")
-                named = cells.filter(cells.field("bytes").is_null()).field("path").drop_null().to_pylist()
-                for file in named:
-                    if folder is None or "://" in file:
-                        raise InputError(
-                            f"{where}: the column {name} names {quoted(file)} and does not hold the picture"
-                        )
-                    folder.file(where, os.path.abspath(file))
+                _check(cells, f"{where}: the column {name}", folder)
         yield from counts
+
+
+def _check(cells: Any, where: str, folder: ImageFolder | None) -> None:
+    """Raise for cells without pictures, and for names of files that may not be read."""
+    kind = str(cells.type)
+    if kind in ("binary", "large_binary", "null"):
+        return
+    if not kind.startswith("struct<") or cells.type.get_field_index("bytes") < 0:
+        raise InputError(f"{where} does not hold pictures; give a table that does")
+    for item in cells.filter(cells.field("bytes").is_null()).drop_null().to_pylist():
+        file = item.get("path")
+        if folder is None or not file or "://" in file:
+            raise InputError(f"{where} names {quoted(file)} and does not hold the picture; give a table that does")
+        folder.file(where, os.path.abspath(file))
