@@ -1,7 +1,7 @@
 """Methods that choose abruptly, such as the heads above a median, choose others when rounding tips the scale.
 
 Two runs that round differently are compared under the same choices: ``Choices`` notes those of one run and has the other
-one choose alike.
+one choose alike. Or on a case where no choice is near to another one, which the test asserts: ``steady``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from vlmattn import VHR
@@ -20,6 +21,17 @@ from vlmattn.request import Stage
 
 RANKING = ("vlmattn.interventions.", "vlmattn.kernels.edit")
 POINTS = ((VHR, "gains"), (SinkTest, "is_sink"), (Stage, "top"))
+
+
+def steady(choose: Callable[..., Tensor], *given: Tensor, by: float = 3e-6) -> bool:
+    """Whether ``choose`` chooses alike when every value moves by ``by`` of its size at most: thirty times what float32 rounds a value by."""
+    generator = torch.Generator().manual_seed(0)
+    wanted = choose(*given)
+
+    def moved(values: Tensor) -> Tensor:
+        return values * (1 + by * (2 * torch.rand(values.shape, generator=generator) - 1))
+
+    return all(torch.equal(choose(*map(moved, given)), wanted) for _ in range(8))
 
 
 class Choices:
