@@ -37,7 +37,8 @@ def steady(choose: Callable[..., Tensor], *given: Tensor, by: float = 1e-5) -> b
 class Choices:
     """What methods choose: heads that gain, sinks, image tokens that stay."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranking: tuple[str, ...] = RANKING) -> None:
+        self.ranking = ranking
         self.made: list[tuple[str, Tensor]] = []
 
     @contextmanager
@@ -69,16 +70,18 @@ class Choices:
             yield
         assert left == [], "the second run chose less often"
 
-    @staticmethod
     @contextmanager
-    def _instead(way: Callable[..., Tensor]) -> Iterator[None]:
+    def _instead(self, way: Callable[..., Tensor]) -> Iterator[None]:
         def of_library(name: str) -> Callable[..., Any]:
             """``Tensor.topk`` or ``Tensor.sort``, whose order is a choice where methods and plans rank heads or tokens."""
             rank, place = getattr(Tensor, name), {"topk": 1, "sort": 0}[name]
 
             def ranked(values: Tensor, *given: Any, **options: Any) -> Any:
                 found = rank(values, *given, **options)
-                if not sys._getframe(1).f_globals["__name__"].startswith(RANKING) or not values.is_floating_point():
+                if (
+                    not sys._getframe(1).f_globals["__name__"].startswith(self.ranking)
+                    or not values.is_floating_point()
+                ):
                     return found
                 index = way(name, lambda _: found.indices, values)
                 dim = options.get("dim", given[place] if len(given) > place else -1)
@@ -91,7 +94,12 @@ class Choices:
                 choose = getattr(owner, name)
 
                 def instead(*given: Any, name: str = name, choose: Callable[..., Tensor] = choose) -> Tensor:
-                    return way(name, choose, *given)
+                    if name != "top":
+                        return way(name, choose, *given)
+                    among = given[0].visual  # whatever other rows there are
+                    kept = torch.zeros_like(among)
+                    kept[among] = way(name, lambda *given: choose(*given)[among], *given)
+                    return kept
 
                 stack.enter_context(mock.patch.object(owner, name, instead))
             for name in ("topk", "sort"):
