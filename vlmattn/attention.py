@@ -107,7 +107,9 @@ def _run_apart(
     if isinstance(step, Step):
         phase = "decode" if queries == 1 else "prefill"
         step.request.ledger.add(("calls", phase, "split", str(module.layer_idx)))
-    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), NO_WEIGHTS if _wants_weights(step, module, kwargs) else None
+    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), NO_WEIGHTS if _wants_weights(
+        step, module, kwargs
+    ) else None
 
 
 def _wants_weights(step: Step | Steps | None, module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -252,7 +254,9 @@ def _attend(
     score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), dropout, **score)
     attended = None
-    if scope.step.base == "eager" and _wants_weights(scope.step, module, kwargs):  # as the bare model: sdpa has none to give
+    if scope.step.base == "eager" and _wants_weights(
+        scope.step, module, kwargs
+    ):  # as the bare model: sdpa has none to give
         attended = _weights_of(see, query, key, kwargs, edit)(0, query.shape[2]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), attended, backend
 

@@ -203,7 +203,9 @@ class Recipe:
             turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
             uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
             text_first=not preparing and not policies and not any(m.opens_text for m in bound),
-            edits_text=bool(preparing or policies or any(observing) or any(measured) or any(m.edits_text for m in bound)),
+            edits_text=bool(
+                preparing or policies or any(observing) or any(measured) or any(m.edits_text for m in bound)
+            ),
             texts=not any(m.needs_images for m in bound) and not pruners and not self.is_none,
             decoding=contrast,
             search=search,

@@ -114,7 +114,9 @@ def unwrap(model: _M) -> _M:
         model.__dict__.pop("vlmattn", None)
         WRAPPED.discard(handle)
         shared = any(other._text is handle._text for other in WRAPPED)
-        if not shared and handle._text._attn_implementation in attention.NAMES.values():  # the user may have set another
+        if (
+            not shared and handle._text._attn_implementation in attention.NAMES.values()
+        ):  # the user may have set another
             model.set_attn_implementation({"text_config": handle._base})
     return given
 
@@ -184,9 +186,7 @@ def _saved_recipe(given: Any) -> Recipe:
     found = beside(name, FILE_NAME) if name else None
     if found is None:
         which = f"'{name}' has none" if name else "this one is from no folder"
-        raise InputError(
-            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and {which}; {remedy}"
-        )
+        raise InputError(f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and {which}; {remedy}")
     return Recipe.from_pretrained(found.parent)
 
 
@@ -197,7 +197,9 @@ def _refuse_while_it_generates(*models: nn.Module) -> None:
         caller: Any = frame
         while caller is not None:
             if caller.f_code in running and caller.f_locals.get("self") is running[caller.f_code]:
-                raise StateError("the model is generating, and wrapping would change its answer; wrap it when that is done")
+                raise StateError(
+                    "the model is generating, and wrapping would change its answer; wrap it when that is done"
+                )
             caller = caller.f_back
 
 

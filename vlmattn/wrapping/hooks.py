@@ -80,7 +80,15 @@ def _before_model(
         now = handle.now
         cache = compat.cache_of(inputs)
         call = Call(
-            handle, model, now.acting, None, False, direct=True, outer=outer, ledger=now.ledger, given_cache=cache is not None
+            handle,
+            model,
+            now.acting,
+            None,
+            False,
+            direct=True,
+            outer=outer,
+            ledger=now.ledger,
+            given_cache=cache is not None,
         )
         if call.plan.acts and not torch.compiler.is_compiling() and not handle.enter("forward"):
             return args, kwargs  # unwrapped a moment ago, by another thread
@@ -208,7 +216,9 @@ def _read_before(
     """
     ids, filled = call.ids, "this cache was filled without vlmattn"
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start or handle.anatomy.leading:
-        raise StateError(f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache")
+        raise StateError(
+            f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache"
+        )
     ids = ids[:, :start].repeat_interleave(rows // len(ids), 0)
     types = handle._family.token_types(model, ids)
     if bool((types != TEXT).any()):

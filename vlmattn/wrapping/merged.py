@@ -209,7 +209,9 @@ class Merged:
                 output[name] = tuple(None if found is None else found[: self.rows] for found in output[name])
         if output.get("attentions") is not None:  # slots before the main prompt are padding for longer ones
             shift = self.longest - self.prompt
-            output["attentions"] = tuple(None if found is None else found[..., shift:] for found in output["attentions"])
+            output["attentions"] = tuple(
+                None if found is None else found[..., shift:] for found in output["attentions"]
+            )
 
 
 def forget_branches(cache: Any) -> None:
