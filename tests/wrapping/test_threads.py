@@ -186,7 +186,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "look": looked,
     "look, another recipe": lambda model: looked(model, "sofa"),
     "cost": counted,
-    "sinks": lambda model: find_sinks(model, [prompt("llava")]).dims,
+    "sinks": lambda model: find_sinks(model, [prompt("llava")], tau=2.0).dims,
 }
 
 

@@ -75,27 +75,25 @@ class Broken(Exception):
 def test_an_exception_keeps_no_model_alive_and_confuses_nobody(name, where):
     """Not even in the methods that watch the vision tower, which note the call while it runs."""
 
-    def call():
-        if where == "generate":
-            return answer(model, inputs)
-        return model(**inputs).logits
+    def call(model):
+        return answer(model, inputs) if where == "generate" else model(**inputs).logits
 
     inputs, other = prompt("llava"), vlmattn.wrap(build("llava", seed=5), "paint")
     model = vlmattn.wrap(build("llava"), name)
-    wanted, others = call(), other(**inputs).logits
+    wanted, others = call(model), other(**inputs).logits
     broken = (
         model.model.language_model.layers[2].mlp if where != "before the decoder" else model.model.multi_modal_projector
     )
     hook = broken.register_forward_hook(fail)
     for _ in range(2):
         with pytest.raises(Broken):
-            call()
+            call(model)
     assert torch.equal(other(**inputs).logits, others), "another model in the same thread"
     hook.remove()
-    assert torch.equal(call(), wanted)
+    assert torch.equal(call(model), wanted)
     hook = broken.register_forward_hook(fail)
     with pytest.raises(Broken):
-        call()
+        call(model)
     gone = weakref.ref(model)
     del model, broken, hook
     gc.collect()
