@@ -618,7 +618,7 @@ def _hook_projections(family: Family, model: PreTrainedModel) -> list[torch.util
         module, query, key = family.projections(layer)
         hooks += [
             module.register_forward_pre_hook(_before_attention, with_kwargs=True),
-            module.register_forward_hook(_after_attention),
+            module.register_forward_hook(_after_attention, always_call=True),
             query.register_forward_hook(partial(_add_direction, index, "query")),
             key.register_forward_hook(partial(_add_direction, index, "key")),
         ]
