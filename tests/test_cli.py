@@ -299,7 +299,7 @@ def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
         (["eval", "--out", "{tmp}/o", "--model", "{tmp}/bert"], ["model type 'bert'", "llava", "qwen2_5_vl"]),
         (["eval", "--out", "{tmp}/file/x"], ["cannot use", "file/x"]),
         (["ask", "{tmp}/none.png", "what?"], ["image not found", "none.png"]),
-        (["ask", "{tmp}/bad.json", "what?"], ["cannot read the image", "bad.json"]),
+        (["ask", "{tmp}/bad.json", "what?"], ["cannot read the picture", "bad.json"]),
         (["ask", "{picture}", "what?", "--preset", "{tmp}/recipe.yaml"], ["recipe.yaml", "var.keep", "0..1", "3"]),
         (["presets", "vhrr"], ["unknown preset 'vhrr'", "vhr"]),
         ([*TUNE, "--preset", "pai", "--grid", "alpa=.1"], ["unknown option of 'pai' 'alpa'", "alpha"]),

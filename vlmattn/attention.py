@@ -68,7 +68,8 @@ def _registered(base_name: str) -> Callable[..., Output]:
         if isinstance(step, Probe):
             key = key if step.past is None else torch.cat([step.past, key], 2)
             step.weights = _weights_of(Visibility(attention_mask), query, key, kwargs)
-            return torch.zeros_like(query).transpose(1, 2), None
+            batch, heads, queries, _ = query.shape
+            return query.new_zeros(batch, queries, heads, value.shape[-1]), None  # latent attention has short values
         base = _base(base_name, module)
         if isinstance(key, SplitStates) and isinstance(value, SplitStates):
             return _run_apart(base, step, module, query, key, value, attention_mask, kwargs)
@@ -243,6 +244,9 @@ def _attend(
 ) -> Labelled:
     """Attention with an edit."""
     label = base_label(scope.step.base)
+    if edit.shift is not None:
+        query, edit = edit.shifted(query)
+        label = f"{label}+shift"
     if edit.is_identity:
         return *base(module, query, key, value, mask, **kwargs), label
     if edit.only_head_gain:
@@ -271,7 +275,11 @@ def _weights_of(
     """Attention of a few query rows, computed when somebody asks."""
     score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     scale = _scale(query, kwargs)
-    return lambda start, stop: attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+
+    def weights(start: int, stop: int, edit: AttentionEdit = edit) -> Tensor:
+        return attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+
+    return weights
 
 
 def base_label(name: str) -> str:

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
 from torch import nn
+from transformers import __version__ as INSTALLED
 from transformers.generation.utils import GenerationMixin
 
 TESTED = ("5.17", "5.24")  # the oldest and the newest release that the suite is run on
@@ -49,22 +49,17 @@ def _name_of(module: nn.Module | None) -> str:
 
 def output_cache(output: Any) -> Any:
     """The key-value cache in the output of a forward; None without one."""
-    found = getattr(output, cache_name(), None)
-    return getattr(output, _NAMES[1], None) if found is None and cache_name() not in _fields(output) else found
+    return getattr(output, cache_name(), None)
 
 
 def set_output_cache(output: Any, cache: Any) -> None:
     """Another key-value cache in the output of a forward."""
-    setattr(output, cache_name() if cache_name() in _fields(output) else _NAMES[1], cache)
-
-
-def _fields(output: Any) -> Any:
-    return getattr(type(output), "__dataclass_fields__", ())
+    setattr(output, cache_name(), cache)
 
 
 def is_paged(cache: Any) -> bool:
-    """Whether this is the cache of continuous batching, whose sequences share one row."""
-    return cache is not None and any(kind.__name__ == "PagedAttentionCache" for kind in type(cache).__mro__)
+    """Whether this is the cache of continuous batching, whose sequences share one row: it is no stack of layers."""
+    return cache is not None and not hasattr(cache, "layers") and not hasattr(cache, "get_seq_length")
 
 
 def paged(inputs: Mapping[str, Any]) -> bool:
@@ -72,23 +67,18 @@ def paged(inputs: Mapping[str, Any]) -> bool:
     return any(is_paged(inputs.get(name)) for name in _NAMES)
 
 
-def version() -> tuple[int, ...]:
-    """The version of transformers that is installed, as numbers: (5, 24)."""
-    return _numbers(transformers.__version__)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
 def untested() -> str | None:
     """One line if the installed transformers is newer than any that the library was tested with, else None."""
-    if version() <= _numbers(TESTED[1]):
+    if _numbers(INSTALLED) <= _numbers(TESTED[1]):
         return None
     return (
-        f"transformers {transformers.__version__} is newer than {TESTED[1]}, the newest that this vlmattn was tested with;"
-        " 'vlmattn doctor' tries a wrapped answer"
+        f"transformers {INSTALLED} is newer than {TESTED[1]}, the newest that this vlmattn was tested with;"
+        " 'vlmattn doctor' tries wrapped answers"
     )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @functools.cache

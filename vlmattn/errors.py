@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import re
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 TORCHVISION_REMEDY = (
     "torchvision is installed but does not load beside this torch, and then transformers cannot load image models;"
@@ -13,8 +16,48 @@ TORCHVISION_REMEDY = (
 )
 
 
+_MESSAGE = 1_000  # letters of a message, whatever it quotes
+_QUOTED = 80  # letters of a name or a value that a message quotes
+
+
+def one_line(text: str, most: int = _MESSAGE) -> str:
+    """Text that may come from a user on one line of at most ``most`` letters; the middle is left out of longer ones.
+
+    Line breaks become spaces; control characters and halves of surrogate pairs, which terminals and files cannot take, become
+    U+FFFD.
+    """
+    if len(text) > most:
+        text = text[: most - most // 3 - 5] + " ... " + text[len(text) - most // 3 :]
+    text = re.sub(r"\s*[^\S ]\s*", " ", text)
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def quoted(value: Any, most: int = _QUOTED) -> str:
+    """A value of a user in a message, as ``repr`` shows it, but on one line of at most ``most`` letters however large it is."""
+    return one_line(_REPR.repr(value), most)
+
+
+class _Repr(reprlib.Repr):
+    """Bounded in time and memory, for values of every size and depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = _QUOTED
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 12, 12, 6
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write more than 4,300 digits
+        return repr(value) if value.bit_length() < 1_000 else f"a number of {value.bit_length()} bits"
+
+
+_REPR = _Repr()
+
+
 class VlmattnError(Exception):
-    """Base class of all errors raised on purpose."""
+    """Base class of all errors raised on purpose. The message is kept on one line of bounded length, whatever it quotes."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class OptionError(VlmattnError, ValueError):
@@ -28,15 +71,14 @@ class UnknownNameError(VlmattnError, KeyError):
     """A preset, method or suite that does not exist."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        known = sorted(known)
+        known, name = sorted(known), one_line(name, _QUOTED)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         few = known if len(known) <= _FEW else [*known[:_FEW], f"and {len(known) - _FEW} more"]
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(few)}"
-        self.message = f"unknown {kind} '{name}'; {hint}"
-        super().__init__(self.message)
+        super().__init__(f"unknown {kind} '{name}'; {hint}")
 
     def __str__(self) -> str:  # KeyError would show the repr
-        return self.message
+        return str(self.args[0])
 
 
 class UnsupportedError(VlmattnError):
@@ -49,6 +91,10 @@ class StateError(VlmattnError, RuntimeError):
 
 class InputError(VlmattnError, ValueError):
     """Inputs, files or images that cannot be used."""
+
+
+class FileError(InputError, OSError):
+    """What the system says of a file: it is not there, the disk is full, the folder cannot be written."""
 
 
 def torchvision_trouble() -> str | None:

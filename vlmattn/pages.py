@@ -5,14 +5,51 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vlmattn.errors import one_line
+
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+
+
+class Html(str):
+    """Text that is HTML already, made by this library."""
+
+
+def filled(template: str, parts: Mapping[str, Any]) -> str:
+    """A template with ``{{name}}`` replaced by the part of that name, in one pass: what a part holds is never a place itself.
+
+    Args:
+        parts: ``Html`` enters as it is, any other string as text, everything else as JSON for a ``<script>`` element.
+
+    Raises:
+        KeyError: a place without a part.
+    """
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: _entered(parts[place[1]]), template)
+
+
+def _entered(part: Any) -> str:
+    if isinstance(part, Html):
+        return part
+    if isinstance(part, str):
+        return html.escape(part)
+    # json writes ASCII; without these three letters nothing in it ends or begins an element or a comment
+    text = json.dumps(part, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def markdown_cell(text: str) -> str:
+    """Text of a user as one cell of a Markdown table, or within a line: no HTML, no markup, no other cell."""
+    cell = html.escape(one_line(text), quote=False)
+    cell = re.sub(r"[\\`*|~$]|\](?=[(\[])", r"\\\g<0>", cell)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", cell)  # var_official stays as it is
 
 
 def document(title: str, body: str) -> str:
@@ -26,9 +63,10 @@ def document(title: str, body: str) -> str:
 
 def figure(drawn: Any) -> str:
     """A matplotlib figure as SVG."""
-    text = io.StringIO()
-    drawn.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return f"<figure>{text.getvalue()[text.getvalue().index('<svg') :]}</figure>"
+    from vlmattn.drawing import svg
+
+    text = svg(drawn)
+    return f"<figure>{text[text.index('<svg') :]}</figure>"
 
 
 def image(picture: Any, longest: int = 336, least: int = 112) -> str:

@@ -14,15 +14,17 @@ import yaml
 
 from vlmattn.decoding import Branch, ContrastiveDecoding, Decoding, Gaze, Instead
 from vlmattn.decoding.search import LastLook, Search
-from vlmattn.errors import InputError, OptionError, UnknownNameError, UnsupportedError, VlmattnError
-from vlmattn.files import copy_whole, write_whole
+from vlmattn.errors import InputError, OptionError, UnknownNameError, UnsupportedError, VlmattnError, quoted
+from vlmattn.files import copy_whole, make_folder, path_text, write_whole
 from vlmattn.interventions import Intervention, Options, all_presets, make_method
 from vlmattn.interventions.pruning import KVPolicy, Pruning
 from vlmattn.interventions.registry import Sizes
 from vlmattn.request import Plan
+from vlmattn.texts import parse_data, read_text
 
 FILE_NAME = "vlmattn_config.json"
 _SCHEMA = 1
+_MOST = 2**20  # bytes of a recipe's file
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Recipe:
 
     ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+vcd"``), one that drops tokens
     with its budget (``"fastv@0.25"``: a quarter of the image tokens stays), ``"none"``, a
-    YAML or JSON file, a folder with ``vlmattn_config.json``, a method or a list of methods, a ``ContrastiveDecoding``.
+    YAML or JSON file, a folder with ``vlmattn_config.json``, a method, a ``ContrastiveDecoding``, a list of methods and
+    presets (``["pai", "vhr"]`` is ``"pai+vhr"``).
     """
 
     name: str
@@ -42,14 +45,18 @@ class Recipe:
     @property
     def methods(self) -> tuple[Options, ...]:
         """All methods that are data."""
-        edits = (*self.interventions, *self.pruning)
-        return (*edits, self.decoding) if isinstance(self.decoding, Options) else edits
+        return tuple(part for part in self._parts if isinstance(part, Options))
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the report calls the methods."""
+        return tuple(map(_name, self._parts))
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        """All methods, also a rule made by hand."""
         edits = (*self.interventions, *self.pruning)
-        return tuple(map(_name, edits if self.decoding is None else (*edits, self.decoding)))
+        return edits if self.decoding is None else (*edits, self.decoding)
 
     @property
     def is_none(self) -> bool:
@@ -99,20 +106,24 @@ class Recipe:
             return spec
         if isinstance(spec, _METHODS):
             return cls._with(_name(spec), [spec])
-        if isinstance(spec, str) and spec and not any(mark in spec for mark in (os.sep, ".yaml", ".yml", ".json")):
-            if "+" not in spec and spec not in all_presets() and Path(spec).is_dir():
+        if isinstance(spec, str) and not any(mark in spec for mark in (os.sep, ".yaml", ".yml", ".json")):
+            if not spec.strip():
+                raise OptionError("a recipe needs a name, and this one is empty; 'none' is the bare model")
+            if "+" not in spec and spec not in all_presets() and os.path.isdir(spec):
                 return cls.from_pretrained(spec)
             return cls._from_names(spec)
         if isinstance(spec, (str, os.PathLike)):
-            path = Path(spec)
-            return cls.from_pretrained(path) if path.is_dir() else cls.from_file(path)
+            return cls.from_pretrained(spec) if os.path.isdir(spec) else cls.from_file(spec)
+        got = type(spec).__name__
         if isinstance(spec, Iterable) and not isinstance(spec, (bytes, Mapping)):
-            methods = tuple(spec)
-            if all(isinstance(method, _METHODS) for method in methods):
-                return cls._with("+".join(map(_name, methods)) or "none", methods)
-        raise OptionError(
-            f"a recipe is a preset name, a file, a method or a list of methods; got {type(spec).__name__}"
-        )
+            parts = tuple(spec)
+            others = [part for part in parts if not isinstance(part, (*_METHODS, Recipe, str, os.PathLike))]
+            if not others:
+                recipes = [cls._parse(part) for part in parts]
+                methods = [method for recipe in recipes for method in recipe._parts]
+                return cls._with("+".join(recipe.name for recipe in recipes) or "none", methods)
+            got = f"{type(others[0]).__name__} in a list"
+        raise OptionError(f"a recipe is a preset name, a file, a method or a list of methods; got {got}")
 
     @classmethod
     def _from_names(cls, text: str) -> Recipe:
@@ -136,8 +147,13 @@ class Recipe:
         """
         contrast = self._contrast(sizes)
         search = self.decoding if isinstance(self.decoding, Search) else None
-        self._refuse(sizes, deciding=search is not None or contrast is not None)
         looks = frozenset({sizes.layers - 1}) if search else _watched(contrast, sizes)
+        self._refuse(sizes, deciding=search is not None or contrast is not None, looking=bool(looks))
+        if search is not None and sizes.window:
+            raise UnsupportedError(
+                f"a search needs full attention in every layer, and {sizes.family} has a sliding window of {sizes.window} tokens in"
+                f" some; use another decoding rule than '{_name(search)}', or num_beams=5"
+            )
         bound = [method.bind(sizes) for method in self.interventions]
         pruning = self._pruning(sizes, contrast)
         pruners = [found for found in dict.fromkeys(pruning) if found is not None]
@@ -158,12 +174,6 @@ class Recipe:
             )
 
         extending = [layers for m, layers in zip(bound, active, strict=True) if m.observes_generated]
-        directions = (
-            (layer, found)
-            for method, layers in zip(bound, active, strict=True)
-            for layer in sorted(layers)
-            if (found := method.directions(layer)) is not None
-        )
         policies = [m for m in bound if isinstance(m, KVPolicy)]
         preparing, observing = tuple(m for m in bound if _has(m, "prepare")), at("observe", active)
         evicting = self._evicting(policies, sizes)
@@ -198,7 +208,6 @@ class Recipe:
             else (),
             seeing=tuple(seeing),
             extending=frozenset().union(*extending),
-            directions=tuple(directions),
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
             turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
             uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
@@ -214,7 +223,7 @@ class Recipe:
             branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
         )
 
-    def _refuse(self, sizes: Sizes, deciding: bool) -> None:
+    def _refuse(self, sizes: Sizes, deciding: bool, looking: bool) -> None:
         """Raise ``UnsupportedError`` if the model's family cannot have one of the methods."""
         reasons = dict(sizes.refused)
         for method in (*self.interventions, *self.pruning):
@@ -222,7 +231,8 @@ class Recipe:
             reason = reasons.get(kind_of(method)) or (reasons.get("opening") if opening else None)
             if reason is not None:
                 raise UnsupportedError(f"'{method.info.name}' does not run on {sizes.family}: {reason}")
-        if deciding and (reason := reasons.get("decoding")) is not None:
+        reason = (reasons.get("decoding") if deciding else None) or (reasons.get("looking") if looking else None)
+        if reason is not None:
             raise UnsupportedError(f"'{_name(self.decoding)}' does not run on {sizes.family}: {reason}")
 
     def _pruning(self, sizes: Sizes, contrast: ContrastiveDecoding | None) -> tuple[Pruning | None, ...]:
@@ -329,7 +339,7 @@ class Recipe:
         ):
             raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
         if unknown := set(data) - {"schema", "name", *_KINDS}:
-            raise InputError(f"not a recipe: unknown key {', '.join(sorted(map(str, unknown)))}")
+            raise InputError(f"not a recipe: unknown key {', '.join(sorted(map(quoted, unknown))[:6])}")
         methods: list[Options] = []
         for kind, classes in _KINDS.items():
             given = data.get(kind)
@@ -344,36 +354,40 @@ class Recipe:
                     place = next(name for name, fitting in _KINDS.items() if isinstance(method, fitting))
                     raise InputError(f"not a recipe: '{method.info.name}' is in the wrong place; it goes to '{place}'")
                 methods.append(method)
-        return cls._with(str(data.get("name", "unnamed")), methods)
+        name = data.get("name", "unnamed")
+        if not isinstance(name, (str, int, float)):
+            raise InputError(f"not a recipe: its name must be text, got {quoted(name)}")
+        return cls._with(str(name), methods)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def to_yaml(self) -> str:
-        return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        return str(yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False))
 
     @classmethod
     def from_text(cls, text: str) -> Recipe:
-        """A recipe from JSON or YAML."""
-        try:
-            data = json.loads(text)  # not left to YAML, which takes 1e-5 for a word
-        except json.JSONDecodeError:
-            try:
-                data = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise InputError(f"not valid YAML or JSON: {' '.join(str(error).split())}") from None
-        return cls.from_dict(data)
+        """A recipe from JSON or YAML (``texts.parse_data`` says of which size and depth).
+
+        Raises:
+            InputError: neither, a key twice, or not a recipe.
+            OptionError: a value out of range. UnknownNameError: no such method or option.
+        """
+        return cls.from_dict(parse_data(text, "recipe"))
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Recipe:
+        """A recipe from a JSON or YAML file of at most a megabyte.
+
+        Raises:
+            InputError: it cannot be read, or as ``from_text``; names the file.
+        """
+        text, name = read_text(path, _MOST, "the recipe"), path_text(path)
+        data = parse_data(text, name)
         try:
-            return cls.from_text(Path(path).read_text())._at(Path(path).parent)
-        except OSError as error:
-            raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not a text file") from None
+            return cls.from_dict(data)._at(Path(path).parent)
         except VlmattnError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{name}: {error}") from None
 
     def _at(self, folder: Path) -> Recipe:
         """With the files that lie in ``folder`` named by their whole path."""
@@ -386,8 +400,7 @@ class Recipe:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``vlmattn_config.json`` into a model folder, where ``wrap(model)`` finds it again, and the files it names."""
         self.to_dict()  # what cannot be written is an error before anything is
-        target = Path(folder) / FILE_NAME
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = make_folder(folder) / FILE_NAME
         moved = []
         for method in self.interventions:
             named = {key: name for key, name in method.files.items() if getattr(method, key)}
@@ -400,8 +413,15 @@ class Recipe:
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Recipe:
         path = Path(folder) / FILE_NAME
         if not path.is_file():
-            raise InputError(f"{folder} has no {FILE_NAME}; save one with recipe.save_pretrained(folder)")
+            raise InputError(f"{path_text(folder)} has no {FILE_NAME}; save one with recipe.save_pretrained(folder)")
         return cls.from_file(path)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML without aliases, which are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

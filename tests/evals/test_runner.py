@@ -12,7 +12,7 @@ import torch
 from killing import kill_and_compare
 
 import vlmattn
-from vlmattn.errors import InputError, StateError
+from vlmattn.errors import StateError
 from vlmattn.evals.journal import Journal
 from vlmattn.evals.page import html_report
 from vlmattn.evals.processes import Processes
@@ -143,16 +143,7 @@ def test_cut_off_runs_lose_nothing_and_repeat_nothing(bundled, finished, tmp_pat
         assert again.summary[name] == result.summary[name]
 
 
-def test_a_damaged_line_in_the_middle_is_named(finished, tmp_path):
-    folder, _ = finished
-    settings = json.loads((folder / "settings.json").read_text())
-    lines = (folder / "journal.jsonl").read_text().splitlines()
-    lines[3] = lines[3][:20]
-    (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(InputError, match=r"journal\.jsonl:4: damaged line"):
-        Journal(tmp_path, settings, Processes())
-
-
+@pytest.mark.slow
 def test_killed_twice_in_two_processes_equals_one_that_was_left_alone(tmp_path):
     """The real thing, in small; ``python tests/evals/killing.py`` does it with 10,000 questions."""
     killed, whole = kill_and_compare(tmp_path, questions=240, batch=8)

@@ -171,11 +171,11 @@ def test_missing_and_broken_images_name_the_path(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "1.png")
     whole = (tmp_path / "1.png").read_bytes()
     (tmp_path / "0.png").write_bytes(whole[:40] + b"damage" + whole[46:])  # a picture's head on a damaged body
-    with pytest.raises(InputError, match=r"cannot read the image .*0\.png"):
+    with pytest.raises(InputError, match=r"cannot read the picture .*0\.png"):
         Pope.on_files([path], tmp_path).samples()[0].images()
     for i in range(2):
         (tmp_path / f"{i}.png").write_text("not a picture")
-    with pytest.raises(InputError, match=r"cannot read the image .*0\.png"):
+    with pytest.raises(InputError, match=r"cannot read the picture .*0\.png"):
         Pope.on_files([path], tmp_path).samples()[0].images()
     with pytest.raises(InputError, match=r"cannot read .*none\.json"):
         read_questions(tmp_path / "none.json")

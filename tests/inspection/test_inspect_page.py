@@ -137,7 +137,7 @@ def test_the_script_runs_and_nothing_sticks_out(seen, tmp_path, width, count):
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
         "--allow-file-access-from-files", "--virtual-time-budget=8000", "--dump-dom", "--window-size=1400,3000", page.as_uri(),
     ]  # fmt: skip
-    out = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    out = subprocess.run(command, capture_output=True, text=True, timeout=600).stdout
     ready, wide, canvases, charts = re.search(r"ready (\w+) wide (\d+) canvases (\d+) charts (\d+)", out).groups()
     assert ready == "yes"
     assert int(wide) <= width

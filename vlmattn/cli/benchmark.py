@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from vlmattn.cli.common import DType, app, console, errors, plain
 from vlmattn.errors import InputError, OptionError
 from vlmattn.evals.loading import check_dtype, load
+from vlmattn.files import make_folder
 
 Model = Annotated[
     str,
@@ -65,7 +67,7 @@ def bench(
         raise OptionError(f"--batch-size must be at least 1, got {batch_size}")
     if model in RANDOM_MODELS and (image or prompt is not None):
         raise OptionError(f"{model} has no tokenizer and makes its own prompt; leave out --image and --prompt")
-    if image is not None and not image.is_file():
+    if image is not None and not os.path.exists(image):
         raise InputError(f"image not found: {image}")
     check_dtype(dtype)
     place = find_device(device)
@@ -103,9 +105,9 @@ def find_device(name: str | None) -> str:
 def check_target(out: Path) -> None:
     """Raise before anything is measured if the file cannot be written."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; give another --out") from None
+        make_folder(out.parent)
+    except InputError as error:
+        raise InputError(f"{error}; or give another --out") from None
     if out.is_dir():
         raise InputError(f"cannot write {out}: it is a folder; give --out a file name")
 

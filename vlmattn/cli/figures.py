@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmattn.errors import InputError
-from vlmattn.files import write_whole
+from vlmattn.errors import InputError, one_line
+from vlmattn.files import make_folder, write_whole
 
 _DPI = 200
 
@@ -24,12 +24,13 @@ def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
     for title, figure in figures.items():
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=_DPI)
-        _write(folder / f"{re.sub(r'[^a-zA-Z0-9_-]', '_', title)}.png", data.getvalue(), "--png")
+        name = re.sub(r"[^a-zA-Z0-9_-]", "_", one_line(title, 100))
+        _write(folder / f"{name}.png", data.getvalue(), "--png")
 
 
 def _write(target: Path, content: bytes, option: str) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         write_whole(target, content)
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}; give another {option}") from None
+    except InputError as error:
+        raise InputError(f"{error}; or give another {option}") from None

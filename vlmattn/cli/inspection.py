@@ -97,14 +97,9 @@ def _page(sides: list[Side], pictures: list[Any], prompt: str, name: str, model:
 
 
 def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from vlmattn.pictures import open_picture
 
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(
-            f"cannot read the picture {path}: {getattr(error, 'strerror', None) or 'not an image'}"
-        ) from None
+    return open_picture(path)
 
 
 def _scene(number: int, visibility: str, seed: int) -> Any:

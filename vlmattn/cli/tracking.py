@@ -46,14 +46,18 @@ def track(
     ] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="When to take a keyframe: angular, azel, interval, pose. Default: angular; --demo: pose."),
+        typer.Option(
+            help="When to take a keyframe: angular, azel, released, interval, pose. Default: angular; --demo: pose."
+        ),
     ] = None,
-    degrees: Annotated[float | None, typer.Option(help="For angular, azel, pose: angle (10).")] = None,
+    degrees: Annotated[float | None, typer.Option(help="For angular, azel, released, pose: angle (10).")] = None,
     interval: Annotated[int | None, typer.Option(help="For interval: frames (50).")] = None,
     max_keyframes: Annotated[int, typer.Option(help="The map takes no more.")] = 20,
     every: Annotated[int, typer.Option(help="Take each n-th frame.")] = 1,
     rate: Annotated[float | None, typer.Option(help="Frames per second, where the source does not say (30).")] = None,
-    size: Annotated[int | None, typer.Option(help="Longer side in pixels; default: the network's, or 308.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Longer side in pixels; default: the network's, or 308.", min=1)
+    ] = None,
     masks: Annotated[
         Path | None, typer.Option(help="Folder of masks of an object, named as the frames; white is on it.")
     ] = None,
@@ -107,14 +111,22 @@ def _against(tracker: Tracker, real: Trajectory) -> tuple[str, Any]:
     from vlmattn.tracking.metrics import associate
 
     told = tracker.trajectory
+    if not real.ascending:
+        _note(
+            "the times of the truth repeat or go back (two runs in one file?); its poses are taken in the order of the file"
+        )
     try:
         here, there = associate(told.times, real.times)
         scored = {"tracked": score(told.poses[here], real.poses[there])}
     except InputError as error:  # the trajectory is written all the same
-        errors.print(f"note: not compared with the truth: {error}", style="yellow", highlight=False, soft_wrap=True)
+        _note(f"not compared with the truth: {error}")
         return "", None
     _show(f"{len(here)} of {len(told)} frames have a true pose", scored)
     return _html(scored), real.poses[there] if len(here) == len(told) else None
+
+
+def _note(text: str) -> None:
+    errors.print(f"note: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 
 def _check_targets(*targets: Path | None) -> None:
@@ -170,8 +182,8 @@ def _tracker(model: Any, rule: Rule, max_keyframes: int, cache_dtype: str) -> Tr
 
 def _follow(tracker: Tracker, source: Frames, size: int | None, masks: Path | None) -> tuple[list[Track], list[float]]:
     """Track all frames; the seconds that each took."""
+    from vlmattn.pictures import open_picture
     from vlmattn.tracking import fit
-    from vlmattn.tracking.frames import open_picture
 
     longest = size or getattr(getattr(tracker.model, "config", None), "image_size", _SIZE)
     multiple = tracker.adapter.multiple
@@ -233,7 +245,7 @@ def _demo(
     for line in speed:
         plain(line)
     if note := _gate():
-        errors.print(f"note: {note}", style="yellow", highlight=False, soft_wrap=True)
+        _note(note)
     write_tum(out.with_name("truth.txt"), Trajectory(tracker.trajectory.times, walk.poses))
     lines = "".join(f"<li>{line}</li>" for line in speed)
     extra = f"{_html({**live, **scored})}<h2>Speed</h2><ul>{lines}</ul>"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmattn.decoding.noise import Noise
 from vlmattn.decoding.rules import Contrast, Rule
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, quoted
 from vlmattn.interventions import Intervention, Options
 from vlmattn.interventions.registry import Sizes
 from vlmattn.kernels import AttentionEdit
@@ -78,24 +78,28 @@ class Branch:
     def __post_init__(self) -> None:
         where = f"branch '{self.name}'"
         if not (isinstance(self.name, str) and self.name):
-            raise OptionError(f"a branch needs a name, some text, got {self.name!r}")
+            raise OptionError(f"a branch needs a name, some text, got {quoted(self.name)}")
         if isinstance(self.image, type) or not (callable(self.image) or self.image in IMAGES):
             raise OptionError(
                 f"{where}: image must be one of {', '.join(IMAGES)}, a Noise or a function, got {_short(self.image)}"
             )
         says = callable(self.prompt) or isinstance(self.prompt, Instead) or self.prompt in ("same", "given")
         if isinstance(self.prompt, type) or not says:
-            raise OptionError(f"{where}: prompt must be same, given, Instead(...) or a function, got {self.prompt!r}")
+            raise OptionError(
+                f"{where}: prompt must be same, given, Instead(...) or a function, got {quoted(self.prompt)}"
+            )
         if isinstance(self.edits, list):
             object.__setattr__(self, "edits", tuple(self.edits))
         if self.edits not in ("inherit", "off") and not (
             isinstance(self.edits, tuple) and all(isinstance(method, Intervention) for method in self.edits)
         ):
-            raise OptionError(f"{where}: edits must be inherit, off or a list of methods, got {self.edits!r}")
+            raise OptionError(f"{where}: edits must be inherit, off or a list of methods, got {quoted(self.edits)}")
         if not isinstance(self.rope, (int, float)) or not 0 < self.rope < float("inf"):
-            raise OptionError(f"{where}: rope must be a positive factor, got {self.rope!r}")
+            raise OptionError(f"{where}: rope must be a positive factor, got {quoted(self.rope)}")
         if self.tokens is not None and not all(hasattr(self.tokens, name) for name in ("blank", "layers", "choose")):
-            raise OptionError(f"{where}: tokens must be a TokenChoice, as TopAttended is one, got {self.tokens!r}")
+            raise OptionError(
+                f"{where}: tokens must be a TokenChoice, as TopAttended is one, got {quoted(self.tokens)}"
+            )
         if self.tokens is not None and (self.image != "same" or self.prompt != "same" or self.rope != 1):
             raise OptionError(f"{where}: image tokens are chosen in the main prompt; image, prompt and rope must stay")
         if self.shares_prompt and isinstance(self.edits, tuple):
@@ -119,7 +123,7 @@ class Branch:
 
 
 def _short(value: object) -> str:
-    return repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    return quoted(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -144,17 +148,17 @@ class ContrastiveDecoding:
     def __post_init__(self) -> None:
         for name in ("branches", "layers"):
             if not isinstance(getattr(self, name), (tuple, list)):
-                raise OptionError(f"{name} must be a list, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} must be a list, got {quoted(getattr(self, name))}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not all(isinstance(branch, Branch) for branch in self.branches):
-            raise OptionError(f"branches must be Branch objects, got {self.branches!r}")
+            raise OptionError(f"branches must be Branch objects, got {quoted(self.branches)}")
         if not callable(self.rule):
-            raise OptionError(f"rule must be a function of (main, others, t), got {self.rule!r}")
+            raise OptionError(f"rule must be a function of (main, others, t), got {quoted(self.rule)}")
         names = [branch.name for branch in self.branches]
         if len(set(names)) < len(names):
             raise OptionError(f"branches need names of their own, got {', '.join(names)}")
         if not all(isinstance(layer, int) for layer in self.layers):
-            raise OptionError(f"layers must be whole numbers, got {self.layers!r}")
+            raise OptionError(f"layers must be whole numbers, got {quoted(self.layers)}")
         try:
             hash(self)  # recipes are looked up by what they are
         except TypeError as error:

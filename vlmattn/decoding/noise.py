@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, quoted
 
 STEPS = 1000
 
@@ -30,9 +30,9 @@ class Noise:
 
     def __post_init__(self) -> None:
         if not isinstance(self.step, int) or isinstance(self.step, bool) or not 0 <= self.step < STEPS:
-            raise OptionError(f"the noise step must be a whole number within 0..{STEPS - 1}, got {self.step!r}")
+            raise OptionError(f"the noise step must be a whole number within 0..{STEPS - 1}, got {quoted(self.step)}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
-            raise OptionError(f"the seed of the noise must be a whole number of 64 bits, got {self.seed!r}")
+            raise OptionError(f"the seed of the noise must be a whole number of 64 bits, got {quoted(self.seed)}")
 
     @property
     def coefficients(self) -> tuple[float, float]:

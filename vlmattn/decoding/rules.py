@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, quoted
 
 Rule = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
 """``rule(main, others, t)``: logits ``[row, position, vocabulary]`` in float32 of the main prompt and of everything beside
@@ -46,7 +46,7 @@ class Growth:
     def __post_init__(self) -> None:
         for name in ("rate", "cap"):
             if not isinstance(getattr(self, name), (int, float)) or not math.isfinite(getattr(self, name)):
-                raise OptionError(f"{name} of a Growth must be a finite number, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} of a Growth must be a finite number, got {quoted(getattr(self, name))}")
 
     def __call__(self, t: Tensor) -> Tensor:
         return torch.expm1(self.rate * t.float()).clamp(max=self.cap)
@@ -82,14 +82,16 @@ class Contrast:
         if not isinstance(self.weights, tuple) or not all(
             callable(w) or isinstance(w, (int, float)) for w in self.weights
         ):
-            raise OptionError(f"weights must be numbers or functions of t, one for each branch, got {self.weights!r}")
+            raise OptionError(
+                f"weights must be numbers or functions of t, one for each branch, got {quoted(self.weights)}"
+            )
         if self.space not in ("logits", "logprobs"):
-            raise OptionError(f"space must be logits or logprobs, got {self.space!r}")
+            raise OptionError(f"space must be logits or logprobs, got {quoted(self.space)}")
         for name in ("beta", "unsure_below"):
             if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) <= 1:
-                raise OptionError(f"{name} must be a number within 0..1, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} must be a number within 0..1, got {quoted(getattr(self, name))}")
         if any(not callable(w) and not math.isfinite(w) for w in self.weights):
-            raise OptionError(f"weights must be finite numbers or functions of t, got {self.weights!r}")
+            raise OptionError(f"weights must be finite numbers or functions of t, got {quoted(self.weights)}")
 
     @property
     def is_identity(self) -> bool:
@@ -133,7 +135,7 @@ class Mixture:
     def __post_init__(self) -> None:
         number = isinstance(self.temperature, (int, float))
         if self.space not in ("probs", "logits") or not (number and self.temperature > 0):
-            raise OptionError(f"a Mixture needs space probs or logits and a temperature above 0, got {self!r}")
+            raise OptionError(f"a Mixture needs space probs or logits and a temperature above 0, got {quoted(self)}")
 
     def __call__(self, main: Tensor, others: Sequence[Tensor], t: Tensor) -> Tensor:
         if self.space == "logits":

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, quoted
 from vlmattn.interventions.registry import Sizes, parse_layers
 
 
@@ -26,7 +26,7 @@ class TopAttended:
 
     def __post_init__(self) -> None:
         if not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
-            raise OptionError(f"the share of image tokens that stay must be within 0..1, got {self.share!r}")
+            raise OptionError(f"the share of image tokens that stay must be within 0..1, got {quoted(self.share)}")
 
     def layers(self, sizes: Sizes) -> tuple[int, ...]:
         found = parse_layers(self.within, sizes.layers, self.name)

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from vlmattn import compat
 from vlmattn.diffusion.gaze import gaze, rotated
 from vlmattn.diffusion.schedules import Constant, Schedule, counts_of, share_of
-from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
+from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError, quoted
 from vlmattn.request import Plan, Request, TokenMap, closed_up
 from vlmattn.wrapping.dropping import speak_original
 from vlmattn.wrapping.merged import REQUEST
@@ -71,7 +71,7 @@ def evicted(
             later turn.
     """
     if mode not in ("drop", "mask"):
-        raise OptionError(f"mode must be drop or mask, got {mode!r}")
+        raise OptionError(f"mode must be drop or mask, got {quoted(mode)}")
     if getattr(getattr(model, "config", None), "model_type", None) != "diffusion_gemma":
         raise UnsupportedError(
             f"evicted() knows diffusion_gemma models only, not {type(model).__name__}; see thinned()"
@@ -157,7 +157,7 @@ class _Eviction:
         acts = [index for index in range(self.layers) if min(self.shares(index)) < 1]
         if acts and not set(acts) & set(self.full):
             raise OptionError(
-                f"{keep_ratio!r} is about sliding layers only, which keep all their slots; layers with full attention:"
+                f"{quoted(keep_ratio)} is about sliding layers only, which keep all their slots; layers with full attention:"
                 f" {self.full}"
             )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, quoted
 from vlmattn.interventions.registry import MANY, parse_layers
 
 
@@ -21,7 +21,7 @@ class Schedule(Protocol):
 def _check(**shares: float) -> None:
     for name, value in shares.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise OptionError(f"{name} must be a share within 0..1, got {value!r}")
+            raise OptionError(f"{name} must be a share within 0..1, got {quoted(value)}")
 
 
 def share_of(schedule: Schedule, step: int, steps: int, layer: int, layers: int) -> float:
@@ -33,7 +33,7 @@ def share_of(schedule: Schedule, step: int, steps: int, layer: int, layers: int)
     share = schedule.keep(step, steps, layer, layers)
     if not 0 <= share <= 1:
         raise OptionError(
-            f"{schedule!r} says {share!r} for step {step} and layer {layer}; a share must lie within 0..1"
+            f"{quoted(schedule)} says {quoted(share)} for step {step} and layer {layer}; a share must lie within 0..1"
         )
     return share
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import datetime
 import platform
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vlmattn.evals.environment import hardware, versions
+from vlmattn.files import csv_text, make_folder, write_whole
 
 Row = dict[str, object]
 _UNITS = {"ms": 1e3, "mb": 1e-6}  # per second, per byte
@@ -141,13 +141,5 @@ def _status(field: str) -> int:
 
 def write_csv(path: Path, table: Sequence[Mapping[str, object]]) -> None:
     """Write the rows, whole or not at all; a column that a row does not have stays empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in table for name in row)))
-            writer.writeheader()
-            writer.writerows(table)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    make_folder(path.parent)
+    write_whole(path, csv_text(table))

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, quoted
 from vlmattn.inspection.measuring import INFO, only
 from vlmattn.interventions import Intervention, MethodInfo
 from vlmattn.kernels import AttentionEdit, HeadPart
@@ -25,7 +25,7 @@ Ablation = Literal["mean", "zero"]
 def check(ablation: str, batch_size: int) -> None:
     """Raise ``OptionError`` for another ablation, or less than one copy in a forward."""
     if ablation not in ("mean", "zero"):
-        raise OptionError(f"ablation must be 'mean' or 'zero', got {ablation!r}")
+        raise OptionError(f"ablation must be 'mean' or 'zero', got {quoted(ablation)}")
     if batch_size < 1:
         raise OptionError(f"batch_size must be at least 1, got {batch_size}")
 

@@ -34,14 +34,11 @@ def page(shown: Shown, title: str, top: int = 10) -> str:
         title: names the profile, or both.
         top: heads in a table.
     """
-    import matplotlib
-
     if isinstance(shown, (HeadProfile, SinkProfile)):
         facts = f"<p>{_facts(shown)}</p>"
     else:
         facts = f"<p><b>first</b>: {_facts(shown.first)}</p><p><b>second</b>: {_facts(shown.second)}</p>"
-    with matplotlib.rc_context({"svg.hashsalt": "vlmattn"}):  # the same page has the same bytes
-        drawn = "".join(map(pages.figure, figures(shown).values()))
+    drawn = "".join(map(pages.figure, figures(shown).values()))
     tables = "".join(map(_table, listings(shown, top)))
     return pages.document(
         f"vlmattn profile: {title}",
@@ -69,9 +66,10 @@ def figures(shown: Shown) -> dict[str, Any]:
 
 def _heads(table: Table, title: str, marked: Sequence[tuple[int, int]], signed: bool = False) -> Any:
     """A map of all heads, with frames around some."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
+
+    from vlmattn.drawing import Figure
 
     layers, heads = table.shape
     finite = table[np.isfinite(table)]
@@ -97,8 +95,9 @@ def _heads(table: Table, title: str, marked: Sequence[tuple[int, int]], signed: 
 
 def _sinks(profiles: Mapping[str, SinkProfile]) -> Any:
     """Primary and secondary sinks of each layer; the layers that sinks enter are shaded. A panel for each profile."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
+    from vlmattn.drawing import Figure
 
     drawn = Figure(figsize=(_WIDTH, 0.6 + 2.0 * len(profiles)), layout="constrained")
     axes = drawn.subplots(len(profiles), 1, sharex=True, sharey=True, squeeze=False)[:, 0]

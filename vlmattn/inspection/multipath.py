@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vlmattn import compat
-from vlmattn.errors import OptionError, UnsupportedError
+from vlmattn.errors import OptionError, UnsupportedError, quoted
 from vlmattn.inspection.sorting import chat_inputs
 from vlmattn.models import Family, find_family
 from vlmattn.wrapping import handle_of
@@ -159,19 +159,19 @@ def _check(
     caption_tokens: int,
 ) -> None:
     if isinstance(views, str) or not views or len(weights) != len(views):
-        raise OptionError(f"each view needs a weight; got {len(weights)} weights and the views {views!r}")
+        raise OptionError(f"each view needs a weight; got {len(weights)} weights and the views {quoted(views)}")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
         raise OptionError(f"weights must be from 0 on, and not all 0, got {tuple(weights)}")
     words = [] if isinstance(answers, str) else [answer.strip().casefold() for answer in answers]
     if len(set(words)) < max(2, len(words)) or "" in words:
-        raise OptionError(f'answers must be at least two different words, as in ("yes", "no"), got {answers!r}')
+        raise OptionError(f'answers must be at least two different words, as in ("yes", "no"), got {quoted(answers)}')
     for name, number in (
         ("first_tokens", first_tokens),
         ("max_new_tokens", max_new_tokens),
         ("caption_tokens", caption_tokens),
     ):
         if type(number) is not int or number < 1:
-            raise OptionError(f"{name} must be a whole number from 1 on, got {number!r}")
+            raise OptionError(f"{name} must be a whole number from 1 on, got {quoted(number)}")
     if not 0 <= min_probability < 1:
         raise OptionError(f"min_probability must be within 0..1, got {min_probability}")
     if not (math.isfinite(temperature) and temperature >= 0):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,18 +78,20 @@ def inspect_page(
         for side in sides
         for note in side.trace.notes
     )
-    body = (_HERE / "page.html").read_text()
-    for name, value in {
-        "question": html.escape(question),
-        "notes": notes,
+    parts = {
+        "question": question,
+        "notes": pages.Html(notes),
         "heads": heads,
-        "facts": rows,
-        "style": (_HERE / "page.css").read_text(),
-        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/"),
-        "script": (_HERE / "page.js").read_text(),
-    }.items():
-        body = body.replace(f"{{{{{name}}}}}", value)
-    return pages.document(f"vlmattn inspect: {question}", body)
+        "facts": pages.Html(rows),
+        "style": pages.Html(_own("page.css")),
+        "data": data,
+        "script": pages.Html(_own("page.js")),
+    }
+    return pages.document(f"vlmattn inspect: {question}", pages.filled(_own("page.html"), parts))
+
+
+def _own(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
 
 
 def _side(side: Side, tau: float) -> dict[str, Any]:

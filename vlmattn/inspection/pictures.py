@@ -66,7 +66,7 @@ def sink_maps(trace: Trace, picture: Any, image: int = 0) -> Any:
 
 def head_map(trace: Trace, step: int) -> Any:
     """How much of its attention each head has on the images at one answer token: layers x heads."""
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     table = group_masses(trace).pick(step=step, group=GROUPS.index("image")).values
     drawn = Figure(figsize=(4.2, min(max(4.0 * len(table) / table.shape[1], 2.4), 6)), layout="constrained")
@@ -83,7 +83,7 @@ def head_map(trace: Trace, step: int) -> Any:
 
 def group_lines(trace: Trace) -> Any:
     """Mass on each kind of token through the layers (mean over the answer), and through the answer (mean over layers)."""
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     masses = group_masses(trace).mean("head")
     drawn = Figure(figsize=(8, 2.8), layout="constrained")
@@ -105,7 +105,7 @@ def group_lines(trace: Trace) -> Any:
 
 def likely_bars(sides: Sequence[Side]) -> Any:
     """Log-probability of each token of each answer, under every recipe."""
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     longest = max(len(side.trace.answer) for side in sides)
     drawn = Figure(figsize=(3.6 * len(sides), 1.2 + 0.26 * longest), layout="constrained")
@@ -134,7 +134,7 @@ def _over(
     picture: Any, pieces: Sequence[Piece], values: Sequence[Sequence[Tensor]], titles: Sequence[str], title: str
 ) -> Any:
     """A panel for each entry of ``values``: the picture under the maps of its pieces."""
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     columns = min(_COLUMNS, len(values))
     rows = -(-len(values) // columns)
@@ -155,7 +155,7 @@ def _over(
             )  # fmt: skip
         axis.set_xlim(0, 1)
         axis.set_ylim(1, 0)
-        axis.set_title(name, fontsize=8, parse_math=False)
-    drawn.suptitle(title, fontsize=10, parse_math=False)
+        axis.set_title(name, fontsize=8)
+    drawn.suptitle(title, fontsize=10)
     drawn.colorbar(seen, ax=axes, fraction=0.03, pad=0.01).outline.set_visible(False)
     return drawn

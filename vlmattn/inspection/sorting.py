@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.errors import InputError, OptionError
+from vlmattn.errors import InputError, OptionError, quoted
 from vlmattn.inspection.maps import last_row
 from vlmattn.inspection.measuring import prepared_one
 from vlmattn.models import Family, find_family, marks_of
@@ -85,7 +85,7 @@ def sort_context(
         UnsupportedError: a family or an attention implementation that is not supported.
     """
     if type(iterations) is not int or iterations < 1:
-        raise OptionError(f"iterations must be a whole number from 1 on, got {iterations!r}")
+        raise OptionError(f"iterations must be a whole number from 1 on, got {quoted(iterations)}")
     family, content = find_family(model), _content(messages)
     chosen = default_units(content) if units is None else _checked(units, len(content))
     if len(chosen) < 2:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmattn.errors import InputError
+from vlmattn.files import file_errors, path_text, reading
 from vlmattn.inspection.named import Named
 from vlmattn.models import Piece
+from vlmattn.texts import read_json
 
 GROUPS = ("system", "image", "question", "answer")
 """Kinds of tokens: what the chat template writes (and text before the user's), image tokens, the user's text, the answer."""
@@ -111,18 +112,23 @@ class Trace:
             InputError: the folder exists.
         """
         target, partial = begin(folder)
-        for row, attention in self.rows.items():
-            write_row(partial, row, attention)
-        return self.finish(target, partial)
+        try:
+            for row, attention in self.rows.items():
+                write_row(partial, row, attention)
+            return self.finish(target, partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def finish(self, target: Path, partial: Path) -> Path:
         """Write all but the rows, and give the folder its name."""
         facts = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in _TENSORS}
         facts["pieces"] = [[piece.to_dict() for piece in pieces] for pieces in self.pieces]
-        (partial / _FACTS).write_text(json.dumps(facts))
         states = {name: getattr(self, name).contiguous() for name in _STREAM}
-        save_file(states | {f"gains.{row}": gain for row, gain in self.gains.items()}, partial / _STATES)
-        partial.rename(target)
+        with file_errors("write", target):
+            (partial / _FACTS).write_text(json.dumps(facts))
+            save_file(states | {f"gains.{row}": gain for row, gain in self.gains.items()}, partial / _STATES)
+            partial.rename(target)
         return target
 
     @classmethod
@@ -134,7 +140,9 @@ class Trace:
         """
         source = Path(folder)
         try:
-            facts, states = json.loads((source / _FACTS).read_text()), load_file(source / _STATES)
+            facts = read_json(source / _FACTS)
+            with reading(source / _STATES):
+                states = load_file(source / _STATES)
             pieces = tuple(tuple(Piece.from_dict(piece) for piece in of_image) for of_image in facts.pop("pieces"))
             gains = {int(name.split(".")[1]): states.pop(name) for name in list(states) if name.startswith("gains.")}
             return cls(
@@ -144,9 +152,9 @@ class Trace:
                 gains=gains,
                 **states,
             )
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise InputError(
-                f"{source} holds no trace ({error}); look(..., folder=...) and Trace.save write one"
+                f"{path_text(source)} holds no trace ({error}); look(..., folder=...) and Trace.save write one"
             ) from None
 
 
@@ -161,7 +169,8 @@ class Rows(Mapping[int, Tensor]):
         self._files = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("row-*.safetensors"))}
 
     def __getitem__(self, row: int) -> Tensor:
-        found: Tensor = load_file(self._files[row])["attention"]
+        with reading(self._files[row]):
+            found: Tensor = load_file(self._files[row])["attention"]
         return found
 
     def __iter__(self) -> Iterator[int]:
@@ -179,16 +188,18 @@ def begin(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """
     target = Path(folder)
     partial = target.with_name(target.name + ".partial")
-    if target.exists():
-        raise InputError(f"{target} exists; give a new folder for the trace")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with file_errors("make the folder", target):
+        if target.exists():
+            raise InputError(f"{path_text(target)} exists; give a new folder for the trace")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     return target, partial
 
 
 def write_row(folder: Path, row: int, attention: Tensor) -> None:
     """Write the attention of one row."""
-    save_file({"attention": attention.contiguous()}, folder / f"row-{row:06}.safetensors")
+    with file_errors("write", folder):
+        save_file({"attention": attention.contiguous()}, folder / f"row-{row:06}.safetensors")
 
 
 def _frozen(value: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions.registry import MANY, Options, Sizes, option, parse_layers
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Directions, Preparation, Scope, Sight, Weights
+from vlmattn.request import Preparation, Scope, Sight, Weights
 
 #: Kinds of edges, named row first: which text rows and image rows see which keys that come later or earlier.
 EDGES = ("image-same image", "image-other image", "image-text", "text-image", "text-text", "between documents")
@@ -79,10 +79,6 @@ class Intervention(Options):
     def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
         """Layers of the vision tower that ``encoded`` looks at."""
         return ()
-
-    def directions(self, layer: int) -> Directions | None:
-        """What to add to the query and key projections of a layer, before the rotation."""
-        return None
 
     def prepare(self, preparation: Preparation) -> None:
         """Before the prompt is read: run the decoder on other inputs, if the method needs to."""

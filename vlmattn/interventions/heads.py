@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +15,7 @@ from vlmattn.errors import OptionError
 from vlmattn.files import beside
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.profiles import HeadProfile
-from vlmattn.interventions.registry import Sizes, option, parse_layers, register
+from vlmattn.interventions.registry import Sizes, option, parse_heads, parse_layers, register
 from vlmattn.kernels import AttentionEdit, HeadPart, MaskPart, Rows
 from vlmattn.request import Scope
 
@@ -73,7 +72,7 @@ class Heads(Intervention):
 
     def bind(self, sizes: Sizes) -> Heads:
         mean, path = self.operation == "block" and self.ablation == "mean", self.profile
-        chosen = _pairs(self.heads) or (self._drawn(sizes) if self.score == "random" else ())
+        chosen = parse_heads(self.heads, "heads.heads") or (self._drawn(sizes) if self.score == "random" else ())
         if not path and (mean or not chosen):
             path = str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
         if not path and (mean or not chosen):
@@ -105,7 +104,7 @@ class Heads(Intervention):
 
     def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
         inside = parse_layers(self.layers, sizes.layers, "heads.layers")
-        found = tuple(sorted({layer for layer, _ in _pairs(self.heads)} & set(inside)))
+        found = tuple(sorted({layer for layer, _ in parse_heads(self.heads, "heads.heads")} & set(inside)))
         if not found:
             raise OptionError(f"heads.layers '{self.layers}' has none of the heads {self.heads}")
         return found
@@ -118,7 +117,7 @@ class Heads(Intervention):
         return frozenset({"text-image"} if self.operation == "cut" else ())
 
     def edit(self, scope: Scope) -> AttentionEdit:
-        mine = [head for layer, head in _pairs(self.heads) if layer == scope.layer]
+        mine = [head for layer, head in parse_heads(self.heads, "heads.heads") if layer == scope.layer]
         rows = None if self.rows == "all" else scope.rows_after_image()
         scope.count("heads", len(mine))
         if self.operation == "cut":
@@ -151,17 +150,10 @@ class Heads(Intervention):
 def _load(path: str) -> HeadProfile:
     try:
         return _load_version(path, os.stat(path).st_mtime_ns)
-    except OSError:
+    except (OSError, ValueError):
         return HeadProfile.load(path)  # says what is wrong
 
 
 @lru_cache(maxsize=8)
 def _load_version(path: str, changed: int) -> HeadProfile:
     return HeadProfile.load(path)
-
-
-def _pairs(text: str) -> tuple[tuple[int, int], ...]:
-    """``"12.3,14.7"`` as (layer, head) pairs."""
-    if text and not re.fullmatch(r"\s*\d+\.\d+\s*(,\s*\d+\.\d+\s*)*", text):
-        raise OptionError(f"heads.heads must look like '12.3,14.7' (layer.head), got '{text}'")
-    return tuple((int(a), int(b)) for a, b in (pair.split(".") for pair in text.split(",") if pair.strip()))

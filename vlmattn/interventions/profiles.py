@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.files import write_whole
+from vlmattn.files import make_folder, path_text, write_whole
 from vlmattn.interventions.registry import Sizes
+from vlmattn.texts import parse_json, read_text
 
 _P = TypeVar("_P", bound="_Profile")
 
@@ -39,7 +40,7 @@ class _Profile:
         target = Path(path)
         if target.suffix != ".json":
             target = target / self.FILE_NAME
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in dataclasses.asdict(self).items())
         write_whole(target, "{\n" + rows + "\n}\n")  # a fact per line: with indents, a line per number
         return target
@@ -52,7 +53,7 @@ class _Profile:
             InputError: no such file, or not a profile of this kind.
         """
         source = Path(path)
-        if source.is_dir():
+        if os.path.isdir(source):
             source = source / cls.FILE_NAME
         return cls._made(_read(source, cls.__name__), source)
 
@@ -60,11 +61,16 @@ class _Profile:
     def _made(cls: type[_P], data: Any, source: Path) -> _P:
         names = {spec.name for spec in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or not isinstance(data.get("fingerprint"), str) or set(data) - names:
-            raise InputError(f"{source}: not a {cls.__name__}")
+            raise InputError(f"{path_text(source)}: not a {cls.__name__}")
         try:
-            return cls(**{key: _frozen(value) for key, value in data.items()})
+            made = cls(**{key: _frozen(value) for key, value in data.items()})
+            if not isinstance(made.source, str) or not all(isinstance(text, str) for text in made.prompts):
+                raise ValueError("source and prompts must be text")
+            if type(made.seed) is not int:
+                raise ValueError("seed must be a whole number")
+            return made
         except (TypeError, ValueError) as error:
-            raise InputError(f"{source}: not a {cls.__name__}: {error}") from None
+            raise InputError(f"{path_text(source)}: not a {cls.__name__}: {error}") from None
 
     def check(self, sizes: Sizes, where: str) -> None:
         """Raise ``OptionError`` if this was measured on a model of other sizes."""
@@ -94,11 +100,11 @@ class SinkProfile(_Profile):
     levels: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not all(isinstance(d, int) for d in self.dims) or not self.tau > 0:
+        if not all(type(d) is int and 0 <= d < 2**31 for d in self.dims) or not (_is_number(self.tau) and self.tau > 0):
             raise ValueError("dims must be whole numbers and tau positive")
-        if len(self.layers) != 2 or not all(isinstance(n, int) for n in self.layers):
+        if len(self.layers) != 2 or not all(type(n) is int and _is_number(n) for n in self.layers):
             raise ValueError("layers must be two whole numbers")
-        if any(len(level) != 2 or not all(isinstance(n, (int, float)) for n in level) for level in self.levels):
+        if any(len(level) != 2 or not all(map(_is_number, level)) for level in self.levels):
             raise ValueError("levels must be two numbers for each layer")
 
 
@@ -121,8 +127,22 @@ class HeadProfile(_Profile):
         rows = [row for table in self.scores.values() for row in table]
         if len({len(row) for row in rows}) != 1 or len({len(table) for table in self.scores.values()}) != 1:
             raise ValueError("scores must be one number for each layer and head")
-        if not all(isinstance(value, (int, float)) for row in rows for value in row):
+        if not all(_is_number(value) for row in rows for value in row):
             raise ValueError("scores must be numbers")
+        ragged = (
+            len({len(table) for table in self.means}) > 1
+            or len({len(row) for heads in self.means for row in heads}) > 1
+        )
+        if ragged or not all(_is_number(value) for heads in self.means for row in heads for value in row):
+            raise ValueError("means must be numbers, by layer, head and dimension")
+
+    def check(self, sizes: Sizes, where: str) -> None:
+        super().check(sizes, where)
+        shapes = {(len(table), len(table[0])) for table in (*self.scores.values(), self.means) if table}
+        if shapes - {(sizes.layers, sizes.heads)}:
+            raise OptionError(
+                f"{where}: this HeadProfile is damaged (not {sizes.layers} layers of {sizes.heads} heads); measure it again"
+            )
 
     def merged(self, other: HeadProfile) -> HeadProfile:
         """This profile and another of the same model as one; of scores and means that both have, those of ``other``.
@@ -155,11 +175,12 @@ def load_profile(path: str | os.PathLike[str]) -> HeadProfile | SinkProfile:
         InputError: no such file, not a profile, a folder with no profile or with one of each kind.
     """
     source = Path(path)
-    if source.is_dir():
+    if os.path.isdir(source):
         kinds = (HeadProfile, SinkProfile)
         found = [source / kind.FILE_NAME for kind in kinds if (source / kind.FILE_NAME).is_file()]
         if len(found) > 1:
-            raise InputError(f"{source} holds two profiles; name one of them: {found[0]} or {found[1]}")
+            one, other = (kind.FILE_NAME for kind in kinds)
+            raise InputError(f"{path_text(source)} holds two profiles; name one of them: {one} or {other} in it")
         source = found[0] if found else source / HeadProfile.FILE_NAME
     data = _read(source, "profile")
     kind = SinkProfile if isinstance(data, Mapping) and "dims" in data else HeadProfile
@@ -168,12 +189,15 @@ def load_profile(path: str | os.PathLike[str]) -> HeadProfile | SinkProfile:
 
 def _read(source: Path, what: str) -> Any:
     """The JSON in a file."""
+    text = read_text(source, what="the profile")
     try:
-        return json.loads(source.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read the profile {source}: {error.strerror}") from None
-    except ValueError:  # also bytes that are no text
-        raise InputError(f"{source}: not a {what} (not JSON)") from None
+        return parse_json(text, "JSON")
+    except InputError as error:
+        raise InputError(f"{path_text(source)}: not a {what} ({error})") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _frozen(value: Any) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from vlmattn.errors import OptionError, UnknownNameError
+from vlmattn.errors import OptionError, UnknownNameError, quoted
 
 
 class Sizes(Protocol):
@@ -115,21 +114,21 @@ class Options:
         default = spec.default
         if isinstance(default, (bool, str)):
             if not isinstance(value, type(default)):
-                raise OptionError(f"{where} must be of type {type(default).__name__}, got {value!r}")
+                raise OptionError(f"{where} must be of type {type(default).__name__}, got {quoted(value)}")
             if spec.metadata["choices"] and value not in spec.metadata["choices"]:
-                raise OptionError(f"{where} must be one of {', '.join(spec.metadata['choices'])}; got {value!r}")
+                raise OptionError(f"{where} must be one of {', '.join(spec.metadata['choices'])}; got {quoted(value)}")
         elif isinstance(default, tuple):
             fractions = any(isinstance(item, float) for item in default)
             kinds, what = ((int, float), "positive numbers") if fractions else ((int,), "whole numbers from 0 on")
-            if not isinstance(value, tuple) or any(type(item) not in kinds or item < 0 for item in value):
-                raise OptionError(f"{where} must be a list of {what}, got {value!r}")
+            if not isinstance(value, tuple) or any(type(i) not in kinds or not 0 <= i < 2**31 for i in value):
+                raise OptionError(f"{where} must be a list of {what}, got {quoted(value)}")
         elif isinstance(default, (int, float)):
             low, high = spec.metadata["low"], spec.metadata["high"]
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if type(default) is int and type(value) is not int:
-                raise OptionError(f"{where} must be a whole number, got {value!r}")
-            if not number or not low <= value <= high:
-                raise OptionError(f"{where} must be a number within {low}..{high}, got {value!r}")
+                raise OptionError(f"{where} must be a whole number, got {quoted(value)}")
+            if not number or not low <= value <= high:  # no comparison with nan holds
+                raise OptionError(f"{where} must be a number within {low}..{high}, got {quoted(value)}")
 
     def at(self, share: float) -> Options:
         """This method with a budget: the share of the image tokens that it keeps (in its first stage, if there are several).
@@ -181,6 +180,15 @@ def _layer_number(text: str, count: int) -> int | None:
     if (share := re.fullmatch(r"(\d+)/(\d+)([+-]\d+)?", text)) is not None:
         return int(share[1]) * count // int(share[2]) + int(share[3] or 0)
     return int(text)
+
+
+def parse_heads(spec: str, name: str, what: str = "layer.head") -> tuple[tuple[int, int], ...]:
+    """``"12.3,14.7"`` as (layer, head) pairs; none for no text. ``name`` is the option's, ``what`` the form, for errors."""
+    if spec and not re.fullmatch(r"\s*\d{1,9}\.\d{1,9}\s*(,\s*\d{1,9}\.\d{1,9}\s*)*", spec):
+        raise OptionError(f"{name} must look like '12.3,14.7' ({what}), got {quoted(spec)}")
+    return tuple(
+        (int(layer), int(head)) for layer, head in (pair.split(".") for pair in spec.split(",") if pair.strip())
+    )
 
 
 _METHODS: dict[str, type[Options]] = {}

@@ -16,8 +16,8 @@ from vlmattn.request import Preparation, Scope
 @register(
     "vhr",
     paper="arXiv:2412.13949 (ACL 2025)",
-    code="not available",
-    faithful="paper text",
+    code="github.com/jinghan1he/VHR (not read)",
+    faithful="paper text (Eq. 4, 6, 7)",
     parts="head gain",
     cost="prefill: the text tokens go through the decoder once more; decode: one multiplication",
     presets={"vhr": ("paper constants for LLaVA-1.5", {})},

@@ -9,7 +9,6 @@ AMD gfx942 have them. Nothing here says how fast a kernel is. Needs triton, in a
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vlmattn.files import csv_text, write_whole
 from vlmattn.kernels import triton_decode
 from vlmattn.kernels.triton_kernels import split_kernel
 
@@ -160,12 +160,7 @@ def main() -> None:
     for row in report():
         rows.append({**row, "triton": triton.__version__})
         print(" ".join(f"{name}={value}" for name, value in row.items()), file=sys.stderr)
-    partial = options.out.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(options.out)
+    write_whole(options.out, csv_text(rows))
 
 
 if __name__ == "__main__":

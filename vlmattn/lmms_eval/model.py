@@ -22,6 +22,7 @@ from vlmattn.evals.prompts import decode, encode_chats, generate
 from vlmattn.evals.runner import refuse_missing
 from vlmattn.evals.suites.files import read_image
 from vlmattn.lmms_eval.generation import cut, options_of, stops_of
+from vlmattn.pictures import upright
 from vlmattn.recipe import Recipe
 from vlmattn.wrapping import handle_of
 
@@ -163,7 +164,7 @@ class Vlmattn(lmms):
 def _picture(image: Any) -> Image.Image:
     """A picture of a task: an image or its path."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return upright(image)
     if isinstance(image, (str, Path)):
         return read_image(Path(image))
     raise InputError(f"an image of a task must be a PIL image or a path, got {type(image).__name__}")

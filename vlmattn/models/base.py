@@ -91,7 +91,8 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
-    #: Kinds of methods (``KINDS``, or "opening" for masks that open edges) that the family cannot have, and why.
+    #: Kinds of methods (``KINDS``, "opening" for masks that open edges, or "looking" for decoding methods that are guided by
+    #: attention) that the family cannot have, and why.
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""
@@ -285,17 +286,6 @@ class Family:
     def norm(self, model: PreTrainedModel) -> nn.Module:
         """The norm before the head."""
         return self.decoder(model).norm  # type: ignore[return-value]
-
-    def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Attention module of a decoder layer, its query and its key projection (before any norm and the rotation).
-
-        Raises:
-            UnsupportedError: queries and keys do not come from a projection each.
-        """
-        attn: Any = self.attention(layer)
-        if not hasattr(attn, "q_proj") or not hasattr(attn, "k_proj"):
-            raise UnsupportedError(f"{type(attn).__name__} has no query and key projections to add directions to")
-        return attn, attn.q_proj, attn.k_proj
 
     def tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The vision tower, where each image token of the prompt is one of its tokens (or a few); None = it is not looked at."""

@@ -52,7 +52,7 @@ class Step:
             observe generated tokens too.
         sight: what was seen of each encoded image in the vision tower.
         seen: what one query row sees of so many keys, as the last layer had it.
-        order: which encoded image each image of the prompt is (beams repeat them); None = one after another.
+        order: which encoded image each image of the prompt is (beams repeat them); None = by the rows they are in.
         rows: prompt rows that are still there; None = all.
         rotary: makes cosines and sines, for methods that count positions anew.
         masks: the mask in original slots as the last layer had it, and in the slots of this view.
@@ -316,6 +316,7 @@ class HeadSplit:
         sinks, window: the others keep the first ``sinks`` real tokens of each sequence and its last ``window``.
         tokens: real tokens of each sequence so far.
         compensate: they also keep the mean of what they let go.
+        late: a new token sees the whole window that was kept, and itself; else the window that ends in it.
     """
 
     full: tuple[int, ...]
@@ -323,6 +324,7 @@ class HeadSplit:
     window: tuple[int, ...]
     tokens: tuple[int, ...]
     compensate: bool
+    late: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from vlmattn.tracking.bundled import load
 from vlmattn.tracking.files import Trajectory, read_tum, write_ply, write_tum
 from vlmattn.tracking.frames import Frames, fit
 from vlmattn.tracking.gauge import Similarity, align
-from vlmattn.tracking.keyframes import Angular, Azel, Interval, PoseChange, Rule, Sight
+from vlmattn.tracking.keyframes import Angular, Azel, Interval, PoseChange, Released, Rule, Sight
 from vlmattn.tracking.models import Adapter, Views, find_adapter, register_adapter
 from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig
 from vlmattn.tracking.tracker import Map, Mapped, Track, Tracker
@@ -20,6 +20,7 @@ __all__ = [
     "MultiViewNetwork",
     "NetworkConfig",
     "PoseChange",
+    "Released",
     "Rule",
     "Sight",
     "Similarity",

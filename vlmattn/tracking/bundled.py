@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlmattn.errors import InputError
-from vlmattn.files import write_whole
+from vlmattn.files import make_folder, write_whole, written_whole
 from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig
 
 FOLDER = Path(__file__).parent / "tiny-rooms"
@@ -45,8 +45,7 @@ def figures() -> dict[str, Any]:
 def save(network: MultiViewNetwork, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
     """Write ``config.json`` and ``model.safetensors``."""
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     write_whole(place / "config.json", json.dumps(network.config.as_dict(), indent=2) + "\n")
-    partial = place / "model.safetensors.partial"
-    save_file({name: value.to(dtype).contiguous() for name, value in network.state_dict().items()}, partial)
-    partial.replace(place / "model.safetensors")
+    with written_whole(place / "model.safetensors") as partial:
+        save_file({name: value.to(dtype).contiguous() for name, value in network.state_dict().items()}, partial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 
 from vlmattn.errors import InputError
 from vlmattn.files import write_whole
-from vlmattn.tracking.metrics import Array
+from vlmattn.texts import lines_of, read_text
+from vlmattn.tracking.metrics import FARTHEST, Array, checked_poses, numbers_of
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,25 @@ class Trajectory:
     Attributes:
         times: seconds, ``[n]``.
         poses: camera to world, OpenCV axes, ``[n, 4, 4]``.
+
+    Raises:
+        InputError: other shapes or types, NaN, or another number of times than of poses.
     """
 
     times: Array
     poses: Array
+
+    def __post_init__(self) -> None:
+        times, poses = numbers_of(self.times, "times"), checked_poses(self.poses)
+        if times.shape != poses.shape[:1]:
+            raise InputError(f"a trajectory has a time for each pose, got {list(times.shape)} and {list(poses.shape)}")
+        object.__setattr__(self, "times", times)
+        object.__setattr__(self, "poses", poses)
+
+    @property
+    def ascending(self) -> bool:
+        """Whether every time is after the one before."""
+        return bool((np.diff(self.times) > 0).all())
 
     def __len__(self) -> int:
         return len(self.times)
@@ -40,29 +55,31 @@ def write_tum(path: str | Path, trajectory: Trajectory) -> None:
 
 
 def read_tum(path: str | Path) -> Trajectory:
-    """Read a TUM trajectory, sorted by time; lines that begin with # are comments.
+    """Read a TUM trajectory in the order of its lines, as ``evo`` does; lines that begin with # are comments.
+
+    Quaternions are made units. Times may repeat or go back, as where one file holds two runs: nothing is sorted or left out.
 
     Raises:
-        InputError: no such file, or a line that is not eight numbers (file:line).
+        InputError: no such text file, or a line that is not eight numbers of a pose (file:line).
     """
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the trajectory {path}: {error}") from error
+        text = read_text(path)
+    except InputError as error:  # "cannot read <path>: ..."
+        raise InputError(str(error).replace("cannot read", "cannot read the trajectory", 1)) from None
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(text), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
             values = [float(word) for word in line.replace(",", " ").split()]
         except ValueError:
             values = []
-        if len(values) != 8 or not all(map(math.isfinite, values)) or not any(values[4:]):
+        if len(values) != 8 or not all(abs(value) <= FARTHEST for value in values) or not any(values[4:]):
             raise InputError(f"{path}:{number}: a TUM line is 'time tx ty tz qx qy qz qw', got '{line.strip()[:60]}'")
         found.append(values)
     if not found:
         raise InputError(f"{path} holds no pose")
-    table = np.array(sorted(found), dtype=np.float64)
+    table = np.array(found, dtype=np.float64)
     poses = np.tile(np.eye(4), (len(table), 1, 1))
     poses[:, :3, :3] = rotations(table[:, 4:])
     poses[:, :3, 3] = table[:, 1:4]
@@ -74,7 +91,7 @@ def quaternions(poses: Any) -> Array:
 
     The eigenvector of the largest eigenvalue of Bar-Itzhack's matrix, which is good for every angle.
     """
-    r = np.asarray(poses, np.float64)[:, :3, :3]
+    r = checked_poses(poses)[:, :3, :3]
     xx, yy, zz = r[:, 0, 0], r[:, 1, 1], r[:, 2, 2]
     matrix = np.empty((len(r), 4, 4))
     matrix[:, 0] = np.stack(
@@ -89,7 +106,10 @@ def quaternions(poses: Any) -> Array:
 
 def rotations(turns: Any) -> Array:
     """Rotation matrices ``[n, 3, 3]`` of quaternions ``[n, 4]`` (x, y, z, w), of any length above 0."""
-    q = np.asarray(turns, np.float64)
+    q = numbers_of(turns, "quaternions")
+    if q.ndim != 2 or q.shape[1] != 4 or not q.any(1).all():
+        raise InputError(f"quaternions must be [n, 4] and none of them 0, got {list(q.shape)}")
+    q = q / np.abs(q).max(1, keepdims=True)  # first, so that no square is 0 or infinite
     x, y, z, w = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
     return np.stack(
         [
@@ -108,8 +128,8 @@ def write_ply(path: str | Path, points: Any, colours: Any) -> None:
         points: ``[n, 3]``.
         colours: ``[n, 3]`` in [0, 1].
     """
-    place = np.asarray(points, np.float32)
-    shade = np.clip(np.asarray(colours, np.float64) * 255 + 0.5, 0, 255).astype(np.uint8)
+    place = numbers_of(points, "points").astype(np.float32)
+    shade = np.clip(numbers_of(colours, "colours") * 255 + 0.5, 0, 255).astype(np.uint8)
     if place.shape != shade.shape or place.ndim != 2 or place.shape[1] != 3:
         raise InputError(f"points and colours must both be [n, 3], got {list(place.shape)} and {list(shade.shape)}")
     fields = [(axis, "<f4") for axis in "xyz"] + [(colour, "u1") for colour in ("red", "green", "blue")]

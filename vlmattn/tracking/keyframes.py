@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class Angular(Rule):
 
 @dataclass(frozen=True)
 class Azel(Rule):
-    """KV-Tracker's: min over keyframes of the azimuth difference, or of the elevation difference, exceeds ``degrees``.
+    """KV-Tracker's paper: min over keyframes of the azimuth difference, or of the elevation difference, exceeds ``degrees``.
 
     azimuth = atan2(x, z), elevation = atan2(y, hypot(x, z)) of the direction of view, in the world of the map. The
     minima are taken one by one, so a combination of both may stay uncovered; ``angular`` has no such gap.
@@ -80,6 +81,26 @@ class Azel(Rule):
 
 
 @dataclass(frozen=True)
+class Released(Rule):
+    """KV-Tracker's code, where it watches an object: as ``azel``, with the angles as they are computed there.
+
+    azimuth = asin(x / z), its argument cut to [-1, 1]; elevation = atan2(y, z), of the direction from the object's centre to
+    the camera. Beyond 45 degrees the azimuth stands still, and elevations on both sides of 180 degrees count as far apart.
+    In scenes the code asks for a keyframe every 50 frames instead (``interval``); here the optical axis is taken.
+    """
+
+    degrees: float = 10.0
+    name: ClassVar[str] = "released"
+
+    def __post_init__(self) -> None:
+        _positive("degrees", self.degrees, 180)
+
+    def wants(self, sight: Sight) -> bool:
+        here, there = _released(_direction(sight.pose, sight)), _released(_direction(sight.keyframes, sight))
+        return bool((torch.rad2deg((there - here).abs()).amin(0) > self.degrees).any())
+
+
+@dataclass(frozen=True)
 class Interval(Rule):
     """Every ``frames``-th frame (KV-Tracker's rule for scenes)."""
 
@@ -87,8 +108,7 @@ class Interval(Rule):
     name: ClassVar[str] = "interval"
 
     def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise OptionError(f"frames must be at least 1, got {self.frames}")
+        check_whole("frames", self.frames, 1)
 
     def wants(self, sight: Sight) -> bool:
         return sight.since >= self.frames
@@ -113,7 +133,7 @@ class PoseChange(Rule):
         return bool((turned | moved).all())
 
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Angular, Azel, Interval, PoseChange)}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Angular, Azel, Released, Interval, PoseChange)}
 
 
 def find_rule(rule: str | Rule) -> Rule:
@@ -121,17 +141,31 @@ def find_rule(rule: str | Rule) -> Rule:
 
     Raises:
         UnknownNameError: no such rule.
+        OptionError: neither a name nor a rule.
     """
     if isinstance(rule, Rule):
         return rule
+    if not isinstance(rule, str):
+        raise OptionError(f"rule must be a name ({', '.join(RULES)}) or a tracking.Rule, got {type(rule).__name__}")
     if rule not in RULES:
         raise UnknownNameError("keyframe rule", rule, RULES)
     return RULES[rule]()
 
 
-def _positive(name: str, value: float, most: float) -> None:
-    if not 0 < value <= most:
-        raise OptionError(f"{name} must be above 0 and at most {most:g}, got {value}")
+def check_whole(name: str, value: Any, least: int) -> None:
+    """
+    Raises:
+        OptionError: no whole number, or below ``least``.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name} must be at least {least} and a whole number, got {value!r}")
+
+
+def _positive(name: str, value: Any, most: float) -> None:
+    if (
+        not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not 0 < value <= most
+    ):  # false for NaN
+        raise OptionError(f"{name} must be above 0 and at most {most:g}, got {value!r}")
 
 
 def _direction(poses: Tensor, sight: Sight) -> Tensor:
@@ -147,3 +181,8 @@ def _degrees(cosine: Tensor) -> Tensor:
 def _azel(direction: Tensor) -> Tensor:
     x, y, z = direction.unbind(-1)
     return torch.stack([torch.atan2(x, z), torch.atan2(y, torch.hypot(x, z))], -1)
+
+
+def _released(direction: Tensor) -> Tensor:
+    x, y, z = direction.unbind(-1)
+    return torch.stack([torch.asin((x / z).clamp(-1, 1)), torch.atan2(y, z)], -1)

@@ -5,16 +5,19 @@ Trajectories are camera-to-world poses ``[n, 4, 4]``, NumPy arrays or tensors; e
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vlmattn.errors import InputError, OptionError
 
 Array = NDArray[np.float64]
 Alignment = Literal["sim3", "se3", "none"]
+FARTHEST = 1e100  # no length of a path; its square still has room for sums
 _FLAT = 1e-7  # singular values below this part of the largest: a straight line
 
 
@@ -82,11 +85,13 @@ def umeyama(source: Any, target: Any, scale: bool = True) -> tuple[float, Array,
 
 def aligned(estimate: Any, truth: Any, align: Alignment = "sim3") -> Array:
     """``estimate`` moved as one piece onto ``truth``: camera centres by ``umeyama``, orientations turned along."""
-    poses, real = _poses(estimate), _poses(truth)
+    poses, real = checked_poses(estimate), checked_poses(truth)
     if align not in ("sim3", "se3", "none"):
         raise OptionError(f"align must be sim3, se3 or none, got '{align}'")
     if len(poses) != len(real):
         raise InputError(f"trajectories of {len(poses)} and {len(real)} poses; pair them by time with associate()")
+    if not len(poses):
+        raise InputError("there are no poses to compare")
     if align == "none":
         return poses
     size, turn, shift = umeyama(poses[:, :3, 3], real[:, :3, 3], align == "sim3")
@@ -104,7 +109,7 @@ def ate(estimate: Any, truth: Any, align: Alignment = "sim3") -> Errors:
         align: "sim3" (networks whose unit is free), "se3", or "none".
     """
     moved = aligned(estimate, truth, align)
-    return Errors(np.linalg.norm(moved[:, :3, 3] - _poses(truth)[:, :3, 3], axis=1), "length")
+    return Errors(np.linalg.norm(moved[:, :3, 3] - checked_poses(truth)[:, :3, 3], axis=1), "length")
 
 
 def rpe(
@@ -127,8 +132,8 @@ def rpe(
     """
     if part not in ("translation", "rotation"):
         raise OptionError(f"part must be translation or rotation, got '{part}'")
-    moved, real = aligned(estimate, truth, align), _poses(truth)
-    if not 1 <= delta < len(moved):
+    moved, real = aligned(estimate, truth, align), checked_poses(truth)
+    if not isinstance(delta, (int, np.integer)) or not 1 <= delta < len(moved):
         raise InputError(f"delta must be 1 to {len(moved) - 1} for {len(moved)} poses, got {delta}")
     first = np.arange(0, len(moved) - delta, 1 if every_pair else delta)
     told, was = (_inverse(poses[first]) @ poses[first + delta] for poses in (moved, real))
@@ -150,17 +155,44 @@ def angles(poses: Array) -> Array:
 
 
 def associate(times: Any, others: Any, most: float = 0.02) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Indices of frames that belong together: each of ``times`` with the nearest of ``others``, at most ``most`` seconds away.
+    """Indices of frames that belong together, as ``evo`` pairs them.
+
+    Each frame of the shorter sequence (of ``others`` if both are as long) is taken once, in its order, with the nearest in time of
+    the longer one, if that is at most ``most`` seconds away. So a sparse truth lends no pose to all the frames around it. Times
+    may be unsorted and may repeat. A frame of the longer one can serve several of the shorter only where those lie denser.
 
     Raises:
-        InputError: no two are that near.
+        InputError: no two are that near, or there are no times.
+        OptionError: ``most`` is negative or no number.
     """
-    here, there = np.asarray(times, np.float64), np.asarray(others, np.float64)
-    nearest = np.abs(here[:, None] - there[None]).argmin(1)
-    near = np.abs(here - there[nearest]) <= most
+    here, there = _times(times), _times(others)
+    if not (isinstance(most, numbers.Real) and most >= 0):  # false for NaN too
+        raise OptionError(f"most must be a number of seconds, 0 or more, got {most!r}")
+    shorter, longer = (here, there) if len(here) < len(there) else (there, here)
+    nearest = _nearest(shorter, longer)
+    near = np.abs(longer[nearest] - shorter) <= most
     if not near.any():
         raise InputError(f"no two time stamps are within {most} s; do both count from the same moment?")
-    return np.flatnonzero(near), nearest[near]
+    taken, matched = np.flatnonzero(near), nearest[near]
+    return (taken, matched) if shorter is here else (matched, taken)
+
+
+def _nearest(wanted: Array, times: Array) -> NDArray[np.intp]:
+    """Index of the nearest of ``times`` for each that is ``wanted``; never a table of all pairs.
+
+    Ties as in ``evo``. Ascending times: the earlier; of equal times the last, or the last but one where no later time follows.
+    Other times: whichever comes first in the sequence.
+    """
+    order = np.argsort(times, kind="stable")
+    ascending = times[order]
+    after = np.searchsorted(ascending, wanted, side="right").clip(1, max(len(times) - 1, 1))
+    before, after = after - 1, np.minimum(after, len(times) - 1)
+    if (order[1:] > order[:-1]).all():
+        return np.where(wanted - ascending[before] <= ascending[after] - wanted, before, after)
+    left, right = (order[np.searchsorted(ascending, ascending[place], side="left")] for place in (before, after))
+    away, gap = np.abs(wanted - times[left]), np.abs(wanted - times[right])
+    nearest: NDArray[np.intp] = np.where((away < gap) | ((away == gap) & (left < right)), left, right)
+    return nearest
 
 
 def _inverse(poses: Array) -> Array:
@@ -173,18 +205,47 @@ def _inverse(poses: Array) -> Array:
 
 
 def _points(values: Any) -> Array:
-    points = np.asarray(values, dtype=np.float64)
+    points = numbers_of(values, "points")
     if points.ndim != 2 or points.shape[1] != 3:
         raise InputError(f"points must be [n, 3], got {list(points.shape)}")
-    if not np.isfinite(points).all():
-        raise InputError("points hold NaN or infinity")
     return points
 
 
-def _poses(values: Any) -> Array:
-    poses = np.asarray(values, dtype=np.float64)
+def checked_poses(values: Any) -> Array:
+    """Poses ``[n, 4, 4]`` of a caller; raises as ``numbers_of``, and for other shapes."""
+    poses = numbers_of(values, "poses")
     if poses.ndim != 3 or poses.shape[1:] != (4, 4):
         raise InputError(f"poses must be [n, 4, 4], got {list(poses.shape)}")
-    if not np.isfinite(poses).all():
-        raise InputError("poses hold NaN or infinity")
     return poses
+
+
+def _times(values: Any) -> Array:
+    times = numbers_of(values, "times")
+    if times.ndim != 1 or not len(times):
+        raise InputError(f"times must be [n] with n of 1 or more, got {list(times.shape)}")
+    return times
+
+
+def numbers_of(values: Any, what: str) -> Array:
+    """Finite numbers of a caller in float64: of arrays, lists, tensors of any precision and on any device.
+
+    Raises:
+        InputError: something else, NaN, infinity, or beyond ``FARTHEST``.
+    """
+    try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu()
+            values = values.double() if values.is_floating_point() else values
+        found = np.asarray(values)
+        if found.dtype.kind not in "fiu":
+            raise TypeError
+        found = found.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor without values
+        raise InputError(f"{what} must be an array or a tensor of real numbers, got {type(values).__name__}") from None
+    if not np.isfinite(found).all():
+        raise InputError(f"{what} hold NaN or infinity")
+    if np.abs(found).max(initial=0.0) > FARTHEST:
+        raise InputError(
+            f"{what} hold {np.abs(found).max():g}; numbers beyond {FARTHEST:g} cannot be squared and summed"
+        )
+    return found

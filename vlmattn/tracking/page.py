@@ -42,7 +42,7 @@ def page(tracker: Tracker, tracks: Sequence[Track], title: str, truth: Array | N
 
 
 def _path(tracker: Tracker, tracks: Sequence[Track], keyframes: Sequence[int], truth: Array | None) -> str:
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     told = tracker.trajectory.poses
     drawn = Figure(figsize=(9, 6.5), layout="constrained")
@@ -109,7 +109,7 @@ def _onto(truth: Array, told: Array) -> Array | None:
 
 
 def _confidence(tracks: Sequence[Track], keyframes: Sequence[int]) -> str:
-    from matplotlib.figure import Figure
+    from vlmattn.drawing import Figure
 
     sure = [float("nan") if track.confidence is None else float(track.confidence) for track in tracks]
     if not np.isfinite(sure).any():

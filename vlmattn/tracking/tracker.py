@@ -8,6 +8,7 @@ equals the full pass in which the keyframes do not see the frame.
 
 from __future__ import annotations
 
+import numbers
 import threading
 import warnings
 from collections.abc import Sequence
@@ -17,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmattn.errors import InputError, OptionError, StateError
+from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
 from vlmattn.tracking.files import Trajectory, write_ply, write_tum
 from vlmattn.tracking.frames import to_mask, to_tensor
 from vlmattn.tracking.gauge import Similarity, align
-from vlmattn.tracking.keyframes import Rule, Sight, find_rule
+from vlmattn.tracking.keyframes import Rule, Sight, check_whole, find_rule
+from vlmattn.tracking.metrics import numbers_of
 from vlmattn.tracking.models import Adapter, Views, find_adapter
 from vlmattn.tracking.passes import Cache, Read, Store, running
 
-_ACCEPT = 0.6  # of the first map's confidence: a keyframe below is refused (KV-Tracker's constants, as the next two)
+# KV-Tracker's constants, in shares of the first map's confidence.
+_ACCEPT = 0.6  # a keyframe below is refused; its code has that for objects only, and switched off
 _POINTS = 1.15 * _ACCEPT  # points above go into the cloud
-_LOST = 0.3  # a tracked frame below is lost
+_LOST = 0.3 * _ACCEPT  # a tracked frame below is lost
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Track:
             first map.
         confidence: mean over the pixels (of the object), in the network's measure, ``[]``; None if it has none.
         points: of the pixels in the world, ``[height, width, 3]``; None if the network has none.
-        lost: bool ``[]``: the confidence is below 0.3 of the first map's. ``follow`` then holds the last pose.
+        lost: bool ``[]``: the confidence is below 0.18 of the first map's, or the pose is not finite. ``follow`` then holds the last pose.
         map_version: of the map that was used; 1 for the first.
         keyframe: whether ``follow`` made this frame a keyframe.
     """
@@ -160,7 +163,7 @@ class Tracker:
     Args:
         model: a network after pi^3 or VGGT, in eval mode; ``vlmattn.tracking.load()`` gives the bundled one.
         adapter: how to run it: "auto", a name, or an ``Adapter``.
-        rule: when ``follow`` takes a keyframe: "angular", "azel", "interval", "pose", or a rule such as ``Angular(15)``.
+        rule: when ``follow`` takes a keyframe: "angular", "azel", "released", "interval", "pose", or one such as ``Angular(15)``.
         sim3: keep pose and unit of the world over re-mappings, by aligning the keyframes of each map with those before.
             KV-Tracker's code leaves this off, and jumps when it re-maps.
         cache_dtype: of stored keys and values, e.g. torch.bfloat16; None: as the network computes them.
@@ -172,6 +175,7 @@ class Tracker:
     Raises:
         UnsupportedError: no adapter fits the model.
         UnknownNameError: no adapter or rule of this name.
+        OptionError: a number or a type that cannot be.
         StateError: the model is in training mode.
 
     KV-Tracker, https://arxiv.org/abs/2512.22581. Where its paper and code differ, ``docs/tracking.md`` says what is done here.
@@ -189,17 +193,19 @@ class Tracker:
         min_gap: int = 1,
         drop_masked_tokens: bool = False,
     ) -> None:
-        if max_keyframes < 2:
-            raise OptionError(f"max_keyframes must be at least 2, got {max_keyframes}")
-        if min_gap < 1:
-            raise OptionError(f"min_gap must be at least 1, got {min_gap}")
-        if cache_dtype is not None and not cache_dtype.is_floating_point:
-            raise OptionError(f"cache_dtype must be a floating-point dtype, got {cache_dtype}")
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"the model must be a torch module, got {type(model).__name__}")
+        check_whole("max_keyframes", max_keyframes, 2)
+        check_whole("min_gap", min_gap, 1)
+        if cache_dtype is not None and not (isinstance(cache_dtype, torch.dtype) and cache_dtype.is_floating_point):
+            raise OptionError(f"cache_dtype must be a floating-point dtype such as torch.bfloat16, got {cache_dtype!r}")
         self.model = model
         self.adapter = find_adapter(model, adapter)
         self._modules = [
             module for module in model.modules() if any(p is not None for p in module._parameters.values())
         ]
+        if not self._modules:
+            raise UnsupportedError(f"{type(model).__name__} has no parameters, so there is no network to run")
         self.rule = find_rule(rule)
         self.sim3 = sim3
         self.cache_dtype = cache_dtype
@@ -207,7 +213,7 @@ class Tracker:
         self.min_gap = min_gap
         self.drop_masked_tokens = drop_masked_tokens
         self._mapping = threading.Lock()
-        self._warned = False
+        self._warned = self._warned_of_time = False
         self.reset()
 
     def reset(self) -> None:
@@ -343,7 +349,7 @@ class Tracker:
             )
         lost = ~pose.isfinite().flatten(1).all(1)
         if confidence is not None and using.usual is not None:
-            lost = lost | (confidence < _LOST * using.usual)
+            lost = lost | ~(confidence >= _LOST * using.usual)  # true for NaN too
         out = Track(pose, confidence, points, lost, using.version)
         if frame.dim() == 4:
             return out
@@ -357,8 +363,13 @@ class Tracker:
 
         Args:
             image, mask: one frame, as for ``add_keyframe``.
-            time: seconds, for the trajectory; default: the number of the frame.
+            time: seconds, for the trajectory; default: the number of the frame. Times that do not go on are kept, with a warning.
+
+        Raises:
+            InputError: sizes, NaN, masks, a batch of frames, a time that is no number. Nothing has changed then.
+            StateError: the model has changed since, or returned NaN for a keyframe.
         """
+        seconds = self._seconds(time)
         begins = self._map is None and self._first is None
         if begins:
             self.add_keyframe(image, mask)
@@ -366,10 +377,14 @@ class Tracker:
             self._alone()
         found = self.track(image, mask)
         assert self._map is not None
+        if found.pose.dim() != 2:
+            raise InputError(f"follow takes one frame, got a batch of {len(found.pose)}; call it for each")
         self._since += 1
         if bool(found.lost):
             if self._last is not None:
                 found = replace(found, pose=self._last.pose)
+            elif not bool(found.pose.isfinite().all()):
+                found = replace(found, pose=self._map.poses[0])
         elif begins:
             found = replace(found, pose=self._map.poses[0], keyframe=True)
             self._since = 0
@@ -379,9 +394,23 @@ class Tracker:
                 found = replace(found, pose=self._map.poses[-1], keyframe=True, map_version=self._map.version)
                 self._since = 0
         self._last = found
-        self._times.append(float(len(self._times)) if time is None else float(time))
+        self._times.append(seconds)
         self._poses.append(found.pose)
         return found
+
+    def _seconds(self, time: Any) -> float:
+        """The time of the next frame of ``follow``."""
+        given = numbers_of(len(self._times) if time is None else time, "time")
+        if given.ndim:
+            raise InputError(f"time must be one number of seconds, got {list(given.shape)}")
+        seconds = float(given)
+        if self._times and seconds <= self._times[-1] and not self._warned_of_time:
+            self._warned_of_time = True
+            warnings.warn(
+                f"this frame is at {seconds:g} s, the one before was at {self._times[-1]:g} s; both are kept as they are",
+                stacklevel=3,
+            )
+        return seconds
 
     @property
     def trajectory(self) -> Trajectory:
@@ -403,7 +432,12 @@ class Tracker:
 
         Raises:
             StateError: no map, or the network tells no points.
+            OptionError: ``min_confidence`` is no number.
         """
+        if min_confidence is not None and not (
+            isinstance(min_confidence, numbers.Real) and min_confidence == min_confidence
+        ):
+            raise OptionError(f"min_confidence must be a number, got {min_confidence!r}")
         using = self._map
         if using is None or using.points is None:
             raise StateError("there are no points: " + ("no map yet" if using is None else "the network tells none"))

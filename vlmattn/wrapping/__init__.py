@@ -28,12 +28,13 @@ from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import Plan
 from vlmattn.wrapping.branches import fan_of, setting_of
 from vlmattn.wrapping.call import CALL, Call
+from vlmattn.wrapping.drafting import drafting_plan, is_drafting, refuse_drafts
 from vlmattn.wrapping.handle import WRAPPED, WRAPPING, Handle, handle_of
 from vlmattn.wrapping.hooks import install_hooks, step_of
 from vlmattn.wrapping.instead import Instead
 from vlmattn.wrapping.merged import forget_branches, merged_of
 from vlmattn.wrapping.reach import check_reached
-from vlmattn.wrapping.searching import refuse_ways, searching
+from vlmattn.wrapping.searching import refuse_ways, row_by_row, searching
 
 __all__ = ["Handle", "applied", "borrowed", "handle_of", "install", "unwrap", "wrap"]
 
@@ -57,6 +58,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         StateError: the model is already wrapped.
         UnknownNameError, OptionError: no such preset or option, a value out of range.
     """
+    compat.warn_if_untested()
     given, model = model, _within_peft(model)
     family = find_family(model)
     assert isinstance(model, PreTrainedModel)
@@ -229,8 +231,11 @@ def _generate(
     streamer, resting = kwargs.get("streamer"), preset is None and not now.enabled
     try:
         plan = now.acting if preset is None else handle.plan_of(Recipe.of(preset))
+        if is_drafting(kwargs):
+            plan = drafting_plan(plan)
         if plan.acts and not (entered := handle.enter("generate")):
             return original(**kwargs)
+        refuse_drafts(self, plan, kwargs)
         forget_branches(compat.cache_of(kwargs))
         fan = fan_of(self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
         if plan.search is not None:
@@ -271,8 +276,8 @@ def _came_from(error: BaseException, function: Any) -> bool:
 def _searched(model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a generate() call in which a search method chooses the tokens."""
     refuse_ways(model, plan.rule, kwargs)
-    decode = searching(plan.search, kwargs)
-    return {**kwargs, "do_sample": False, "custom_generate": decode}
+    decode, allowed = searching(plan.search, kwargs), row_by_row(kwargs.get("prefix_allowed_tokens_fn"))
+    return {**kwargs, "do_sample": False, "custom_generate": decode, "prefix_allowed_tokens_fn": allowed}
 
 
 def _prepare_inputs(

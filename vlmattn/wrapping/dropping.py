@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlmattn import attention, compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.kernels import NO_EDIT, AttentionEdit
 from vlmattn.request import TEXT, Choice, Request, Stage, Step, TokenMap, Weights
 from vlmattn.wrapping.merged import REQUEST
 from vlmattn.wrapping.split import SplitLayer
@@ -111,10 +112,10 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
         now = TokenMap.of(before, rows, start, request.stop, request.real(request.stop, hidden.device))
     view, _, seen = _through(step, now, index, hidden, kwargs)
 
-    def weights(first: int, last: int) -> Tensor:
+    def weights(first: int, last: int, edit: AttentionEdit = NO_EDIT) -> Tensor:
         if view.start and isinstance(compat.cache_of(kwargs).layers[index], SplitLayer):
             raise attention.refusal_of_apart(step, index)
-        return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last)
+        return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last, edit)
 
     return Stage(
         request=view.request,

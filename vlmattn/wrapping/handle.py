@@ -98,7 +98,7 @@ class Handle:
         self._text, self._processor = text, processor  # the config that names the attention implementation
         self.turns: Turns | None = None
         self._marks: dict[str, int] | None = None
-        self._projecting = self._rotating = False
+        self._rotating = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._instead: list[Instead] = []
         self._begin()

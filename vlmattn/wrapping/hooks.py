@@ -9,7 +9,6 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -40,9 +39,6 @@ from vlmattn.wrapping.dropping import check_continuation, check_prompt, narrow
 from vlmattn.wrapping.evicting import after_layer, before_layer, check_cache
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.merged import REQUEST, merged_of
-
-# The step whose attention module runs in this thread: projections get no keyword arguments.
-_STEP: ContextVar[Step | Steps | None] = ContextVar("vlmattn_step", default=None)
 
 
 def install_hooks(handle: Handle, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
@@ -191,11 +187,6 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             cache,
             cache is not None or (model.config.get_text_config().use_cache if wanted is None else wanted),
         )
-    if request.plan.directions:
-        with handle._lock:
-            if not handle._projecting:
-                handle._hooks += _hook_projections(handle._family, model)
-            handle._projecting = True
     if cache is not None:
         setattr(cache, REQUEST, request)
         if request.plan.extending or request.plan.policies:
@@ -257,12 +248,14 @@ def _check_windows(cache: Any, window: int) -> None:
 
 
 def _image_order(inputs: dict[str, Any]) -> list[int] | None:
-    """Which encoded image each image of the prompt is: beams get the same tensors again. None = one after another."""
+    """Which encoded image each image of the prompt is: beams get the same tensors again. None = by the rows they are in."""
     encoded = inputs.get("mm_encoder_outputs") or {}
     seen: dict[int, int] = {}
     every = []
     for kind in ("image", "video"):
         found = getattr(encoded.get(kind), "pooler_output", None)
+        if isinstance(found, Tensor):  # of equal images: repeated ones are copies
+            return None
         every += [] if found is None else list(found)
     for features in every:
         seen.setdefault(features.data_ptr(), len(seen))
@@ -408,30 +401,50 @@ def _show_images(step: Step, start: int, embeds: Tensor) -> None:
     types = request.types(stop, embeds.device)[:, start:]
     if not bool((types != TEXT).any()):
         return
-    patches = {layer: _ordered(step, seen) for layer, seen in step.sight.patches.items()}
-    if not patches:
+    if not step.sight.patches:
         raise InputError(
             f"{', '.join(m.info.name for m in request.plan.seeing)} must see the vision tower at work; give pixel_values,"  # type: ignore[attr-defined]
             " not features that were computed before"
         )
-    sight = Sight(request, start, types, patches, _images(step, patches, types, embeds) if request.plan.pruning else ())
+    order = step.order or _order_of_rows(request, start, types, len(next(iter(step.sight.patches.values()))))
+    patches = {layer: _ordered(order, seen) for layer, seen in step.sight.patches.items()}
+    images = _images(step, order, patches, types, embeds[:, : stop - start]) if request.plan.pruning else ()
+    sight = Sight(request, start, types, patches, images)
     for method in request.plan.seeing:
         method.encoded(sight)
     if (call := CALL.get()) is not None:
         call.sight.shown = True
 
 
-def _ordered(step: Step, seen: Sequence[Any]) -> list[Any]:
+def _ordered(order: Sequence[int], seen: Sequence[Any]) -> list[Any]:
     """What was seen of the encoded images, for the images of the prompt."""
-    return [seen[i] for i in step.order or range(len(seen))]
+    return [seen[i] for i in order]
 
 
-def _images(step: Step, patches: dict[int, list[Tensor]], types: Tensor, embeds: Tensor) -> tuple[Image, ...]:
+def _order_of_rows(request: Request, start: int, types: Tensor, encoded: int) -> list[int]:
+    """Which of ``encoded`` images each image of the prompt is, where every row may be there several times, one after another."""
+    numbers = request.images(start + types.shape[1], types.device)[:, start:]
+    counts = [
+        [torch.unique(row[own]).numel() for row, own in zip(numbers, types == kind, strict=True)]
+        for kind in (IMAGE, VIDEO)  # as they are encoded
+    ]
+    times = sum(map(sum, counts)) // encoded
+    order: list[int] = []
+    for of_kind in counts:
+        for count in of_kind[:: max(times, 1)]:
+            first = len(order) // max(times, 1)
+            order += [*range(first, first + count)] * times
+    return order if len(order) == times * encoded else list(range(encoded))
+
+
+def _images(
+    step: Step, order: Sequence[int], patches: dict[int, list[Tensor]], types: Tensor, embeds: Tensor
+) -> tuple[Image, ...]:
     """All that is known of each image of the prompt."""
     call = CALL.get()
     assert call is not None
-    keys = {layer: _ordered(step, seen) for layer, seen in step.sight.keys.items()}
-    features = _ordered(step, step.sight.features) if step.sight.features else []
+    keys = {layer: _ordered(order, seen) for layer, seen in step.sight.keys.items()}
+    features = _ordered(order, step.sight.features) if step.sight.features else []
     project = partial(call.handle._family.project, call.model)
     if not features:
         lengths = [seen.shape[-1] for seen in next(iter(patches.values()))]
@@ -609,52 +622,6 @@ def _before_tower_attention(number: int, module: nn.Module, args: tuple[Any, ...
         call.sight.patches.setdefault(number, []).extend(call.handle._family.summary_attention(*inputs))
         if call.plan.pruning:
             call.sight.keys.setdefault(number, []).extend(call.handle._family.patch_keys(*inputs))
-
-
-def _hook_projections(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hooks that add directions to queries and keys; only models whose recipe has some get them."""
-    hooks = []
-    for index, layer in enumerate(family.layers(model)):
-        module, query, key = family.projections(layer)
-        hooks += [
-            module.register_forward_pre_hook(_before_attention, with_kwargs=True),
-            module.register_forward_hook(_after_attention, always_call=True),
-            query.register_forward_hook(partial(_add_direction, index, "query")),
-            key.register_forward_hook(partial(_add_direction, index, "key")),
-        ]
-    return hooks
-
-
-def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _STEP.set(kwargs.get(attention.STEP))
-
-
-def _after_attention(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-    _STEP.set(None)
-
-
-def _add_direction(index: int, side: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-    step = _STEP.get()
-    if step is None:
-        return None
-    groups = []
-    for rows, part in step.parts:
-        group = out[rows]
-        if part is not None and part.watch is None:
-            for layer, found in part.request.plan.directions:
-                if layer == index and (added := getattr(found, side)) is not None:
-                    group = group + _direction(part.request, layer, side, added, out)
-        groups.append(group)
-    return groups[0] if len(groups) == 1 else torch.cat(groups)
-
-
-def _direction(request: Request, layer: int, side: str, added: Tensor, out: Tensor) -> Tensor:
-    """What is added, moved to the device once per request."""
-    kept, key = request.state, ("direction", layer, side, out.device, out.dtype)
-    if key not in kept:
-        kept[key] = added.flatten().to(out)
-    found: Tensor = kept[key]
-    return found
 
 
 def _hook_rotation(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:

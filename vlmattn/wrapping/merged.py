@@ -123,6 +123,13 @@ class Merged:
                 for name in ("keys", "values")
             )
             if sliding:  # each group holds the last tokens of its own prompt
+                if getattr(layer, "record_past", False) and any(
+                    part.get_seq_length() > part.keys.shape[-2] for part in parts
+                ):
+                    raise UnsupportedError(
+                        f"the decoding rule of '{self._name}' cannot take drafts back from a sliding window of {self._window} tokens;"
+                        " leave assisted decoding out (assistant_model, prompt_lookup_num_tokens), or use a shorter prompt"
+                    )
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values, layer.cumulative_length = keys, values, self.longest
                 continue

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from numerics import TINY_MODEL, bound
 from rows_by_hand import fastv, generated_by_hand, longer, pyramiddrop
 from tiny import FAMILIES, IMAGE_TOKEN, TEXT, TOKENS_PER_IMAGE, build, left_padded, prompt
 from tiny import generate as unrestricted
@@ -23,7 +24,7 @@ from vlmattn.models import find_family
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-TOLERANCE = 2e-5  # float32; rounding differs between CPUs
+TOLERANCE = bound(torch.float32, TINY_MODEL, scale=0.5)  # logits of a random model are smaller
 ACTS = 0.05  # logits are about 1
 NEW = 4
 PLACEHOLDERS = [96, 97, 98, 99]
@@ -583,7 +584,7 @@ def test_threads_do_not_meet():
 
     def work(i: int) -> None:
         for _ in range(4):
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=600)
             with torch.no_grad():
                 results[i].append(generate(model, batches[i], preset=presets[i]))
 

@@ -15,6 +15,8 @@ from typing import Any
 from PIL import Image
 
 from vlmattn.errors import InputError
+from vlmattn.evals.suites.files import Item
+from vlmattn.pictures import decode_picture
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
@@ -73,7 +75,7 @@ FORMS = (
 class RowPictures:
     """The pictures of one row, decoded when they are called for."""
 
-    data: Any  # a part of the table, picture columns only
+    data: Any  # a part of the table, picture columns only, as it is stored (Arrow)
     index: int
     where: str
 
@@ -82,27 +84,33 @@ class RowPictures:
         Raises:
             InputError: a picture is damaged.
         """
+        cells = self.data[self.index : self.index + 1].to_pydict().values()
+        listed = [
+            item for (cell,) in cells for item in (cell if isinstance(cell, list) else [cell]) if item is not None
+        ]
         try:
-            cells = self.data[self.index].values()
-            listed = [picture for cell in cells for picture in (cell if isinstance(cell, list) else [cell])]
-            return [picture.convert("RGB") for picture in listed if picture is not None]
-        except (OSError, SyntaxError, ValueError):  # as for files
-            raise InputError(f"{self.where}: cannot read the pictures of this row") from None
+            return [decode_picture(_bytes(item)) for item in listed]
+        except InputError as error:
+            raise InputError(f"{self.where}: cannot read the pictures of this row: {error}") from None
+
+
+def _bytes(item: Any) -> bytes:
+    """The file of a picture, from a cell as it is stored: bytes, or bytes and the name they had."""
+    content = item.get("bytes") if isinstance(item, dict) else item
+    if not isinstance(content, bytes):  # a name alone would read any file of this machine
+        raise InputError("the table holds no picture here, at most the name of one")
+    return content
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table.
+class Row(Item):
+    """A row of a table: its columns but the pictures, and these.
 
     Attributes:
-        where: table and number, for errors.
-        values: its columns but the pictures.
         pictures: read them.
         count: how many there are.
     """
 
-    where: str
-    values: Mapping[str, Any]
     pictures: RowPictures
     count: int
 
@@ -129,9 +137,10 @@ class Table:
         for part in self._parts:
             texts = part.select_columns([c for c in part.column_names if c in (*self._form.needs, *self._form.more)])
             pictures = part.select_columns([c for c in self._form.pictures if c in part.column_names])
-            for index, (values, count) in enumerate(zip(texts, _counts(pictures), strict=True)):
+            stored = pictures.with_format("arrow")
+            for index, (values, count) in enumerate(zip(texts, _counts(pictures, self.name), strict=True)):
                 where = f"{self.name}: row {start + index}"
-                yield Row(where, values, RowPictures(pictures, index, where), count)
+                yield Row(where, values, RowPictures(stored, index, where), count)
             start += len(part)
 
 
@@ -237,13 +246,24 @@ def _form(suite: str, name: str, columns: Sequence[str]) -> Form:
     )
 
 
-def _counts(pictures: Any) -> Iterator[int]:
-    """How many pictures each row has, without decoding any."""
+def _counts(pictures: Any, where: str) -> Iterator[int]:
+    """How many pictures each row has, without decoding any.
+
+    Raises:
+        InputError: a column has no pictures, or names of files in their place, which could be any of this machine.
+    """
     for batch in pictures.with_format("arrow").iter(batch_size=256):
         counts = [0] * batch.num_rows
-        for column in batch.columns:
+        for name, column in zip(batch.column_names, batch.columns, strict=True):
             there = column.is_valid().to_pylist()
             lists = hasattr(column.chunk(0), "value_lengths")  # a column of lists of pictures
             sizes = [size for chunk in column.chunks for size in chunk.value_lengths().to_pylist()] if lists else there
             counts = [count + int(size or 0) for count, size in zip(counts, sizes, strict=True)]
+            for cells in (chunk.flatten() if lists else chunk for chunk in column.chunks):
+                held = hasattr(cells, "field") and cells.type.get_field_index("bytes") >= 0
+                if (
+                    not held
+                    or (cells.is_valid().to_numpy(False) & cells.field("bytes").is_null().to_numpy(False)).any()
+                ):
+                    raise InputError(f"{where}: the column {name} does not hold its pictures; give a table that does")
         yield from counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,7 +10,7 @@ from vlmattn.errors import OptionError
 from vlmattn.files import beside
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.interventions.pruning.policy import KVPolicy, host_counts
-from vlmattn.interventions.registry import Sizes, option
+from vlmattn.interventions.registry import Sizes, option, parse_heads
 from vlmattn.request import HeadSplit, Scope
 
 
@@ -25,6 +24,7 @@ class HeadWise(KVPolicy):
     needs_images: ClassVar[bool] = False
     files: ClassVar[Mapping[str, str]] = {"profile": HeadProfile.FILE_NAME}
     compensate: ClassVar[bool] = False
+    late: ClassVar[bool] = False  # a new token sees the whole window that was kept, and itself
     sinks: int = 4
     share: float = 0.25
     heads: str = option("", about="KV heads that keep everything, layer.head joined by commas; empty: by share")
@@ -33,8 +33,7 @@ class HeadWise(KVPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads and not re.fullmatch(r"\s*\d+\.\d+\s*(,\s*\d+\.\d+\s*)*", self.heads):
-            raise OptionError(f"{self.info.name}.heads must look like '12.3,14.7' (layer.KV head), got '{self.heads}'")
+        parse_heads(self.heads, f"{self.info.name}.heads", "layer.KV head")
         if self.mode == "mask":
             raise OptionError(f"{self.info.name} has no mode 'mask'; compare with a larger share")
 
@@ -48,7 +47,7 @@ class HeadWise(KVPolicy):
 
     def bind(self, sizes: Sizes) -> HeadWise:
         KVPolicy.bind(self, sizes)
-        chosen = [tuple(map(int, place.split("."))) for place in self.heads.split(",") if place.strip()]
+        chosen = list(parse_heads(self.heads, f"{self.info.name}.heads"))
         path = self.profile
         if not chosen:
             path = path or str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
@@ -66,7 +65,7 @@ class HeadWise(KVPolicy):
                 )
         return replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
 
-    def _best(self, path: str, sizes: Sizes) -> list[tuple[int, ...]]:
+    def _best(self, path: str, sizes: Sizes) -> list[tuple[int, int]]:
         found = HeadProfile.load(path)
         found.check(sizes, f"{self.info.name}.profile")
         found.top(self.score, 1.0)  # says which scores there are
@@ -95,4 +94,4 @@ class HeadWise(KVPolicy):
     def split(self, scope: Scope) -> HeadSplit | None:
         tokens = tuple(n + words for n, words in zip(*host_counts(scope.request, scope.keys), strict=True))
         window = tuple(map(self.window, tokens))
-        return HeadSplit(self._full(scope.layer), self.sinks, window, tokens, self.compensate)
+        return HeadSplit(self._full(scope.layer), self.sinks, window, tokens, self.compensate, self.late)

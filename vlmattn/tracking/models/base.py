@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlmattn.errors import UnknownNameError, UnsupportedError
+from vlmattn.errors import OptionError, UnknownNameError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,13 @@ def find_adapter(model: nn.Module, adapter: str | Adapter = "auto") -> Adapter:
 
     Raises:
         UnknownNameError: no adapter of this name.
+        OptionError: neither a name nor an adapter.
         UnsupportedError: "auto", and none fits.
     """
     if isinstance(adapter, Adapter):
         return adapter
+    if not isinstance(adapter, str):
+        raise OptionError(f"adapter must be 'auto', a name, or an Adapter made with the model, got {adapter!r}")
     if adapter != "auto":
         for known in _known:
             if known.name == adapter:
