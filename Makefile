@@ -6,7 +6,7 @@ LMMS := .venv-lmms
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo smol test test-lmms lint bench gpu clean
+.PHONY: demo smol test test-portable test-oldest test-newest test-lmms lint bench gpu clean
 
 # One stamp for the environment: rebuilt when the pins or the project file change.
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -26,6 +26,28 @@ smol: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
+
+# What other CPUs and thread counts would compute: kernels, methods, rules and laws with the arithmetic of an old CPU on one
+# thread, and with that of AVX2 on four; what has a family with one family in each, to stay within minutes.
+NUMERIC := $(BIN)/python -m pytest -n 2 -m "numeric and not slow"
+test-portable: $(VENV)/.ready
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(NUMERIC) -k "not qwen2_5_vl and not qwen3_vl"
+	OMP_NUM_THREADS=4 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(NUMERIC) -k "not llava and not qwen3_vl"
+
+# The oldest and the newest transformers that we support, each in an environment of its own and without our pins: the laws,
+# one test for each preset and each difference between versions, and the README's example.
+TRANSFORMERS_oldest := transformers==5.17.*
+TRANSFORMERS_newest := transformers<6
+CORE := tests/test_laws.py tests/test_compat.py tests/test_presets.py tests/test_readme.py
+
+.venv-%/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	touch $@
+
+test-oldest test-newest: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e . pytest pytest-xdist hypothesis "$(TRANSFORMERS_$*)" torch==2.13.0
+	.venv-$*/bin/python -m pytest -n 2 $(CORE)
 
 # lmms-eval in an environment of its own, with the few of its dependencies that our tests need: without torchvision, whose
 # wheel is for CUDA and beside a torch for CPUs breaks transformers.
@@ -60,5 +82,5 @@ gpu:
 	$(PYTHON) -m vlmattn.cli bench --model random-qwen2.5-vl-7b --dtype bfloat16 --presets var,vhr,pai --out benchmarks/results/gpu-qwen2.5-vl-7b.csv
 
 clean:
-	rm -rf $(VENV) $(LMMS) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

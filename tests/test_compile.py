@@ -12,6 +12,7 @@ from transformers import CompileConfig
 import vlmattn
 from vlmattn import PAI, PAINT, RBD, VAF, VAR, VCD, VHR, FastV, Knockout, PyramidDrop, VisionZip
 
+pytestmark = pytest.mark.slow
 SINKS = VAR(tau=2.0, dims=(3, 17), layers="0:", max_sink=1.0, min_visual=0.0)
 RECIPES = {
     "none": "none",

@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from numerics import near
 from torch import nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaModel
@@ -231,7 +232,7 @@ def test_equals_rows_that_are_hidden_and_frozen(toy, name, select, persist, batc
     with thinned(toy.layers, visual, schedule, STEPS, real=real, select=select, persist=persist):
         out = toy.denoise(ids, real)
     expected = toy.denoise(ids, real, told(schedule, toy, visual, real, select, persist))
-    torch.testing.assert_close(out[:, real], expected[:, real], rtol=0, atol=1e-5)
+    near(out[:, real], expected[:, real])
     assert (toy.denoise(ids, real)[:, real] - out[:, real]).abs().max() > 0.05
 
 
@@ -245,7 +246,7 @@ def test_a_batch_is_what_its_sequences_are_alone(toy, name, batch):
         there = real[row]
         with thinned(toy.layers, visual[row, there][None], SCHEDULES[name], STEPS):
             alone = toy.denoise(ids[row, there][None], real[row, there][None])
-        torch.testing.assert_close(out[:, row, there], alone[:, 0], rtol=0, atol=1e-5)
+        near(out[:, row, there], alone[:, 0])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -400,7 +401,7 @@ def test_layers_of_the_library(llama, attn, batch):
         order = found.scores[row, place].argsort(descending=True)
         stay[row, place[order[: len(place) // 2]]] = True
     hidden = read_by_hand(llama, ids, real, stay)
-    torch.testing.assert_close(out[stay], hidden[stay], rtol=0, atol=1e-5)
+    near(out[stay], hidden[stay])
 
 
 def read_by_hand(llama, ids, real, stay):
@@ -513,7 +514,7 @@ def test_evicted_equals_hidden(gemma, attn, rows, name):
         dropped, out = write(gemma, ids, replay=hidden)
     bare, _ = write(gemma, ids, replay=hidden)
     gemma.set_attn_implementation("sdpa")
-    torch.testing.assert_close(dropped, hidden, rtol=0, atol=2e-5)
+    near(dropped, hidden)
     assert torch.equal(out.sequences, again.sequences)
     assert (bare - dropped).abs().max() > 0.05
     assert set(whole.slots[0]) == {16}
@@ -585,7 +586,7 @@ def test_evicts_what_the_last_row_looks_at_least(gemma):
         with evicted(gemma, 0.25) as found:
             out = gemma(input_ids=ids, attention_mask=prompt_masks(gemma, ids), decoder_input_ids=CANVAS)
     assert found.slots == [[10, 10]]
-    torch.testing.assert_close(out.logits, expected, rtol=0, atol=1e-5)
+    near(out.logits, expected)
 
 
 def test_all_kept_is_the_bare_model(gemma):
@@ -631,7 +632,7 @@ def test_images_from_pixels(gemma):
         with pytest.raises(UnsupportedError, match="first turn only"):
             write(gemma, PROMPTS[:1], past_key_values=out.past_key_values, **image)
     assert found.slots == [[10, 10]]
-    torch.testing.assert_close(dropped, hidden, rtol=0, atol=2e-5)
+    near(dropped, hidden)
     assert (bare[0] - dropped[0]).abs().max() > 0.05
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import threading
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from choices import Choices
+from numerics import TINY_MODEL, bound, near, size
 from tiny import build, generate, left_padded, prompt
 from transformers import AutoModelForImageTextToText, TextIteratorStreamer, set_seed
 
@@ -68,17 +71,20 @@ def in_parts(model, folder):
 @families
 @all_recipes
 def test_state_follows_layers_that_are_placed_elsewhere(name, family, place, tmp_path):
-    inputs = prompts(family)
-    wanted = generate(vlmattn.wrap(build(family), RECIPES[name]), inputs)
+    inputs, choices = prompts(family), Choices()
+    with choices.noted():
+        wanted = generate(vlmattn.wrap(build(family), RECIPES[name]), inputs)
     placed = place(build(family), tmp_path)
     bare = generate(placed, inputs)
     assert acts(wanted, bare)
-    torch.testing.assert_close(generate(vlmattn.wrap(placed, RECIPES[name]), inputs), wanted, rtol=0, atol=1e-5)
+    with choices.repeated():
+        near(generate(vlmattn.wrap(placed, RECIPES[name]), inputs), wanted)
     vlmattn.unwrap(placed)
     assert torch.equal(generate(placed, inputs), bare)
     assert any(hasattr(module, "_hf_hook") for module in placed.modules()), "accelerate's hooks stay"
     wrapped_before = place(vlmattn.wrap(build(family), RECIPES[name]), tmp_path / "again")
-    torch.testing.assert_close(generate(wrapped_before, inputs), wanted, rtol=0, atol=1e-5)
+    with choices.repeated():
+        near(generate(wrapped_before, inputs), wanted)
 
 
 # Half precision and quantised weights
@@ -87,20 +93,23 @@ def test_state_follows_layers_that_are_placed_elsewhere(name, family, place, tmp
 @no_grad
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @families
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("vcd", "fastv")])  # both choose, abruptly
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "vcd"])  # does nothing in a forward alone
 def test_half_precision_costs_an_edited_model_what_it_costs_the_bare_one(name, family, dtype):
-    """Logits of a prompt: at most four times as far from those of float32 as the bare model's."""
-    inputs = prompt(family, 2)
+    """Logits of a prompt: at most three times as far (root mean square) from float32 as the bare model's, under the same choices."""
+    inputs, choices = prompt(family, 2), Choices()
     half = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
     exact, rough = build(family), build(family).to(dtype)
     bare = exact(**inputs).logits
-    cost = (rough(**half).logits.float() - bare).abs().max()
-    edited = vlmattn.wrap(exact, RECIPES[name])(**inputs).logits
-    found = vlmattn.wrap(rough, RECIPES[name])(**half).logits
+    cost = (rough(**half).logits.float() - bare).square().mean().sqrt()
+    with choices.noted():
+        edited = vlmattn.wrap(exact, RECIPES[name])(**inputs).logits
+    with choices.repeated():
+        found = vlmattn.wrap(rough, RECIPES[name])(**half).logits
+    assert bool(choices.made) == (name in ("var", "vhr", "fastv"))
     assert found.dtype == dtype
-    assert acts(edited, bare)
+    assert acts(edited[:, -1], bare[:, -1])
     assert rough.vlmattn.report()["fired"][name]
-    assert (found.float() - edited).abs().max() < 4 * cost
+    assert (found.float() - edited).square().mean().sqrt() < 3 * cost
 
 
 @no_grad
@@ -140,12 +149,14 @@ def four_bits(model):
 def test_quantised_weights(name, family, package, quantise):
     """The edited model is the edited model whose weights are what the quantised ones stand for."""
     pytest.importorskip(package)
-    inputs, model = prompt(family, 2), build(family)
+    inputs, model, choices = prompt(family, 2), build(family), Choices()
     quantise(model)
     bare = model(**inputs).logits
     plain = generate(model, inputs)
     wrapped = vlmattn.wrap(model, RECIPES[name])
-    found, answer = wrapped(**inputs).logits, generate(wrapped, inputs)
+    with choices.noted():
+        found = wrapped(**inputs).logits
+    answer = generate(wrapped, inputs)
     assert acts(answer, plain)
     same = build(family)
     for module, small in zip(same.model.language_model.modules(), model.model.language_model.modules(), strict=False):
@@ -154,7 +165,9 @@ def test_quantised_weights(name, family, package, quantise):
                 0 if small.bias is None else small.bias[:, None]
             )
     torch.testing.assert_close(same(**inputs).logits, bare, rtol=0, atol=2e-2)
-    torch.testing.assert_close(vlmattn.wrap(same, RECIPES[name])(**inputs).logits, found, rtol=0, atol=5e-2)
+    with choices.repeated():
+        again = vlmattn.wrap(same, RECIPES[name])(**inputs).logits
+    torch.testing.assert_close(again, found, rtol=0, atol=5e-2)
     vlmattn.unwrap(model)
     assert torch.equal(model(**inputs).logits, bare)
 
@@ -178,23 +191,23 @@ def adapted(family: str):
 @all_recipes
 def test_adapters(name, family):
     """Wrapping the adapted model, its base model, or the model before it gets adapters comes to the same."""
-    inputs, model = prompts(family), adapted(family)
+    inputs, model, choices = prompts(family), adapted(family), Choices()
     bare = generate(model, inputs)
     assert vlmattn.wrap(model, RECIPES[name]) is model
-    found = generate(model, inputs)
+    with choices.noted():
+        found = generate(model, inputs)
     assert acts(found, bare)
     assert model.vlmattn.report()["fired"][model.vlmattn.recipe.names[0]]
     with model.disable_adapter():
-        torch.testing.assert_close(
-            generate(model, inputs), generate(vlmattn.wrap(build(family), RECIPES[name]), inputs), rtol=0, atol=1e-5
-        )
+        near(generate(model, inputs), generate(vlmattn.wrap(build(family), RECIPES[name]), inputs))
     assert vlmattn.unwrap(model) is model
     assert torch.equal(generate(model, inputs), bare)
     with vlmattn.applied(model.get_base_model(), RECIPES[name]):
         assert torch.equal(generate(model, inputs), found)
     vlmattn.wrap(model, RECIPES[name])
     merged = model.merge_and_unload()
-    torch.testing.assert_close(generate(merged, inputs), found, rtol=0, atol=1e-4)
+    with choices.repeated():
+        near(generate(merged, inputs), found)
     assert handle_of(merged) is not None
 
 
@@ -205,7 +218,35 @@ def test_adapters_added_later(family):
     inputs = prompts(family)
     wanted = generate(vlmattn.wrap(adapted(family), SINKS), inputs)
     later = with_adapters(peft, vlmattn.wrap(build(family), SINKS))
-    torch.testing.assert_close(generate(later, inputs), wanted, rtol=0, atol=1e-5)
+    near(generate(later, inputs), wanted)
+
+
+@no_grad
+@families
+def test_adapters_are_saved_with_the_recipe(family, tmp_path):
+    """Saving the PEFT model that was wrapped; a model from the folder is wrapped with what lies there."""
+    peft = pytest.importorskip("peft")
+    inputs, model = prompts(family), adapted(family)
+    attributes = set(model.__dict__)
+    vlmattn.wrap(model, RECIPES["var"])
+    wanted = generate(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors", "vlmattn_config.json"} <= set(os.listdir(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(build(family), tmp_path).eval()
+    with pytest.raises(
+        vlmattn.InputError, match=r"the folder of the adapter, which PEFT does not tell: wrap\(model, folder\)"
+    ):
+        vlmattn.wrap(loaded)
+    vlmattn.wrap(loaded, tmp_path)
+    assert loaded.vlmattn.recipe == model.vlmattn.recipe
+    torch.testing.assert_close(generate(loaded, inputs), wanted, rtol=0, atol=1e-5)
+    for unwrapped in (model, model.get_base_model()):  # either way nothing is left on the PEFT model
+        vlmattn.unwrap(unwrapped)
+        assert set(model.__dict__) == attributes
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        model.save_pretrained(tmp_path / "bare")
+        assert "vlmattn_config.json" not in os.listdir(tmp_path / "bare")
+        vlmattn.wrap(model, RECIPES["var"])
 
 
 # Training
@@ -233,12 +274,12 @@ def test_checkpointed_gradients_are_those_without(name, family, reentrant):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
     again, found = gradients(model, inputs)
-    torch.testing.assert_close(again, loss)
+    near(again, loss)
     assert wanted.keys() == found.keys()
-    for parameter, gradient in wanted.items():
-        torch.testing.assert_close(
-            found[parameter], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, p=parameter: f"{p}: {m}"
-        )
+    # Some gradients are sums that come to nothing (those of the keys' biases), so the size is that of the largest.
+    limit = bound(torch.float32, TINY_MODEL, max(size(gradient) for gradient in wanted.values()))
+    worst = {name: size(found[name] - gradient) for name, gradient in wanted.items()}
+    assert max(worst.values()) < limit, worst
 
 
 # Other ways
@@ -283,9 +324,8 @@ def test_saved_weights_are_those_of_the_bare_model(family, tmp_path):
     model.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    near = dict(rtol=0, atol=1e-5)  # weights that lie elsewhere in memory are multiplied in another order
-    torch.testing.assert_close(generate(again, inputs), generate(bare, inputs), **near)
-    torch.testing.assert_close(generate(vlmattn.wrap(again), inputs), generate(model, inputs), **near)
+    near(generate(again, inputs), generate(bare, inputs))  # weights that lie elsewhere are multiplied in another order
+    near(generate(vlmattn.wrap(again), inputs), generate(model, inputs))
 
 
 @no_grad

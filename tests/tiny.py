@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AttentionInterface,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -16,6 +20,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 IMAGE_TOKEN = 99
 TEXT = dict(
@@ -143,3 +148,25 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.numel = max(self.numel, tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1))
         return out
+
+
+@contextmanager
+def shifted_queries(model: PreTrainedModel, vectors: Mapping[int, Tensor]) -> Iterator[None]:
+    """A bare model with vectors ``[heads, dim]`` added to the queries of some layers where they come to attention."""
+    text = model.config.get_text_config()
+    name = text._attn_implementation
+    eager = name == "eager"
+
+    def attend(module, query, *args, **kwargs):
+        own = sys.modules[type(module).__module__].eager_attention_forward if eager else AttentionInterface()[name]
+        if module.layer_idx in vectors:
+            query = query + vectors[module.layer_idx][:, None].to(query)
+        return own(module, query, *args, **kwargs)
+
+    AttentionInterface.register("shifted", attend)
+    AttentionMaskInterface.register("shifted", eager_mask if eager else AttentionMaskInterface()[name])
+    text._attn_implementation = "shifted"
+    try:
+        yield
+    finally:
+        text._attn_implementation = name

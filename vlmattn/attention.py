@@ -22,13 +22,16 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
-from vlmattn.request import Parts, Scope, Step, Steps, Stream, Weights
+from vlmattn.request import Looker, Parts, Scope, Step, Steps, Stream, Weights
 
 STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
 
 #: Implementation a model may have when it is wrapped, and the name it has while wrapped. The names must not contain
 #: "flash", "sdpa" or "flex": transformers tests for those words.
 NAMES = {"sdpa": "vlmattn", "eager": "vlmattn_eager"}
+
+#: Stands for weights that a layer cannot tell: transformers leaves None out, and those of later layers would move up.
+NO_WEIGHTS = torch.empty(0)
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -65,7 +68,8 @@ def _registered(base_name: str) -> Callable[..., Output]:
         if isinstance(step, Probe):
             key = key if step.past is None else torch.cat([step.past, key], 2)
             step.weights = _weights_of(Visibility(attention_mask), query, key, kwargs)
-            return torch.zeros_like(query).transpose(1, 2), None
+            batch, heads, queries, _ = query.shape
+            return query.new_zeros(batch, queries, heads, value.shape[-1]), None  # latent attention has short values
         base = _base(base_name, module)
         if isinstance(key, SplitStates) and isinstance(value, SplitStates):
             return _run_apart(base, step, module, query, key, value, attention_mask, kwargs)
@@ -104,19 +108,28 @@ def _run_apart(
     if isinstance(step, Step):
         phase = "decode" if queries == 1 else "prefill"
         step.request.ledger.add(("calls", phase, "split", str(module.layer_idx)))
-    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), None
+    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), NO_WEIGHTS if _wants_weights(
+        step, module, kwargs
+    ) else None
+
+
+def _wants_weights(step: Step | Steps | None, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller of the model asked for attention weights."""
+    if isinstance(step, Step) and step.wants_weights:
+        return True
+    asked = kwargs.get("output_attentions")
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked)
 
 
 def _refuse_measuring_apart(step: Step, layer: int) -> None:
     """Raise if a method wants to know what rows look at, where some heads have let tokens go."""
-    plan, images = step.request.plan, any(images for images, _ in step.request.newest)
+    plan = step.request.plan
     if plan.watching:
         raise UnsupportedError(
             f"attention under '{plan.name}' cannot be shown: heads of layer {layer} are kept apart, with different tokens"
         )
-    for method in plan.measuring[layer]:
-        if method.measures_generated or (step.is_prompt and (images or method not in plan.pruning)):
-            raise refusal_of_apart(step, layer)
+    if any(_measures(method, step) for method in plan.measuring[layer]):
+        raise refusal_of_apart(step, layer)
 
 
 def refusal_of_apart(step: Step, layer: int) -> UnsupportedError:
@@ -170,7 +183,7 @@ def _run(
     edit = AttentionEdit()
     for policy in plan.looking[layer] if plan.looking else ():
         policy.look(scope, query, key)
-    measuring = [method for method in plan.measuring[layer] if step.is_prompt or method.measures_generated]
+    measuring = [method for method in plan.measuring[layer] if _measures(method, step)]
     if measuring:
         look = _weights_of(_seen(scope, mask, kwargs), query, key, kwargs)
         for method in measuring:
@@ -187,6 +200,13 @@ def _run(
         watcher.attended(scope, edit, _weights_of(_seen(scope, mask, kwargs), query, key, kwargs, edit))
     step.request.ledger.add(("calls", "decode" if query.shape[2] == 1 else "prefill", label, str(layer)))
     return out, attended
+
+
+def _measures(method: Looker, step: Step) -> bool:
+    """Whether a method wants to know what rows of this step look at: one that drops image tokens, of prompts that have some."""
+    if step.is_prompt and method in step.request.plan.pruning:
+        return any(images for images, _ in step.request.newest)
+    return step.is_prompt or method.measures_generated
 
 
 def _attend_beside(
@@ -224,6 +244,9 @@ def _attend(
 ) -> Labelled:
     """Attention with an edit."""
     label = base_label(scope.step.base)
+    if edit.shift is not None:
+        query, edit = edit.shifted(query)
+        label = f"{label}+shift"
     if edit.is_identity:
         return *base(module, query, key, value, mask, **kwargs), label
     if edit.only_head_gain:
@@ -234,7 +257,12 @@ def _attend(
     see, dropout = _seen(scope, mask, kwargs), kwargs.get("dropout", 0.0)
     score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), dropout, **score)
-    return out.transpose(1, 2).contiguous(), None, backend
+    attended = None
+    if scope.step.base == "eager" and _wants_weights(
+        scope.step, module, kwargs
+    ):  # as the bare model: sdpa has none to give
+        attended = _weights_of(see, query, key, kwargs, edit)(0, query.shape[2]).to(query.dtype)
+    return out.transpose(1, 2).contiguous(), attended, backend
 
 
 def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
@@ -247,7 +275,11 @@ def _weights_of(
     """Attention of a few query rows, computed when somebody asks."""
     score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     scale = _scale(query, kwargs)
-    return lambda start, stop: attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+
+    def weights(start: int, stop: int, edit: AttentionEdit = edit) -> Tensor:
+        return attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+
+    return weights
 
 
 def base_label(name: str) -> str:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.errors import InputError, OptionError, UnsupportedError
 from vlmattn.interventions.pruning import Pruning
 from vlmattn.models import Anatomy, Family, find_family
 from vlmattn.recipe import Recipe
 from vlmattn.request import Plan, Request
-from vlmattn.wrapping import applied, handle_of
+from vlmattn.wrapping import borrowed, handle_of
 from vlmattn.wrapping.dropping import check_prompt
 
 
@@ -186,7 +187,7 @@ def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
 
 def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], plan: Plan) -> Request:
     """The prompt as the engine reads it."""
-    if inputs.get("past_key_values") is not None:
+    if compat.cache_of(inputs) is not None:
         raise InputError("cost() is about prompts from their beginning; leave past_key_values out")
     types = family.types_of_call(model, inputs)
     mask = inputs.get("attention_mask")
@@ -325,7 +326,7 @@ def _measured(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any],
         aten._scaled_dot_product_flash_attention: _attention,
     }
     with torch.inference_mode(), _under(model, recipe), FlopCounterMode(display=False, custom_mapping=own) as counter:
-        cache = model(**{**inputs, "use_cache": True, "logits_to_keep": 1}).past_key_values
+        cache = compat.output_cache(model(**{**inputs, "use_cache": True, "logits_to_keep": 1}))
     held = sum(getattr(layer, "nbytes", 0) or layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return replace(
         load,
@@ -342,16 +343,9 @@ def _attention(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> 
 
 @contextmanager
 def _under(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
-    """The recipe in force, whether the model is wrapped or not; after it, all is as before."""
-    handle = handle_of(model)
-    if handle is not None:
-        with handle.lent(recipe):
-            yield
-    elif recipe.is_none:
+    """The recipe in force in this thread, whether the model is wrapped or not; for others it is as before."""
+    with borrowed(model) as handle, handle.lent(recipe):
         yield
-    else:
-        with applied(model, recipe):
-            yield
 
 
 def _operations(count: float) -> str:

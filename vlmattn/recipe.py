@@ -147,8 +147,13 @@ class Recipe:
         """
         contrast = self._contrast(sizes)
         search = self.decoding if isinstance(self.decoding, Search) else None
-        self._refuse(sizes, deciding=search is not None or contrast is not None)
         looks = frozenset({sizes.layers - 1}) if search else _watched(contrast, sizes)
+        self._refuse(sizes, deciding=search is not None or contrast is not None, looking=bool(looks))
+        if search is not None and sizes.window:
+            raise UnsupportedError(
+                f"a search needs full attention in every layer, and {sizes.family} has a sliding window of {sizes.window} tokens in"
+                f" some; use another decoding rule than '{_name(search)}', or num_beams=5"
+            )
         bound = [method.bind(sizes) for method in self.interventions]
         pruning = self._pruning(sizes, contrast)
         pruners = [found for found in dict.fromkeys(pruning) if found is not None]
@@ -169,13 +174,8 @@ class Recipe:
             )
 
         extending = [layers for m, layers in zip(bound, active, strict=True) if m.observes_generated]
-        directions = (
-            (layer, found)
-            for method, layers in zip(bound, active, strict=True)
-            for layer in sorted(layers)
-            if (found := method.directions(layer)) is not None
-        )
         policies = [m for m in bound if isinstance(m, KVPolicy)]
+        preparing, observing = tuple(m for m in bound if _has(m, "prepare")), at("observe", active)
         evicting = self._evicting(policies, sizes)
         if policies and (search or (contrast is not None and (contrast.branches or evicting))):
             raise OptionError(
@@ -187,8 +187,8 @@ class Recipe:
         return Plan(
             self.name,
             by_layer=at(None, active),
-            preparing=tuple(m for m in bound if _has(m, "prepare")),
-            observing=at("observe", active),
+            preparing=preparing,
+            observing=observing,
             measuring=tuple(
                 (
                     *methods,
@@ -208,10 +208,13 @@ class Recipe:
             else (),
             seeing=tuple(seeing),
             extending=frozenset().union(*extending),
-            directions=tuple(directions),
             tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
             turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
             uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
+            text_first=not preparing and not policies and not any(m.opens_text for m in bound),
+            edits_text=bool(
+                preparing or policies or any(observing) or any(measured) or any(m.edits_text for m in bound)
+            ),
             texts=not any(m.needs_images for m in bound) and not pruners and not self.is_none,
             decoding=contrast,
             search=search,
@@ -220,7 +223,7 @@ class Recipe:
             branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
         )
 
-    def _refuse(self, sizes: Sizes, deciding: bool) -> None:
+    def _refuse(self, sizes: Sizes, deciding: bool, looking: bool) -> None:
         """Raise ``UnsupportedError`` if the model's family cannot have one of the methods."""
         reasons = dict(sizes.refused)
         for method in (*self.interventions, *self.pruning):
@@ -228,7 +231,8 @@ class Recipe:
             reason = reasons.get(kind_of(method)) or (reasons.get("opening") if opening else None)
             if reason is not None:
                 raise UnsupportedError(f"'{method.info.name}' does not run on {sizes.family}: {reason}")
-        if deciding and (reason := reasons.get("decoding")) is not None:
+        reason = (reasons.get("decoding") if deciding else None) or (reasons.get("looking") if looking else None)
+        if reason is not None:
             raise UnsupportedError(f"'{_name(self.decoding)}' does not run on {sizes.family}: {reason}")
 
     def _pruning(self, sizes: Sizes, contrast: ContrastiveDecoding | None) -> tuple[Pruning | None, ...]:

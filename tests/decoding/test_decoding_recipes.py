@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from numerics import near
 from PIL import Image
 from tiny import FAMILIES, build, generate, left_padded, prompt
 from torch import Tensor
@@ -241,7 +242,7 @@ def test_saved_beside_a_model(spec, tmp_path):
     loaded.set_attn_implementation("sdpa")
     vlmattn.wrap(loaded)
     assert loaded.vlmattn.recipe == Recipe.of(spec)
-    assert torch.equal(generate(loaded, inputs), wanted)
+    near(generate(loaded, inputs), wanted)  # weights that lie elsewhere are multiplied in another order
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlavaForConditionalGeneration"]
 
 
@@ -560,7 +561,7 @@ def test_plans_of_calls_do_not_pile_up():
 
 def test_presets_are_known_without_importing_anything_else():
     code = "import vlmattn, json; print(json.dumps({name: info.about for name, info in vlmattn.presets().items()}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     known = json.loads(done.stdout)
     assert set(known) >= EXPECTED
@@ -575,7 +576,7 @@ def test_names_at_the_front_door():
         "from vlmattn import Decoding, DoLa, Instead, Noise, PAIGuidance, Recipe\n"
         "assert Recipe.of('pai+vcd').decoding == VCD(), Recipe.of('pai+vcd')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

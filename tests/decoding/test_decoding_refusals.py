@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import near
 from tiny import FAMILIES, IMAGE_TOKEN, TEXT, build, generate, left_padded, prompt
 from torch import Tensor
 from transformers import (
@@ -404,7 +405,7 @@ def test_prompts_of_ones_own_take_any_text():
     mixed = left_padded([words(5, 6), words(5, 6, 7, 8)])
     found = generate(model, mixed, preset=rule)
     assert not torch.equal(found, generate(model, mixed))
-    torch.testing.assert_close(found[:1], generate(model, words(5, 6), preset=rule), rtol=0, atol=1e-5)
+    near(found[:1], generate(model, words(5, 6), preset=rule))
 
 
 def test_edits_of_images_beside_a_rule_of_layers():
@@ -947,7 +948,7 @@ def test_a_reader_in_another_thread_never_hangs(fault, recipe):
     if recipe == "opera" and fault == dict(use_cache=False):
         pytest.skip("a search has a cache of its own")
     model, failed = wrapped(recipe), queue.Queue()
-    streamer = TextIteratorStreamer(LETTERS, skip_prompt=True, timeout=20)
+    streamer = TextIteratorStreamer(LETTERS, skip_prompt=True, timeout=600)
 
     def write() -> None:
         with torch.no_grad():

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from numerics import near
 from torch import Tensor
 
 from vlmattn.decoding import DeCo, DoLa
@@ -20,7 +21,6 @@ from vlmattn.errors import OptionError
 INF = math.inf
 ROWS, POSITIONS, VOCABULARY, LAYERS = 3, 4, 25, 5
 T = torch.arange(1, POSITIONS + 1)
-free = settings(deadline=None)
 
 
 def views(seed: int, layers: int = LAYERS, scale: float = 1.5) -> tuple[Tensor, list[Tensor]]:
@@ -101,7 +101,7 @@ def test_rows_and_positions_choose_for_themselves(name):
         for at in range(POSITIONS):
             here = np.s_[row : row + 1, at : at + 1]
             alone = rule(main[here], [one[here] for one in early], T[at : at + 1])
-            torch.testing.assert_close(together[here], alone, rtol=1e-6, atol=1e-6)
+            near(together[here], alone, terms=8 * 12)  # a rule adds up the vocabulary a few times
 
 
 @cases
@@ -138,7 +138,6 @@ def test_sureness_is_about_candidates():
     assert got == [pytest.approx(3.0), pytest.approx(2.5 + sureness), -INF, -INF]
 
 
-@free
 @given(st.integers(0, 10**6), st.floats(0, 0.999), st.integers(1, 40))
 def test_candidates(seed, top_p, top_k):
     main, _ = views(seed, layers=0)
@@ -189,6 +188,14 @@ def test_tokens_that_the_model_suppresses_change_no_choice(rule, everywhere):
     [
         (DoLa(), 32, tuple(range(0, 16, 2))),
         (DoLa(layers="1/2:-1:2"), 32, tuple(range(16, 32, 2))),
+        (DoLa(), 40, tuple(range(0, 20, 2))),
+        (DoLa(), 60, tuple(range(0, 20, 2))),
+        (DoLa(), 80, tuple(range(0, 20, 2))),
+        (DoLa(layers="high"), 32, tuple(range(16, 32, 2))),
+        (DoLa(layers="high"), 40, tuple(range(20, 40, 2))),
+        (DoLa(layers="high"), 60, tuple(range(40, 60, 2))),
+        (DoLa(layers="high"), 80, tuple(range(60, 80, 2))),
+        (DoLa(layers="high"), 7, (3, 5)),
         (DoLa(), 6, (0, 2)),
         (DoLa(layers="1/2:-1:2"), 6, (3,)),
         (DeCo(), 32, tuple(range(20, 29))),

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from numerics import near
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from vlmattn.errors import OptionError
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "vcd"
 COEFFICIENTS = json.loads((GOLDENS / "vcd_goldens.json").read_text())["noise"]["coefficients"]
-free = settings(deadline=None)
 
 
 def pixels(*shape: int, seed: int = 100) -> Tensor:
@@ -59,7 +59,7 @@ def test_a_row_has_the_same_noise_whatever_surrounds_it():
     assert torch.equal(noise(one), first)
     assert torch.equal(Noise(seed=4)(one), first)
     signal, _ = noise.coefficients
-    torch.testing.assert_close(first - signal * one, noise(other) - signal * other, rtol=0, atol=1e-6)
+    near(first - signal * one, noise(other) - signal * other, terms=8, scale=5.0)
 
 
 def test_seeds_and_steps_differ():
@@ -133,7 +133,6 @@ def attention_with_ties(draw):
     return torch.tensor(eighths).view(layers, batch, keys) / 8, torch.tensor(visual).view(batch, keys)
 
 
-@free
 @given(attention_with_ties(), st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0]), st.integers(0, 3))
 def test_top_attended(drawn, share, padding):
     attention, visual = drawn

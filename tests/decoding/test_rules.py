@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numerics import near
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper
@@ -49,7 +50,6 @@ VCD_GOLDEN = json.loads((GOLDENS / "vcd" / "vcd_goldens.json").read_text())
 INF = math.inf
 T = torch.tensor([1, 2, 7, 50, 200])
 betas = st.floats(0, 1)
-free = settings(deadline=None)
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -170,7 +170,7 @@ def test_positions_do_not_meet(name):
         for at in range(len(T)):
             here = np.s_[row : row + 1, at : at + 1]
             alone = contrast.rule(main[here], [other[here] for other in others], T[at : at + 1])
-            torch.testing.assert_close(together[here], alone, rtol=1e-6, atol=1e-6)
+            near(together[here], alone, terms=8 * 12)  # a rule adds up the vocabulary a few times
 
 
 @pytest.mark.parametrize("text", [0.5, 1.0])
@@ -184,7 +184,6 @@ def test_rbd_without_a_visual_branch_is_vcd(text):
 # Plausibility
 
 
-@free
 @given(some_views(), betas)
 def test_the_most_likely_token_survives(views, beta):
     keep = plausible(views[0], beta)
@@ -193,7 +192,6 @@ def test_the_most_likely_token_survives(views, beta):
     assert torch.equal(~bits(scores), keep)
 
 
-@free
 @given(some_views(1))
 def test_beta_one_keeps_the_most_likely_tokens_and_zero_all(views):
     (main,) = views
@@ -207,7 +205,6 @@ def test_ties_at_the_threshold_stay():
     assert plausible(main, 0.25).tolist() == [True, True, True, False]
 
 
-@free
 @given(some_views(1), betas, betas)
 def test_plausibility_is_monotone(views, one, other):
     low, high = sorted((one, other))
@@ -217,7 +214,6 @@ def test_plausibility_is_monotone(views, one, other):
 # Contrast
 
 
-@free
 @given(some_views(1), st.lists(st.floats(-5, 5), max_size=3), st.sampled_from(["logits", "logprobs"]), betas)
 def test_a_branch_that_agrees_changes_nothing(views, weights, space, beta):
     (main,) = views
@@ -226,7 +222,6 @@ def test_a_branch_that_agrees_changes_nothing(views, weights, space, beta):
     torch.testing.assert_close(scores, own.masked_fill(~plausible(main, beta), -INF), rtol=1e-5, atol=5e-4)
 
 
-@free
 @given(some_views(), st.booleans(), betas)
 def test_weight_zero_is_the_identity(views, plus, beta):
     main, *others = views
@@ -261,7 +256,6 @@ def test_ends_of_unsure_below():
     assert torch.equal(Contrast((1.0,))(main, [branch], T), 2 * main - branch)
 
 
-@free
 @given(st.floats(0, 1), st.integers(1, 5000), st.floats(0, 1e6))
 def test_growth(rate, t, cap):
     got = float(Growth(rate, cap)(torch.tensor([t]))[0])
@@ -324,7 +318,6 @@ def test_tokens_that_branches_alone_suppress_give_a_distribution(weights):
 # Mixture
 
 
-@free
 @given(some_views(4), st.floats(0.1, 5))
 def test_mixtures(views, temperature):
     rule, t = Mixture(temperature), counted(views)

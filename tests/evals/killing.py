@@ -38,7 +38,7 @@ def kill_and_compare(folder: Path, questions: int, batch: int) -> tuple[dict[str
             os.kill(ranks_of(running.pid)[-1], signal.SIGKILL)
         else:
             os.killpg(running.pid, signal.SIGKILL)
-        running.wait(timeout=120)
+        running.wait(timeout=600)
         parts = [keys(path) for path in sorted((folder / "killed").glob("journal-*.jsonl"))]
         assert len(parts) == 2, "both processes must have written"
         assert not parts[0] & parts[1], "no batch may be asked twice"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tiny import FAMILIES, build, left_padded, prompt
@@ -23,7 +25,9 @@ def by_what(table):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_preset_has_a_row_for_everything_that_is_measured(family):
+def test_every_preset_has_a_row_for_everything_that_is_measured(family, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks) / 1000)  # whatever else the machine does
     model = build(family)
     table = by_what(bench(model, prompt(family), ["var", "vhr", "vcd"], rounds=2, new_tokens=4))
     assert set(table) - {PEAK} == {FIRST, STEP, "4 tokens"}
@@ -33,7 +37,7 @@ def test_every_preset_has_a_row_for_everything_that_is_measured(family):
     assert step["n"] == whole["n"] == 2
     assert step["ratio_q1"] <= step["ratio"] <= step["ratio_q3"]
     assert table[STEP]["none"]["ratio"] == 1.0
-    assert table[FIRST]["var"]["median"] + 3 * step["median"] == pytest.approx(whole["median"], rel=0.9)
+    assert table[FIRST]["var"]["median"] + 3 * step["median"] == pytest.approx(whole["median"], rel=0.5)
     assert whole["tokens_per_s"] == pytest.approx(4e3 / whole["median"], rel=0.01)
     assert "tokens_per_s" not in step
     facts = {"dtype": "float32", "device": "cpu", "batch_size": 1, "new_tokens": 4}

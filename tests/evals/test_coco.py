@@ -142,7 +142,7 @@ def change(data: dict[str, Any], *path: Any, to: Any = None) -> dict[str, Any]:
         ('{"images": [],\n "annotations": [\n}', ":3: not valid JSON ("),
         ("", ":1: not valid JSON ("),
         ("[1]", ": not a COCO annotation file, it holds a list"),
-        ("[" * 100_000, ": nested too deeply"),
+        ("[" * 100_000, ": lists and objects are nested too deeply; take it from"),
         (captions(), ": has no 'images' (its keys: annotations); "),
         ({}, ": has no 'images' (its keys: none); "),
         (change(instances(), "annotations"), ": has no 'annotations' (its keys: info, images, categories); "),
@@ -190,12 +190,12 @@ def test_unreadable_files(tmp_path: Path, files: tuple[Path, Path]) -> None:
     missing = tmp_path / "instances_val2014.json"
     with pytest.raises(InputError, match=r"No such file or directory; take it from annotations_trainval2014\.zip"):
         load_coco_objects(missing, None, COCO)
-    with pytest.raises(InputError, match=r"cannot read the COCO annotations .*missing"):
+    with pytest.raises(InputError, match=r"cannot read .*missing\.json.*take it from"):
         load_coco_objects(files[0], tmp_path / "missing.json", COCO)
     with pytest.raises(InputError, match="cannot read"):
         load_coco_objects(tmp_path, None, COCO)
     missing.write_bytes(b"PK\x03\x04\xff\xfe")
-    with pytest.raises(InputError, match="not a UTF-8 text file; unpack"):
+    with pytest.raises(InputError, match=r"not a text file in UTF-8.*take it from"):
         load_coco_objects(missing, None, COCO)
 
 
@@ -215,8 +215,8 @@ def test_a_tenth_of_val2014_takes_no_time(tmp_path: Path) -> None:
         ]
     }
     paths = write(tmp_path / "i.json", data), write(tmp_path / "c.json", said)
-    start = time.perf_counter()
+    start = time.process_time()
     found = load_coco_objects(*paths, COCO)
-    assert time.perf_counter() - start < 10  # well under a second on an idle core
+    assert time.process_time() - start < 10  # well under a second, however busy the machine is
     assert len(found) == images
     assert all({"person", "horse", "bus"} <= image.objects for image in found.values())

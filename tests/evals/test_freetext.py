@@ -158,7 +158,7 @@ def test_a_judge_of_ones_own_rates(mmhal):
     [
         ('{"image_id": "a1"}\n{"image_id": ', r"response_template\.json:2: not valid JSON"),
         ('[{"image_id": "a1"},\n{"image_id', r"response_template\.json:2: not valid JSON"),
-        (json.dumps([{**QUESTION, "image_content": "Bus"}]), "item 1: image_content must be a list of the things"),
+        (json.dumps([{**QUESTION, "image_content": "Bus"}]), "item 1: image_content must be a list of texts"),
         (json.dumps([QUESTION, QUESTION]), r"item 2: image_id 'a1' is there twice \(first .*item 1\); keep one of them"),
         (json.dumps([{key: QUESTION[key] for key in QUESTION if key != "gt_answer"}]), "item 1: an MMHal-Bench question needs image_id, .*gt_answer"),
         (json.dumps([{"id": 1, "type": "generative", "truth": []}]), "item 1: an MMHal-Bench question needs image_id"),

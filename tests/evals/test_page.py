@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import subprocess
+from dataclasses import replace
 
+import hostile
 import numpy as np
 import pytest
+from hostile import CHROMIUM
 from PIL import Image
 
 import vlmattn
-from vlmattn import pages
+from vlmattn import PAI, Recipe, pages
 from vlmattn.evals.gallery import attention_of, gallery
 from vlmattn.evals.page import _card, html_report
+from vlmattn.evals.report import change
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites import Chair, Pope, World
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,7 @@ def test_the_leaderboard_has_every_preset_with_interval_p_and_cost(finished):
     )
     for preset in ("vhr", "pai"):
         cell = result.summary["overall"][0]["rows"][preset]["metrics"]["accuracy"]
-        d = cell["difference"]
-        assert f"{cell['value']:.1f}<small>{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]</small>" in board
+        assert f"{cell['value']:.1f}<small>{change(cell)}</small>" in board
         assert f"<td>{result.summary['cost'][preset]['tokens_per_second']:.1f}<small>" in board
     assert board.count("<small>p ") == 4
     assert "tokens per second" in board  # the chart
@@ -107,6 +108,28 @@ def test_parts_that_count_as_images_are_not_drawn(finished):
     assert [card.count("data:image/png") for card in cards] == [2, 1, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore")  # letters that the font lacks
+def test_names_are_text_on_the_page(tmp_path):
+    """Names of recipes and files, questions, answers and the command line."""
+    model, processor = vlmattn.load("embedded")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+
+    def made(name):
+        place = tmp_path / name.replace("/", "")[:200].encode("ascii", "ignore").decode().replace("\0", "")
+        place.mkdir()
+        questions = place / f"{place.name}.json"
+        asked = [
+            {"question_id": n, "image": "a.png", "text": f"Is there a cup? {name}", "label": "yes"} for n in range(2)
+        ]
+        questions.write_text(json.dumps(asked))
+        suite, recipe = Pope.on_files([questions], tmp_path), Recipe(name, (PAI(),))
+        result = evaluate(model, processor, [suite], [recipe], place / "out", name, say=lambda _: None, command=name)
+        said = {key: f"{name} {key[1]}" for key in result.answers}
+        return hostile.elements(html_report(replace(result, answers=said)))
+
+    assert made(hostile.ALL.replace("\ud800", "")) == made("name")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page_without_scrolling_sideways(finished, tmp_path, width):
@@ -126,7 +149,7 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(finished, tmp_path,
         [*command, f"--window-size={width},1400", f"--screenshot={shot}", path.as_uri()],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     seen = np.asarray(Image.open(shot).convert("L"))
     assert seen.shape == (1400, width)
@@ -143,7 +166,7 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(finished, tmp_path,
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     whole, shown = map(int, re.search(r"<title>(\d+) (\d+)</title>", told.stdout).groups())
     assert whole <= shown == width

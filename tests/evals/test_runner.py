@@ -12,7 +12,7 @@ import torch
 from killing import kill_and_compare
 
 import vlmattn
-from vlmattn.errors import InputError, StateError
+from vlmattn.errors import StateError
 from vlmattn.evals.journal import Journal
 from vlmattn.evals.page import html_report
 from vlmattn.evals.processes import Processes
@@ -84,7 +84,8 @@ def test_only_the_idle_method_of_a_composition_is_named(finished):
     _, result = finished
     summary = {**result.summary, "reports": {"var+pai": {"fired": {"var": 0, "pai": 3}}}}
     assert notes(replace(result, summary=summary)) == [
-        "var+pai: var never found anything to do on this model and had no part in the answers."
+        "var+pai: var never found anything to do on this model and had no part in the answers.",
+        *notes(result),
     ]
 
 
@@ -143,16 +144,7 @@ def test_cut_off_runs_lose_nothing_and_repeat_nothing(bundled, finished, tmp_pat
         assert again.summary[name] == result.summary[name]
 
 
-def test_a_damaged_line_in_the_middle_is_named(finished, tmp_path):
-    folder, _ = finished
-    settings = json.loads((folder / "settings.json").read_text())
-    lines = (folder / "journal.jsonl").read_text().splitlines()
-    lines[3] = lines[3][:20]
-    (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(InputError, match=r"journal\.jsonl:4: damaged line"):
-        Journal(tmp_path, settings, Processes())
-
-
+@pytest.mark.slow
 def test_killed_twice_in_two_processes_equals_one_that_was_left_alone(tmp_path):
     """The real thing, in small; ``python tests/evals/killing.py`` does it with 10,000 questions."""
     killed, whole = kill_and_compare(tmp_path, questions=240, batch=8)
@@ -177,7 +169,7 @@ def test_reports_show_every_preset(finished):
     for word in ("vhr", "pai", "adversarial", "chair_i", "data:image/png;base64"):
         assert word in page
     assert "| adversarial (36) | none |" in markdown_tables(result)
-    assert notes(result) == []
+    assert [note[:35] for note in notes(result)] == ["No interval: fewer than 10 images, "], "there are six"
 
 
 def test_many_presets_are_drawn_as_differences(finished):

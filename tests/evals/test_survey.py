@@ -15,6 +15,7 @@ from vlmattn.evals import survey
 from vlmattn.evals.bench import bench, encode
 from vlmattn.evals.compare import Compared
 from vlmattn.evals.controls import against_controls
+from vlmattn.evals.report import change
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.stats import Interval
 from vlmattn.evals.suites import Chair, Pope, Which, World
@@ -123,9 +124,8 @@ def test_each_preset_has_a_row_with_its_figures(summary):
     assert rows["vhr"][:3] == ["vhr", "[2412.13949](https://arxiv.org/abs/2412.13949)", "paper text"]
     for column in range(3):
         shown, found = rows["vhr"][3 + column], cell(summary, column, "vhr")
-        d = found["difference"]
         assert shown.startswith(f"{found['value']:.1f}<br>")
-        assert f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" in shown
+        assert change(found) in shown
         assert rows["none"][3 + column] == f"{cell(summary, column, 'none')['value']:.1f}"
     assert rows["vhr"][6] == str(summary["reports"]["vhr"]["fired"]["vhr"])
     own, base = (summary["cost"][name]["seconds_per_sample"] for name in ("vhr", "none"))
@@ -335,7 +335,7 @@ def test_presets_are_held_against_their_controls(controlled):
     text = controls_section(summary, found)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
-    assert f"{rows[0].difference.value:+.1f} [" in lines[2]
+    assert f"{rows[0].difference.value:+.1f} (no interval)" in lines[2], "four images"
     assert against_controls([runs[0] / "summary.json", runs[1]], parts) == {}, "no answers of vhr"
 
 

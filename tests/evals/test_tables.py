@@ -145,7 +145,7 @@ def test_mme(tmp_path):
             make_published("mme", tmp_path / "MME_Benchmark", None, limit, 16),
         )
     columns["answer"][3] = "maybe"
-    with pytest.raises(InputError, match="bad: row 3: answer must be Yes or No, got 'maybe'"):
+    with pytest.raises(InputError, match="bad: row 3: answer must be yes or no, got 'maybe'"):
         make_published("mme", parquet(tmp_path / "bad", "test", columns, features), None, None, 16)
     odd = {name: values[:3] for name, values in columns.items()}
     with pytest.raises(InputError, match=r"two questions per image, 'OCR/b\.png' has 1"):

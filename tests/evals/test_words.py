@@ -297,7 +297,7 @@ def test_from_file_has_no_compounds_of_ours(tmp_path: Path) -> None:
         (b"dog\n#, hound", ":2: ", "'#' is not a word"),
         (b"\n \n", ": ", "no objects in it"),
         (b"", ": ", "no objects in it"),
-        (b"dog, \xff\xfe", ": ", "not a UTF-8 text file"),
+        (b"dog, \xff\xfe", ": ", "not a text file in UTF-8"),
     ],
 )  # fmt: skip
 def test_bad_files(tmp_path: Path, content: bytes, where: str, message: str) -> None:

@@ -13,6 +13,7 @@ import vlmattn
 from vlmattn import InputError, OptionError, SinkProfile
 from vlmattn.inspection import find_sinks, look, sink_levels
 from vlmattn.inspection.sinks import _agreed
+from vlmattn.interventions import sinks
 from vlmattn.models import find_family
 
 LAYERS, DIMS, ENTER, LEAVE, TAU = 8, (3, 17), 2, 7, 8.0
@@ -191,6 +192,21 @@ def test_var_takes_the_profile(planted, tmp_path):
     with vlmattn.applied(model, "var", profile=str(path)), torch.no_grad():
         model(**inputs)
         assert model.vlmattn.report()["fired"]["var"] == 2 * (LEAVE - ENTER) + 2  # tokens, summed over layers
+
+
+@pytest.mark.parametrize(("told", "warned"), [((3, 50), False), ((50,), True), ((), False)])
+@pytest.mark.parametrize("table", ["SINK_DIMS", "REPORTED_SINK_DIMS"])
+def test_other_dimensions_than_were_told_are_said(monkeypatch, table, told, warned):
+    model = plant(deep("llava"))
+    backbone = find_family(model).anatomy(model).backbone
+    monkeypatch.setitem(getattr(sinks, table), backbone, told)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert find_sinks(model, [prompt("llava")], tau=TAU).dims == DIMS
+    said = [str(one.message) for one in caught if "for this language model" in str(one.message)]
+    assert len(said) == warned
+    assert all("[3, 17]" in words and "[50]" in words for words in said)
+    assert all(("reported by others" in words) == (table == "REPORTED_SINK_DIMS") for words in said)
 
 
 @pytest.mark.parametrize("tau", [0.0, 32**0.5, 20.0])

@@ -277,7 +277,7 @@ def graphs(draw):
     return score.softmax(-1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(graphs(), st.integers(0, 4), st.integers(0, 4))
 def test_flow_is_the_smallest_cut(layers, row, key):
     row, key = row % layers.shape[-1], key % layers.shape[-1]
@@ -285,7 +285,7 @@ def test_flow_is_the_smallest_cut(layers, row, key):
     assert float(found) == pytest.approx(cut(layers, row, key), abs=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(graphs())
 def test_flow_is_at_least_rollout_and_at_most_what_enters_the_key(layers):
     """What is rolled out is one flow: it fits through every edge."""
@@ -295,7 +295,7 @@ def test_flow_is_at_least_rollout_and_at_most_what_enters_the_key(layers):
     assert bool((found >= product(layers)[-1] - 1e-5).all())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(graphs())
 def test_one_layer_is_attention_itself(layers):
     torch.testing.assert_close(flows(pytest.MonkeyPatch(), layers, layers=1), layers[-1, -1], rtol=0, atol=1e-6)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from numerics import near
 from tiny import FAMILIES, IMAGE_TOKEN, build, left_padded, prompt
 
 import vlmattn
@@ -70,8 +71,8 @@ def test_vhd_and_means_by_hand(family):
         blind = head_outputs(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         distances.append((outputs[-1] - blind).norm(dim=-1))
     found = score_heads(model, inputs, answer_tokens=1, prompts=("what?",), seed=3)
-    torch.testing.assert_close(table(found.scores["vhd"]), torch.stack(distances).mean(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(table(found.means), torch.stack(outputs).mean(0), rtol=1e-4, atol=1e-5)
+    near(table(found.scores["vhd"]), torch.stack(distances).mean(0))
+    near(table(found.means), torch.stack(outputs).mean(0))
     assert table(found.scores["vhd"]).std() > 0.1
     assert (found.prompts, found.seed) == (("what?",), 3)
 
@@ -87,7 +88,7 @@ def test_visual_is_the_eager_attention_on_the_image(family):
         expected += torch.stack([a[0, :, -1, visual].sum(-1) for a in attentions]) / 3
     for attn in ("sdpa", "eager"):
         found = score_heads(build(family, attn), inputs, answer_tokens=1)
-        torch.testing.assert_close(table(found.scores["visual"]), expected, rtol=1e-4, atol=1e-5)
+        near(table(found.scores["visual"]), expected)
     assert expected.std() > 0.05
 
 
@@ -142,9 +143,9 @@ def test_padding_is_invisible(family, padded):
     prompts = [worded(family, words=4, seed=1), worded(family, words=9, images=2, seed=2), worded(family, seed=3)]
     singles, batch = score_heads(model, prompts), score_heads(model, [padded(prompts)])
     for name in ("vhd", "visual", "retrieval"):
-        torch.testing.assert_close(table(batch.scores[name]), table(singles.scores[name]), rtol=1e-4, atol=1e-5)
+        near(table(batch.scores[name]), table(singles.scores[name]))
         assert table(singles.scores[name]).any()
-    torch.testing.assert_close(table(batch.means), table(singles.means), rtol=1e-4, atol=1e-5)
+    near(table(batch.means), table(singles.means))
 
 
 def brute_force(model, samples, means=None):
@@ -181,8 +182,8 @@ def test_causal_equals_one_head_at_a_time(family, ablation):
     expected = brute_force(model, samples, means if ablation == "mean" else None)
     for size in (1, 3, 8):
         found = find_heads(model, samples, ablation=ablation, batch_size=size, progress=False)
-        torch.testing.assert_close(table(found.scores["causal"]), expected, rtol=1e-3, atol=2e-5)
-    torch.testing.assert_close(table(found.means), means, rtol=1e-4, atol=1e-5)
+        near(table(found.scores["causal"]), expected)
+    near(table(found.means), means)
     assert expected.std() > 0.01
     assert expected.amax() > 10 * expected.amin()
 
@@ -197,7 +198,8 @@ def test_a_planted_decisive_head_comes_first():
                 layer.self_attn.o_proj.weight[:, 2 * DIM : 3 * DIM] = kept
     found = find_heads(model, [Conflict(prompt("llava", seed=s), 5, 6) for s in range(2)], progress=False)
     assert found.top("causal", 0.05) == ((1, 2),)
-    assert table(found.scores["causal"]).count_nonzero() == 1
+    effects = table(found.scores["causal"])
+    assert (effects > 1e-3 * effects.amax()).sum() == 1  # up to rounding nothing else has any
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from zoo import IMG, ZOO
 
@@ -304,7 +304,6 @@ def traces(draw):
     return made(score.masked_fill(later[:, None, None], -math.inf).softmax(-1), prompt, images)
 
 
-@settings(deadline=None)
 @given(traces())
 def test_masses_are_shares_of_one(trace):
     found = group_masses(trace).values
@@ -312,7 +311,6 @@ def test_masses_are_shares_of_one(trace):
     torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]))
 
 
-@settings(deadline=None)
 @given(traces())
 def test_entropy_is_between_one_key_and_all(trace):
     keys = torch.tensor([row + 1.0 for row in trace.answer_rows])[:, None, None]
@@ -323,7 +321,6 @@ def test_entropy_is_between_one_key_and_all(trace):
     torch.testing.assert_close(entropy(trace, normalised=True).values * keys.log(), whole)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4))
 def test_uniform_rows(images, steps):
     prompt = images + 3
@@ -338,7 +335,6 @@ def test_uniform_rows(images, steps):
     torch.testing.assert_close(entropy(trace, normalised=True).values, torch.ones(steps, 2, 2))
 
 
-@settings(deadline=None)
 @given(traces(), st.integers(1, 12))
 def test_distances_are_within_their_window_and_grow_with_it(trace, window):
     near, far = distances(trace, window).values, distances(trace, window + 1).values
@@ -350,7 +346,6 @@ def test_distances_are_within_their_window_and_grow_with_it(trace, window):
     assert max(float(table[place]) for place in local) <= min(float(table[place]) for place in distant) + 1e-6
 
 
-@settings(deadline=None)
 @given(traces())
 def test_a_step_hands_out_attention_of_one(trace):
     """Sink scores times the number of their rows, over all tokens, are the rows."""

@@ -80,7 +80,7 @@ SETTINGS: dict[str, Intervention] = {
     "isolate_separated": Isolation(between="documents", separator=(STOP,)),
     "calibration": Calibration(basket=8, layers="0:"),
     "calibration_documents": Calibration(segments="documents", separator=(STOP,), layers="0:", strength=1.0),
-    "focus": FocusDirections(layers="1:3"),
+    "focus": FocusDirections(alpha=1.0, layers="1:3"),
 }
 BETWEEN_IMAGES = {"sofa", "sofa_mix", "isolate_images", "isolate_documents", "isolate_separated"}
 
@@ -117,14 +117,12 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def directions(family: str) -> str:
-    """A file of focus directions for layers 1 and 2: head 3 and key head 0, and key head 1 only."""
+    """A file of focus directions for layers 1 and 2: head 3, and head 1."""
     sizes, generator = anatomy(family), torch.Generator().manual_seed(4)
-    query = {1: torch.zeros(sizes.heads, sizes.head_dim)}
-    query[1][3] = torch.randn(sizes.head_dim, generator=generator)
-    key = {layer: torch.zeros(sizes.kv_heads, sizes.head_dim) for layer in (1, 2)}
-    for layer, head in ((1, 0), (2, 1)):
-        key[layer][head] = torch.randn(sizes.head_dim, generator=generator)
-    return str(save_directions(query, key, Path(_folder().name) / f"{family}.safetensors", sizes))
+    query = {layer: torch.zeros(sizes.heads, sizes.head_dim) for layer in (1, 2)}
+    for layer, head in ((1, 3), (2, 1)):
+        query[layer][head] = torch.randn(sizes.head_dim, generator=generator)
+    return str(save_directions(query, Path(_folder().name) / f"{family}.safetensors", sizes))
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def footprint(model: nn.Module) -> dict:
 # --- pairs against the oracle
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     family=st.sampled_from(FAMILIES),
     pair=st.lists(st.sampled_from(list(SETTINGS)), min_size=2, max_size=2, unique=True),
@@ -287,7 +287,7 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_a_directions_file_with_a_layer_too_many(tmp_path):
     from vlmattn.interventions.focus import save_directions
 
-    path = save_directions({9: torch.ones(4, 8)}, {}, tmp_path, anatomy("llava"))
+    path = save_directions({9: torch.ones(4, 8)}, tmp_path, anatomy("llava"))
     refused(FocusDirections(file=str(path)), r"query\.9.*the model")
 
 

@@ -1,14 +1,17 @@
-"""Head steering and focus directions against hooks on projections of a bare model."""
+"""Head steering and focus directions against hooks on a bare model, and its own attention on shifted queries."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import ExitStack
 
 import pytest
 import torch
+from numerics import TINY_MODEL, bound, near
+from safetensors.torch import load_file, save_file
 from test_masks import PAD, Token, batch_of, inputs_of, mask_of, plain, write
-from tiny import FAMILIES, build, generate
+from tiny import FAMILIES, build, generate, shifted_queries
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +22,7 @@ from vlmattn.models import find_family
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-TOLERANCE = 3e-5
+TOLERANCE = bound(torch.float32, TINY_MODEL, scale=0.5)  # logits of a random model are smaller
 PLACEHOLDERS = [96, 97, 98, 99]
 LAYERS, HEADS, KV_HEADS, DIM = 4, 4, 2, 8
 CHOSEN = {0: [1], 2: [0, 3], 3: [2]}
@@ -199,7 +202,7 @@ def test_the_best_share_of_a_profile(tmp_path):
     beside = type(model).from_pretrained(tmp_path).eval()
     profile_of(model).save(tmp_path)
     with vlmattn.applied(beside, Heads(share=0.25)):
-        torch.testing.assert_close(beside(**inputs).logits, expected, rtol=0, atol=1e-6)
+        near(beside(**inputs).logits, expected)
 
 
 def test_the_top_of_a_profile_is_ranked_best_first():
@@ -314,29 +317,23 @@ def test_a_profile_that_is_measured_again_is_read_again(tmp_path):
 ALPHA = 0.7
 
 
-def directions(seed: int = 1) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def directions(seed: int = 1) -> dict[int, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    query = {layer: torch.randn(HEADS, DIM, generator=generator) for layer in (0, 2)}
-    key = {layer: torch.randn(KV_HEADS, DIM, generator=generator) for layer in (2, 3)}
+    query = {layer: torch.randn(HEADS, DIM, generator=generator) for layer in (0, 2, 3)}
     query[0][1] = 0.0
-    return query, key
+    return query
 
 
 def saved(folder, model: PreTrainedModel, seed: int = 1) -> str:
-    return str(save_directions(*directions(seed), folder / f"{seed}.safetensors", anatomy(model)))
+    return str(save_directions(directions(seed), folder / f"{seed}.safetensors", anatomy(model)))
 
 
 def shifted(alpha: float = ALPHA, seed: int = 1, layers=range(LAYERS)):
-    """A bare run with the directions added by hooks on ``q_proj`` and ``k_proj``."""
+    """A bare run with the directions added to the rotated queries."""
 
     def run(model, rows, inputs):
-        with ExitStack() as stack:
-            for side, found in zip(("q_proj", "k_proj"), directions(seed), strict=True):
-                for layer, vectors in found.items():
-                    if layer in layers:
-                        module = getattr(model.model.language_model.layers[layer].self_attn, side)
-                        hook = lambda _, args, out, v=vectors: out + alpha * v.flatten()  # noqa: E731
-                        stack.callback(module.register_forward_hook(hook).remove)
+        vectors = {layer: alpha * value for layer, value in directions(seed).items() if layer in layers}
+        with shifted_queries(model, vectors):
             return model(**inputs).logits
 
     return run
@@ -344,8 +341,40 @@ def shifted(alpha: float = ALPHA, seed: int = 1, layers=range(LAYERS)):
 
 @attn_matrix
 @family_matrix
-def test_directions_are_added_before_the_rotation(family, attn, tmp_path):
+def test_directions_are_added_after_the_rotation(family, attn, tmp_path):
     check(family, FocusDirections(alpha=ALPHA, file=saved(tmp_path, build(family))), shifted(), attn)
+
+
+@attn_matrix
+@family_matrix
+def test_the_cache_keeps_the_keys_and_the_model_its_own_attention(family, attn, tmp_path):
+    """No S x S weights in prefill: the report names the model's implementation, and cached keys of layer 0 are bare."""
+    model = build(family, attn)
+    inputs = inputs_of(model, prompts(family))
+    plain = model(**inputs).past_key_values.layers[0].keys
+    vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model)))
+    assert torch.equal(model(**inputs).past_key_values.layers[0].keys, plain)
+    assert model.vlmattn.report()["backends"]["prefill"] == {f"base:{attn}+shift": 3, f"base:{attn}": 1}
+
+
+@family_matrix
+def test_key_directions_change_nothing_and_are_said_to_be_left_out(family, tmp_path):
+    model = build(family)
+    inputs, path = inputs_of(model, prompts(family)), tmp_path / "old.safetensors"
+    tensors = load_file(saved(tmp_path, model)) | {"key.1": torch.randn(KV_HEADS, DIM)}
+    save_file(tensors, path, {"fingerprint": anatomy(model).fingerprint})
+    with vlmattn.applied(model, FocusDirections(file=saved(tmp_path, model))):
+        expected = model(**inputs).logits
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with vlmattn.applied(model, FocusDirections(file=str(path))):
+                assert torch.equal(model(**inputs).logits, expected)
+    (one,) = said
+    assert "old.safetensors are left out" in str(one.message)
+    save_file({"key.1": torch.randn(KV_HEADS, DIM)}, tmp_path / "keys.safetensors")
+    with pytest.raises(InputError, match=r"needs query\.LAYER"):
+        vlmattn.wrap(model, FocusDirections(file=str(tmp_path / "keys.safetensors")))
 
 
 def test_layers_restrict_the_directions(tmp_path):
@@ -371,7 +400,7 @@ def test_directions_beside_the_model(tmp_path):
     again = type(model).from_pretrained(tmp_path).eval()
     with pytest.raises(OptionError, match="which directions"):
         vlmattn.wrap(again, "focus")
-    save_directions(*directions(), tmp_path, anatomy(model))
+    save_directions(directions(), tmp_path, anatomy(model))
     vlmattn.wrap(again, FocusDirections(alpha=ALPHA))
     expected = shifted()(model, rows, inputs)
     torch.testing.assert_close(again(**inputs).logits[real], expected[real], rtol=0, atol=TOLERANCE)
@@ -384,23 +413,6 @@ def our_hooks(model: nn.Module) -> list:
 
 def _module_of(hook) -> str:
     return getattr(getattr(hook, "func", hook), "__module__", "") or ""
-
-
-def test_unwrap_removes_the_hooks_on_projections(tmp_path):
-    model, rows = build("llava"), prompts("llava")
-    inputs = inputs_of(model, rows)
-    bare = model(**inputs).logits
-    for _ in range(2):
-        vlmattn.wrap(model, FocusDirections(file=saved(tmp_path, model)))
-        focused = model(**inputs).logits
-        assert not torch.equal(focused, bare)
-        layer = model.model.language_model.layers[2].self_attn
-        assert layer.q_proj._forward_hooks
-        vlmattn.unwrap(model)
-        assert not our_hooks(model)
-        assert not layer.q_proj._forward_hooks
-        assert not layer._forward_pre_hooks
-        assert torch.equal(model(**inputs).logits, bare)
 
 
 def test_another_recipe_and_disabling_end_the_directions(tmp_path):
@@ -416,7 +428,7 @@ def test_another_recipe_and_disabling_end_the_directions(tmp_path):
     model.vlmattn.enable()
     assert torch.equal(model(**inputs).logits, focused)
     model.vlmattn.set(FocusDirections(file=saved(tmp_path, model, seed=2)))
-    expected = shifted(1.0, seed=2)(build("llava"), rows, inputs)
+    expected = shifted(0.2, seed=2)(build("llava"), rows, inputs)
     real = real_rows(rows)
     torch.testing.assert_close(model(**inputs).logits[real], expected[real], rtol=0, atol=TOLERANCE)
     model.vlmattn.set("none")
@@ -437,21 +449,7 @@ def test_a_second_model_of_the_same_thread_is_left_alone(tmp_path):
         assert torch.equal(bare(**two).logits, expected[1])
         assert torch.equal(other(**two).logits, shifted_other)
     with vlmattn.applied(bare, PAI(alpha=0.0, layers="0:")):
-        torch.testing.assert_close(bare(**two).logits, expected[1], rtol=0, atol=1e-5)
-
-
-def test_a_projection_by_itself_gets_no_direction(tmp_path):
-    """What a forward leaves behind must not act on calls outside of it."""
-    model = build("llava")
-    inputs = inputs_of(model, [write("llava", ["img", 3])])
-    bare = model(**inputs).logits
-    vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model)))
-    assert not torch.equal(model(**inputs).logits, bare)
-    projection = model.model.language_model.layers[2].self_attn.q_proj
-    x = torch.randn(1, 3, 32)
-    assert torch.equal(projection(x), nn.functional.linear(x, projection.weight)), (
-        "outside of a forward nothing is added"
-    )
+        near(bare(**two).logits, expected[1])
 
 
 def test_a_deep_copy_is_focused_by_itself(tmp_path):
@@ -459,7 +457,7 @@ def test_a_deep_copy_is_focused_by_itself(tmp_path):
     inputs = inputs_of(model, rows)
     bare = model(**inputs).logits
     vlmattn.wrap(model, FocusDirections(alpha=ALPHA, file=saved(tmp_path, model)))
-    early = copy.deepcopy(model)  # before the first forward hangs hooks on projections
+    early = copy.deepcopy(model)
     focused = model(**inputs).logits
     assert not torch.equal(focused, bare)
     late = copy.deepcopy(model)
@@ -478,7 +476,7 @@ def test_a_written_file_is_read_again(tmp_path):
     model, rows = build("llava"), prompts("llava")
     inputs, real = inputs_of(model, rows), real_rows(rows)
     for seed in (1, 2):
-        path = save_directions(*directions(seed), tmp_path / "same.safetensors", anatomy(model))
+        path = save_directions(directions(seed), tmp_path / "same.safetensors", anatomy(model))
         with vlmattn.applied(model, FocusDirections(alpha=ALPHA, file=str(path))):
             got = model(**inputs).logits
         expected = shifted(seed=seed)(build("llava"), rows, inputs)
@@ -492,15 +490,15 @@ def test_files_of_directions_are_checked(tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(InputError, match="junk"):
         vlmattn.wrap(model, FocusDirections(file=str(tmp_path / "junk.safetensors")))
-    query, key = directions()
-    wrong = save_directions({0: query[0][:, :4]}, {}, tmp_path / "shape.safetensors", anatomy(model))
+    query = directions()
+    wrong = save_directions({0: query[0][:, :4]}, tmp_path / "shape.safetensors", anatomy(model))
     with pytest.raises(OptionError, match="shape"):
         vlmattn.wrap(model, FocusDirections(file=str(wrong)))
-    deep = save_directions({7: query[0]}, {}, tmp_path / "deep.safetensors", anatomy(model))
+    deep = save_directions({7: query[0]}, tmp_path / "deep.safetensors", anatomy(model))
     with pytest.raises(OptionError, match=r"query\.7"):
         vlmattn.wrap(model, FocusDirections(file=str(deep)))
     other = find_family(build("qwen2_5_vl")).anatomy(build("qwen2_5_vl"))
-    foreign = save_directions(query, key, tmp_path / "foreign.safetensors", other)
+    foreign = save_directions(query, tmp_path / "foreign.safetensors", other)
     with pytest.raises(OptionError, match="another language model"):
         vlmattn.wrap(model, FocusDirections(file=str(foreign)))
     assert "vlmattn" not in model.__dict__

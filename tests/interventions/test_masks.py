@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import TINY_MODEL, bound, near
 from test_goldens import LAYER, Layer, causal
 from tiny import FAMILIES, IMAGE_TOKEN, TOKENS_PER_IMAGE, build, generate
 from torch import Tensor
@@ -23,7 +24,7 @@ from vlmattn.request import IMAGE, TEXT, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-TOLERANCE = 3e-5
+TOLERANCE = bound(torch.float32, TINY_MODEL, scale=0.5)  # logits of a random model are smaller
 USER_MARK, ANSWER_MARK, SEPARATOR = 90, 91, 92
 HIDDEN = torch.finfo(torch.float32).min
 family_matrix = pytest.mark.parametrize("family", FAMILIES)
@@ -367,7 +368,7 @@ def test_sofa_takes_every_second_layer_without_the_last():
     assert ran == {"base:sdpa": [1, 3], "eager": [0, 2]}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from(["img", "sep", 1, 2]), min_size=2, max_size=6), st.sampled_from(sorted(BATCH)))
 def test_any_order_of_parts(parts, name):
     """Prompts where the edit may find nothing to do."""
@@ -542,7 +543,7 @@ def test_sofa_mixes_two_softmaxes(sigma, backend, monkeypatch):
     expected = mixture(query, key, value, images, sigma, 2, 0.3)
     got = out.transpose(1, 2).double()
     for b, first in ((0, 0), (1, 2)):
-        torch.testing.assert_close(got[b, :, first:], expected[b, :, first:], rtol=0, atol=1e-5)
+        near(got[b, :, first:].float(), expected[b, :, first:].float())
     assert (mixture(query, key, value, images, 0.0, 2, 0.3) - expected).abs().max() > 0.05
 
 

@@ -14,8 +14,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from choices import Choices
 from methods import BETWEEN_IMAGES, IDENTITIES, SETTINGS, STOP, Speech, dialogue, dialogues, fitted, inputs_of
 from methods import picture as _picture
+from numerics import TINY_MODEL, bound
 from tiny import FAMILIES, build, left_padded
 from tiny import generate as unrestricted
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ig
 family_matrix = pytest.mark.parametrize("family", FAMILIES)
 setting_matrix = pytest.mark.parametrize("name", SETTINGS)
 
-TOLERANCE = 5e-5
+TOLERANCE = bound(torch.float32, TINY_MODEL, scale=0.3)  # most logits are smaller
 ACTS = 1e-4  # an edit that acts moves some logit by more
 NEW = 4
 PLACEHOLDERS = [96, 97, 98, 99]
@@ -307,15 +309,16 @@ def half_model(family: str) -> PreTrainedModel:
 @setting_matrix
 @family_matrix
 def test_half_precision(family, name):
-    """Runs in bfloat16, near the truth: what methods compute in float32 is brought back."""
-    model, inputs = half_model(family), dialogues(family)[2]
+    """Runs in bfloat16, near the truth under the same choices: what methods compute in float32 is brought back."""
+    model, inputs, choices = half_model(family), dialogues(family)[2], Choices()
     inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
-    with wrapped(family, name) as full:
+    with wrapped(family, name) as full, choices.noted():
         expected = generate(full, dialogues(family)[2], new=1)
     with vlmattn.applied(model, fitted(SETTINGS[name], family), processor=Speech()):
-        found = generate(model, inputs)
-        assert found.isfinite().all()
-        assert apart(found[:, :1], expected) < 0.15
+        with choices.repeated():
+            found = generate(model, inputs, new=1)
+        assert apart(found, expected) < 0.1
+        assert generate(model, inputs).isfinite().all()
 
 
 # --- what is generated is not prompt

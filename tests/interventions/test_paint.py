@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from numerics import near
 from test_goldens import LAYER, TOLERANCE, attention_map, cases, causal, load, parametrize, run
 from tiny import FAMILIES, IMAGE_TOKEN, build, generate, left_padded, prompt
 from tiny import TEXT as TEXT_CONFIG
@@ -219,7 +220,7 @@ def test_logits_against_attention_by_hand(images, attn):
     bare = model(**inputs).logits
     vlmattn.wrap(model, METHOD)
     got = model(**inputs).logits
-    torch.testing.assert_close(got, oracle(**inputs), rtol=0, atol=2e-5)
+    near(got, oracle(**inputs))
     assert torch.equal(got[:, :-1], bare[:, :-1]) or (got - bare)[:, :-1].abs().max() < 1e-5
     assert (got - bare)[:, -1].abs().max() > 1e-2
 
@@ -228,10 +229,10 @@ def test_logits_against_attention_by_hand(images, attn):
     allowed[..., [2, IMAGE_TOKEN]] = -torch.inf
     ids = torch.cat([inputs["input_ids"], allowed.argmax(-1)[:, :-1]], 1)
     forced = oracle(**dict(inputs, input_ids=ids, attention_mask=torch.ones_like(ids)))
-    torch.testing.assert_close(steps, forced[:, length - 1 :], rtol=0, atol=2e-5)
+    near(steps, forced[:, length - 1 :])
     for options in (dict(use_cache=False), dict(cache_implementation="static")):
         again = generate(model, inputs, 4, suppress_tokens=[IMAGE_TOKEN], **options)
-        torch.testing.assert_close(again, steps, rtol=0, atol=2e-5)
+        near(again, steps)
 
 
 def test_a_padded_batch_with_other_numbers_of_images():
@@ -246,7 +247,7 @@ def test_a_padded_batch_with_other_numbers_of_images():
     together = generate(model, batch, suppress_tokens=[IMAGE_TOKEN])
     assert (together - bare).abs().amax((1, 2)).min() > 1e-3
     for row, inputs in zip(together, prompts, strict=True):
-        torch.testing.assert_close(row, generate(model, inputs, suppress_tokens=[IMAGE_TOKEN])[0], rtol=0, atol=2e-5)
+        near(row, generate(model, inputs, suppress_tokens=[IMAGE_TOKEN])[0])
 
 
 def test_a_row_without_image_stays_bare():
@@ -256,7 +257,7 @@ def test_a_row_without_image_stays_bare():
     bare = generate(model, {k: v for k, v in text.items() if k != "pixel_values"}, suppress_tokens=[IMAGE_TOKEN])
     vlmattn.wrap(model, METHOD)
     together = generate(model, left_padded([text, inputs]), suppress_tokens=[IMAGE_TOKEN])
-    torch.testing.assert_close(together[0], bare[0], rtol=0, atol=2e-5)
+    near(together[0], bare[0])
     vlmattn.unwrap(model)
     assert (generate(model, left_padded([text, inputs]), suppress_tokens=[IMAGE_TOKEN]) - together)[
         1
@@ -280,11 +281,11 @@ def test_beams_see_the_image_of_their_sample(batch):
         alone = model.generate(**one, **settings)
         new = slice(one["input_ids"].shape[1], None)
         assert alone.sequences[0, new].tolist() == out.sequences[row, inputs["input_ids"].shape[1] :].tolist()
-        torch.testing.assert_close(alone.sequences_scores[0], out.sequences_scores[row], rtol=0, atol=2e-5)
+        near(alone.sequences_scores[0], out.sequences_scores[row])
     again = model.generate(**inputs, **{**settings, "use_cache": False})
-    torch.testing.assert_close(again.sequences_scores, out.sequences_scores, rtol=0, atol=2e-5)
+    near(again.sequences_scores, out.sequences_scores)
     several = model.generate(**inputs, **settings, num_return_sequences=2)
-    torch.testing.assert_close(several.sequences_scores[::2], out.sequences_scores, rtol=0, atol=2e-5)
+    near(several.sequences_scores[::2], out.sequences_scores)
     vlmattn.unwrap(model)
     assert (model.generate(**inputs, **settings).sequences_scores - out.sequences_scores).abs().min() > 1e-4
 
@@ -334,7 +335,7 @@ def test_a_model_with_another_recipe_runs_after_a_direct_forward(family):
     expected = [other(**given).logits]
     vlmattn.wrap(other, PAI(alpha=0.0, layers="0:"))
     painted(**inputs)
-    torch.testing.assert_close(other(**given).logits, expected[0], rtol=0, atol=1e-5)
+    near(other(**given).logits, expected[0])
     painted(**inputs)
     other.vlmattn.set(PAI(alpha=0.5, layers="0:"))
     assert (other(**given).logits - expected[0]).abs().max() > 1e-3

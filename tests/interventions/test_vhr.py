@@ -8,21 +8,26 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
+from choices import steady
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import directions
+from numerics import near
 from safetensors.torch import load_file
-from tiny import FAMILIES, IMAGE_TOKEN, TEXT, build, left_padded, prompt
+from tiny import FAMILIES, IMAGE_TOKEN, TEXT, build, left_padded, prompt, shifted_queries
+from torch import Tensor
 from transformers import LlavaConfig
 
 import vlmattn
 from vlmattn import VAR, VHR, FocusDirections, Heads, Knockout
 from vlmattn.interventions.registry import parse_layers
 
+GAINS = VHR.gains  # not what the tests put in its place
+
 attn_matrix = pytest.mark.parametrize("attn", ["sdpa", "eager"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(4, 16), st.booleans(), st.sampled_from([1.0, 2.0]))
 def test_heads_are_chosen_by_the_rule(seed, heads, drop, power):
     generator = torch.Generator().manual_seed(seed)
@@ -97,6 +102,7 @@ def expected(model, inputs, method, layers=range(4), others=nullcontext):
         seeing = head_outputs(model, inputs, gains, others)[1][layer][:, -1]
         blind = head_outputs(model, without_image(inputs), gains)[1][layer][:, -1]
         gains[layer] = method.gains(seeing, blind)
+        assert steady(functools.partial(GAINS, method), seeing, blind), "rounding would choose: take another case"
     assert any((gain != 1).any() for gain in gains.values())
     return head_outputs(model, inputs, gains, others)[0], gains
 
@@ -108,7 +114,11 @@ def chosen(out):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    if isinstance(a, Tensor):
+        near(a, b)
+    else:
+        for one, other in zip(a, b, strict=True):
+            close(one, other)
 
 
 @pytest.fixture
@@ -237,15 +247,9 @@ def images_apart(model, ids):
 
 
 def focused(model, ids):
-    """Directions are added to queries and keys."""
-    stack = ExitStack()
-    family = model.config.model_type
-    for name, value in load_file(directions(family)).items():
-        side, layer = name.split(".")
-        module = getattr(model.model.language_model.layers[int(layer)].self_attn, f"{side[0]}_proj")
-        add = lambda module, args, out, value=value: out + value.flatten()  # noqa: E731
-        stack.callback(module.register_forward_hook(add).remove)
-    return stack
+    """Directions are added to queries."""
+    found = load_file(directions(model.config.model_type))
+    return shifted_queries(model, {int(name.removeprefix("query.")): value for name, value in found.items()})
 
 
 def blocked(model, ids):
@@ -262,7 +266,7 @@ def blocked(model, ids):
 
 OTHERS = {
     "knockout": (lambda family: Knockout(source="image", target="image"), images_apart),
-    "focus": (lambda family: FocusDirections(file=directions(family)), focused),
+    "focus": (lambda family: FocusDirections(alpha=1.0, file=directions(family)), focused),
     "heads": (lambda family: Heads(operation="block", heads="1.2,2.0", rows="all"), blocked),
 }
 

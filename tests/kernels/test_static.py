@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.slow
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "kernel_resources.csv"
 COMPILED = [(1, 1), (1, 3), (1, 4), (4, 1), (4, 4), (7, 1), (7, 4)]  # repeat, groups; at head dimension 128
 PROGRAM = f"""

@@ -209,7 +209,7 @@ LETTERS = "ab cd\nef.,:?!()<|>/éß日本🙂\t " + PICTURE
 texts = st.text(LETTERS, min_size=1, max_size=25)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     style=st.sampled_from(sorted(STYLES)),
     conversations=st.lists(

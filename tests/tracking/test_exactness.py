@@ -5,12 +5,16 @@ from __future__ import annotations
 import multiview
 import pytest
 import torch
+from numerics import bound, near
+from numerics import size as largest
 
 from vlmattn.kernels import segments
 from vlmattn.tracking import Tracker
 from vlmattn.tracking.models import find_adapter
 
 KEYFRAMES = 5
+TERMS = 1024  # of the sums in a network, one upon the other: four blocks of three widths and up to a hundred keys
+FINE = 1e-11  # in float64
 
 
 def mapped(name, dtype=torch.float32, **options):
@@ -32,7 +36,7 @@ def full(tracker, frames):
 
 
 @pytest.mark.parametrize("name", multiview.NETWORKS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, bound(torch.float32, TERMS)), (torch.float64, FINE)])
 def test_cached_is_the_masked_full_pass(name, dtype, tolerance):
     tracker, frames = mapped(name, dtype)
     for number in (KEYFRAMES, KEYFRAMES + 1, 2):  # new frames, and one that is a keyframe
@@ -44,7 +48,7 @@ def test_cached_is_the_masked_full_pass(name, dtype, tolerance):
         turn, centre = poses[-1, :3, :3].to(dtype), poses[-1, :3, 3].to(dtype)
         points = scale * local[-1] @ turn.T + centre
         assert ((found.points - points).norm() / points.norm()) < tolerance
-        torch.testing.assert_close(found.confidence, confidence[-1].float().mean(), rtol=1e-5, atol=1e-6)
+        near(found.confidence, confidence[-1].float().mean(), TERMS)
 
 
 @pytest.mark.parametrize("name", multiview.NETWORKS)
@@ -67,7 +71,7 @@ def test_the_map_is_seen(name):
 
 @pytest.mark.parametrize("name", ["rooms", "pi3"])
 def test_order_of_keyframes_does_not_matter(name):
-    tracker, frames = mapped(name)
+    tracker, frames = mapped(name, torch.float64)
     shuffled = Tracker(tracker.model)
     order = [0, 3, 1, 4, 2]  # the first stays: it is the world
     for number in order:
@@ -77,8 +81,8 @@ def test_order_of_keyframes_does_not_matter(name):
     for number in range(KEYFRAMES):
         plain.add_keyframe(frames[number])
         other.add_keyframe(frames[order[number]])
-    torch.testing.assert_close(plain.track(frames[-1]).pose, other.track(frames[-1]).pose, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(plain.map.poses[order], other.map.poses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(plain.track(frames[-1]).pose, other.track(frames[-1]).pose, rtol=0, atol=FINE)
+    torch.testing.assert_close(plain.map.poses[order], other.map.poses, rtol=0, atol=FINE)
 
 
 def test_first_frame_tokens_matter():
@@ -98,14 +102,14 @@ def test_first_frame_tokens_matter():
 
 @pytest.mark.parametrize("name", multiview.NETWORKS)
 def test_a_batch_of_queries_is_its_frames(name):
-    tracker, frames = mapped(name)
+    tracker, frames = mapped(name, torch.float64)
     batch = tracker.track(frames[KEYFRAMES:])
     assert batch.pose.shape == (3, 4, 4)
     assert batch.lost.shape == batch.confidence.shape == (3,)
     for number in range(3):
         one = tracker.track(frames[KEYFRAMES + number])
-        torch.testing.assert_close(batch.pose[number], one.pose, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(batch.points[number], one.points, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(batch.pose[number], one.pose, rtol=0, atol=FINE)
+        torch.testing.assert_close(batch.points[number], one.points, rtol=FINE, atol=FINE)
 
 
 @pytest.mark.parametrize("name", multiview.NETWORKS)
@@ -165,7 +169,7 @@ def test_a_cache_in_half_precision_is_near():
 
 def test_segments_are_one_attention():
     draw = torch.Generator().manual_seed(1)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+    for dtype in (torch.float32, torch.float64):
         q, k, v = (torch.randn(3, 2, size, 16, generator=draw, dtype=dtype) for size in (5, 7, 7))
         shared_k, shared_v = (torch.randn(1, 2, 40, 16, generator=draw, dtype=dtype) for _ in range(2))
         shared_k[:, :, 3] *= 30  # a dominant key
@@ -176,4 +180,7 @@ def test_segments_are_one_attention():
             torch.cat([shared_v.expand(3, -1, -1, -1), v], 2),
             scale=0.25,
         )
-        torch.testing.assert_close(out, whole, rtol=tolerance, atol=tolerance)
+        score = (
+            largest(q @ torch.cat([shared_k.expand(3, -1, -1, -1), k], 2).mT) * 0.25
+        )  # weights are off in proportion
+        near(out, whole, terms=16 + 47, scale=score)

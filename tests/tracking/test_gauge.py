@@ -90,7 +90,7 @@ def test_the_cache_carries_the_world():
     assert (right - swapped).abs().max() > 1e-3  # other passes, another unit
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0.05, 20), st.integers(2, 7))
 def test_align_undoes_any_similarity(seed, scale, count):
     draw = torch.Generator().manual_seed(seed)

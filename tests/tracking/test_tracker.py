@@ -10,6 +10,7 @@ import multiview
 import numpy as np
 import pytest
 import torch
+from numerics import bound
 from PIL import Image
 
 import vlmattn
@@ -32,20 +33,21 @@ def tracker(model):
 
 
 FRAME = multiview.images(4)[3]
+ROUNDING = bound(torch.float32, 256)  # of poses from a tiny network
 
 
 def test_the_first_keyframe_is_the_world(tracker):
     origin = torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(tracker.map.anchors[0], origin, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tracker.map.anchors[0], origin, rtol=0, atol=ROUNDING)
     rigid = Tracker(tracker.model, sim3=False)
     for frame in multiview.images(3):
         rigid.add_keyframe(frame)
-    torch.testing.assert_close(rigid.map.poses[0], origin, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rigid.map.poses[0], origin, rtol=0, atol=ROUNDING)
     assert tracker.map.version == 2  # of two keyframes, then of three
     found = tracker.track(FRAME)
     assert found.map_version == 2
     turn = found.pose[:3, :3]
-    torch.testing.assert_close(turn @ turn.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=ROUNDING)
 
 
 def test_pictures_arrays_and_tensors_are_the_same(tracker, tmp_path):
@@ -280,7 +282,7 @@ def test_follow_begins_with_the_first_frame_twice(model):
     first = tracker.follow(frames[0])
     assert first.keyframe
     assert tracker.keyframes == 1
-    torch.testing.assert_close(first.pose, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(first.pose, torch.eye(4, dtype=torch.float64), rtol=0, atol=ROUNDING)
     twice = model(frames[0].expand(1, 2, -1, -1, -1))["camera_poses"][0]
     alone = tracker.map.gauge.poses(twice[:1].detach().double())
     torch.testing.assert_close(alone, tracker.map.poses)

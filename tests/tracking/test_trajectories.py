@@ -71,7 +71,7 @@ def test_umeyama_equals_evo(scale):
     np.testing.assert_allclose(found[2], shift, rtol=0, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0.01, 100), st.integers(4, 30))
 def test_umeyama_undoes_any_similarity(seed, scale, count):
     draw = np.random.default_rng(seed)
@@ -157,7 +157,7 @@ def test_bad_tum_lines_are_named(tmp_path, line):
         read_tum(tmp_path / "none.txt")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(-4, 4), min_size=3, max_size=3))
 def test_quaternions_are_the_rotations(angles):
     turn = rotation(*torch.tensor(angles, dtype=torch.float64)[:, None]).numpy()

@@ -37,6 +37,7 @@ def compare(
 
     from vlmattn.evals.compare import compare as compare_runs
     from vlmattn.evals.journal import write_json
+    from vlmattn.evals.report import change
 
     pairs = None if pair is None else [_pair(text) for text in pair]
     found = compare_runs(first, second, pairs, max(examples, 20))
@@ -54,19 +55,20 @@ def compare(
         if where != last:
             table.add_row(Text(where, style="bold"), "", "", "", f"{row.p:.3f}", str(row.changed))
             last = where
-        d, style = row.difference, {"better": "green", "worse": "red", "": ""}[row.verdict]
+        style = {"better": "green", "worse": "red", "": ""}[row.verdict]
         table.add_row(
             f" {row.metric}",
             f"{row.first:.1f}",
             f"{row.second:.1f}",
-            Text(f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]", style=style),
+            Text(change({"difference": row.difference.to_dict()}), style=style),
         )
     console.print(table)
     for one, other in found.changed[:examples]:
         plain(f"{one['prompt']} (truth: {one['expected']}; {one['id']})")
         plain(f"  {'✓' if one['right'] else '✗'} {one['answer']}\n  {'✓' if other['right'] else '✗'} {other['answer']}")
     if out is not None:
-        write_json(out, dataclasses.asdict(found))
+        rows = [{**dataclasses.asdict(row), "difference": row.difference.to_dict()} for row in found.rows]
+        write_json(out, {**dataclasses.asdict(found), "rows": rows})
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -20,6 +20,9 @@ Visibility = Annotated[str, typer.Option(help="Of generated scenes: clear, dim, 
 Prior = Annotated[float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")]
 Questions = Annotated[list[Path] | None, typer.Option(help="POPE question file; repeat for several splits.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images that --questions or --instances name.")]
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside", help="Read images outside of --images too, where data files name them.")
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,6 +89,7 @@ class Files:
         suffix: words after each question of POPE.
         drop_cut: whether a cut-off last sentence is left out of COCO captions.
         counts: numbers of images in the prompts of pqa.
+        allow_outside: whether names of images may lead out of their folder.
     """
 
     data: Mapping[str, Path]
@@ -100,6 +104,7 @@ class Files:
     suffix: str
     drop_cut: bool
     counts: list[int] | None
+    allow_outside: bool
 
     def __bool__(self) -> bool:
         return bool(self.questions or self.instances or self.data)
@@ -116,17 +121,28 @@ class Files:
         judge = load_judge(self.judge)
         chosen: list[Suite] = []
         if self.questions and self.images and "pope" in names:
-            chosen.append(Pope.on_files(self.questions, self.images, self.limit))
+            chosen.append(Pope.on_files(self.questions, self.images, self.limit, self.allow_outside))
         if self.questions and self.images and "pqa" in names:
-            chosen.append(PQA.on_files(self.questions, self.images, self.counts or SIZES))
+            sizes = self.counts or SIZES
+            chosen.append(PQA.on_files(self.questions, self.images, sizes, allow_outside=self.allow_outside))
         if self.instances and self.images and "chair" in names:
             some = self.limit or 500
             coco = Chair.on_coco(
-                self.instances, self.captions, self.images, self.synonyms, some, 0, self.length, self.drop_cut
+                self.instances,
+                self.captions,
+                self.images,
+                self.synonyms,
+                some,
+                0,
+                self.length,
+                self.drop_cut,
+                self.allow_outside,
             )
             chosen.append(coco)
         chosen += [
-            make_published(name, path, self.images, self.limit, self.length, judge=judge)
+            make_published(
+                name, path, self.images, self.limit, self.length, judge=judge, allow_outside=self.allow_outside
+            )
             for name, path in self.data.items()
             if name in names
         ]

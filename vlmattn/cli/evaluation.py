@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from vlmattn.cli.common import DeviceMap, DType, LoadIn, Model, app, console, errors, plain, say, typed
 from vlmattn.cli.data import (
+    AllowOutside,
     CaptionLength,
     Captions,
     Data,
@@ -95,6 +97,7 @@ def eval_command(
     data: Data = None,
     questions: Questions = None,
     images: Images = None,
+    allow_outside: AllowOutside = False,
     instances: Instances = None,
     captions: Captions = None,
     synonyms: Synonyms = None,
@@ -136,6 +139,7 @@ def eval_command(
         prompt_suffix,
         drop_cut_sentence,
         counts_of(prompt_images),
+        allow_outside,
     )
     if files:
         chosen = files.suites(names)
@@ -175,6 +179,7 @@ def tune(
     data: Data = None,
     questions: Questions = None,
     images: Images = None,
+    allow_outside: AllowOutside = False,
     instances: Instances = None,
     captions: Captions = None,
     synonyms: Synonyms = None,
@@ -222,6 +227,7 @@ def tune(
         prompt_suffix,
         drop_cut_sentence,
         counts_of(prompt_images),
+        allow_outside,
     )
     if not files:
         if seed == EVAL_SEED:
@@ -268,6 +274,8 @@ def tune(
 
 
 def _show_tuned(tuned: Tuned, suite: Suite) -> None:
+    from vlmattn.evals.report import spread
+
     table = Table(
         title=f"{suite.title}\n{len(tuned.samples)} validation samples; {tuned.better} {tuned.metric} is better",
         title_justify="left",
@@ -285,7 +293,7 @@ def _show_tuned(tuned: Tuned, suite: Suite) -> None:
         table.add_row(
             escape(setting.name),
             f"{setting.value:.1f}",
-            f"{setting.low:.1f} to {setting.high:.1f}",
+            spread(dataclasses.asdict(setting)),
             str(setting.changed),
             "<- chosen" if best else "",
             style="bold" if best else "",
@@ -349,6 +357,7 @@ def _evaluate(
     **running: Any,
 ) -> None:
     from vlmattn.evals.gallery import attention_of
+    from vlmattn.evals.lock import refuse_if_used
     from vlmattn.evals.page import html_report
     from vlmattn.evals.report import markdown_tables, terminal_tables
     from vlmattn.evals.runner import evaluate
@@ -358,8 +367,10 @@ def _evaluate(
     chosen = [preset.strip() for preset in presets.split(",") if preset.strip()]
     for preset in chosen:  # before a model of many gigabytes is loaded
         Recipe.of(preset)
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        launch(processes)
+    if "WORLD_SIZE" not in os.environ:  # else the first process of this very run may hold it
+        refuse_if_used(out)
+        if processes > 1:
+            launch(processes)
     model, processor = load(name, *loading)
     result = evaluate(model, processor, suites, chosen, out, name, say=say, command=typed(), **running)
     if not result.first:

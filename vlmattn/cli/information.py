@@ -11,8 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from vlmattn import compat
+from vlmattn.cli.checkup import tried
 from vlmattn.cli.common import app, console, plain
-from vlmattn.errors import InputError, torchvision_trouble
+from vlmattn.errors import InputError, UnsupportedError, torchvision_trouble
 
 if TYPE_CHECKING:
     from vlmattn.interventions import Options, PresetInfo
@@ -152,7 +154,10 @@ def families(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed and what works, with remedies."""
+    """Say what is installed, and try answers of the bundled model under presets of each kind.
+
+    Example: [bold]vlmattn doctor[/bold]
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -185,8 +190,20 @@ def doctor() -> None:
     found = (FOLDER / "model.safetensors").exists()
     table.add_row("bundled model 'embedded'", "found" if found else f"[red]missing[/red] ({FOLDER})")
     table.add_row("bundled model 'smol'", _smol())
+    if (newer := compat.untested()) is not None:
+        table.add_row("transformers", f"[yellow]newer than {compat.TESTED[1]}, the newest that was tested[/yellow]")
+    results = tried() if found else {}
+    for preset, trouble in results.items():
+        table.add_row(f"answer with '{preset}'", f"[red]{escape(trouble)}[/red]" if trouble else "works")
     console.print(table)
-    console.print("[green]no trouble found[/green]")
+    if failed := [preset for preset, trouble in results.items() if trouble]:
+        newest = f"; install transformers {compat.TESTED[1]} (pip install 'transformers=={compat.TESTED[1]}.*')"
+        raise UnsupportedError(
+            f"wrapped answers fail with {', '.join(failed)}" + (newest if newer else "; please report it")
+        )
+    if not found:
+        raise InputError("the bundled model is missing, so no answer could be tried; install vlmattn again")
+    console.print("[green]no trouble found: wrapped answers work[/green]")
 
 
 def _smol() -> str:

@@ -14,7 +14,7 @@ from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, re
     "agla",
     paper="arXiv:2406.12718 (CVPR 2025)",
     code="github.com/Lackel/AGLA",
-    faithful="released code (constants, no golden)",
+    faithful="golden (the first token; later ones as the paper has them)",
     parts="decoding",
     cost="prefill: the prompt twice; decode: twice the rows, one forward",
     presets={

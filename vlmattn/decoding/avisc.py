@@ -14,7 +14,7 @@ from vlmattn.interventions.registry import Sizes, option, register
     "avisc",
     paper="arXiv:2405.17820 (ACL Findings 2025)",
     code="github.com/sangminwoo/AvisC",
-    faithful="released code (constants, no golden)",
+    faithful="golden",
     parts="decoding",
     cost="prefill: the prompt twice; decode: twice the rows, one forward",
     presets={

@@ -14,7 +14,7 @@ from vlmattn.interventions.registry import Sizes, option, register
     "buckets",
     paper="arXiv:2312.04455",
     code="github.com/AlibabaResearch/DAMO-ConvAI",
-    faithful="released code (constants, no golden)",
+    faithful="golden",
     parts="decoding",
     cost="prefill: the prompt once per base; decode: rows times bases, one forward",
     presets={"buckets": ("six bases, 1 to 2.5 times the model's own, as released for Llama-2 and tools", {})},

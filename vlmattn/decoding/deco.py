@@ -41,7 +41,7 @@ class SurestLayer:
     "deco",
     paper="arXiv:2410.11779 (ICLR 2025)",
     code="github.com/zjunlp/DeCo",
-    faithful="released code (constants, no golden)",
+    faithful="golden",
     parts="decoding",
     cost="one head per early layer and token",
     presets={"deco": ("released scripts: alpha = .6, layers 20..28 of 32, top-k 20, top-p .9", {})},

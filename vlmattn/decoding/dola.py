@@ -14,6 +14,8 @@ from vlmattn.decoding.rules import plausible, possible
 from vlmattn.errors import OptionError
 from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, register
 
+_HALF = 20  # layers of a half in the released commands for 60 and 80 layers
+
 
 @dataclass(frozen=True)
 class FarthestLayer:
@@ -38,12 +40,12 @@ class FarthestLayer:
     "dola",
     paper="arXiv:2309.03883 (ICLR 2024)",
     code="github.com/voidism/DoLa",
-    faithful="released code (no golden)",
+    faithful="golden",
     parts="decoding",
     cost="one head per early layer and token",
     presets={
-        "dola_low": ("every second layer of the lower half", {}),
-        "dola_high": ("every second layer of the upper half", {"layers": "1/2::2"}),
+        "dola_low": ("every second layer of the lower half, of the first 20 at most", {}),
+        "dola_high": ("every second layer of the upper half, of the last 20 at most", {"layers": "high"}),
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +62,23 @@ class DoLa(Decoding):
     """
 
     beta: float = option(0.1, 0, 1, "plausibility cut-off", source="released code")
-    layers: str = option("0:1/2:2", about="candidate layers", source="released code: even layers of one half")
+    layers: str = option(
+        "low",
+        about="candidate layers; low and high: every second one of a half, of 20 layers at most",
+        source="released commands for 32, 40, 60 and 80 layers",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_layers(self.layers, MANY, "dola.layers")
+        self._layers(MANY)
+
+    def _layers(self, count: int) -> tuple[int, ...]:
+        """Candidate layers of a decoder of ``count`` layers."""
+        ranges = {"low": f"0:{min(count // 2, _HALF)}:2", "high": f"{max(count // 2, count - _HALF)}::2"}
+        return parse_layers(ranges.get(self.layers, self.layers), count, "dola.layers")
 
     def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
-        found = parse_layers(self.layers, sizes.layers, "dola.layers")
+        found = self._layers(sizes.layers)
         if not found:
             raise OptionError(f"dola.layers '{self.layers}' selects none of the layers 0..{sizes.layers - 1}")
         return ContrastiveDecoding((), FarthestLayer(self.beta), found, normed=False)

@@ -15,7 +15,7 @@ CONFUSED = "You are a confused objects detector to provide a fuzzy overview or i
     "icd",
     paper="arXiv:2403.18715 (ACL Findings 2024)",
     code="github.com/p1k0pan/ICD",
-    faithful="released code (constants, no golden)",
+    faithful="golden",
     parts="decoding",
     cost="prefill: the prompt twice; decode: twice the rows, one forward",
     presets={"icd": ("defaults of the released command line: alpha = 1, beta = .1", {})},

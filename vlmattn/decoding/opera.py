@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmattn.decoding.search import Beams, Process, Rows, Search
+from vlmattn.decoding.search import Beams, Hypothesis, Process, Rows, Search
 from vlmattn.interventions.registry import option, register
 
 FACTOR = 1e-7  # of the column products
@@ -112,7 +112,7 @@ class Memory:
     "opera",
     paper="arXiv:2311.17911 (CVPR 2024)",
     code="github.com/shikiw/OPERA",
-    faithful="released code (no golden)",
+    faithful="golden",
     parts="decoding",
     cost="one forward of num_beams x candidates rows per token, attention weights of the last layer;"
     " a rollback reads the answer again",
@@ -183,7 +183,7 @@ class OPERA(Search):
         choices=("candidates", "vocabulary"),
     )
 
-    def search(self, rows: Rows, eos: frozenset[int], max_new_tokens: int, process: Process) -> Tensor:
+    def search(self, rows: Rows, eos: frozenset[int], max_new_tokens: int, process: Process) -> Hypothesis:
         logits = rows.start()[0].float()
         front = Front(Beams.start(self.num_beams, logits.device), logits, logits.new_zeros(1, 0))
         memory = Memory()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,8 +58,8 @@ class Rows(Protocol):
 class Search(Options):
     """Base of methods that choose the tokens themselves. Instances are immutable."""
 
-    def search(self, rows: Rows, eos: frozenset[int], max_new_tokens: int, process: Process) -> Tensor:
-        """The best hypothesis, int64 ``[generated tokens]``: no prompt, with its eos if it ended by one.
+    def search(self, rows: Rows, eos: frozenset[int], max_new_tokens: int, process: Process) -> Hypothesis:
+        """The best hypothesis: no prompt, with its eos if it ended by one.
 
         Args:
             rows: the prompt in a model.
@@ -96,12 +96,36 @@ class LastLook:
         return AttentionEdit()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Trail:
+    """The choices that a row came from: log-probabilities ``scores`` of the choices ``tokens``, both ``[choices]``, token by token."""
+
+    before: Trail | None
+    scores: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Hypothesis:
-    """A row that ended, with its log-probability per generated token (length penalty 1, eos counted)."""
+    """A row that ended, with its log-probability per generated token (length penalty 1, eos counted).
+
+    Attributes:
+        tokens: int64 ``[generated tokens]``.
+        trail: what each of them was chosen from; their log-probabilities there sum up to ``score`` times their number.
+    """
 
     score: float
     tokens: Tensor
+    trail: Trail | None = None
+
+    def scores(self, vocabulary: int) -> Tensor:
+        """Log-probabilities of all tokens, float32 ``[generated tokens, vocabulary]``, -inf for those that could not be chosen."""
+        found, at = self.tokens.new_full((len(self.tokens), vocabulary), -torch.inf, dtype=torch.float32), self.trail
+        for row in range(len(found) - 1, -1, -1):
+            assert at is not None
+            found[row, at.tokens] = at.scores.float()
+            at = at.before
+        return found
 
 
 @dataclass(frozen=True)
@@ -116,12 +140,14 @@ class Beams:
         tokens: int64 ``[rows, length]``, generated so far.
         scores: float32 ``[rows]``, sums of log-probabilities.
         ended: the best hypotheses, best first.
+        trails: of each row; () before the first token.
     """
 
     width: int
     tokens: Tensor
     scores: Tensor
     ended: tuple[Hypothesis, ...] = ()
+    trails: tuple[Trail, ...] = ()
 
     @classmethod
     def start(cls, width: int, device: torch.device) -> Beams:
@@ -141,9 +167,9 @@ class Beams:
         return full and self.ended[-1].score >= float(self.scores[0] / max(self.length, 1))
 
     @property
-    def best(self) -> Tensor:
-        """Tokens ``[length]`` of the best hypothesis, or of the best row while none ended."""
-        return self.ended[0].tokens if self.ended else self.tokens[0]
+    def best(self) -> Hypothesis:
+        """The best hypothesis, or the best row while none ended."""
+        return self.ended[0] if self.ended else self._hypothesis(0)
 
     def longer(self, scores: Tensor, tokens: Tensor, eos: frozenset[int], last: bool) -> tuple[Beams, Tensor]:
         """One token more: log-probabilities ``scores`` of the choices ``tokens``, both ``[rows, choices]``.
@@ -159,16 +185,32 @@ class Beams:
         values, order = total.topk(min(max(2, 1 + len(eos)) * self.width, len(total)))
         possible = values > -torch.inf
         values, order = values[possible], order[possible]
-        grown = torch.cat([self.tokens[order // tokens.shape[1]], tokens.flatten()[order, None]], 1)
-        ends = torch.isin(grown[:, -1], torch.tensor(sorted(eos), dtype=grown.dtype, device=grown.device)) | last
+        parents = order // tokens.shape[1]
+        trails = [
+            Trail(self.trails[row] if self.trails else None, scores[row], tokens[row]) for row in parents.tolist()
+        ]
+        grown = Beams(
+            self.width,
+            torch.cat([self.tokens[parents], tokens.flatten()[order, None]], 1),
+            values,
+            self.ended,
+            tuple(trails),
+        )
+        last_tokens = grown.tokens[:, -1]
+        ends = torch.isin(last_tokens, torch.tensor(sorted(eos), dtype=last_tokens.dtype, device=order.device)) | last
         if len(order):
-            ended = self._hypotheses(values[: self.width], grown, ends[: self.width])
+            ended = grown._with(ends[: self.width].nonzero().flatten().tolist())
         else:
-            ended = self._hypotheses(self.scores, self.tokens, torch.ones_like(self.scores, dtype=torch.bool))
+            ended = self._with(range(len(self.tokens)))
         go = (~ends).nonzero().flatten()[: self.width]
-        return Beams(self.width, grown[go], values[go], ended), order[go]
+        kept = tuple(trails[row] for row in go.tolist())
+        return Beams(self.width, grown.tokens[go], values[go], ended, kept), order[go]
 
-    def _hypotheses(self, scores: Tensor, tokens: Tensor, ends: Tensor) -> tuple[Hypothesis, ...]:
-        each = (scores / max(tokens.shape[1], 1)).tolist()
-        found = [Hypothesis(each[row], tokens[row]) for row in ends.nonzero().flatten().tolist()]
-        return tuple(sorted([*self.ended, *found], key=lambda one: -one.score)[: self.width])
+    def _hypothesis(self, row: int) -> Hypothesis:
+        trail = self.trails[row] if self.trails else None
+        return Hypothesis(float(self.scores[row] / max(self.length, 1)), self.tokens[row], trail)
+
+    def _with(self, rows: Iterable[int]) -> tuple[Hypothesis, ...]:
+        """The best hypotheses, once these rows have ended."""
+        found = [*self.ended, *map(self._hypothesis, rows)]
+        return tuple(sorted(found, key=lambda one: -one.score)[: self.width])

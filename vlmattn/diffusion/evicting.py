@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from vlmattn import compat
 from vlmattn.diffusion.gaze import gaze, rotated
 from vlmattn.diffusion.schedules import Constant, Schedule, counts_of, share_of
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError, quoted
@@ -179,7 +180,7 @@ class _Eviction:
                 hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
 
     def before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache, ids = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
+        cache, ids = compat.cache_of(kwargs), args[0] if args else kwargs.get("input_ids")
         if cache is not None and int(cache.get_seq_length()):
             if kwargs.get("pixel_values") is not None:
                 raise UnsupportedError("evicted() knows images in the first turn only; begin without past_key_values")
@@ -196,7 +197,7 @@ class _Eviction:
         request = Request(Plan("evicted", by_layer=((),) * self.layers))
         request.state[_STATE] = _State(prompt)
         setattr(cache, REQUEST, request)
-        return args, {**kwargs, "past_key_values": cache, **({_PROMPT: prompt} if any(prompt.given) else {})}
+        return args, compat.with_cache(kwargs, cache, module) | ({_PROMPT: prompt} if any(prompt.given) else {})
 
     def check(self, cache: Any) -> None:
         """Raise for what slots cannot be taken out of."""
@@ -239,7 +240,7 @@ class _Eviction:
         prompt: _Prompt | None = kwargs.get(_PROMPT)
         if prompt is None:
             return
-        cache = kwargs["past_key_values"]
+        cache = compat.cache_of(kwargs)
         layer, state = cache.layers[index], _state(cache)
         assert state is not None
         worth = _last_row(
@@ -278,7 +279,7 @@ class _Eviction:
             self.report.bytes.append(prompt.bytes)
 
     def before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = _state(kwargs.get("past_key_values"))
+        state = _state(compat.cache_of(kwargs))
         if state is None or not state.layers:
             return
         state.step += 1
@@ -291,7 +292,8 @@ class _Eviction:
 
     def before_layer(self, index: int, reads: bool, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Of a layer of the encoder, or of the decoder, which ``reads`` the cache."""
-        cache, state = kwargs.get("past_key_values"), _state(kwargs.get("past_key_values"))
+        cache = compat.cache_of(kwargs)
+        state = _state(cache)
         if state is None or index not in state.layers or _PROMPT in kwargs:
             return None
         tokens: TokenMap | None = getattr(cache, REQUEST).maps[index]
@@ -304,7 +306,7 @@ class _Eviction:
         hidden = args[0] if args else kwargs["hidden_states"]
         width = seen.layers[index].keys.shape[-2] + hidden.shape[1]
         mask = self.mask(tokens, kwargs.get("attention_mask"), width, hidden, reads)
-        return args, {**kwargs, "past_key_values": seen, "attention_mask": mask}
+        return args, compat.with_cache(kwargs, seen, layer) | {"attention_mask": mask}
 
     def seen(self, index: int, state: _State, cache: Any, tokens: TokenMap | None) -> tuple[Any, TokenMap | None]:
         """What a layer of the decoder reads in the present step: the cache, or a view of it, and its map."""

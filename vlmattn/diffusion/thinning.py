@@ -17,7 +17,7 @@ from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
 from vlmattn.interventions.pruning.policy import best
 from vlmattn.request import closed_up
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _BY_ROW = ("attention_mask", "position_ids", "position_embeddings")
 _UNREAD = ("cache_position",)  # without a cache nothing reads it
 

@@ -8,14 +8,19 @@ from typing import Any, TypeVar
 import torch
 
 from vlmattn.errors import InputError, StateError
-from vlmattn.evals.prompts import encode
+from vlmattn.evals.prompts import encode, refuse_marks
 from vlmattn.evals.suites.base import Sample
 
 _T = TypeVar("_T")
 
 
 def lengths(model: Any, processor: Any, samples: Sequence[Sample]) -> list[int]:
-    """About how many tokens each prompt has: those of its text, and as many per image as in the first sample that can be read."""
+    """About how many tokens each prompt has: those of its text, and as many per image as in the first sample that can be read.
+
+    Raises:
+        InputError: a prompt holds a mark for pictures.
+    """
+    refuse_marks(processor, (sample.prompt for sample in samples))  # before any is asked
     texts = [len(ids) for ids in processor.tokenizer([sample.prompt for sample in samples])["input_ids"]]
     for sample in samples:
         try:

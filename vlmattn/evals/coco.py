@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmattn.errors import InputError
+from vlmattn.errors import InputError, quoted
 from vlmattn.evals.words import ObjectWords
+from vlmattn.texts import read_json
 
 _SOURCE = "take it from annotations_trainval2014.zip at https://cocodataset.org/#download"
 _BULKY = ("segmentation", "counts", "bbox")
@@ -83,7 +83,7 @@ def _categories(path: Path, data: dict[str, Any], words: ObjectWords) -> dict[in
         name = words.canonical(row["name"])
         if name is None:
             raise InputError(
-                f"{path}: the object words have no category '{row['name']}'; add a line that starts with it to the synonyms file"
+                f"{path}: the object words have no category {quoted(row['name'])}; add a line that starts with it to the synonyms file"
             )
         names[row["id"]] = name
     return names
@@ -102,17 +102,9 @@ def _add_captions(path: Path, objects: dict[int, set[str]], words: ObjectWords) 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_hook=_slim)
-    except OSError as error:
-        raise InputError(f"cannot read the COCO annotations {path}: {error.strerror}; {_SOURCE}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a UTF-8 text file; unpack the archive or {_SOURCE}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno}); {_SOURCE}"
-        ) from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply for an annotation file; {_SOURCE}") from None
+        data = read_json(path, made=_slim)
+    except InputError as error:
+        raise InputError(f"{error}; {_SOURCE}") from None
     if not isinstance(data, dict):
         raise InputError(
             f"{path}: not a COCO annotation file, it holds a {type(data).__name__} instead of an object; {_SOURCE}"
@@ -137,8 +129,8 @@ def _rows(path: Path, data: dict[str, Any], part: str, needed: dict[str, type]) 
         if not isinstance(row, dict):
             raise InputError(f"{path}: {part}[{index}] is not an object; it needs {' and '.join(needed)}")
         for key, kind in needed.items():
-            if not isinstance(row.get(key), kind):
-                has = "has no" if key not in row else f"has {row[key]!r:.40} as"
+            if not isinstance(row.get(key), kind) or isinstance(row[key], bool):
+                has = "has no" if key not in row else f"has {quoted(row[key], 40)} as"
                 expected = "a whole number" if kind is int else "a text"
                 raise InputError(f"{path}: {part}[{index}] {has} '{key}'; it must be {expected}")
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,23 +10,33 @@ from typing import Any
 import numpy as np
 
 from vlmattn.errors import InputError, OptionError
+from vlmattn.evals.report import verdict
 from vlmattn.evals.scoring import SEED
 from vlmattn.evals.stats import Bootstrap, Interval, Metric, mcnemar
 from vlmattn.evals.suites.captions import CorpusBleu
+from vlmattn.texts import lines_of, parse_json, read_json, read_text
 
 _KINDS: Mapping[str, type[Metric]] = {kind.__name__: kind for kind in (Metric, CorpusBleu)}
 _APART = (
     "model",
     "weights",
+    "config",
+    "attention",
+    "processor",
+    "files",
     "dtype",
     "quantisation",
     "batch_size",
     "batch_tokens",
     "versions",
+    "libraries",
     "hardware",
     "suites",
+    "questions",
     "decoding",
 )
+_AGAIN = "run vlmattn eval again, it keeps the answers"
+_TEXTS = ("suite", "preset", "id", "image", "condition", "prompt", "expected", "answer")
 Line = dict[str, Any]
 
 
@@ -57,10 +66,8 @@ class Compared:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" where the interval leaves out 0, else ""."""
-        if not self.better or self.difference.low <= 0 <= self.difference.high:
-            return ""
-        return "better" if (self.difference.value > 0) == (self.better == "higher") else "worse"
+        """ "better" or "worse" where there is an interval and it leaves out 0, else ""."""
+        return verdict({"difference": self.difference.to_dict()}, self.better)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ def compare(
         lines.append(own)
     chosen = _pairs(summaries, (first, second), pairs)
     metrics = {name: [_metric(each) for each in found] for name, found in summaries[0]["metrics"].items()}
+    means = summaries[0].get("mean_of_splits", {})  # missing in runs of earlier versions
     rows: list[Compared] = []
     kept: list[tuple[Line, Line]] = []
     asked: list[set[tuple[str, str]]] = [{(suite, key) for suite, _, key in own} for own in lines]
@@ -111,7 +119,9 @@ def compare(
                 groups.setdefault((suite, line["condition"]), []).append((line, match))
         label = one if one == other else f"{one} → {other}"
         for (suite, condition), both in groups.items():
-            rows += _rows(suite, condition, label, both, metrics[suite])
+            if suite not in metrics:
+                raise InputError(f"{first / 'summary.json'}: no metrics of suite {suite}; {_AGAIN}")
+            rows += _rows(suite, condition, label, both, metrics[suite], bool(means.get(suite)))
             kept += [pair for pair in both if pair[0]["right"] != pair[1]["right"]]
     if not rows:
         raise InputError(f"{first} and {second} have no question in common; compare runs on the same suites and data")
@@ -128,23 +138,50 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], Line]
     """The summary of a finished run, and its answers by suite, preset and id.
 
     Raises:
-        InputError: there is none, or a line is damaged (file:line).
+        InputError: there is none, or a file is damaged (file:line).
     """
+    if not all((folder / name).is_file() for name in ("summary.json", "answers.jsonl")):
+        raise InputError(f"{folder} holds no finished run; run vlmattn eval --out {folder} to its end first")
     try:
-        summary = json.loads((folder / "summary.json").read_text())
-        text = (folder / "answers.jsonl").read_text()
-    except (OSError, ValueError):
-        raise InputError(f"{folder} holds no finished run; run vlmattn eval --out {folder} to its end first") from None
+        summary, lines = read_json(folder / "summary.json"), lines_of(read_text(folder / "answers.jsonl"))
+    except InputError as error:
+        raise InputError(f"{error}; {_AGAIN}") from None
+    if not isinstance(summary, dict) or not all(
+        isinstance(summary.get(name, {}), dict) for name in ("recipes", "metrics", "mean_of_splits")
+    ):
+        raise InputError(f"{folder / 'summary.json'}: not the summary of a run; {_AGAIN}")
     found: dict[tuple[str, str, str], Line] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            item = json.loads(line)
-            found[item["suite"], item["preset"], item["id"]] = item
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{folder / 'answers.jsonl'}:{number}: damaged line; run vlmattn eval again, it keeps the answers"
-            ) from None
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        item = _parsed(line)
+        if item is None:
+            raise InputError(f"{folder / 'answers.jsonl'}:{number}: damaged line; {_AGAIN}")
+        key = item["suite"], item["preset"], item["id"]
+        if key in found:
+            raise InputError(f"{folder / 'answers.jsonl'}:{number}: a second answer to one question; {_AGAIN}")
+        found[key] = item
     return summary, found
+
+
+def _parsed(text: str) -> Line | None:
+    """A line of answers.jsonl, None if it lacks what is compared."""
+    try:
+        item = parse_json(text, "answers.jsonl")
+    except InputError:
+        return None
+    if not isinstance(item, dict) or not all(isinstance(item.get(name), str) for name in _TEXTS):
+        return None
+    scores, splits = item.get("scores"), item.get("splits")
+    whole = (
+        isinstance(item.get("right"), bool)
+        and isinstance(splits, list)
+        and len(splits) > 0
+        and all(isinstance(split, str) for split in splits)
+        and isinstance(scores, dict)
+        and all(isinstance(score, (int, float)) for score in scores.values())
+    )
+    return item if whole else None
 
 
 def _pairs(
@@ -160,24 +197,32 @@ def _pairs(
     return list(pairs)
 
 
-def _metric(told: Mapping[str, Any]) -> Metric:
+def _metric(told: Any) -> Metric:
     try:
         kind = _KINDS[told["kind"]]
-        return kind(**{field.name: told[field.name] for field in fields(kind)})
-    except KeyError:
-        raise InputError(
-            "the runs were made by another version of vlmattn; run vlmattn eval again, it keeps the answers"
-        ) from None
+        given = {field.name: told[field.name] for field in fields(kind)}
+        return kind(**{**given, "over": dict(given["over"]), "under": dict(given["under"])})
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"the runs were made by another version of vlmattn; {_AGAIN}") from None
 
 
 def _rows(
-    suite: str, condition: str, presets: str, both: Sequence[tuple[Line, Line]], metrics: Sequence[Metric]
+    suite: str,
+    condition: str,
+    presets: str,
+    both: Sequence[tuple[Line, Line]],
+    metrics: Sequence[Metric],
+    mean_of_splits: bool,
 ) -> list[Compared]:
-    """Every metric; a question counts once for each of its splits, as in the runs' own overall figures."""
-    repeated = [pair for pair in both for _ in pair[0]["splits"]]
+    """Every metric, over the splits as in the runs' own overall figures."""
+    repeated = [(pair, split if mean_of_splits else "") for pair in both for split in pair[0]["splits"]]
     names = list(both[0][0]["scores"])
-    bootstrap = Bootstrap([pair[0]["image"] for pair in repeated], seed=SEED)
-    one, other = (np.array([[pair[side]["scores"][name] for name in names] for pair in repeated]) for side in (0, 1))
+    if any(line["scores"].keys() != set(names) for pair in both for line in pair):
+        raise InputError(
+            f"suite {suite}: the answers of the runs have different scores; run vlmattn eval again on both"
+        )
+    bootstrap = Bootstrap([pair[0]["image"] for pair, _ in repeated], seed=SEED, parts=[part for _, part in repeated])
+    one, other = (np.array([[pair[side]["scores"][name] for name in names] for pair, _ in repeated]) for side in (0, 1))
     p = mcnemar([pair[0]["right"] for pair in both], [pair[1]["right"] for pair in both])
     changed = sum(pair[0]["answer"] != pair[1]["answer"] for pair in both)
     found = []

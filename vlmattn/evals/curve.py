@@ -17,9 +17,10 @@ from typing import Any
 
 from vlmattn.drawing import Figure, svg
 from vlmattn.errors import InputError, VlmattnError
-from vlmattn.evals.report import change, verdict
+from vlmattn.evals.report import bounds, change, verdict
 from vlmattn.evals.survey import FEWER_TOKENS, read_run
 from vlmattn.files import write_whole
+from vlmattn.texts import read_text
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#8B4513")
 
@@ -78,7 +79,8 @@ def picture(summary: Mapping[str, Any]) -> str:
     for axis, found in zip(axes, panels, strict=True):
         metric = summary["metrics"][found["suite"]][0]
         bare = found["rows"]["none"]["metrics"][metric["name"]]
-        axis.axhspan(bare["low"], bare["high"], color="#eeeeee")
+        if (ends := bounds(bare)) is not None:
+            axis.axhspan(*ends, color="#eeeeee")
         axis.axhline(bare["value"], color="#666", lw=0.8)
         for number, (method, budgets) in enumerate(curves(summary).items()):
             values = [found["rows"][name]["metrics"][metric["name"]]["value"] for _, name in budgets]
@@ -132,7 +134,7 @@ def main() -> None:
     try:
         summary = read_run(options.run)
         command = shlex.join(["python", "-m", "vlmattn.evals.curve", *sys.argv[1:]])
-        before = options.page.read_text().partition(FEWER_TOKENS)[0].rstrip() if options.page.exists() else ""
+        before = read_text(options.page).partition(FEWER_TOKENS)[0].rstrip() if options.page.exists() else ""
         write_whole(options.picture, picture(summary))
         write_whole(options.page, f"{before}\n\n{section(summary, command, options.picture.name)}\n".lstrip())
     except VlmattnError as error:

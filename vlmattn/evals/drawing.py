@@ -7,7 +7,7 @@ from math import copysign
 from typing import TYPE_CHECKING, Any
 
 from vlmattn.drawing import Figure, svg
-from vlmattn.evals.report import verdict
+from vlmattn.evals.report import bounds, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,16 +37,18 @@ def forest(summary: Mapping[str, Any]) -> str:
 
 def _panel(axis: Axes, cells: Mapping[str, Mapping[str, Any]], better: str) -> None:
     sign = _SIGN.get(better, 1)
-    widths = sorted(cell["difference"]["high"] - cell["difference"]["low"] for cell in cells.values())
+    ends = [bounds(cell["difference"]) for cell in cells.values()]
+    widths = sorted(high - low for low, high in filter(None, ends)) or [0.0]
     limit = 1.5 * max(widths[len(widths) * 9 // 10], 0.5)
     axis.axvline(0, color="#333", lw=0.8)
-    for row, cell in enumerate(cells.values()):
-        difference, colour = cell["difference"], _COLOURS[verdict(dict(cell), better)]
+    for row, (cell, interval) in enumerate(zip(cells.values(), ends, strict=True)):
+        difference, colour = cell["difference"], _COLOURS[verdict(cell, better)]
         if abs(difference["value"]) > limit:
             marker = ">" if (difference["value"] > 0) == (sign > 0) else "<"
             axis.plot(copysign(limit, difference["value"]), row, marker, ms=5, color=colour, clip_on=False)
             continue
-        axis.plot([difference["low"], difference["high"]], [row, row], "-", lw=1.2, color=colour)
+        if interval is not None:
+            axis.plot(interval, [row, row], "-", lw=1.2, color=colour)
         axis.plot(difference["value"], row, "o", ms=3, color=colour)
     axis.set_xlim(-limit * sign, limit * sign)
     axis.grid(axis="x", color="#ddd", lw=0.5)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmattn.embedded.scenes import patch_labels
 from vlmattn.embedded.text import existence_question
+from vlmattn.evals.report import bounds
 from vlmattn.evals.runner import Result
 from vlmattn.evals.suites import World
 
@@ -161,5 +162,6 @@ def ask(model: Any, processor: Any, scenes: int) -> Asked:
     )
 
 
-def _with_interval(cell: Mapping[str, float]) -> str:
-    return f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
+def _with_interval(cell: Mapping[str, Any]) -> str:
+    ends = bounds(cell)
+    return f"{cell['value']:.1f} " + ("(no interval)" if ends is None else f"[{ends[0]:.1f}, {ends[1]:.1f}]")

@@ -10,9 +10,10 @@ import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
-from vlmattn.errors import InputError
+from vlmattn.errors import InputError, quoted
 from vlmattn.evals.words import ObjectWords, singular
 
 BEST = 6.0
@@ -36,8 +37,8 @@ class Verdict:
     hallucinated: bool
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rating <= BEST:
-            raise InputError(f"a judge's rating must be within 0..{BEST:.0f}, got {self.rating}")
+        if not (isinstance(self.rating, Real) and 0 <= self.rating <= BEST):
+            raise InputError(f"a judge's rating must be a number within 0..{BEST:.0f}, got {quoted(self.rating)}")
 
 
 class Judge(Protocol):
@@ -130,7 +131,7 @@ class Ratings:
             verdict = self._judge(question, reference, known, answer)
             if not isinstance(verdict, Verdict):
                 raise InputError(
-                    f"the judge {self.name} returned {verdict!r:.60}; it must return vlmattn.evals.judges.Verdict(...)"
+                    f"the judge {self.name} returned {quoted(verdict)}; it must return vlmattn.evals.judges.Verdict(...)"
                 )
             self._known[key, answer] = verdict
         return self._known[key, answer]
@@ -149,7 +150,7 @@ def load_judge(name: str) -> Judge:
         raise InputError(f"unknown judge '{name}'; it is rule, or a function of yours as package.module:function")
     try:
         found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # of names like ".x"
         raise InputError(f"judge {name}: cannot import {module} ({error}); run where Python finds it") from None
     except AttributeError:
         raise InputError(f"judge {name}: {module} has no '{function}'") from None

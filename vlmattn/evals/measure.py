@@ -27,6 +27,7 @@ from vlmattn.interventions.focus import save_directions
 from vlmattn.models import find_family
 
 SEED = 31
+_STEPS = 10_000  # of the fit (ours)
 _FOLDERS = {"embedded": FOLDER, "smol": ADAPTER.parent}
 _SAID = {"embedded": ("yes", "no"), "smol": ("Yes", "No")}
 
@@ -55,14 +56,11 @@ def main() -> None:
     source = f"the bundled model {options.model}"  # not the folder it lies in on some machine
     profile = replace(profile, source=source, prompts=prompts)
     print(f"wrote {profile.save(out)}")
-    heads = profile.top("visual", 0.1)
-    found = fit_directions(model, [span for span, _ in spans], heads, seed=SEED, progress=shown)
-    query, key = (
-        {int(name.split(".")[1]): value for name, value in found.items() if name.startswith(side)}
-        for side in ("query", "key")
-    )
+    found = fit_directions(model, [span for span, _ in spans], epochs=_STEPS // len(spans), seed=SEED, progress=shown)
+    query = {int(name.removeprefix("query.")): value for name, value in found.items()}
+    heads = [(layer, head) for layer, of in query.items() for head in of.any(-1).nonzero().flatten().tolist()]
     anatomy = replace(find_family(model).anatomy(model), source=source)
-    print(f"wrote {save_directions(query, key, out, anatomy)} for heads {heads}")
+    print(f"wrote {save_directions(query, out, anatomy)} for heads {heads}")
 
 
 def _encoded(processor: Any, prompt: str, images: list[Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlmattn import pages
+from vlmattn.evals.environment import decoding_in_words
 from vlmattn.evals.gallery import gallery
-from vlmattn.evals.report import by_suite, change, notes, p_value, verdict
+from vlmattn.evals.report import bounds, by_suite, change, notes, p_value, spread, verdict, whiskers
 
 if TYPE_CHECKING:
     from vlmattn.evals.runner import Result
@@ -52,8 +53,8 @@ def html_report(result: Result, attention: Maps | None = None) -> str:
     )
     command = f"<pre>{html.escape(summary['command'])}</pre>" if summary["command"] else ""
     body = f"""<h1>Does it hallucinate less?</h1>
-<p>Model <b>{html.escape(summary["model"])}</b>, presets {", ".join(f"<b>{html.escape(p)}</b>" for p in presets)}; greedy decoding,
-the same samples and batches for all. Differences are to <b>none</b>, with 95&nbsp;% intervals from a paired bootstrap over images;
+<p>Model <b>{html.escape(summary["model"])}</b>, presets {", ".join(f"<b>{html.escape(p)}</b>" for p in presets)};
+{html.escape(decoding_in_words(summary["decoding"]))}, the same samples and batches for all. Differences are to <b>none</b>, with 95&nbsp;% intervals from a paired bootstrap over images;
 p is McNemar's exact test. <span class="better">Green</span> and <span class="worse">red</span>: the interval leaves out 0, which
 one interval in twenty does by chance alone.</p>
 {warnings}{"".join(parts)}
@@ -65,9 +66,9 @@ batch size {summary["batch_size"]}, {html.escape(summary["dtype"])}, {summary["p
 
 def _cell(cell: Mapping[str, Any], better: str, p: str = "") -> str:
     """A value with its interval, or with its difference to none."""
-    small = change(dict(cell)) if "difference" in cell else f"{cell['low']:.1f} to {cell['high']:.1f}"
+    small = change(cell) if "difference" in cell else spread(cell)
     test = f"<small>p {p}</small>" if p else ""
-    return f"<td class='{verdict(dict(cell), better)}'>{cell['value']:.1f}<small>{small}</small>{test}</td>"
+    return f"<td class='{verdict(cell, better)}'>{cell['value']:.1f}<small>{small}</small>{test}</td>"
 
 
 def _leaderboard(result: Result, colours: Mapping[str, str]) -> str:
@@ -135,8 +136,9 @@ def _trade(result: Result, colours: Mapping[str, str]) -> str:
         axis, metric = figure.subplots(), heads[table["suite"]]
         for preset in presets:
             cell, speed = table["rows"][preset]["metrics"][metric.name], costs[preset]["tokens_per_second"]
-            spread = [[cell["value"] - cell["low"]], [cell["high"] - cell["value"]]]
-            axis.errorbar(speed, cell["value"], yerr=spread, fmt="o", ms=5, lw=1, capsize=2, color=colours[preset])
+            axis.errorbar(
+                speed, cell["value"], yerr=whiskers([cell]), fmt="o", ms=5, lw=1, capsize=2, color=colours[preset]
+            )
             place = (speed, cell["value"])
             axis.annotate(preset, place, xytext=(4, 4), textcoords="offset points", fontsize=8, color="#444")
         axis.set_title(f"{table['suite']} {table['condition']}", fontsize=10)
@@ -182,8 +184,9 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
     every = [
         table["rows"][preset]["metrics"][name] for _, tables in conditions for table in tables for preset in colours
     ]
-    from_half = suite.headline.better == "higher" and min(cell["low"] for cell in every) > 50  # chance
-    top = max(cell["high"] for cell in every) * 1.04
+    ends = [bounds(cell) or (cell["value"], cell["value"]) for cell in every]
+    from_half = suite.headline.better == "higher" and min(low for low, _ in ends) > 50  # chance
+    top = max(high for _, high in ends) * 1.04
     drawn = []
     for condition, tables in conditions:
         figure = Figure(figsize=(max(3.9, 0.9 + 0.95 * len(tables)), 3.1), layout="constrained")
@@ -191,12 +194,8 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
         for number, (preset, colour) in enumerate(colours.items()):
             cells = [table["rows"][preset]["metrics"][name] for table in tables]
             values = [cell["value"] for cell in cells]
-            errors = [
-                [v - c["low"] for v, c in zip(values, cells, strict=True)],
-                [c["high"] - v for v, c in zip(values, cells, strict=True)],
-            ]
             places = [i + (number - (len(colours) - 1) / 2) * width for i in range(len(tables))]
-            bars: dict[str, Any] = {"yerr": errors, "ecolor": "#222", "capsize": 2, "error_kw": {"lw": 1}}
+            bars: dict[str, Any] = {"yerr": whiskers(cells), "ecolor": "#222", "capsize": 2, "error_kw": {"lw": 1}}
             axis.bar(places, values, width * 0.92, color=colour, label=preset, **bars)
         crowded = len(tables) > 4
         axis.set_xticks(range(len(tables)), [t["split"] for t in tables], rotation=30 * crowded, ha="right" if crowded else "center", fontsize=8 if crowded else 9)  # fmt: skip
@@ -204,7 +203,7 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#ddd", lw=0.6)
         axis.set_axisbelow(True)
-        axis.set_ylim(50 if from_half else min(0, min(cell["low"] for cell in every)), top or 1)
+        axis.set_ylim(50 if from_half else min(0, min(low for low, _ in ends)), top or 1)
         axis.set_ylabel(f"{name}, axis from 50" if from_half else name, fontsize=9)
         columns = min(len(colours), 4)
         figure.legend(
@@ -227,8 +226,7 @@ def _differences(suite: Suite, result: Result, presets: Sequence[str]) -> str:
             cell = table["rows"][preset]["metrics"][metric.name]
             d = cell["difference"]
             colour = {"better": "#009E73", "worse": "#D55E00", "": "#777777"}[verdict(cell, metric.better)]
-            spread = [[d["value"] - d["low"]], [d["high"] - d["value"]]]
-            axis.errorbar(d["value"], place, xerr=spread, fmt="o", ms=4, lw=1.2, capsize=2, color=colour)
+            axis.errorbar(d["value"], place, xerr=whiskers([d]), fmt="o", ms=4, lw=1.2, capsize=2, color=colour)
         axis.axvline(0, color="#222", lw=0.8)
         axis.set_xscale("symlog", linthresh=5)
         axis.set_xticks(

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from vlmattn.errors import InputError
+from vlmattn.errors import InputError, quoted
+
+#: How processors name their own marks for pictures.
+_MARKS = re.compile(r"\w*(?:image|img|video|vision|boi|eoi|patch|tile)\w*_token$")
 
 
 def encode(model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Any]) -> Any:
     """What the model's processor makes of prompts that are each about a list of images, on the model's device.
 
     Raises:
-        InputError: the processor has no chat template.
+        InputError: the processor has no chat template; a prompt holds a mark for pictures.
     """
+    refuse_marks(processor, prompts)
     chats = []
     for prompt, pictures in zip(prompts, images, strict=True):
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
         chats.append([{"role": "user", "content": content}])
     return encode_chats(model, processor, chats, images)
+
+
+def refuse_marks(processor: Any, prompts: Iterable[str]) -> None:
+    """Raise for a prompt with one of the processor's own marks for pictures: it would be taken for one more picture.
+
+    Raises:
+        InputError: there is one.
+    """
+    named = getattr(processor, "__dict__", {}).items()
+    marks = sorted(value for name, value in named if _MARKS.match(name) and isinstance(value, str) and value.strip())
+    for prompt in prompts:
+        if found := next((mark for mark in marks if mark in prompt), None):
+            raise InputError(
+                f"the question {quoted(prompt)} holds {found}, which this model takes for a picture; take it out of the text"
+            )
 
 
 def encode_chats(model: Any, processor: Any, chats: Sequence[Any], images: Sequence[Any]) -> Any:

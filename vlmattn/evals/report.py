@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
+
+from vlmattn.evals.environment import decoding_in_words
+from vlmattn.evals.stats import FEWEST
+from vlmattn.pages import markdown_cell
 
 if TYPE_CHECKING:
     from vlmattn.evals.runner import Result
@@ -31,16 +35,37 @@ def _number(value: float) -> str:
     return f"{value:.1f}"
 
 
-def change(cell: dict[str, Any]) -> str:
+def bounds(cell: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The ends of the interval of a value or a difference, None if it has none."""
+    return None if cell["low"] is None or cell["high"] is None else (float(cell["low"]), float(cell["high"]))
+
+
+def whiskers(cells: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """How far the intervals of values reach below and above them, 0 where there are none: for matplotlib's error bars."""
+    ends = [bounds(cell) or (cell["value"], cell["value"]) for cell in cells]
+    below = [cell["value"] - low for cell, (low, _) in zip(cells, ends, strict=True)]
+    above = [high - cell["value"] for cell, (_, high) in zip(cells, ends, strict=True)]
+    return [below, above]
+
+
+def spread(cell: Mapping[str, Any]) -> str:
+    """The interval of a value, or that there is none."""
+    ends = bounds(cell)
+    return "no interval" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
+
+
+def change(cell: Mapping[str, Any]) -> str:
     """A difference to ``none`` with its interval."""
     d = cell["difference"]
-    return f"{d['value']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]"
+    ends = bounds(d)
+    return f"{d['value']:+.1f} " + ("(no interval)" if ends is None else f"[{ends[0]:+.1f}, {ends[1]:+.1f}]")
 
 
-def verdict(cell: dict[str, Any], better: str) -> str:
+def verdict(cell: Mapping[str, Any], better: str) -> str:
     """ "better" or "worse" when the interval of the difference leaves out 0, else ""; ``better`` is the metric's."""
     d = cell.get("difference")
-    if d is None or not better or d["low"] <= 0 <= d["high"]:
+    ends = None if d is None else bounds(d)
+    if d is None or ends is None or not better or ends[0] <= 0 <= ends[1]:
         return ""
     return "better" if (d["value"] > 0) == (better == "higher") else "worse"
 
@@ -99,6 +124,8 @@ def terminal_tables(result: Result) -> Group:
 def notes(result: Result) -> list[str]:
     """What a reader must know beside the figures."""
     found = []
+    if (how := decoding_in_words(result.summary["decoding"])) != "greedy decoding":
+        found.append(f"All answers: {how}, as the model's generation config says.")
     for preset, report in result.summary["reports"].items():
         idle = [name for name, count in report["fired"].items() if not count]
         if idle:
@@ -116,7 +143,21 @@ def notes(result: Result) -> list[str]:
             f"Memory was short: batches were answered in parts ({parts}), so not all presets had the same batches; answers"
             " may differ by rounding. A smaller --batch-size avoids it."
         )
+    if any(bounds(each) is None for each in _intervals(result.summary)):
+        found.append(
+            f"No interval: fewer than {FEWEST} images, or all of them agree; resampling them cannot say how sure such a figure is."
+        )
     return found
+
+
+def _intervals(summary: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """All values and differences of a summary."""
+    for table in (*summary["tables"], *summary["overall"]):
+        for row in table["rows"].values():
+            for cell in row["metrics"].values():
+                yield cell
+                if "difference" in cell:
+                    yield cell["difference"]
 
 
 def markdown_tables(result: Result) -> str:
@@ -126,7 +167,7 @@ def markdown_tables(result: Result) -> str:
         others = [metric.name for metric in suite.metrics[1:]]
         header = ["", "preset", suite.headline.name, "difference [95 % CI]", "p", *others]
         lines += [
-            f"**{_heading(suite, condition, tables).replace(chr(10), chr(32))}**",
+            f"**{markdown_cell(_heading(suite, condition, tables))}**",
             "",
             "| " + " | ".join(header) + " |",
         ]
@@ -135,13 +176,15 @@ def markdown_tables(result: Result) -> str:
             for preset, row in table["rows"].items():
                 cells = row["metrics"]
                 first = cells[suite.headline.name]
-                label = f"{table['split']} ({table['samples']})" if preset == "none" else ""
+                label = f"{markdown_cell(table['split'])} ({table['samples']})" if preset == "none" else ""
                 difference = "" if preset == "none" else change(first)
                 values = [f"{cells[name]['value']:.1f}" for name in others]
                 lines.append(
                     "| "
-                    + " | ".join([label, preset, f"{first['value']:.1f}", difference, p_value(row), *values])
+                    + " | ".join(
+                        [label, markdown_cell(preset), f"{first['value']:.1f}", difference, p_value(row), *values]
+                    )
                     + " |"
                 )
         lines.append("")
-    return "\n".join([*lines, *notes(result)]).strip() + "\n"
+    return "\n".join([*lines, *map(markdown_cell, notes(result))]).strip() + "\n"

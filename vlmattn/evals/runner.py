@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -19,16 +20,29 @@ from tqdm import tqdm
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError
 from vlmattn.evals.batching import Parts, batches, lengths
-from vlmattn.evals.environment import fingerprint, hardware, quantisation, versions
-from vlmattn.evals.journal import Batch, Journal, write_json
+from vlmattn.evals.environment import (
+    config_hash,
+    decoding,
+    decoding_in_words,
+    files_of,
+    fingerprint,
+    hardware,
+    libraries,
+    processor_hash,
+    quantisation,
+    versions,
+)
+from vlmattn.evals.journal import Batch, Journal, Key, write_json
 from vlmattn.evals.processes import Processes
 from vlmattn.evals.prompts import answer
 from vlmattn.evals.scoring import SEED, Scored
+from vlmattn.evals.sources import file_hash, image_hash, image_names, question_hash, questions_hash
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFiles
 from vlmattn.evals.timing import peak_bytes
 from vlmattn.files import write_whole
 from vlmattn.recipe import Recipe
+from vlmattn.texts import read_json
 from vlmattn.wrapping import handle_of
 
 ON_ERROR = ("stop", "skip")
@@ -67,9 +81,11 @@ def evaluate(
 ) -> Result:
     """Ask every sample with every preset, score, compare with ``none``, and write ``out``.
 
-    ``none`` is always part of it. Decoding is greedy. Answers are written batch by batch (journal*.jsonl); after a kill the
-    same call goes on where it stopped, in the same batches. Started by ``torchrun`` or ``accelerate launch``, the processes
-    share the batches; which batches there are does not depend on how many processes there are, so neither do the answers.
+    ``none`` is always part of it. Nothing is sampled; what else the model's generation config says (beams, penalties) holds for
+    all presets and is written down. Answers are written batch by batch (journal*.jsonl); after a kill the same call goes on
+    where it stopped, in the same batches: it refuses other weights, settings or files of presets, and asks again about questions
+    and image files that have changed. Started by ``torchrun`` or ``accelerate launch``, the processes share the batches; which
+    batches there are does not depend on how many processes there are, so neither do the answers.
 
     Args:
         model, processor: a bare model and its processor (left padding).
@@ -82,10 +98,11 @@ def evaluate(
         on_error: "stop" at an image that is missing or damaged, or "skip" its questions, for all presets, and name them.
 
     Raises:
-        StateError: ``out`` holds a run with other settings; the model is wrapped; memory is short for one question.
+        StateError: ``out`` holds a run with other settings, or another run works in it; the model is wrapped; memory is short
+            for one question; an image file has changed during the run.
         UnknownNameError: no such preset.
         OptionError: a recipe that does not fit the model, or is given twice; an option out of range.
-        InputError: an image is missing or damaged, an id is there twice, no sample can be read.
+        InputError: an image is missing or damaged, an id is there twice, no sample can be read, ``out`` cannot be written.
     """
     if (handle := handle_of(model)) is not None:  # its edit would answer for none
         raise StateError(
@@ -93,33 +110,51 @@ def evaluate(
         )
     recipes = recipes_of(presets)
     _check(suites, batch_size, batch_tokens, on_error)
+    files: dict[str, str] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said again when it answers
+        for recipe in recipes.values():  # what does not fit the model is an error now, not hours later
+            with _applied(model, recipe, processor):
+                refuse_missing(model, recipe.name)
+                if (handle := handle_of(model)) is not None:
+                    files |= files_of(recipe, handle.anatomy)
     settings = {
         "model": model_name,
         "weights": fingerprint(model),
+        "config": config_hash(model),
+        "attention": model.config._attn_implementation,
+        "processor": processor_hash(processor),
         "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()},
+        "files": files,
         "suites": {suite.name: dict(suite.settings) for suite in suites},
-        "decoding": {"do_sample": False, "max_new_tokens": {suite.name: suite.max_new_tokens for suite in suites}},
+        "decoding": decoding(model, suites),
         "batch_size": batch_size,
         "batch_tokens": batch_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantisation": quantisation(model),
         "seed": SEED,
         "versions": versions(),
+        "libraries": libraries(),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said again when it answers
-        for recipe in recipes.values():  # what does not fit the model is an error now, not hours later
-            with _applied(model, recipe, processor):
-                refuse_missing(model, recipe.name)
     processor.tokenizer.padding_side = "left"
     processes = Processes()
     work = {
         suite.name: batches(suite.samples(), lengths(model, processor, suite.samples()), batch_size, batch_tokens)
         for suite in suites
     }
-    with Journal(out, settings, processes, restart) as journal:
-        if journal.done and processes.first:
-            say(f"resuming: {sum(len(batch.answers) for batch in journal.done.values())} answers are already in {out}")
+    wanted = {
+        (name, preset, number): samples
+        for name, parts in work.items()
+        for preset in recipes
+        for number, samples in enumerate(parts)
+    }
+    with Journal(out, settings, processes, restart, _Unfit(wanted)) as journal:
+        if processes.first:
+            say(f"decoding: {decoding_in_words(settings['decoding'])}")
+            if journal.done:
+                say(f"resuming: {sum(len(b.answers) for b in journal.done.values())} answers are already in {out}")
+            for note in journal.notes:
+                say(f"asked again: {note}")
         for name, recipe in recipes.items():
             with warnings.catch_warnings(), _applied(model, recipe, processor):
                 warnings.filterwarnings("ignore", message="vlmattn: .* never fired")  # the report says so
@@ -134,12 +169,18 @@ def evaluate(
                     with _Progress(f"{name} · {suite.name}", mine, before, processes, say) as progress:
                         _ask(model, processor, suite, name, mine, journal, on_error, progress)
         done = journal.finish(lambda b: (list(recipes).index(b.preset), list(work).index(b.suite), b.number))
+        _refuse_moving(done)
     answers = {(b.suite, b.preset, key): text for b in done for key, text in b.answers.items()}
     scored: dict[str, Scored] = {}
     summary: dict[str, Any] = {}
     if processes.first:  # a judge is asked once, not by every process
         scored = {suite.name: Scored(suite, list(recipes), answers) for suite in suites}
-        of_run = {"command": command, "hardware": hardware(), "processes": processes.count}
+        of_run = {
+            "command": command,
+            "hardware": hardware(),
+            "processes": processes.count,
+            "questions": {suite.name: questions_hash(suite) for suite in suites},
+        }
         summary = {**settings, **of_run, **_figures(suites, scored, done, list(recipes))}
         lines = (json.dumps(line, ensure_ascii=False) for found in scored.values() for line in found.lines())
         write_whole(out / "answers.jsonl", "".join(line + "\n" for line in lines))
@@ -165,15 +206,53 @@ def _figures(
         "skipped": [{"suite": suite, "id": key, "why": why} for (suite, key), why in unreadable.items()],
         "titles": {suite.name: suite.title for suite in suites},
         "metrics": {suite.name: [metric.to_dict() for metric in suite.metrics] for suite in suites},
+        "mean_of_splits": {suite.name: suite.mean_of_splits for suite in suites},
         "tables": [table for by_split, _ in tables for table in by_split],
         "overall": [table for _, overall in tables for table in overall],
     }
 
 
 def read_summary(out: Path) -> dict[str, Any]:
-    """summary.json of a results folder, {} if there is none yet."""
+    """summary.json of a results folder, {} if there is none yet.
+
+    Raises:
+        InputError: it is damaged.
+    """
     path = out / "summary.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict) or (found and not isinstance(found.get("recipes"), dict)):
+        raise InputError(f"{path}: not the summary of a run; run vlmattn eval again, it keeps the answers")
+    return found
+
+
+class _Unfit:
+    """Why a batch of an earlier attempt cannot be used, "" if it can. Image files are read once."""
+
+    def __init__(self, wanted: Mapping[Key, Sequence[Sample]]) -> None:
+        self._wanted, self._hash = wanted, functools.cache(file_hash)
+
+    def __call__(self, batch: Batch) -> str:
+        samples = {sample.id: sample for sample in self._wanted.get(batch.key, ())}
+        if samples.keys() != batch.answers.keys() | batch.unreadable.keys():
+            return f"the questions of {batch.suite} are others now"
+        for key, (question, images) in batch.sources.items():
+            if question != question_hash(samples[key]):
+                return f"the question '{key}' of {batch.suite} or its truth has changed"
+            if images != image_hash(samples[key], self._hash):
+                return f"the image of '{key}' of {batch.suite} has changed ({image_names(samples[key])})"
+        return ""
+
+
+def _refuse_moving(done: Sequence[Batch]) -> None:
+    """Raise if presets were asked about different versions of one image."""
+    seen: dict[tuple[str, str], list[str]] = {}
+    for batch in done:
+        for key, source in batch.sources.items():
+            if seen.setdefault((batch.suite, key), source) != source:
+                raise StateError(
+                    f"suite {batch.suite}: the image of '{key}' changed during the run, so the presets saw different ones; run the"
+                    " same command again, it asks again about what has changed"
+                )
 
 
 def _check(suites: Sequence[Suite], batch_size: int, batch_tokens: int | None, on_error: str) -> None:
@@ -279,7 +358,7 @@ def _ask(
         return answer(model, processor, prompts, images, suite.max_new_tokens)
 
     for number, samples in work:
-        readable, unreadable = _read(suite, samples, on_error)
+        readable, unreadable, sources = _read(suite, samples, on_error)
         if handle is not None:
             handle.set(handle.recipe)  # a report of its own for every batch: whatever is killed, the sums are right
         texts: list[str] = []
@@ -294,6 +373,7 @@ def _ask(
                 number=number,
                 answers={sample.id: text for (sample, _), text in zip(readable, texts, strict=True)},
                 unreadable=unreadable,
+                sources=sources,
                 seconds=round(seconds, 5),
                 tokens=sum(len(processor.tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts),
                 peak_bytes=peak,
@@ -304,12 +384,17 @@ def _ask(
         progress.advance(len(samples))
 
 
-def _read(suite: Suite, samples: Sequence[Sample], on_error: str) -> tuple[list[tuple[Sample, Any]], dict[str, str]]:
-    """Samples with their pictures, and why others have none."""
-    readable, unreadable = [], {}
+def _read(
+    suite: Suite, samples: Sequence[Sample], on_error: str
+) -> tuple[list[tuple[Sample, Any]], dict[str, str], dict[str, list[str]]]:
+    """Samples with their pictures, why others have none, and hashes of what the former are made from."""
+    readable, unreadable, sources = [], {}, {}
     for sample in samples:
+        # hashed before it is read: a file that changes in between is asked about again, not believed
+        source = [question_hash(sample), image_hash(sample)]
         try:
             readable.append((sample, sample.images()))
+            sources[sample.id] = source
         except InputError as error:
             if on_error == "stop":
                 raise InputError(
@@ -317,7 +402,7 @@ def _read(suite: Suite, samples: Sequence[Sample], on_error: str) -> tuple[list[
                     " such questions out with --on-error skip"
                 ) from error
             unreadable[sample.id] = str(error)
-    return readable, unreadable
+    return readable, unreadable, sources
 
 
 def _peak(model: Any, run: Callable[[], object]) -> int | None:

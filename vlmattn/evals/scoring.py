@@ -40,30 +40,35 @@ class Scored:
     def tables(self) -> tuple[list[Table], list[Table]]:
         """One table per condition and split, and one per condition over all of its splits.
 
-        The latter counts an answer once for each split it belongs to: for POPE it is the mean over the splits, as papers
-        report it.
+        The latter is the mean of the figures of the splits for suites that say so (POPE, as papers report it); for others it
+        counts all answers together, each once for every split it belongs to.
         """
         columns: dict[tuple[str, str], list[Sample]] = {}
         for sample in self.samples:
             for split in sample.splits:
                 columns.setdefault((sample.condition, split), []).append(sample)
-        whole: dict[str, list[Sample]] = {}
-        for (condition, _), members in columns.items():
-            whole.setdefault(condition, []).extend(members)
+        whole: dict[str, list[tuple[Sample, str]]] = {}
+        for (condition, split), members in columns.items():
+            part = split if self._suite.mean_of_splits else ""
+            whole.setdefault(condition, []).extend((sample, part) for sample in members)
         return (
-            [self._table(condition, split, members) for (condition, split), members in columns.items()],
+            [self._table(condition, split, [(s, "") for s in of]) for (condition, split), of in columns.items()],
             [self._table(condition, "all", members) for condition, members in whole.items()],
         )
 
-    def _table(self, condition: str, split: str, members: Sequence[Sample]) -> Table:
+    def _table(self, condition: str, split: str, counted: Sequence[tuple[Sample, str]]) -> Table:
+        members = [sample for sample, _ in counted]
         count, images = len({sample.id for sample in members}), len({sample.image_id for sample in members})
         facts = {"suite": self._suite.name, "condition": condition, "split": split, "samples": count, "images": images}
-        return {**facts, "rows": self._rows(members)}
+        return {**facts, "rows": self._rows(members, [part for _, part in counted])}
 
-    def _rows(self, members: Sequence[Sample]) -> dict[str, Any]:
-        """Every metric of every preset over some samples, and its difference to ``none``; a sample may count repeatedly."""
+    def _rows(self, members: Sequence[Sample], parts: Sequence[str]) -> dict[str, Any]:
+        """Every metric of every preset over some samples, as a mean over their parts, and its difference to ``none``.
+
+        A sample may count repeatedly.
+        """
         suite, records = self._suite, self._records
-        bootstrap = Bootstrap([sample.image_id for sample in members], seed=SEED)
+        bootstrap = Bootstrap([sample.image_id for sample in members], seed=SEED, parts=parts)
         matrix = {p: np.array([[of[s.id][f] for f in suite.fields] for s in members]) for p, of in records.items()}
         once = list({sample.id: sample for sample in members})
         rows = {}

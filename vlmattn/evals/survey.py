@@ -27,9 +27,11 @@ from vlmattn.evals.bench import FIRST, STEP
 from vlmattn.evals.compare import Compared
 from vlmattn.evals.controls import AT_RANDOM, against_controls, controls_of
 from vlmattn.evals.drawing import forest
+from vlmattn.evals.environment import decoding_in_words
 from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.files import write_whole
 from vlmattn.interventions import all_presets, find_method
+from vlmattn.texts import read_json, read_text
 
 FEWER_TOKENS = "<!-- fewer image tokens: written by vlmattn.evals.curve -->"  # begins a section that is kept
 _LEVEL = 0.05  # of the 95 % intervals in the summary
@@ -61,12 +63,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is of a version that did not write what the page needs.
     """
     path = folder if folder.suffix == ".json" else folder / "summary.json"
+    if not path.exists():
+        raise InputError(f"cannot read {path}: no such file; finish the run with vlmattn eval first")
     try:
-        summary = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; finish the run with vlmattn eval first") from None
-    except ValueError:
-        raise InputError(f"{path}: not valid JSON; run vlmattn eval again, it keeps the answers") from None
+        summary = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; run vlmattn eval again, it keeps the answers") from None
     if not isinstance(summary, dict) or (missing := sorted(_NEEDED - summary.keys())):
         lacking = "" if not isinstance(summary, dict) else f" ({', '.join(missing)} missing)"
         raise InputError(f"{path}: not of this version{lacking}; run vlmattn eval again, it keeps the answers")
@@ -80,9 +82,9 @@ def read_tuned(path: Path) -> dict[str, Any]:
         InputError: it did not.
     """
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         return {name: record[name] for name in _TUNED}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         raise InputError(f"{path}: not a tune.json; run vlmattn tune first, its --out has one") from None
 
 
@@ -408,7 +410,7 @@ def page(
         "",
         "## How it was made",
         f"- answers: {f'`{typed}`' if typed else 'from Python, not from the command line'}",
-        f"- model: {summary['model']}, {summary['dtype']}, weights {summary['weights']}; greedy decoding, batches of"
+        f"- model: {summary['model']}, {summary['dtype']}, weights {summary['weights']}; {decoding_in_words(summary['decoding'])}, batches of"
         f" {summary['batch_size']}, the same samples and batches for every preset",
         f"- versions: {versions}",
         f"- hardware: {machine}",
@@ -427,9 +429,9 @@ def page(
         "",
         "## Figures",
         "Under each value: the difference to `none` with its 95 % interval (paired bootstrap over images), bold where the",
-        "interval leaves out 0, p of McNemar's exact test on right and wrong answers, and how many answers changed. A question",
-        "counts once for each split of its suite that it belongs to (POPE: the mean over random, popular and adversarial), and",
-        "once in McNemar's test. Fired: how often the method found something to do, in its own count."
+        "interval leaves out 0, p of McNemar's exact test on right and wrong answers, and how many answers changed. Figures of",
+        "POPE are means over its splits (random, popular and adversarial); elsewhere a question counts once for each split that it",
+        "belongs to. In McNemar's test it counts once. Fired: how often the method found something to do, in its own count."
         + (f" Cost: {costs_are}." if costs else ""),
         "",
         *([f"![Differences to none with their intervals; to the right is better]({picture})", ""] if picture else []),
@@ -474,7 +476,7 @@ def main() -> None:
         if options.tuned:
             more["Settings chosen first"] = tuned_section([read_tuned(path) for path in options.tuned])
         text = page(summary, command, costs, costs_are, options.picture.name if options.picture else "", more)
-        _, mark, kept = (options.out.read_text() if options.out.exists() else "").partition(FEWER_TOKENS)
+        _, mark, kept = (read_text(options.out) if options.out.exists() else "").partition(FEWER_TOKENS)
         text += f"\n{mark}{kept}" if mark else ""
         options.out.parent.mkdir(parents=True, exist_ok=True)
         if options.picture:

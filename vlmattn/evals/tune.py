@@ -30,7 +30,7 @@ class Setting:
     """One point of the grid and what it scored on the validation samples.
 
     Attributes:
-        low, high: ends of the 95 % interval of the value.
+        low, high: ends of the 95 % interval of the value, None where there is none.
         changed: answers that differ from those without the method.
         fired: how often the method found something to do.
     """
@@ -38,8 +38,8 @@ class Setting:
     name: str
     options: Mapping[str, Any]
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     changed: int
     fired: int
 
@@ -225,9 +225,6 @@ def tune(
     if metric.better not in ("higher", "lower"):
         raise OptionError(f"{metric.name} of suite '{suite.name}' has no better side, so no setting can be the best")
     subset = Subset.draw(suite, samples, seed, _LABEL)
-    if restart:
-        for name in ("tune.json", "tuned.yaml"):
-            (out / name).unlink(missing_ok=True)
     recipes = [setting for setting, _ in found.values()]
     result = evaluate(
         model, processor, [subset], recipes, out, model_name, batch_size, restart, say, command, batch_tokens, on_error

@@ -1,10 +1,11 @@
 """Which objects a caption names: the vocabulary behind CHAIR, without a tagger or a download.
 
-The rules are those of the CHAIR reference: lower-case, split into words, singularise, join multi-word objects, then
-look every word up; a repeated object counts again. Where this module goes further: multi-word objects may have any
-length (the longest one wins) and may be hyphenated, and "baby", "adult", "mother" and the like belong to any animal
-word that follows ("baby duck"), "passenger" to any vehicle. Known limits, shared with the reference: colours ("an
-orange wall") and verbs ("he bowls") count when they are spelled like an object.
+The rules are after those of the CHAIR reference: lower-case, split into words, singularise, join multi-word objects,
+then look every word up; a repeated object counts again. ``ObjectWords.from_file`` has exactly the reference's rules.
+Where our own words go further: multi-word objects may have any length (the longest one wins) and may be hyphenated, and
+"baby", "adult", "mother" and the like belong to any animal word that follows ("baby duck"), "passenger" to any vehicle.
+Known limits, shared with the reference: colours ("an orange wall") and verbs ("he bowls") count when they are spelled
+like an object.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from vlmattn.errors import InputError
+from vlmattn.texts import lines_of, read_text
 
 _COCO_FILE = Path(__file__).with_name("coco_words.yaml")
 # Punctuation stays as tokens of its own, so that "It is hot. Dogs run" holds no hot dog.
@@ -28,6 +30,23 @@ _ANIMAL_WORDS = frozenset({"animal", "cub"})
 _VEHICLES = frozenset({"airplane", "train", "bus", "car", "truck", "boat"})
 
 _Key = tuple[str, ...]
+
+#: Two words that the reference takes for one, and for which: the phrase itself, an animal, a vehicle.
+_JOINED: Mapping[_Key, _Key] = {
+    **{
+        (first, second): (first, second)
+        for second, firsts in {
+            "bike": "motor", "cycle": "motor", "plane": "air", "light": "traffic street stop", "signal": "traffic",
+            "hydrant": "fire", "sign": "stop", "meter": "parking", "case": "suit", "ball": "sports", "bat": "baseball",
+            "glove": "baseball", "racket": "tennis", "glass": "wine", "dog": "hot", "phone": "cell mobile", "bear": "teddy",
+            "drier": "hair", "plant": "potted", "computer": "laptop", "plate": "home", "track": "train",
+        }.items()
+        for first in firsts.split()
+    },
+    **{(age, animal): (animal,) for age in ("baby", "adult") for animal in _ANIMALS | _ANIMAL_WORDS},
+    **{("passenger", vehicle): (vehicle,) for vehicle in ("jet", "train")},
+    **{("bow", "tie"): ("tie",), ("toilet", "seat"): ("toilet",)},
+}  # fmt: skip
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -68,6 +87,19 @@ _OE_PLURALS = ("shoes", "canoes", "tiptoes", "oboes", "floes")
 
 def _split(text: str) -> list[str]:
     return _TOKEN.findall(text.lower().replace("’", "'"))
+
+
+# The Penn Treebank's tokens, as NLTK splits them: words keep hyphens, slashes and inner full stops.
+_MARK = re.compile(r"\.{2,}|--|[:,](?!\d)|[;@#$%&?!*()\[\]{}<>\"«»“”‘’„`]")
+_FULL_STOP = re.compile(r"\.(?='*(?:\s|$))")
+_ENDING = re.compile(r"(?:n't|'(?:s|m|d|ll|re|ve)?)(?=\s|$)", re.IGNORECASE)
+
+
+def penn_words(text: str) -> list[str]:
+    """The words of a text as the CHAIR reference splits it; marks and endings ('s) are tokens of their own."""
+    for apart in (_MARK, _FULL_STOP, _ENDING):
+        text = apart.sub(r" \g<0> ", text)
+    return text.split()
 
 
 @lru_cache(maxsize=65536)
@@ -137,24 +169,19 @@ class ObjectWords:
 
     @classmethod
     def from_file(cls, path: str | Path) -> ObjectWords:
-        """Read the published ``synonyms.txt`` format: one object a line, words separated by ", ", its name first.
+        """Read the published ``synonyms.txt`` format: one object a line, words separated by commas, its name first.
 
-        Only the rules of the reference apply then: no compounds of our own.
+        The rules are those of the reference then (``ReferenceWords``), no compounds or hyphens of our own. Words with
+        stray blanks or capitals in the file, or in the plural, are found here ("iPhone"); the reference never finds them.
 
         Raises:
             InputError: the file cannot be read or used; the message starts with the file and the line.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise InputError(
-                f"cannot read the synonyms {path}: {error.strerror}; leave --synonyms out to use the bundled list"
-            ) from None
-        except UnicodeDecodeError:
-            raise InputError(
-                f"{path}: not a UTF-8 text file; it needs one object a line, as in 'dog, puppy, hound'"
-            ) from None
-        words = cls({}, compounds=())
+            lines = lines_of(read_text(path))
+        except InputError as error:
+            raise InputError(f"{error}; leave --synonyms out to use the bundled list") from None
+        words = ReferenceWords({}, compounds=())
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -253,6 +280,36 @@ class ObjectWords:
             if joined in self._index:
                 return joined
         return whole
+
+
+class ReferenceWords(ObjectWords):
+    """Which words name which object, by the rules of the CHAIR reference alone.
+
+    1. Lower case, the Penn Treebank's tokens ("hot-dog" and "bicycle/bike" are one each), singulars.
+    2. From left to right two words become one: a phrase of the file or of the reference's list ("home plate", "train track",
+       which name nothing), "baby" or "adult" with one of twelve animal words (the animal), "passenger" with jet or train
+       (the vehicle). A phrase of three words is never found: "stove top oven" is a stove and an oven.
+    3. Where the word "toilet" is left, "seat" is none. Every other word is looked up.
+    """
+
+    def _add(self, name: str, words: Iterable[str]) -> None:
+        words = list(words)
+        super()._add(name, words)
+        for word in (name, *words):  # the reference looks up words as they are written: "oxens" is found by "oxen"
+            self._index.setdefault(tuple(word.lower().split()), name)
+
+    def mentions(self, caption: str) -> list[str]:
+        tokens = [singular(token) for token in penn_words(caption.lower())]
+        words: list[_Key] = []
+        start = 0
+        while start < len(tokens):
+            pair = tuple(tokens[start : start + 2])
+            two = len(pair) == 2 and (pair in _JOINED or pair in self._index)
+            words.append(_JOINED.get(pair, pair) if two else pair[:1])
+            start += 2 if two else 1
+        if ("toilet",) in words:
+            words = [word for word in words if word != ("seat",)]
+        return [name for word in words if (name := self._index.get(word)) is not None]
 
 
 @lru_cache(maxsize=1)

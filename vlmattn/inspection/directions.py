@@ -1,160 +1,179 @@
-"""Fitting focus directions: what to add to queries and keys so that chosen heads look at the relevant context."""
+"""Fitting focus directions: what to add to queries so that chosen heads look at the relevant context."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from vlmattn.attention import STEP
 from vlmattn.errors import OptionError
-from vlmattn.inspection.measuring import only
+from vlmattn.inspection.measuring import Measure, only
 from vlmattn.inspection.spans import Span, prepared_spans
 from vlmattn.interventions.focus import save_directions
-from vlmattn.models import Anatomy, Family, find_family
-from vlmattn.request import Plan, Request, Step, Weights
+from vlmattn.kernels import AttentionEdit
+from vlmattn.models import Anatomy, find_family
+from vlmattn.request import Scope, Weights
 
-_BATCH = 8  # examples in one step (ours)
-_TINY = 1e-30  # least attention mass whose logarithm is taken
+_SMALL = 0.01  # standard deviation of the directions before the first step, as released
 
 
 def fit_directions(
     model: PreTrainedModel,
     examples: Sequence[Span],
-    heads: Sequence[tuple[int, int]],
+    heads: int | Sequence[tuple[int, int]] = 20,
     *,
-    steps: int = 100,
-    lr: float = 1e-2,
+    epochs: int = 10,
+    lr: float = 1e-3,
     seed: int = 0,
     progress: bool = True,
     path: str | os.PathLike[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Learn vectors that make heads attend to labelled spans (experimental, after arXiv 2503.23306).
+    """Learn vectors that make heads attend to labelled spans (arXiv 2503.23306, as its released code does).
 
-    With a the attention of the last prompt row after u_h is added to the queries of head h and w_g to the keys of its
-    key head g, both as they leave their projections (before any norm and rotation; on which side the paper's code adds
-    them is not verified):
+    With a the attention of a row after u_h was added to its queries of head h (after the rotation):
 
-        minimise over u, w    -mean over examples and heads of log sum_{j in span} a_j
+        minimise over u    -mean over heads and rows of the answer of sum_{j in span} a_j
 
-    by Adam from zero. Each layer is fitted by itself, on inputs that no direction has changed. The model's weights are
-    only read; edits of a wrapped model do not act meanwhile.
+    by AdamW, one example a step, from normal numbers of standard deviation .01. Each layer is fitted by itself, on inputs
+    that no direction has changed. The model's weights are only read; edits of a wrapped model do not act meanwhile.
+
+    The directions grow with the number of steps (at most ``lr`` a step and number): the released ones come from many
+    thousand steps. With few examples take more epochs.
 
     Args:
-        examples: prompts and their spans; at most 8 of them, drawn anew, make a step.
-        heads: (layer, head) of the heads to steer, as ``HeadProfile.top`` gives them.
-        steps: of Adam.
-        lr: of Adam, in units of the projections' outputs.
-        seed: of the draw.
+        examples: prompts, each with its span and maybe an answer.
+        heads: (layer, head) of the heads to steer, as ``HeadProfile.top`` gives them; or how many: those whose answer rows
+            attend most to the spans, in the mean over the examples, as released.
+        epochs: how often each example is seen, in an order drawn anew.
+        lr: of AdamW.
+        seed: of the start and the order.
         progress: show a bar with the loss.
         path: file or folder to save them to, where ``wrap(model, "focus", file=...)`` reads them; None = nowhere.
 
     Returns:
-        ``"query.{layer}"``: float32 ``[heads, dim]`` and ``"key.{layer}"``: float32 ``[kv_heads, dim]`` of each layer
-        with a chosen head, on the cpu, zero for heads that are not chosen.
+        ``"query.{layer}"``: float32 ``[heads, dim]`` of each layer with a chosen head, on the cpu, zero for heads that are
+        not chosen.
 
     Raises:
-        OptionError: no heads, heads that the model does not have, steps below 1, lr not above 0.
-        InputError: no examples, one that is not a single prompt, a span outside of it.
+        OptionError: no heads, heads that the model does not have, epochs below 1, lr not above 0.
+        InputError: no examples, one that is not a single prompt, a span or an answer outside of it.
         UnsupportedError: a family or an attention implementation that is not supported.
     """
-    family = find_family(model)
-    anatomy = family.anatomy(model)
-    if steps < 1 or not lr > 0:
-        raise OptionError(f"steps must be at least 1 and lr above 0, got {steps} and {lr:g}")
-    if not heads or any(not (0 <= n < anatomy.layers and 0 <= h < anatomy.heads) for n, h in heads):
+    anatomy = find_family(model).anatomy(model)
+    if epochs < 1 or not lr > 0:
+        raise OptionError(f"epochs must be at least 1 and lr above 0, got {epochs} and {lr:g}")
+    asked = 1 <= heads <= anatomy.layers * anatomy.heads if isinstance(heads, int) else _exist(heads, anatomy)
+    if not asked:
         raise OptionError(
-            f"heads must be (layer, head) pairs, at least one, within {anatomy.layers} layers and {anatomy.heads} heads"
+            f"heads must be (layer, head) pairs, at least one, within {anatomy.layers} layers and {anatomy.heads} heads, or"
+            f" how many of these; got {heads}"
         )
     prompts = prepared_spans(model, examples)
-    spans = [(example.start, example.stop) for example in examples]
-    chosen: dict[int, list[int]] = defaultdict(list)
-    for number, head in sorted(set(heads)):
-        chosen[number].append(head)
-    layers = [_Layer(family, family.layers(model)[number], anatomy, chosen[number]) for number in chosen]
-    # Also in the user's inference_mode: what the layers get here is differentiated through.
-    with torch.inference_mode(False), torch.enable_grad(), only(model), ExitStack() as stack:
-        _capture(model, layers, prompts)
-        for layer in layers:
-            layer.add_directions(stack)
-        adam = torch.optim.Adam([p for layer in layers for p in (layer.query, layer.key)], lr=lr)
-        draw = torch.Generator().manual_seed(seed)
-        with tqdm(total=steps, desc="directions", disable=not progress) as bar:
-            for _ in range(steps):
-                batch = torch.randperm(len(spans), generator=draw)[:_BATCH].tolist()
-                adam.zero_grad()
-                total = 0.0
-                for layer in layers:
-                    for example in batch:
-                        loss = layer.loss(example, *spans[example]) / (len(set(heads)) * len(batch))
-                        loss.backward(inputs=[layer.query, layer.key])  # type: ignore[no-untyped-call]
-                        total += float(loss.detach())
-                adam.step()
-                bar.set_postfix(loss=f"{total:.3f}")
-                bar.update()
-    query = {number: layer.query.detach().cpu() for number, layer in zip(chosen, layers, strict=True)}
-    key = {number: layer.key.detach().cpu() for number, layer in zip(chosen, layers, strict=True)}
+    rows = [_answer(example, prompt) for example, prompt in zip(examples, prompts, strict=True)]
+    # Also in the user's inference_mode: what is looked at here is differentiated through.
+    with torch.inference_mode(False), torch.enable_grad():
+        places = _most(model, examples, prompts, rows, heads) if isinstance(heads, int) else sorted(set(heads))
+        chosen: dict[int, list[int]] = defaultdict(list)
+        for layer, head in places:
+            chosen[layer].append(head)
+        looks = _look(model, prompts, lambda layer, weights: weights if layer in chosen else None)
+        generator = torch.Generator().manual_seed(seed)
+        found = {
+            layer: (_SMALL * torch.randn(len(mine), anatomy.query_dim, generator=generator)).requires_grad_()
+            for layer, mine in chosen.items()
+        }
+        adam = torch.optim.AdamW(found.values(), lr=lr)
+        with tqdm(total=epochs * len(examples), desc="directions", disable=not progress) as bar:
+            for _ in range(epochs):
+                for number in torch.randperm(len(examples), generator=generator).tolist():
+                    adam.zero_grad()
+                    loss = torch.zeros(())
+                    for layer, weights in looks[number].items():
+                        shift = _placed(found[layer], chosen[layer], anatomy.heads)
+                        mass = _mass(weights, examples[number], rows[number], shift)[chosen[layer]]
+                        loss = loss - mass.sum().cpu() / len(places)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    adam.step()
+                    bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+                    bar.update()
+    query = {layer: _placed(part.detach(), chosen[layer], anatomy.heads) for layer, part in found.items()}
     if path is not None:
-        save_directions(query, key, path, anatomy)
-    return {f"query.{n}": query[n] for n in query} | {f"key.{n}": key[n] for n in key}
+        save_directions(query, path, anatomy)
+    return {f"query.{layer}": value for layer, value in query.items()}
 
 
-class _Layer:
-    """One attention module, what it gets in every example, and the directions that are fitted for it."""
+def _exist(heads: Sequence[tuple[int, int]], anatomy: Anatomy) -> bool:
+    return len(heads) > 0 and all(0 <= n < anatomy.layers and 0 <= h < anatomy.heads for n, h in heads)
 
-    def __init__(self, family: Family, layer: nn.Module, anatomy: Anatomy, heads: list[int]) -> None:
-        self._attention, *self._projections = family.projections(layer)
-        self._heads = heads
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        device = next(self._attention.parameters()).device
-        with torch.inference_mode(False):
-            self.query, self.key = (
-                torch.zeros(count, anatomy.head_dim, device=device, requires_grad=True)
-                for count in (anatomy.heads, anatomy.kv_heads)
-            )
 
-    def listen(self, stack: ExitStack) -> None:
-        """Keep what the module gets, until the stack closes."""
+def _answer(example: Span, prompt: dict[str, Any]) -> tuple[int, int]:
+    """First row of an answer, and the row after the last one."""
+    length = prompt["input_ids"].shape[1]
+    return (length - 1 if example.answer is None else example.answer), length
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._calls.append((args, kwargs))
 
-        stack.callback(self._attention.register_forward_pre_hook(keep, with_kwargs=True).remove)
+def _placed(part: Tensor, heads: list[int], count: int) -> Tensor:
+    """Vectors ``[chosen, dim]`` among those of all heads ``[count, dim]``, 0 for the others."""
+    return part.new_zeros(count, part.shape[1]).index_copy(0, torch.tensor(heads), part)
 
-    def add_directions(self, stack: ExitStack) -> None:
-        """Add the directions to what the projections give, until the stack closes."""
-        for projection, direction in zip(self._projections, (self.query, self.key), strict=True):
 
-            def add(module: nn.Module, args: tuple[Any, ...], out: Tensor, direction: Tensor = direction) -> Tensor:
-                return out + direction.flatten().to(out)
+def _mass(weights: Weights, example: Span, rows: tuple[int, int], shift: Tensor | None = None) -> Tensor:
+    """Attention of the answer on the span ``[heads]``, mean over its rows."""
+    edit = AttentionEdit(shift=shift)
+    return weights(*rows, edit)[0, :, :, example.start : example.stop].sum(-1).mean(-1)
 
-            stack.callback(projection.register_forward_hook(add).remove)
 
-    def loss(self, example: int, start: int, stop: int) -> Tensor:
-        """- sum over heads of log sum_{start <= j < stop} a_j of the last row of one example."""
-        found = []
+def _most(
+    model: PreTrainedModel,
+    examples: Sequence[Span],
+    prompts: list[dict[str, Any]],
+    rows: list[tuple[int, int]],
+    count: int,
+) -> list[tuple[int, int]]:
+    """The ``count`` heads whose answer rows attend most to the spans."""
+    total: dict[int, Tensor] = {}
+    for example, prompt, places in zip(examples, prompts, rows, strict=True):
 
-        def watch(layer: int, out: Tensor, weights: Weights) -> None:
-            rows = out.shape[1]
-            mass = weights(rows - 1, rows)[0, self._heads, 0, start:stop].sum(-1)
-            found.append(-mass.clamp_min(_TINY).log().sum())
+        def mass(layer: int, weights: Weights, example: Span = example, places: tuple[int, int] = places) -> Tensor:
+            return _mass(weights, example, places).cpu()
 
-        args, kwargs = self._calls[example]
-        self._attention(*args, **{**kwargs, STEP: Step(Request(Plan("directions")), "", 0, watch=watch)})
-        return found[0]
+        (found,) = _look(model, [prompt], mass)
+        total = {layer: mass + total.get(layer, 0.0) for layer, mass in found.items()}
+    ranked = sorted(
+        ((float(mass), layer, head) for layer, of in total.items() for head, mass in enumerate(of)), reverse=True
+    )
+    return sorted((layer, head) for _, layer, head in ranked[:count])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Listen(Measure):
+    """Puts what ``keep`` makes of each layer's attention into ``heard``."""
+
+    needs_images = False
+    keep: Callable[[int, Weights], Any]
+    heard: dict[int, Any]
+
+    def measure(self, scope: Scope, weights: Weights) -> None:
+        if (kept := self.keep(scope.layer, weights)) is not None:
+            self.heard[scope.layer] = kept
 
 
 @torch.no_grad()
-def _capture(model: PreTrainedModel, layers: list[_Layer], prompts: list[dict[str, Any]]) -> None:
-    with ExitStack() as stack:
-        for layer in layers:
-            layer.listen(stack)
-        for prompt in prompts:
+def _look(
+    model: PreTrainedModel, prompts: list[dict[str, Any]], keep: Callable[[int, Weights], Any]
+) -> list[dict[int, Any]]:
+    """What ``keep`` makes of the attention of each layer, for each prompt."""
+    found = []
+    for prompt in prompts:
+        heard: dict[int, Any] = {}
+        with only(model, _Listen(keep=keep, heard=heard)):
             model(**prompt, use_cache=False, logits_to_keep=1)
+        found.append(heard)
+    return found

@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vlmattn.inspection.recorder import Recorder
 from vlmattn.inspection.trace import GROUPS, Trace, begin, write_row
 from vlmattn.models import Anatomy, Family, Turns, find_family, marks_of
 from vlmattn.request import TEXT, USER, Watcher
-from vlmattn.wrapping import applied, handle_of
+from vlmattn.wrapping import borrowed
 
 _RIVALS = 5  # tokens named beside each answer token
 _MEMORY = 2e9  # bytes of attention that are held before a folder is asked for
@@ -156,20 +156,12 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
 
 @contextmanager
 def watched(model: PreTrainedModel, processor: Any, recipe: Any, watcher: Watcher) -> Iterator[str]:
-    """A recipe in force and a watcher at work; after it the model is as before. The recipe's name."""
-    handle = handle_of(model)
-    if handle is None:
-        with applied(model, "none" if recipe is None else recipe, processor=processor):
-            handle = handle_of(model)
-            assert handle is not None
-            with handle.watched(watcher):
-                yield handle.recipe.name
-    elif recipe is None and handle.enabled:
-        with handle.watched(watcher):
-            yield handle.recipe.name
-    else:
-        with handle.lent("none" if recipe is None else recipe), handle.watched(watcher):
-            yield handle.recipe.name
+    """A recipe in force and a watcher at work in this thread; the model is as before, all along for others. The recipe's name."""
+    with borrowed(model, processor) as handle, ExitStack() as stack:
+        if recipe is not None or not handle.enabled:
+            stack.enter_context(handle.lent("none" if recipe is None else recipe))
+        stack.enter_context(handle.watched(watcher))
+        yield handle.recipe.name
 
 
 def _answered(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from vlmattn.interventions.registry import Sizes
 from vlmattn.kernels import AttentionEdit
 from vlmattn.models import Anatomy
 from vlmattn.request import Scope
-from vlmattn.wrapping import applied, handle_of
+from vlmattn.wrapping import borrowed, handle_of
 
 Inputs = Mapping[str, Any]
 """What a processor returns with ``return_tensors="pt"``: one prompt, or a padded batch of prompts."""
@@ -41,27 +41,16 @@ class Measure(Intervention):
 
 @contextmanager
 def bare(model: PreTrainedModel) -> Iterator[None]:
-    """No edit acts within the block, whether the model is wrapped or not; after it, all is as before."""
+    """No edit acts within the block and this thread, whether the model is wrapped or not."""
     handle = handle_of(model)
-    was_enabled = handle is not None and handle.enabled
-    if handle is not None:
-        handle.disable()
-    try:
+    with nullcontext() if handle is None else handle.lent("none"):
         yield
-    finally:
-        if handle is not None and was_enabled:
-            handle.enable()
 
 
 @contextmanager
 def only(model: PreTrainedModel, *methods: Intervention) -> Iterator[None]:
-    """Nothing but ``methods`` acts within the block; after it, the recipe and the report of the model are back."""
-    handle = handle_of(model)
-    if handle is None:
-        with applied(model, methods):
-            yield
-        return
-    with handle.lent(methods):
+    """Nothing but ``methods`` acts within the block and this thread; recipe and report of the model stay."""
+    with borrowed(model) as handle, handle.lent(methods):
         yield
 
 

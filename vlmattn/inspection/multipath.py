@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.errors import OptionError, UnsupportedError, quoted
 from vlmattn.inspection.sorting import chat_inputs
 from vlmattn.models import Family, find_family
@@ -238,7 +239,7 @@ class _Walks:
         positions = family.positions(model, inputs)  # ours, so that no state of the model counts
         self._cache = DynamicCache(config=model.config.get_text_config())
         logits = model(
-            **inputs, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            **inputs, position_ids=positions, **{compat.cache_name(): self._cache}, use_cache=True, logits_to_keep=1
         ).logits[0, -1]
         likely = logits.float().softmax(-1)
         best = likely.topk(min(first_tokens, len(likely)))
@@ -278,7 +279,7 @@ class _Walks:
             input_ids=newest[:, None],
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
+            **{compat.cache_name(): self._cache},
             use_cache=True,
             logits_to_keep=1,
         )

@@ -17,7 +17,7 @@ from vlmattn.errors import OptionError
 from vlmattn.inspection.levels import split_levels
 from vlmattn.inspection.measuring import Inputs, bare, prepared
 from vlmattn.interventions.profiles import SinkProfile
-from vlmattn.interventions.sinks import LIKE_FIRST, sink_values
+from vlmattn.interventions.sinks import LIKE_FIRST, REPORTED_SINK_DIMS, SINK_DIMS, sink_values
 from vlmattn.models import Family, find_family
 
 _MIDDLE = (0.15, 0.85)  # share of the depth in which massive activations neither come nor go (ours)
@@ -46,6 +46,7 @@ def find_sinks(
     and l lies between the largest rise and the largest fall of the first token's norm; primary when that holds in at
     least 60% of the layers, secondary in at least 12%. The first token itself is not counted.
 
+    Where dimensions of this language model are known, or reported by others, and none of them is found, a warning says so.
     Edits of a wrapped model do not act meanwhile. Whatever the padding, the first real token counts as the first.
 
     Args:
@@ -82,6 +83,14 @@ def find_sinks(
             f"no sink dimensions: no dimension of the residual stream exceeds tau = {tau:g} in most layers and prompts;"
             " give a smaller tau, or more varied prompts",
             stacklevel=3,  # above no_grad
+        )
+    told = {*SINK_DIMS.get(anatomy.backbone, ()), *REPORTED_SINK_DIMS.get(anatomy.backbone, ())}
+    if dims and told and not dims & told:
+        where = "known" if anatomy.backbone in SINK_DIMS else "reported by others"
+        warnings.warn(
+            f"found sink dimensions {sorted(dims)}, where {sorted(told)} are {where} for this language model; these weights"
+            " may be others: give the profile to the methods about sinks",
+            stacklevel=3,
         )
     levels = torch.stack([look.levels() for look in looks]).sum(0) / len(rows)
     return SinkProfile(

@@ -20,11 +20,14 @@ class Span:
         inputs: what the processor returns for this one prompt, without padding.
         start: first relevant slot of ``input_ids``.
         stop: the slot after the last one.
+        answer: first slot of an answer that ends the prompt, for ``fit_directions``: its rows should look at the span.
+            None = there is none, and the last row stands for it.
     """
 
     inputs: Inputs
     start: int
     stop: int
+    answer: int | None = None
 
 
 def prepared_spans(model: PreTrainedModel, spans: Sequence[Span]) -> list[dict[str, Any]]:
@@ -40,4 +43,6 @@ def prepared_spans(model: PreTrainedModel, spans: Sequence[Span]) -> list[dict[s
         length = prompt["input_ids"].shape[1]
         if not 0 <= span.start < span.stop <= length:
             raise InputError(f"the span {span.start}..{span.stop} is not within the {length} tokens of its prompt")
+        if span.answer is not None and not 0 <= span.answer < length:
+            raise InputError(f"the answer cannot begin at {span.answer} in the {length} tokens of its prompt")
     return prompts

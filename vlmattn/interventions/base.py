@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions.registry import MANY, Options, Sizes, option, parse_layers
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Directions, Preparation, Scope, Sight, Weights
+from vlmattn.request import Preparation, Scope, Sight, Weights
 
 #: Kinds of edges, named row first: which text rows and image rows see which keys that come later or earlier.
 EDGES = ("image-same image", "image-other image", "image-text", "text-image", "text-text", "between documents")
@@ -48,6 +48,16 @@ class Intervention(Options):
         """Kinds of edges that the method makes visible (``EDGES``)."""
         return frozenset()
 
+    @property
+    def edits_text(self) -> bool:
+        """Text that no image precedes is not read as the bare model reads it."""
+        return not self.needs_images or self.opens_text
+
+    @property
+    def opens_text(self) -> bool:
+        """Text sees what comes later."""
+        return any(edge.startswith("text-") for edge in self.opens())
+
     def hides(self) -> frozenset[str]:
         """Kinds of edges that the method takes away (``EDGES``)."""
         return frozenset()
@@ -69,10 +79,6 @@ class Intervention(Options):
     def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
         """Layers of the vision tower that ``encoded`` looks at."""
         return ()
-
-    def directions(self, layer: int) -> Directions | None:
-        """What to add to the query and key projections of a layer, before the rotation."""
-        return None
 
     def prepare(self, preparation: Preparation) -> None:
         """Before the prompt is read: run the decoder on other inputs, if the method needs to."""

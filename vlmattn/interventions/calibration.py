@@ -21,7 +21,7 @@ _MOST = 255  # groups that fit a byte
     "calibration",
     paper="arXiv:2601.16934 (ACL 2026)",
     code="github.com/impresso/fair-sentence-transformers (read, not used)",
-    faithful="paper text",
+    faithful="released code (formula checked)",
     parts="groups + gain",
     cost="one row of the prefill in half of the layers",
     presets={"calibration": ("strength .5, baskets of 128 tokens, last half of the layers; for embeddings", {})},

@@ -1,9 +1,10 @@
-"""Focus directions: vectors added to keys and queries of chosen heads (arXiv 2503.23306)."""
+"""Focus directions: vectors added to the queries of chosen heads (arXiv 2503.23306)."""
 
 from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,9 +18,9 @@ from torch import Tensor
 from vlmattn.errors import InputError, OptionError
 from vlmattn.files import beside, make_folder, path_text, reading, written_whole
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import Sizes, option, parse_layers, register
+from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Directions, Scope
+from vlmattn.request import Scope
 
 FILE_NAME = "vlmattn_directions.safetensors"
 
@@ -27,29 +28,30 @@ FILE_NAME = "vlmattn_directions.safetensors"
 @register(
     "focus",
     paper="arXiv:2503.23306",
-    code="not available",
-    faithful="experimental",
-    parts="directions",
-    cost="one addition to the queries and keys of the listed heads",
-    presets={"focus": ("directions that were fitted for the model, strength 1", {})},
+    code="github.com/billzyx/focus_direction",
+    faithful="golden",
+    parts="query shift",
+    cost="one addition to the queries of the listed heads",
+    presets={"focus": ("released strength .2; directions that were fitted for the model", {})},
 )
 @dataclass(frozen=True, kw_only=True)
 class FocusDirections(Intervention):
-    """Add saved directions to the query and key projections of chosen heads, so that they attend more to what matters.
+    """Add saved directions to the queries of chosen heads, so that they attend more to what matters.
 
-        q_h <- q_h + alpha d^q_h,   k_h <- k_h + alpha d^k_h     before the rotation, all tokens
+        q_h <- q_h + alpha d_h     after the rotation, all tokens;  each key's score rises by alpha scale d_h . k_j
 
-    The cache holds the shifted keys. ``vlmattn.inspection.fit_directions`` learns directions from labelled spans; the
-    file has ``query.LAYER`` ``[heads, dim]`` and ``key.LAYER`` ``[kv_heads, dim]``, zero for other heads. Whether the
-    paper adds them before or after the rotation is not verified: experimental. Counts attention calls.
+    The cache stays as it is. ``vlmattn.inspection.fit_directions`` learns directions from labelled spans; the file has
+    ``query.LAYER`` ``[heads, dim]``, zero for other heads. The released code adds directions to keys as well: the same
+    for each key of a head, which no softmax tells; ``key.LAYER`` in a file is left out, with a warning. Counts attention
+    calls.
 
     Raises:
-        OptionError: no file given and none beside the model; a file for another model.
+        OptionError: no file given and none beside the model; a file for another model, or without query directions.
     """
 
     needs_images = False
     files: ClassVar[Mapping[str, str]] = {"file": FILE_NAME}
-    alpha: float = option(1.0, -100, 100, "strength", source="paper: tuned per model")
+    alpha: float = option(0.2, -100, 100, "strength", source="released script")
     file: str = option("", about=f"safetensors file of directions; empty: {FILE_NAME} beside the model")
 
     def bind(self, sizes: Sizes) -> FocusDirections:
@@ -65,40 +67,38 @@ class FocusDirections(Intervention):
                 f"focus: {path} belongs to another language model (fitted on '{facts.get('source', 'unknown')}', config hash"
                 f" {facts.get('fingerprint', 'missing')}; the model's is {sizes.fingerprint}); fit them again on this one"
             )
-        for name, tensor in tensors.items():
-            side, layer = name.split(".")
-            shape = (sizes.heads if side == "query" else sizes.kv_heads, sizes.head_dim)
-            if tuple(tensor.shape) != shape or int(layer) >= sizes.layers:
-                raise OptionError(f"focus: {path} has '{name}' of shape {tuple(tensor.shape)}; the model needs {shape}")
+        for layer, tensor in tensors.items():
+            shape = (sizes.heads, sizes.query_dim)
+            if tuple(tensor.shape) != shape or layer >= sizes.layers:
+                raise OptionError(
+                    f"focus: {path} has 'query.{layer}' of shape {tuple(tensor.shape)}; the model needs {shape}"
+                )
         bound = replace(self, file=path)
         bound.active_layers(sizes)
         return bound
 
     def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        inside = set(parse_layers(self.layers, sizes.layers, "focus.layers"))
-        found = tuple(sorted({int(name.split(".")[1]) for name in _load(self.file)[0]} & inside))
+        found = tuple(sorted({*super().active_layers(sizes)} & {*_load(self.file)[0]}))
         if not found:
             raise OptionError(f"focus.layers '{self.layers}' has none of the layers in {self.file}")
         return found
 
-    def directions(self, layer: int) -> Directions | None:
-        tensors = _load(self.file)[0]
-        query, key = tensors.get(f"query.{layer}"), tensors.get(f"key.{layer}")
-        return Directions(None if query is None else self.alpha * query, None if key is None else self.alpha * key)
-
     def edit(self, scope: Scope) -> AttentionEdit:
+        if not self.alpha:
+            return AttentionEdit()
         scope.count("focus", 1)
-        return AttentionEdit()
+
+        def shift() -> Tensor:
+            return self.alpha * _load(self.file)[0][scope.layer].to(scope.device)
+
+        return AttentionEdit(shift=scope.state(self, "shift", shift))
 
 
-def save_directions(
-    query: Mapping[int, Tensor], key: Mapping[int, Tensor], path: str | os.PathLike[str], sizes: Sizes
-) -> Path:
-    """Write directions by layer, ``[heads, dim]`` and ``[kv_heads, dim]``, to a file or under the usual name to a folder."""
+def save_directions(query: Mapping[int, Tensor], path: str | os.PathLike[str], sizes: Sizes) -> Path:
+    """Write directions ``[heads, dim]`` by layer to a file, or under the usual name to a folder."""
     target = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / FILE_NAME
     make_folder(target.parent)
     tensors = {f"query.{layer}": value.detach().float().cpu().contiguous() for layer, value in query.items()}
-    tensors |= {f"key.{layer}": value.detach().float().cpu().contiguous() for layer, value in key.items()}
     with written_whole(target) as partial:
         save_file(tensors, partial, {"fingerprint": sizes.fingerprint, "source": sizes.source})
     _load.cache_clear()
@@ -106,12 +106,19 @@ def save_directions(
 
 
 @lru_cache(maxsize=8)
-def _load(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file of directions."""
+def _load(path: str) -> tuple[dict[int, Tensor], dict[str, str]]:
+    """Query directions of a file by layer, and its metadata."""
     with reading(path, "the directions"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = dict(file.metadata() or {})
     named = all(re.fullmatch(r"(query|key)\.[0-9]{1,6}", name) for name in tensors)
-    if not tensors or not named:
-        raise InputError(f"{path_text(path)}: not a file of directions (needs query.LAYER and key.LAYER)")
-    return tensors, facts
+    found = {int(name.split(".")[1]): value for name, value in tensors.items() if name.startswith("query")}
+    if not named or not found:
+        raise InputError(f"{path_text(path)}: not a file of directions (needs query.LAYER)")
+    if len(found) < len(tensors):
+        warnings.warn(
+            f"focus: the key directions in {path_text(path)} are left out, as they change no attention; if an earlier version of"
+            " vlmattn fitted this file, fit it again: directions now act after the rotation",
+            stacklevel=2,
+        )
+    return found, facts

@@ -16,7 +16,7 @@ from vlmattn.request import Scope
     "heads_guided",
     paper="arXiv:2411.16724 (CVPR 2025)",
     code="github.com/ZhangqiJiang07/middle_layers_indicating_hallucinations",
-    faithful="paper text",
+    faithful="golden",
     parts="logit",
     cost="one row of the prefill; decode: a mean over heads per key",
     presets={"heads_guided": ("constants of the released code", {})},
@@ -32,7 +32,7 @@ class HeadsGuided(Intervention):
     """
 
     alpha: float = option(0.5, 0, 10, "strength", source="released code")
-    layers: str = option("1/6:1/2+2", about="decoder layers", source="released code: 5..17 of 32")
+    layers: str = option("1/6:1/2+3", about="decoder layers", source="released script: 5..18 of 32, both included")
 
     def edit(self, scope: Scope) -> AttentionEdit:
         if not self.alpha:

@@ -109,6 +109,10 @@ class Heads(Intervention):
             raise OptionError(f"heads.layers '{self.layers}' has none of the heads {self.heads}")
         return found
 
+    @property
+    def edits_text(self) -> bool:
+        return self.rows == "all"
+
     def hides(self) -> frozenset[str]:
         return frozenset({"text-image"} if self.operation == "cut" else ())
 

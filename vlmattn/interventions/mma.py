@@ -16,7 +16,7 @@ from vlmattn.request import MARKER, USER, Scope
     "mma",
     paper="arXiv:2503.02597 (ICML 2026)",
     code="github.com/sony/aki",
-    faithful="experimental",
+    faithful="golden (mask); experimental on models that were not trained with it",
     parts="mask",
     cost="prefill: dense rows; decode: nothing",
     presets={"mma": ("the mask of AKI on a model that was not trained with it", {})},

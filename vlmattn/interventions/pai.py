@@ -20,8 +20,9 @@ from vlmattn.request import Scope
     parts="logit",
     cost="one row of the prefill, one elementwise operation per decode step",
     presets={
-        "pai": ("experimental constant: alpha = .5 for LLaVA, recalled from the paper, not verified", {}),
-        "pai_official": ("defaults of the released code: alpha = .2", {"alpha": 0.2}),
+        "pai": ("README of the released code: alpha = .2", {}),
+        "pai_official": ("the same, by the name that tells whose constants they are", {}),
+        "pai_paint": ("alpha = .5, as a script of PAINT's authors runs it", {"alpha": 0.5}),
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class PAI(Intervention):
         OptionError: alpha outside 0..0.999 (from 1 on a masked key could come back in the released form).
     """
 
-    alpha: float = option(0.5, 0, 0.999, "strength", source="paper for LLaVA (not verified); the code's default is .2")
+    alpha: float = option(0.2, 0, 0.999, "strength", source="released code and its README commands")
     layers: str = option("2:", about="decoder layers", source="released code: start 2, end 32 of 32")
 
     def edit(self, scope: Scope) -> AttentionEdit:

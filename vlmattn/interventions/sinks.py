@@ -21,19 +21,33 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # (language model type, hidden size, layers, MLP width) -> sink dimensions. They belong to the language model and its
-# weights, not to the vision-language model built on it. For other models: vlmattn.inspection.find_sinks.
+# weights, not to the vision-language model built on it. For other models: vlmattn.inspection.find_sinks. Where no release
+# is named, several codes that do not stem from each other have the same dimensions.
 SINK_DIMS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
     ("llama", 4096, 32, 11008): (1415, 2533),  # LLaMA-2-7B, Vicuna-7B: released code of VAR
     ("llama", 5120, 40, 13824): (2100, 4743),  # LLaMA-2-13B, Vicuna-13B: released code of VAR
     ("llama", 576, 30, 1536): (507,),  # SmolLM2-135M: measured by find_sinks on smol, see its card
+    ("llama", 4096, 32, 14336): (788, 1384, 4062),  # LLaMA-3-8B: six codes
+    ("qwen2", 3584, 28, 18944): (
+        458,
+        2570,
+    ),  # Qwen2-7B, Qwen2.5-7B: six codes (some add a dimension that is nearly one)
+    ("qwen2_vl_text", 3584, 28, 18944): (458, 2570),
+    ("qwen2_5_vl_text", 3584, 28, 18944): (458, 2570),
+    ("mistral", 4096, 32, 14336): (2070,),  # Mistral-7B: two codes
 }
 
-# Read in third-party notes or recalled, checked by nobody here: used with a warning.
-UNVERIFIED_SINK_DIMS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
-    ("qwen2_vl_text", 3584, 28, 18944): (458, 2570),  # Qwen2-7B
+# Reported by others, in one place only: used with a warning, and ``find_sinks`` says where it finds others.
+REPORTED_SINK_DIMS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
     ("internlm2", 4096, 32, 14336): (3584,),  # InternLM2.5-7B
-    ("llama", 4096, 32, 14336): (788, 1384, 4062),  # LLaMA-3-8B
-    ("mistral", 4096, 32, 14336): (2070,),  # Mistral-7B
+    ("qwen2_vl_text", 1536, 28, 8960): (534, 940, 1073),  # Qwen2-VL-2B
+    ("qwen2_5_vl_text", 2048, 36, 11008): (318, 1819, 1874),  # Qwen2.5-VL-3B
+    ("qwen2_5_vl_text", 5120, 64, 27648): (3094, 4675),  # Qwen2.5-VL-32B
+    ("qwen3_vl_text", 2048, 28, 6144): (1401, 1793, 1999),  # Qwen3-VL-2B
+    ("qwen3_vl_text", 2560, 36, 9728): (0,),  # Qwen3-VL-4B
+    ("qwen3_vl_text", 4096, 36, 12288): (1838,),  # Qwen3-VL-8B
+    ("qwen3", 1024, 28, 3072): (13, 35),  # InternVL3.5-1B
+    ("qwen3", 4096, 36, 12288): (233, 2276),  # InternVL3.5-8B
 }
 
 #: |cos| with the first token that makes a secondary sink (released code of arXiv 2512.22213).
@@ -67,8 +81,8 @@ class SinkTest(Intervention):
     def bind(self, sizes: Sizes) -> Self:
         name, bound = self.info.name, self._with_profile(sizes)
         known = SINK_DIMS.get(sizes.backbone, ())
-        guessed = UNVERIFIED_SINK_DIMS.get(sizes.backbone, ())
-        dims = bound.dims or known or guessed
+        reported = REPORTED_SINK_DIMS.get(sizes.backbone, ())
+        dims = bound.dims or known or reported
         if any(not 0 <= d < sizes.hidden_size for d in dims):
             raise OptionError(f"{name}.dims must lie within 0..{sizes.hidden_size - 1}, got {list(dims)}")
         if bound.sinks != "cos" and bound.tau >= sizes.hidden_size**0.5:
@@ -79,7 +93,9 @@ class SinkTest(Intervention):
             )
         elif bound.sinks != "cos" and not bound.dims and not known:
             what = (
-                f"{list(guessed)} are from notes that nobody checked" if guessed else "not known; every one is tested"
+                f"{list(reported)} are reported by others and not confirmed"
+                if reported
+                else "not known; every one is tested"
             )
             warnings.warn(
                 f"{name}: the sink dimensions of this language model {sizes.backbone}: {what}; measure them with"

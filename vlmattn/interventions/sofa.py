@@ -13,7 +13,7 @@ from vlmattn.request import Scope
 @register(
     "sofa",
     paper="arXiv:2503.13792 (CVPR 2025)",
-    code="not available",
+    code="github.com/xytian1008/sofa (not read)",
     faithful="paper text",
     parts="mask",
     cost="prefill: dense rows in every second layer; decode: nothing",

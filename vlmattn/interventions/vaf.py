@@ -17,7 +17,7 @@ from vlmattn.request import SYSTEM, Scope, Weights
     "vaf",
     paper="arXiv:2503.13107 (CVPR 2025)",
     code="github.com/ustc-hyin/ClearSight",
-    faithful="paper text",
+    faithful="golden",
     parts="logit",
     cost="prefill: dense rows after the image in a fifth of the layers; decode: one multiplication per key",
     presets={"vaf": ("constants of the released script", {})},
@@ -34,8 +34,8 @@ class VAF(Intervention):
     code's constant of 35 tokens is the same for LLaVA-1.5.
 
     ``heads`` < 1 restricts it to the share of heads whose last prompt row attends most to the image, chosen per sample
-    and layer while the prompt is read. The paper speaks of visually active heads but its rule is not verified, and the
-    released code edits all heads: so is the default. Counts attention calls edited.
+    and layer while the prompt is read. The paper speaks of visually active heads (this rule is ours); the released
+    code edits all heads: so is the default. Counts attention calls edited.
     """
 
     turns = "used"

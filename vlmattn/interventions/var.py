@@ -43,7 +43,9 @@ class VAR(SinkTest):
         gamma_TS = gamma_VS = keep,   gamma_V = 1 + (1 - keep) (M_TS + M_VS) / M_V      (the row sum stays)
 
     Sinks are looked for while the prompt is read, anew for every request; with ``extend`` generated tokens are tested
-    too. Rows edited: text rows after an image. Images and videos of a prompt are taken together. Counts sink tokens.
+    too. Rows edited: text rows after an image. Images and videos of a prompt are taken together: a row between two of them
+    has the masses, and for ``need_visual_sink`` (``var_official``) the sinks, of those that it sees. The released code knows
+    one image in a prompt. Counts sink tokens.
 
     Dimensions and threshold are ``dims`` and ``tau`` where they are given, else those of ``profile`` (measured by
     ``vlmattn.inspection.find_sinks``), else for known language models those of a table. Without any of these every
@@ -89,8 +91,10 @@ class VAR(SinkTest):
         if groups is None or self.keep == 1:
             return AttentionEdit()
         runs = scope.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
-        plan = scope.request.state.setdefault((self, "plan"), self._plan())  # one for all layers and tokens
-        part = GainPart(scope.read(groups), plan, scope.rows_after_image(), runs)
+        plans, key = scope.request.state, (self, "plan")
+        if key not in plans:  # one for all layers and tokens: it keeps its tables on the device
+            plans[key] = self._plan()
+        part = GainPart(scope.read(groups), plans[key], scope.rows_after_image(), runs)
         return AttentionEdit(gain=(part,))
 
     def _plan(self) -> GainPlan:

@@ -55,6 +55,8 @@ def attend(
     name = backend or os.environ.get("VLMATTN_BACKEND") or None
     if name is not None and name not in BACKENDS:
         raise OptionError(f"VLMATTN_BACKEND must be one of {', '.join(BACKENDS)}; got '{name}'")
+    if name != "reference":
+        query, edit = edit.shifted(query)
     training = dropout > 0 or (torch.is_grad_enabled() and query.requires_grad)  # log-sum-exp has no gradient
     if name is None:
         if not training and _fits_triton(query, key, value, see, edit, sinks):
@@ -118,8 +120,9 @@ def weights(
 ) -> Tensor:
     """Attention weights, float32 ``[batch, heads, stop - start, key]``, of a few query rows; head gains are not in them."""
     rows, keys = query.shape[2], key.shape[2]
+    query, edit = edit.shifted(query[:, :, start:stop])
     mask, part = _mask(see, start, stop, rows, keys, query.device), edit.slice_rows(start, stop)
-    found = eager.weights(query[:, :, start:stop], key, mask, see.real, part, scale, softcap, sinks)
+    found = eager.weights(query, key, mask, see.real, part, scale, softcap, sinks)
     return eager.apply_gains(found, part)
 
 

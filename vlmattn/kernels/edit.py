@@ -2,6 +2,7 @@
 
 For query row i, head h and keys j with scaled scores s and group ids g(j), an edit means
 
+    s    = scale (q_i + shift_h) . k_j
     s'   = logit parts in order, applied to s
     see  = (causal and not padding and keep and read) + opened edges - hidden edges, mask parts in order
     a    = softmax over see of s' (+ log weight on softly opened edges);  a row that sees nothing gives zeros
@@ -291,11 +292,12 @@ class HeadPart:
 
 @dataclass(frozen=True, eq=False)
 class AttentionEdit:
-    """The five parts of an edit (module docstring); each part is a tuple applied in order.
+    """The parts of an edit (module docstring); mask, logit, gain and head gain are tuples applied in order.
 
     ``keep`` (bool ``[batch, key]``) names the cache slots that go on from this layer: others are invisible here and no
     mask part opens them. ``read`` (int ``[batch, kv_heads, n]``, each slot at most once, -1 = none) does the same for each
-    KV head, for few slots of a long cache: the others are not even loaded by the decode kernel.
+    KV head, for few slots of a long cache: the others are not even loaded by the decode kernel. ``shift`` (float
+    ``[heads, dim]``) is added to the queries of all rows as they come, that is after the rotation.
     """
 
     mask: tuple[MaskPart, ...] = ()
@@ -304,6 +306,7 @@ class AttentionEdit:
     head_gain: tuple[HeadPart, ...] = ()
     keep: Tensor | None = None
     read: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -321,8 +324,8 @@ class AttentionEdit:
     @property
     def _count(self) -> int:
         """Parts other than head gains; lengths, because a tuple as a condition would break compiled graphs."""
-        hidden = (self.keep is not None) + (self.read is not None)
-        return len(self.mask) + len(self.logit) + len(self.gain) + hidden
+        tensors = (self.keep is not None) + (self.read is not None) + (self.shift is not None)
+        return len(self.mask) + len(self.logit) + len(self.gain) + tensors
 
     def then(self, other: AttentionEdit) -> AttentionEdit:
         """This edit, and ``other`` after it (within each part; the parts keep their order of the module docstring).
@@ -336,6 +339,10 @@ class AttentionEdit:
             keep = other.keep if self.keep is None else self.keep
         else:
             keep = self.keep & other.keep
+        if self.shift is None or other.shift is None:
+            shift = other.shift if self.shift is None else self.shift
+        else:
+            shift = self.shift + other.shift
         return AttentionEdit(
             self.mask + other.mask,
             self.logit + other.logit,
@@ -343,12 +350,19 @@ class AttentionEdit:
             self.head_gain + other.head_gain,
             keep,
             other.read if self.read is None else self.read,
+            shift,
         )
+
+    def shifted(self, query: Tensor) -> tuple[Tensor, AttentionEdit]:
+        """Queries ``[batch, heads, query, dim]`` with ``shift`` added, and what is left of the edit."""
+        if self.shift is None:
+            return query, self
+        return query + self.shift[:, None].to(query), replace(self, shift=None)
 
     @property
     def first_row(self) -> int:
         """No query row before this one attends differently (head gains aside); known on the host."""
-        if len(self.mask) or self.keep is not None or self.read is not None:
+        if len(self.mask) or self.keep is not None or self.read is not None or self.shift is not None:
             return 0
         rows = [part.rows for part in self.logit] + [part.rows for part in self.gain]
         return min((0 if part is None else part.first for part in rows), default=sys.maxsize)
@@ -362,6 +376,7 @@ class AttentionEdit:
             tuple(part.slice_rows(start, stop) for part in self.head_gain),
             self.keep,
             self.read,
+            self.shift,
         )
 
     def kept(self, heads: int, keys: int) -> Tensor | None:

@@ -38,6 +38,8 @@ def attention(
         reach: bool ``[query, key]``, keys that a mask part may open; None = all.
     """
     batch, heads, rows, _ = query.shape
+    if edit.shift is not None:
+        query = query.double() + edit.shift.double()[:, None]
     repeat = heads // key.shape[1]
     key, value = key.double().repeat_interleave(repeat, 1), value.double().repeat_interleave(repeat, 1)
     out = torch.zeros(batch, heads, rows, value.shape[-1], dtype=torch.float64)

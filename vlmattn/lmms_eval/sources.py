@@ -11,8 +11,9 @@ from typing import Any
 
 from vlmattn.errors import InputError, OptionError, UnknownNameError
 from vlmattn.evals.suites.base import Suite
+from vlmattn.evals.suites.files import ImageFolder
 from vlmattn.evals.suites.generated import make_generated
-from vlmattn.evals.suites.pope import SPLITS, Pope
+from vlmattn.evals.suites.pope import Pope, columns_of
 from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.world import World
 
@@ -81,14 +82,15 @@ def _files(given: Any) -> list[Path]:
 
 
 def _pope_on_parquet(paths: Sequence[Path]) -> Pope:
-    """Questions with their images, as the hub has them. Without a ``category`` the split is in the file's name."""
+    """Questions with their images, as the hub has them. Without a ``category`` each file is a column."""
     from datasets import Dataset
 
     parts = []
     for path in paths:
         rows = Dataset.from_parquet(str(path))
         if "category" not in rows.column_names:
-            split = next((name for name in SPLITS if name in path.stem), path.stem)
-            rows = rows.add_column("category", [split] * len(rows))
+            rows = rows.add_column("category", [columns_of(paths)[path]] * len(rows))
         parts.append(rows)
-    return Pope.on_table(Table("pope", ", ".join(map(str, paths)), parts, {"table": [path.name for path in paths]}))
+    folder = ImageFolder(Path(os.path.commonpath([path.absolute().parent for path in paths])))
+    settings = {"table": [path.name for path in paths]}
+    return Pope.on_table(Table("pope", ", ".join(map(str, paths)), parts, settings, folder))

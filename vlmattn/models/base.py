@@ -49,7 +49,8 @@ class Anatomy:
     counts the first decoder layers after which visual features are added to the residual stream, ``window`` is the length
     of the sliding window that some decoder layer sees (0 = none does), ``axes`` counts the position ids of a token (3 with
     M-RoPE). ``attending`` are the layers with self-attention (None = all). ``causal`` False: image tokens may see tokens
-    behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids tell). ``refused``: kinds of methods (``KINDS``) that the family cannot have, and why.
+    behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids tell).
+    ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods (``KINDS``) that the family cannot have, and why.
     """
 
     family: str
@@ -68,6 +69,10 @@ class Anatomy:
     causal: bool = True
     leading: int = 0
     refused: tuple[tuple[str, str], ...] = ()
+    query_dim: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)
 
     @property
     def fingerprint(self) -> str:
@@ -91,7 +96,8 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
-    #: Kinds of methods (``KINDS``, or "opening" for masks that open edges) that the family cannot have, and why.
+    #: Kinds of methods (``KINDS``, "opening" for masks that open edges, or "looking" for decoding methods that are guided by
+    #: attention) that the family cannot have, and why.
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""
@@ -286,17 +292,6 @@ class Family:
         """The norm before the head."""
         return self.decoder(model).norm  # type: ignore[return-value]
 
-    def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Attention module of a decoder layer, its query and its key projection (before any norm and the rotation).
-
-        Raises:
-            UnsupportedError: queries and keys do not come from a projection each.
-        """
-        attn: Any = self.attention(layer)
-        if not hasattr(attn, "q_proj") or not hasattr(attn, "k_proj"):
-            raise UnsupportedError(f"{type(attn).__name__} has no query and key projections to add directions to")
-        return attn, attn.q_proj, attn.k_proj
-
     def tower(self, model: PreTrainedModel) -> nn.Module | None:
         """The vision tower, where each image token of the prompt is one of its tokens (or a few); None = it is not looked at."""
         return None
@@ -362,6 +357,7 @@ class Family:
             causal=self.causal,
             leading=self.leading(model),
             refused=tuple(self.refuses(model).items()),
+            query_dim=getattr(text, "qk_head_dim", None) or 0,  # latent attention: longer than the values
         )
 
     def types_of_call(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -61,11 +62,14 @@ class Llava(PatchTower):
     def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return own_of_sizes(inputs, rows)
 
+    def feature_layers(self, model: PreTrainedModel) -> Sequence[int]:
+        """Outputs of the tower's layers that are projected, side by side."""
+        layers = model.config.vision_feature_layer
+        return [layers] if isinstance(layers, int) else layers
+
     def patch_features(self, model: PreTrainedModel, output: Any) -> list[tuple[Tensor, Tensor | None]]:
-        layer = model.config.vision_feature_layer
-        if not isinstance(layer, int):  # features of several layers side by side
-            return []
-        hidden = output.hidden_states[layer]
+        layers = self.feature_layers(model)
+        hidden = torch.cat([output.hidden_states[layer] for layer in layers], -1)  # side by side
         if self.drops_cls(model):
             return [(image[1:], image[0]) for image in hidden]
         return [(image, None) for image in hidden]

@@ -12,6 +12,9 @@ from vlmattn.models.base import Family, register_family
 from vlmattn.models.pieces import Piece
 
 _WHY = "its image tokens are not in the decoder's sequence but in cross-attention layers of their own"
+_LOOKING = (
+    f"{_WHY}, so attention to them cannot guide a decoding rule; use one that does not look at attention, like vcd"
+)
 
 
 class Mllama(Family):
@@ -19,7 +22,10 @@ class Mllama(Family):
 
     model_types: ClassVar[Mapping[str, str]] = {"mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct"}
     by_sequence: ClassVar[bool] = True
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("edits", "masks", "pruning"), _WHY)
+    refused: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("edits", "masks", "pruning"), _WHY),
+        "looking": _LOOKING,
+    }
 
     def refuses(self, model: PreTrainedModel) -> Mapping[str, str]:
         return self.refused

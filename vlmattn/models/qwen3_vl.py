@@ -14,8 +14,7 @@ from vlmattn.models.qwen2_5_vl import Qwen25VL
 class Qwen3VL(Qwen25VL):
     """Every frame of a video has markers and a timestamp of its own, so it counts as an image.
 
-    The timestamps are text: they stay where a branch drops the image. Directions are added to queries and keys before
-    their norms.
+    The timestamps are text: they stay where a branch drops the image.
     """
 
     model_types: ClassVar[Mapping[str, str]] = {

@@ -14,7 +14,8 @@ _TITLES = ("attention edits", "masks", "pruning", "contrastive decoding")  # of 
 class Row:
     """One family: its model types, a checkpoint of each, and for each kind of method "" (it runs) or why it is refused.
 
-    ``opening``: why masks that open edges are, where others run. ``untested``: why no test runs the family.
+    ``opening``: why masks that open edges are refused, where others run; ``looking``: why decoding methods are that are guided by
+    attention. ``untested``: why no test runs the family.
     """
 
     types: tuple[str, ...]
@@ -22,6 +23,7 @@ class Row:
     cells: dict[str, str]
     untested: str
     opening: str
+    looking: str
 
 
 def rows() -> Iterator[Row]:
@@ -36,7 +38,8 @@ def rows() -> Iterator[Row]:
 def _row(family: Family) -> Row:
     cells = {kind: family.unsupported or family.refused.get(kind, "") for kind in KINDS}
     types = tuple(family.model_types), tuple(family.model_types.values())
-    return Row(*types, cells, family.untested, family.refused.get("opening", ""))
+    opening, looking = (family.refused.get(kind, "") for kind in ("opening", "looking"))
+    return Row(*types, cells, family.untested, opening, looking)
 
 
 def cells(runs: str, refused: str) -> tuple[list[list[str]], list[str]]:
@@ -58,6 +61,8 @@ def cells(runs: str, refused: str) -> tuple[list[list[str]], list[str]]:
         kinds = [f"{refused} {note(why)}" if why else good for why in row.cells.values()]
         if row.opening:
             kinds[KINDS.index("masks")] = f"{good}; {refused} where edges open {note(row.opening)}"
+        if row.looking:
+            kinds[KINDS.index("decoding")] = f"{good}; {refused} where attention guides it {note(row.looking)}"
         found.append([", ".join(row.types), ", ".join(row.checkpoints), *kinds])
     return found, [f"({number}) {text}" for number, text in enumerate(notes, 1)]
 

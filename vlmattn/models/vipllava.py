@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import register_family
@@ -20,8 +19,10 @@ class VipLlava(Llava):
     def drops_cls(self, model: PreTrainedModel) -> bool:
         return True
 
-    def patch_features(self, model: PreTrainedModel, output: Any) -> list[tuple[Tensor, Tensor | None]]:
-        return []
+    def feature_layers(self, model: PreTrainedModel) -> Sequence[int]:
+        config = model.config  # transformers before 5.23 or so have the plural
+        layers = getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
+        return [layers] if isinstance(layers, int) else layers
 
 
 register_family(VipLlava())

@@ -1,7 +1,7 @@
 """What one generate() call knows: the request on its cache, the step in hand, and the scope that a method sees."""
 
 from vlmattn.request.beside import Stream
-from vlmattn.request.plan import Compare, Directions, Method, Plan, Policy, RoleFinder, Watch, Watcher, Weights
+from vlmattn.request.plan import Compare, Looker, Method, Plan, Policy, RoleFinder, Watch, Watcher, Weights
 from vlmattn.request.request import (
     ANSWER,
     IMAGE,
@@ -39,12 +39,12 @@ __all__ = [
     "VIDEO",
     "Choice",
     "Compare",
-    "Directions",
     "Eviction",
     "HeadSplit",
     "Image",
     "Kept",
     "Ledger",
+    "Looker",
     "Method",
     "Parts",
     "Plan",

@@ -13,8 +13,13 @@ from vlmattn.kernels import AttentionEdit
 if TYPE_CHECKING:
     from vlmattn.request.scope import Choice, Eviction, HeadSplit, Preparation, Scope, Sight, Stage, Step
 
-Weights = Callable[[int, int], Tensor]
-"""``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
+
+class Weights(Protocol):
+    """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
+
+    def __call__(self, start: int, stop: int, /, edit: AttentionEdit = ...) -> Tensor:
+        """With ``edit``: as it would be under that edit (head gains aside)."""
+
 
 Watch = Callable[[int, Tensor, Weights], Tensor | None]
 """``watch(layer, out, weights)`` sees head outputs ``[batch, query, heads, dim]`` and may return head gains ``[batch, heads]``."""
@@ -108,18 +113,6 @@ class RoleFinder(Protocol):
     def content(self, ids: Tensor, roles: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """What is added to a layer's projections before the rotation.
-
-    Attributes:
-        query: float ``[heads, dim]``; key: float ``[kv_heads, dim]``; None = nothing.
-    """
-
-    query: Tensor | None
-    key: Tensor | None
-
-
 @dataclass(frozen=True)
 class Plan:
     """A recipe bound to one model: which methods act in which layer, and which steps they take part in.
@@ -128,10 +121,10 @@ class Plan:
         by_layer, observing, measuring: methods of each layer.
         preparing, seeing: methods that have the decoder run on other inputs, and that look at the vision tower.
         extending: layers whose observers also see generated tokens.
-        directions: (layer, what is added to its projections).
         tower_layers: layers of the vision tower that ``seeing`` methods look at.
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
-        texts: prompts without images are welcome.
+        texts: prompts without images are welcome. ``text_first``: so is text that images follow later, on the same cache.
+        edits_text: text that no image precedes is edited, or looked at while it is read.
         decoding: branches and rule for this model, if there are some, ``branches``: a plan for each branch.
         branch_names: branches that a call may bring inputs for.
         search: the method that chooses the tokens, if it is not the library. ``rule``: what the report calls either.
@@ -149,11 +142,12 @@ class Plan:
     measuring: tuple[tuple[Looker, ...], ...] = ()
     seeing: tuple[Looker, ...] = ()
     extending: frozenset[int] = frozenset()
-    directions: tuple[tuple[int, Directions], ...] = ()
     tower_layers: frozenset[int] = frozenset()
     turns: tuple[str, ...] = ()
     uses_turns: bool = False
     texts: bool = False
+    text_first: bool = True
+    edits_text: bool = False
     decoding: Any = None
     search: Any = None
     rule: str = ""
@@ -169,6 +163,11 @@ class Plan:
     def is_identity(self) -> bool:
         """Nothing happens in the attention of the main prompt."""
         return not any(self.by_layer) and not any(self.measuring) and not self.pruning and not self.watching
+
+    @property
+    def acts(self) -> bool:
+        """Anything happens, in attention or to logits."""
+        return not self.is_identity or self.decoding is not None or self.search is not None
 
     @property
     def drops(self) -> bool:

@@ -118,7 +118,7 @@ class Request:
             self._views = []
         self._ids.write(start, images.new_full(images.shape, -1) if ids is None else ids.masked_fill(generated, -1))
         self.ids_known = ids is not None
-        if finder is not None:
+        if finder is not None and (self.has_images or self.plan.texts):
             self._find_roles(finder, types, real, ids is not None)
 
     def _survey(self, stop: int) -> tuple[Tensor, Tensor]:
@@ -278,6 +278,11 @@ class Request:
     @property
     def has_images(self) -> bool:
         return any(image for _, _, _, image in self._runs)
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing was read but text, as the bare model reads it."""
+        return not self.has_images and not self.plan.edits_text and bool(self.plan.by_layer)
 
     def types(self, keys: int, device: torch.device) -> Tensor:
         """uint8 ``[batch, keys]``: TEXT, IMAGE or VIDEO; generated tokens are TEXT."""

@@ -52,11 +52,12 @@ class Step:
             observe generated tokens too.
         sight: what was seen of each encoded image in the vision tower.
         seen: what one query row sees of so many keys, as the last layer had it.
-        order: which encoded image each image of the prompt is (beams repeat them); None = one after another.
+        order: which encoded image each image of the prompt is (beams repeat them); None = by the rows they are in.
         rows: prompt rows that are still there; None = all.
         rotary: makes cosines and sines, for methods that count positions anew.
         masks: the mask in original slots as the last layer had it, and in the slots of this view.
         passed: slots that the layer's sliding window has left behind.
+        wants_weights: the caller of the model asked for attention weights.
     """
 
     request: Request
@@ -74,6 +75,7 @@ class Step:
     rotary: Callable[..., tuple[Tensor, Tensor]] | None = None
     masks: tuple[Tensor | None, Tensor | None] | None = None
     passed: int = 0
+    wants_weights: bool = False
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
     def at(self, cache: Any) -> None:
@@ -314,6 +316,7 @@ class HeadSplit:
         sinks, window: the others keep the first ``sinks`` real tokens of each sequence and its last ``window``.
         tokens: real tokens of each sequence so far.
         compensate: they also keep the mean of what they let go.
+        late: a new token sees the whole window that was kept, and itself; else the window that ends in it.
     """
 
     full: tuple[int, ...]
@@ -321,6 +324,7 @@ class HeadSplit:
     window: tuple[int, ...]
     tokens: tuple[int, ...]
     compensate: bool
+    late: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -171,7 +171,9 @@ class TokenMap:
         assert self.lost is not None
         if newest:
             real = torch.ones_like(self.slots) if self.valid is None else self.valid.long()
-            return (real.cumsum(1) - 1).clamp_min(0)[:, self.at :].to(given.device)
+            place = real.cumsum(1)[:, self.at :].to(given.device)
+            last = given[:, -1:] - self.lost[:, None].to(given.device)  # some models count from 1
+            return (last - place[:, -1:] + place).clamp_min(0)
         return given - self.lost[:, None].to(given.device)
 
     def mask(

@@ -8,21 +8,19 @@ removes all of them.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
+import sys
 import traceback
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn import attention
+from vlmattn import attention, compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.files import beside, copy_whole
 from vlmattn.models import Generic, find_family
@@ -30,16 +28,17 @@ from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import Plan
 from vlmattn.wrapping.branches import fan_of, setting_of
 from vlmattn.wrapping.call import CALL, Call
-from vlmattn.wrapping.handle import Handle, handle_of
-from vlmattn.wrapping.hooks import WRAPPED, install_hooks, step_of
+from vlmattn.wrapping.drafting import drafting_plan, is_drafting, refuse_drafts
+from vlmattn.wrapping.handle import WRAPPED, WRAPPING, Handle, handle_of
+from vlmattn.wrapping.hooks import install_hooks, step_of
+from vlmattn.wrapping.instead import Instead
 from vlmattn.wrapping.merged import forget_branches, merged_of
 from vlmattn.wrapping.reach import check_reached
-from vlmattn.wrapping.searching import refuse_ways, searching
+from vlmattn.wrapping.searching import refuse_ways, row_by_row, searching
 
-__all__ = ["Handle", "applied", "handle_of", "install", "unwrap", "wrap"]
+__all__ = ["Handle", "applied", "borrowed", "handle_of", "install", "unwrap", "wrap"]
 
 _M = TypeVar("_M", bound=nn.Module)
-_INSTANCE_METHODS = ("generate", "prepare_inputs_for_generation", "save_pretrained")
 
 
 def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any) -> _M:
@@ -59,32 +58,34 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         StateError: the model is already wrapped.
         UnknownNameError, OptionError: no such preset or option, a value out of range.
     """
+    compat.warn_if_untested()
     given, model = model, _within_peft(model)
     family = find_family(model)
     assert isinstance(model, PreTrainedModel)
-    if (old := handle_of(model)) is not None:
-        raise StateError(
-            f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first"
-        )
-    chosen = Recipe.of(_saved_recipe(model) if recipe is None else recipe, **options)
-    text = model.config.get_text_config()
-    base = _base_name(text._attn_implementation)
-    handle = Handle(
-        chosen, family.anatomy(model), family, base, processor
-    )  # every check of the recipe is before the first change
-    attention.register()
-    model.set_attn_implementation({"text_config": attention.NAMES[base]})
-    if text._attn_implementation != attention.NAMES[base]:
-        raise UnsupportedError(
-            f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers itself"
-        )
-    WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
-    handle._originals = {name: model.__dict__[name] for name in _INSTANCE_METHODS if name in model.__dict__}
-    model.__dict__["vlmattn"] = family.entry(model).__dict__["vlmattn"] = handle
-    model.__dict__["generate"] = MethodType(_generate, model)
-    model.__dict__["prepare_inputs_for_generation"] = MethodType(_prepare_of(type(model)), model)  # type: ignore[arg-type]
-    model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
-    handle._hooks = install_hooks(family, model)
+    with WRAPPING:
+        if (old := handle_of(model)) is not None:
+            raise StateError(
+                f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first"
+            )
+        chosen = Recipe.of(_saved_recipe(given) if recipe is None else recipe, **options)
+        text = model.config.get_text_config()
+        base = _base_name(text._attn_implementation)
+        # every check of the recipe is before the first change
+        handle = Handle(chosen, family.anatomy(model), family, base, text, processor)
+        if handle.now.plan.acts:
+            _refuse_while_it_generates(model, family.entry(model))
+        attention.register()
+        model.set_attn_implementation({"text_config": attention.NAMES[base]})
+        if text._attn_implementation != attention.NAMES[base]:
+            raise UnsupportedError(
+                f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers itself"
+            )
+        WRAPPED.add(handle)
+        model.__dict__["vlmattn"] = family.entry(model).__dict__["vlmattn"] = handle
+        handle._instead = [Instead(model, name, function) for name, function in _INSTANCE_METHODS.items()]
+        if given is not model:
+            handle._instead.append(Instead(given, "save_pretrained", _save_pretrained))
+        handle._hooks = install_hooks(handle, model)
     if isinstance(family, Generic) or not type(model).__module__.startswith("transformers."):
         try:
             check_reached(family, model, base)
@@ -98,26 +99,26 @@ def unwrap(model: _M) -> _M:
     """Take the recipe off and return the model, as it was before ``wrap`` bit for bit.
 
     Raises:
-        StateError: the model is not wrapped.
+        StateError: the model is not wrapped, or it is generating (in another thread, or in this one).
     """
     given, model = model, _within_peft(model)
-    handle = handle_of(model)
-    if handle is None:
-        raise StateError("the model is not wrapped")
-    assert isinstance(model, PreTrainedModel)
-    for hook in handle._hooks:
-        hook.remove()
-    for name in _INSTANCE_METHODS:
-        del model.__dict__[name]
-    model.__dict__.update(handle._originals)
-    handle._family.entry(model).__dict__.pop("vlmattn", None)
-    model.__dict__.pop("vlmattn", None)
-    text = model.config.get_text_config()
-    others = WRAPPED.get(id(text), weakref.WeakSet())
-    others.discard(model)
-    if not others:
-        WRAPPED.pop(id(text), None)
-        if text._attn_implementation in attention.NAMES.values():  # not if the user has set another one since
+    with WRAPPING:
+        handle = handle_of(model)
+        if handle is None:
+            raise StateError("the model is not wrapped")
+        assert isinstance(model, PreTrainedModel)
+        handle.retire()
+        for hook in handle._hooks:
+            hook.remove()
+        for method in handle._instead:
+            method.remove()
+        handle._family.entry(model).__dict__.pop("vlmattn", None)
+        model.__dict__.pop("vlmattn", None)
+        WRAPPED.discard(handle)
+        shared = any(other._text is handle._text for other in WRAPPED)
+        if (
+            not shared and handle._text._attn_implementation in attention.NAMES.values()
+        ):  # the user may have set another
             model.set_attn_implementation({"text_config": handle._base})
     return given
 
@@ -130,6 +131,30 @@ def applied(model: _M, recipe: Any, *, processor: Any = None, **options: Any) ->
         yield model
     finally:
         unwrap(model)
+
+
+@contextmanager
+def borrowed(model: nn.Module, processor: Any = None) -> Iterator[Handle]:
+    """The handle of a model, which is wrapped with the recipe "none" for the block if it is not wrapped: for reading along.
+
+    Other threads go on meanwhile, bare or wrapped, and may borrow it too.
+    """
+    model = _within_peft(model)
+    with WRAPPING:
+        if (handle := handle_of(model)) is None:
+            handle = handle_of(wrap(model, "none", processor=processor))
+            assert handle is not None
+            handle._guests += 1
+        elif handle._guests:
+            handle._guests += 1
+        borrows = handle._guests > 0
+    try:
+        yield handle
+    finally:
+        with WRAPPING:
+            handle._guests -= borrows
+            if borrows and not handle._guests and handle_of(model) is handle:
+                unwrap(model)
 
 
 def install() -> None:
@@ -154,23 +179,41 @@ def _base_name(implementation: str | None) -> str:
     )
 
 
-def _saved_recipe(model: PreTrainedModel) -> Recipe:
+def _saved_recipe(given: Any) -> Recipe:
     """The recipe that was saved beside the model, in its folder or on the hub."""
-    name = model.name_or_path
-    if not name:
-        raise InputError(
-            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and this one is from no folder; give a preset"
-        )
-    found = beside(name, FILE_NAME)
+    model = _within_peft(given)
+    name, remedy = model.name_or_path, "give a preset"
+    if given is not model:
+        remedy += ", or the folder of the adapter, which PEFT does not tell: wrap(model, folder)"
+    found = beside(name, FILE_NAME) if name else None
     if found is None:
-        raise InputError(
-            f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and '{name}' has none; give a preset"
-        )
+        which = f"'{name}' has none" if name else "this one is from no folder"
+        raise InputError(f"wrap(model) without a recipe looks for {FILE_NAME} beside the model, and {which}; {remedy}")
     return Recipe.from_pretrained(found.parent)
 
 
+def _refuse_while_it_generates(*models: nn.Module) -> None:
+    """Raise if a bare model is generating: its next tokens would be edited, and its first ones were not."""
+    running = {
+        inspect.unwrap(type(model).generate).__code__: model for model in models if isinstance(model, PreTrainedModel)
+    }
+    for frame in sys._current_frames().values():
+        caller: Any = frame
+        while caller is not None:
+            if caller.f_code in running and caller.f_locals.get("self") is running[caller.f_code]:
+                raise StateError(
+                    "the model is generating, and wrapping would change its answer; wrap it when that is done"
+                )
+            caller = caller.f_back
+
+
 def _generate(
-    self: PreTrainedModel, *args: Any, preset: Any = None, branch_inputs: Mapping[str, Any] | None = None, **kwargs: Any
+    self: PreTrainedModel,
+    original: Callable[..., Any],
+    *args: Any,
+    preset: Any = None,
+    branch_inputs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Any:
     """``generate`` of a wrapped model.
 
@@ -180,21 +223,30 @@ def _generate(
             ``{"augmented": {"pixel_values": ...}}``.
     """
     handle = handle_of(self)
-    assert handle is not None
+    if handle is None:  # unwrapped a moment ago, by another thread
+        return original(*args, **kwargs)
     names = list(inspect.signature(type(self).generate).parameters)[1:]
     kwargs |= dict(zip(names, args, strict=False))
-    streamer, resting = kwargs.get("streamer"), preset is None and not handle.enabled
+    now, entered = handle.now, False
+    streamer, resting = kwargs.get("streamer"), preset is None and not now.enabled
     try:
-        plan = handle.active_plan if preset is None else handle.plan_of(Recipe.of(preset))
-        original = handle._originals.get("generate") or MethodType(type(self).generate, self)
-        forget_branches(kwargs.get("past_key_values"))
+        plan = now.acting if preset is None else handle.plan_of(Recipe.of(preset))
+        if is_drafting(kwargs):
+            plan = drafting_plan(plan)
+        if plan.acts and not (entered := handle.enter("generate")):
+            return original(**kwargs)
+        refuse_drafts(self, plan, kwargs)
+        forget_branches(compat.cache_of(kwargs))
         fan = fan_of(self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
         if plan.search is not None:
             kwargs = _searched(self, plan, kwargs)
         if not plan.is_identity or fan is not None:
             _refuse_chunks(self, kwargs)
         mask = kwargs.get("attention_mask")
-        call = Call(handle, self, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, fan=fan)
+        call = Call(
+            handle, self, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, fan=fan, ledger=now.ledger,
+            ids=kwargs.get("inputs", kwargs.get("input_ids")), given_cache=compat.cache_of(kwargs) is not None,
+        )  # fmt: skip
         token = CALL.set(call)
         try:
             out = original(**kwargs)
@@ -207,8 +259,11 @@ def _generate(
         if streamer is not None and not _came_from(error, type(streamer).end):
             streamer.end()  # whoever reads from it in another thread would wait for ever
         raise
+    finally:
+        if entered:
+            handle.leave("generate")
     if preset is None and not (plan.is_identity and fan is None):
-        handle.warn_if_idle()
+        now.warn_if_idle()
     return out
 
 
@@ -221,39 +276,26 @@ def _came_from(error: BaseException, function: Any) -> bool:
 def _searched(model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a generate() call in which a search method chooses the tokens."""
     refuse_ways(model, plan.rule, kwargs)
-    decode = searching(plan.search, kwargs)
-    return {**kwargs, "do_sample": False, "custom_generate": decode}
+    decode, allowed = searching(plan.search, kwargs), row_by_row(kwargs.get("prefix_allowed_tokens_fn"))
+    return {**kwargs, "do_sample": False, "custom_generate": decode, "prefix_allowed_tokens_fn": allowed}
 
 
-def _prepare_inputs(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _prepare_inputs(
+    self: PreTrainedModel, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """``prepare_inputs_for_generation`` of a wrapped model: rows of branches come along."""
     handle = handle_of(self)
-    assert handle is not None
-    original = handle._originals.get("prepare_inputs_for_generation") or MethodType(
-        type(self).prepare_inputs_for_generation, self
-    )
-    cache, call = kwargs.get("past_key_values"), CALL.get()
+    cache, call = compat.cache_of(kwargs), CALL.get()
     merged = merged_of(cache)
     if merged is not None:
         input_ids, kwargs = merged.expand(input_ids, kwargs)
     elif call is not None and call.model is self and call.fan is not None:
         # while the prompt is read, the cache of the call is empty and no mask may be made for it
-        return original(input_ids, *args, **{**kwargs, "past_key_values": None}) | {"past_key_values": cache}
+        return compat.with_cache(original(input_ids, *args, **compat.with_cache(kwargs, None, self)), cache, self)
     inputs = original(input_ids, *args, **kwargs)
-    if call is not None and call.model is self and not kwargs.get("is_first_iteration"):
+    if call is not None and call.model is self and handle is call.handle and not kwargs.get("is_first_iteration"):
         inputs[attention.STEP] = step_of(handle, self, call, inputs)  # here, because the forward may be compiled
     return inputs
-
-
-@functools.cache
-def _prepare_of(cls: type[PreTrainedModel]) -> Any:
-    """``_prepare_inputs`` with the parameters of a class's own: generate() reads there whether it takes ``inputs_embeds``."""
-
-    def prepare_inputs_for_generation(self: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _prepare_inputs(self, input_ids, *args, **kwargs)
-
-    prepare_inputs_for_generation.__signature__ = inspect.signature(cls.prepare_inputs_for_generation)  # type: ignore[attr-defined]
-    return prepare_inputs_for_generation
 
 
 def _refuse_chunks(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -269,16 +311,27 @@ def _prompt_length(kwargs: dict[str, Any]) -> int | None:
     return None
 
 
-def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-    """``save_pretrained`` of a wrapped model: what the bare model writes, and the recipe beside it."""
-    handle = handle_of(self)
-    assert handle is not None
-    handle.recipe.to_dict()  # what cannot be written is an error before anything is
-    original = handle._originals.get("save_pretrained") or MethodType(type(self).save_pretrained, self)
+def _save_pretrained(
+    self: Any, original: Callable[..., Any], save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> Any:
+    """``save_pretrained`` of a wrapped model, or of the PEFT model around it: what the bare one writes, and the recipe beside it."""
+    handle = handle_of(_within_peft(self))
+    if handle is None:
+        return original(save_directory, *args, **kwargs)
+    now = handle.now
+    now.recipe.to_dict()  # what cannot be written is an error before anything is
     out = original(save_directory, *args, **kwargs)
-    for method in {method for methods in handle._plan.by_layer for method in methods}:
+    for method in {method for methods in now.plan.by_layer for method in methods}:
         for key, name in getattr(method, "files", {}).items():  # what was found beside this model goes with it
             if getattr(method, key):
                 copy_whole(getattr(method, key), Path(save_directory) / name)
-    handle.recipe.save_pretrained(save_directory)
+    now.recipe.save_pretrained(save_directory)
     return out
+
+
+# What an instance has instead of methods of its class, while it is wrapped.
+_INSTANCE_METHODS: dict[str, Callable[..., Any]] = {
+    "generate": _generate,
+    "prepare_inputs_for_generation": _prepare_inputs,
+    "save_pretrained": _save_pretrained,
+}

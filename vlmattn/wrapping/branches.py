@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead, Noise
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import OF_IMAGES, OF_TOKENS, Family, find_family
@@ -20,8 +21,11 @@ from vlmattn.wrapping.call import CALL, Call, TowerView
 from vlmattn.wrapping.dropping import speak_original
 from vlmattn.wrapping.merged import REQUEST, Merged, View
 
-_NOT_PASSED_ON = frozenset(
-    ("position_ids", "past_key_values", "inputs_embeds", "mm_encoder_outputs", "use_cache", "labels", "logits_to_keep")
+NOT_PASSED_ON = frozenset(
+    (
+        *("position_ids", "past_key_values", "cache", "inputs_embeds"),
+        *("mm_encoder_outputs", "use_cache", "labels", "logits_to_keep"),
+    )
 )
 
 
@@ -38,7 +42,7 @@ class Fan:
     def __init__(self, model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         self.contrast: ContrastiveDecoding = plan.decoding
         self.plans, self.given = plan.branches, given
-        names = set(inspect.signature(type(model).forward).parameters) - _NOT_PASSED_ON
+        names = set(inspect.signature(type(model).forward).parameters) - NOT_PASSED_ON
         self.inputs = {name: value for name, value in inputs.items() if name in names and value is not None}
         self.cache: DynamicCache | None = None
         self.ropes: tuple[float, ...] = (1.0,)
@@ -79,7 +83,8 @@ class Fan:
             speak_original(self._target)
         t = torch.arange(1, kept + 1, device=ids.device)
         output.logits = merged.scores(call.model, [view.logits for view in views], early, t)
-        output.past_key_values, self.cache, self.ropes = self._target, None, merged.ropes
+        compat.set_output_cache(output, self._target)
+        self.cache, self.ropes = None, merged.ropes
 
 
 @dataclass(eq=False)
@@ -119,6 +124,8 @@ class _Reader:
             )
         cache = new_cache(self.call.model)
         for number, layer in enumerate(self.main.cache.layers):
+            if layer.keys is None:  # a layer that reads the keys of another
+                continue
             cache.update(layer.keys[..., : prompt - 1, :], layer.values[..., : prompt - 1, :], number)
         call = replace(self.call, plan=self.plan, prompt_length=prompt - 1, fan=None, token=object())
         if not self.plan.is_identity:
@@ -155,18 +162,7 @@ class _Reader:
     def _run(self, call: Call, cache: DynamicCache, inputs: dict[str, Any], positions: Tensor) -> Tensor:
         """Logits of the last prompt token, and of the drafts after it."""
         kept = 1 + self.ids.shape[1] - self.prompt
-        token = CALL.set(call)
-        try:
-            out = call.model(
-                **inputs,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                return_dict=True,
-                logits_to_keep=kept,
-            )
-        finally:
-            CALL.reset(token)
+        out = run(call, cache, **inputs, position_ids=positions, logits_to_keep=kept)
         logits: Tensor = out.logits[:, -kept:]
         return logits
 
@@ -188,10 +184,10 @@ class _Reader:
     def _inputs(self) -> dict[str, Any]:
         """What the branch gives the model, on the device of the main prompt."""
         branch, device = self.branch, self.ids.device
-        inputs = {name: _to(value, device) for name, value in self.fan.inputs.items()}
+        inputs = {name: to_device(value, device) for name, value in self.fan.inputs.items()}
         inputs["attention_mask"] = self.main.mask[:: self.times].long()
         given = self.fan.given.get(branch.name, {})
-        inputs |= {name: _to(value, device) for name, value in given.items()}
+        inputs |= {name: to_device(value, device) for name, value in given.items()}
         if given:
             _check_prompts(self.call.handle._family, self.call.model, branch, inputs, len(self.fan.inputs["input_ids"]))
         if callable(branch.image):
@@ -350,7 +346,7 @@ def _check_given(model: PreTrainedModel, plan: Plan, given: Mapping[str, Any]) -
             has = f"it has {', '.join(names)}" if names else "it has none"
             raise InputError(f"branch_inputs names {name}, which is no branch of '{plan.name}'; {has}")
         branch = branches.get(name)
-        useless = set(inputs) - (set(known) - _NOT_PASSED_ON)
+        useless = set(inputs) - (set(known) - NOT_PASSED_ON)
         if any(not isinstance(value, Tensor | None) for value in inputs.values()):
             raise InputError(f"branch_inputs of '{name}' must be tensors, as a processor returns them")
         if branch is not None and branch.shares_prompt:
@@ -371,7 +367,7 @@ def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             "continuous batching (paged) runs every request by itself, without branches; use generate()"
         )
-    cache = kwargs.get("past_key_values")
+    cache = compat.cache_of(kwargs)
     if cache is not None and not (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0):
         raise UnsupportedError(
             "a decoding rule cannot go on from past_key_values, which hold no branches; give the whole conversation"
@@ -387,12 +383,22 @@ def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def run(call: Call, cache: DynamicCache, **inputs: Any) -> Any:
+    """One forward of the model in a call of its own."""
+    token = CALL.set(call)
+    try:
+        return call.model(**compat.with_cache(inputs, cache, call.model), use_cache=True, return_dict=True)
+    finally:
+        CALL.reset(token)
+
+
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache for the text decoder."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor on a device; other things as they are."""
     return value.to(device) if isinstance(value, Tensor) else value
 
 

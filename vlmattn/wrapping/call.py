@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.request import Plan
+from vlmattn.request import Ledger, Plan
 from vlmattn.wrapping.handle import Handle
 
 if TYPE_CHECKING:
@@ -35,8 +35,12 @@ class TowerView:
 class Call:
     """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding.
 
+    ``ledger``: where its counts go, whatever recipe is set meanwhile.
     ``token`` is what a request remembers of it (never the handle or the model). ``direct`` marks a forward outside of
     generate(), which is only noted while the vision tower is looked at; ``outer`` is the call it may lie in.
+
+    ``ids`` int64 ``[batch, tokens]`` are the tokens that the caller gave, those of a cache from before included.
+    ``given_cache``: the caller gave the cache, and may go on from it.
 
     With a decoding rule ``fan`` has the branches. While one of them reads its prompt a call of its own is in progress:
     ``blank`` bool ``[batch, prompt]`` are image tokens whose features are zeroed, ``rope`` the factor on the rotary base.
@@ -54,6 +58,13 @@ class Call:
     rope: float = 1.0
     token: object = field(default_factory=object)
     sight: TowerView = field(default_factory=TowerView)
+    ids: Tensor | None = None
+    given_cache: bool = False
+    ledger: Ledger = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.ledger is None:
+            object.__setattr__(self, "ledger", self.handle.now.ledger)
 
 
 # Which generate() call of which model runs in this thread. Only the model's hooks read it, to hand the plan and the

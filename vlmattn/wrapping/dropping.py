@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmattn import attention
+from vlmattn import attention, compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.kernels import NO_EDIT, AttentionEdit
 from vlmattn.request import TEXT, Choice, Request, Stage, Step, TokenMap, Weights
 from vlmattn.wrapping.merged import REQUEST
 from vlmattn.wrapping.split import SplitLayer
@@ -66,7 +67,7 @@ def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
             hidden = _follow(step, choice, hidden, pruner.drops, pruner.compact)
         if (rows := step.rows) is not None:
             real = request.real(request.stop, hidden.device)
-            speak_original(kwargs.get("past_key_values"))
+            speak_original(compat.cache_of(kwargs))
             request.maps[index] = step.once(
                 ("tokens", before, rows), lambda: TokenMap.of(before, rows, start, request.stop, real)
             )
@@ -111,10 +112,10 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
         now = TokenMap.of(before, rows, start, request.stop, request.real(request.stop, hidden.device))
     view, _, seen = _through(step, now, index, hidden, kwargs)
 
-    def weights(first: int, last: int) -> Tensor:
-        if view.start and isinstance(kwargs["past_key_values"].layers[index], SplitLayer):
+    def weights(first: int, last: int, edit: AttentionEdit = NO_EDIT) -> Tensor:
+        if view.start and isinstance(compat.cache_of(kwargs).layers[index], SplitLayer):
             raise attention.refusal_of_apart(step, index)
-        return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last)
+        return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last, edit)
 
     return Stage(
         request=view.request,
@@ -133,11 +134,12 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
 
 def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str, Any], start: int) -> Weights:
     """Unedited attention of a layer that has not run yet."""
-    past = kwargs["past_key_values"].layers[index].keys[:, :, :start] if start else None
+    past = compat.cache_of(kwargs).layers[index].keys[:, :, :start] if start else None
     probe = attention.Probe(past)
     with torch.no_grad():
         layer.self_attn(
-            **{**kwargs, "hidden_states": layer.input_layernorm(hidden), "past_key_values": None, attention.STEP: probe}
+            **compat.with_cache(kwargs, None, layer.self_attn)
+            | {"hidden_states": layer.input_layernorm(hidden), attention.STEP: probe}
         )
     assert probe.weights is not None
     return probe.weights
@@ -181,7 +183,7 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
         return step, hidden, kwargs
     view, queries = step.through(tokens), hidden.shape[1]
     newest = step.start == tokens.begin
-    cache, given = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, given = compat.cache_of(kwargs), kwargs.get("attention_mask")
     layer_cache = cache.layers[index] if cache is not None and index < len(cache.layers) else None
     static = getattr(layer_cache, "max_cache_len", None)
     if given is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import cache_utils
 
-from vlmattn import attention
+from vlmattn import attention, compat
 from vlmattn.errors import UnsupportedError
 from vlmattn.request import Plan, Scope, Step, TokenMap, closed_up
 from vlmattn.wrapping.dropping import speak_original
@@ -52,7 +52,7 @@ def after_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
     policy = step.request.plan.evicting[index]
     if policy is None:
         return
-    cache = kwargs["past_key_values"]
+    cache = compat.cache_of(kwargs)
     layer, request = cache.layers[index], step.request
     if isinstance(layer, SplitLayer):
         return

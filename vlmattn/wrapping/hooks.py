@@ -1,15 +1,14 @@
 """The hooks of a wrapped model: they make a step of every forward and let the methods see what they need.
 
-They find the handle on the module they are called with, so that a deep copy of a model uses its own.
+They find the handle on the module they are called with, or have it: a deep copy of a model has its own.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import weakref
+import warnings
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn import attention
+from vlmattn import attention, compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import Family
 from vlmattn.request import (
@@ -41,19 +40,14 @@ from vlmattn.wrapping.evicting import after_layer, before_layer, check_cache
 from vlmattn.wrapping.handle import Handle, handle_of
 from vlmattn.wrapping.merged import REQUEST, merged_of
 
-# The step whose attention module runs in this thread: projections get no keyword arguments.
-_STEP: ContextVar[Step | Steps | None] = ContextVar("vlmattn_step", default=None)
 
-# Wrapped models by text config: two models may share one config object, and the last one out restores its setting.
-WRAPPED: dict[int, weakref.WeakSet[nn.Module]] = {}
-
-
-def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+def install_hooks(handle: Handle, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
     """Put the hooks on a model that has its handle; removing them is up to the caller."""
+    family = handle._family
     decoder, entry = family.decoder(model), family.entry(model)
     hooks = [
-        entry.register_forward_pre_hook(_before_model, with_kwargs=True),
-        entry.register_forward_hook(_after_model, with_kwargs=True),
+        entry.register_forward_pre_hook(partial(_before_model, handle), with_kwargs=True),
+        entry.register_forward_hook(_after_model, with_kwargs=True, always_call=True),
         decoder.register_forward_pre_hook(partial(_before_decoder, family), with_kwargs=True),
     ]
     if (tower := family.tower(model)) is not None:
@@ -68,10 +62,9 @@ def install_hooks(family: Family, model: PreTrainedModel) -> list[torch.utils.ho
 
 
 def _before_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    handle: Handle, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    handle = handle_of(model)
-    if handle is None or attention.STEP in kwargs:
+    if handle_of(model) is not handle or attention.STEP in kwargs:
         return args, kwargs
     assert isinstance(model, PreTrainedModel)
     names = list(inspect.signature(type(model).forward).parameters)[1:] if args else []
@@ -80,24 +73,40 @@ def _before_model(
     if call is None or call.handle is not handle or call.direct:  # not in generate(), or within another model's
         stale = call is not None and call.direct and call.model is model  # a forward that raised
         outer = call.outer if call is not None and stale else call
-        call = Call(handle, model, handle.active_plan, None, False, direct=True, outer=outer)
+        now = handle.now
+        cache = compat.cache_of(inputs)
+        call = Call(
+            handle,
+            model,
+            now.acting,
+            None,
+            False,
+            direct=True,
+            outer=outer,
+            ledger=now.ledger,
+            given_cache=cache is not None,
+        )
+        if call.plan.acts and not torch.compiler.is_compiling() and not handle.enter("forward"):
+            return args, kwargs  # unwrapped a moment ago, by another thread
         if call.plan.tower_layers:
             CALL.set(call)
         if call.plan.decoding is not None:
             _refuse_packing(inputs)
-            handle.warn_of_forward()
-    if call.fan is not None and (own := call.fan.begin(model, inputs.get("past_key_values"))) is not None:
-        kwargs = {**kwargs, "past_key_values": own}
-        inputs["past_key_values"] = own
-        if any(branch.rope != 1 for branch in call.fan.contrast.branches) and not handle._rotating:
-            handle._rotating = True
-            handle._hooks += _hook_rotation(handle._family, model)
+            now.warn_of_forward()
+    if call.fan is not None and (own := call.fan.begin(model, compat.cache_of(inputs))) is not None:
+        kwargs = compat.with_cache(kwargs, own, model)
+        inputs = compat.with_cache(inputs, own, model)
+        if any(branch.rope != 1 for branch in call.fan.contrast.branches):
+            with handle._lock:
+                if not handle._rotating:
+                    handle._hooks += _hook_rotation(handle._family, model)
+                handle._rotating = True
     return args, {**kwargs, attention.STEP: step_of(handle, model, call, inputs)}
 
 
 def step_of(handle: Handle, model: PreTrainedModel, call: Call | None, inputs: dict[str, Any]) -> Step | Steps | None:
     """What the decoder has to know of this forward; None when there is nothing to do in it."""
-    cache = inputs.get("past_key_values")
+    cache = compat.cache_of(inputs)
     if (merged := merged_of(cache)) is not None:
         merged.check(call)
         return merged.steps(cache, inputs["input_ids"].shape[1])
@@ -111,9 +120,12 @@ def step_of(handle: Handle, model: PreTrainedModel, call: Call | None, inputs: d
 
 def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Step | None:
     """The step of this forward; None when there is nothing to do in it."""
-    cache = inputs.get("past_key_values")
+    cache = compat.cache_of(inputs)
     request: Request | None = getattr(cache, REQUEST, None)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if request is not None and request.plan != call.plan and request.untouched:
+        request = None  # a text that no method has changed: as if the bare model had read it
+        delattr(cache, REQUEST)
     if tokens is None or (call.plan.is_identity and request is None):
         return None
     decoding = None
@@ -132,9 +144,9 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             return None
         request = Request(call.plan)
     elif request is None:
-        raise StateError("this cache was filled without vlmattn; start a new generate()")
+        request = _read_before(handle, model, call, start, len(tokens), inputs.get("attention_mask"))
     _check_request(request, call.plan, tokens.shape[0])
-    _check_registration(handle, model)
+    _check_registration(handle)
     if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
         return decoding
     _refuse_packing(inputs)
@@ -144,7 +156,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
                 f"'{call.plan.name}' drops tokens, so there is no loss over all of them; leave labels out"
             )
         check_continuation(request, start or request.prompt_length)
-    request.ledger, request.call = handle._ledger, call.token
+    request.ledger, request.call = call.ledger, call.token
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one per kind of layer
         mask = mask.get("full_attention")
@@ -158,10 +170,15 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
         if call.plan.drops:
             check_prompt(request)
-    if not request.has_images and not call.plan.texts:
+    if not request.has_images and not call.plan.texts and not (call.plan.text_first and call.given_cache):
+        later = (
+            f"; if images follow later, give this prompt a cache to go on from: {compat.cache_name()}=DynamicCache()"
+            if call.plan.text_first
+            else f"; '{call.plan.name}' cannot go on from their cache: when images follow, give the whole conversation as one prompt"
+        )
         raise InputError(
             "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
-            " call model.vlmattn.disable() for prompts without images"
+            f" call model.vlmattn.disable() for prompts without images{later}"
         )
     if request.plan.policies:
         wanted = inputs.get("use_cache")
@@ -170,9 +187,6 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             cache,
             cache is not None or (model.config.get_text_config().use_cache if wanted is None else wanted),
         )
-    if request.plan.directions and not handle._projecting:
-        handle._projecting = True
-        handle._hooks += _hook_projections(handle._family, model)
     if cache is not None:
         setattr(cache, REQUEST, request)
         if request.plan.extending or request.plan.policies:
@@ -181,6 +195,34 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
         _check_windows(cache, handle.anatomy.window)
     plain = handle.anatomy.causal and (mask is None or mask.ndim == 2 or call.plain_mask)
     return Step(request, handle._base, start, plain, sight=call.sight, order=_image_order(inputs))
+
+
+def _read_before(
+    handle: Handle, model: PreTrainedModel, call: Call, start: int, rows: int, mask: Tensor | None
+) -> Request:
+    """The request of a cache that was filled without the recipe, where that makes no difference: with text.
+
+    Raises:
+        StateError: there is more in it, or nobody knows; the recipe looks at every token as it is read.
+    """
+    ids, filled = call.ids, "this cache was filled without vlmattn"
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start or handle.anatomy.leading:
+        raise StateError(
+            f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache"
+        )
+    ids = ids[:, :start].repeat_interleave(rows // len(ids), 0)
+    types = handle._family.token_types(model, ids)
+    if bool((types != TEXT).any()):
+        raise StateError(f"{filled}, with images; start a new generate() with the whole conversation, and a new cache")
+    if call.plan.edits_text:
+        raise StateError(
+            f"{filled}, and '{call.plan.name}' must see every token as it is read; start a new generate() with the whole"
+            " conversation, and a new cache"
+        )
+    request = Request(call.plan)
+    real = None if mask is None else _real_keys(mask)[:, :start]
+    request.extend(0, types, torch.full_like(types, -1, dtype=torch.int16), real, None, ids)
+    return request
 
 
 def _leading_types(count: int, start: int, inputs: dict[str, Any]) -> Tensor:
@@ -206,12 +248,14 @@ def _check_windows(cache: Any, window: int) -> None:
 
 
 def _image_order(inputs: dict[str, Any]) -> list[int] | None:
-    """Which encoded image each image of the prompt is: beams get the same tensors again. None = one after another."""
+    """Which encoded image each image of the prompt is: beams get the same tensors again. None = by the rows they are in."""
     encoded = inputs.get("mm_encoder_outputs") or {}
     seen: dict[int, int] = {}
     every = []
     for kind in ("image", "video"):
         found = getattr(encoded.get(kind), "pooler_output", None)
+        if isinstance(found, Tensor):  # of equal images: repeated ones are copies
+            return None
         every += [] if found is None else list(found)
     for features in every:
         seen.setdefault(features.data_ptr(), len(seen))
@@ -248,25 +292,24 @@ def _real_keys(mask: Tensor) -> Tensor:
 
 def _refuse_packing(inputs: dict[str, Any]) -> None:
     """Several sequences in one row would be edited as if they were one."""
-    if inputs.get("cache") is not None:
+    if compat.paged(inputs):
         raise UnsupportedError("continuous batching cannot be edited; use generate()")
     positions = inputs.get("position_ids")
-    alone = inputs.get("attention_mask") is None and inputs.get("past_key_values") is None
+    alone = inputs.get("attention_mask") is None and compat.cache_of(inputs) is None
     if alone and isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
         raise UnsupportedError(
             "packed sequences (position_ids that start anew) cannot be edited; give them as a padded batch"
         )
 
 
-def _check_registration(handle: Handle, model: PreTrainedModel) -> None:
-    """The decoder must still call us; a deep copy of models that share a config becomes known here."""
-    text = model.config.get_text_config()
-    if text._attn_implementation != attention.NAMES[handle._base]:
+def _check_registration(handle: Handle) -> None:
+    """The decoder must still call us."""
+    found = handle._text._attn_implementation
+    if found != attention.NAMES[handle._base]:
         raise StateError(
-            f"the attention implementation was set to '{text._attn_implementation}' while the model was wrapped, by you or"
+            f"the attention implementation was set to '{found}' while the model was wrapped, by you or"
             " by unwrapping a copy that shares its config; unwrap the model and wrap it again"
         )
-    WRAPPED.setdefault(id(text), weakref.WeakSet()).add(model)
 
 
 def _check_request(request: Request, plan: Plan, batch: int) -> None:
@@ -284,20 +327,41 @@ def _check_request(request: Request, plan: Plan, batch: int) -> None:
 def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the forward made itself gets the request, so that the next call finds it; branches come and go."""
     step: Step | Steps | None = kwargs.get(attention.STEP)
+    if not torch.compiler.is_compiling() and (handle := handle_of(model)) is not None:
+        handle.leave("forward")
+        if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
+            CALL.set(direct.outer)
+        _tell_missing_weights(handle, output)
+    if output is None:  # the forward raised
+        return
     if isinstance(step, Steps) and step.merged is not None:
-        step.merged.combine(model, kwargs["past_key_values"], output, step.early)
+        step.merged.combine(model, compat.cache_of(kwargs), output, step.early)
         return
     if torch.compiler.is_compiling():  # one token of generate(): there is nothing to note
         return
-    call, given = CALL.get(), kwargs.get("past_key_values")
-    if call is not None and call.direct and call.model is model:
-        CALL.set(call.outer)
+    call, given = CALL.get(), compat.cache_of(kwargs)
     if call is not None and call.fan is not None and call.fan.cache is not None and given is call.fan.cache:
         call.fan.spread(call, kwargs, output, step.early if isinstance(step, Steps) else {})
         return
     first = step.parts[0][1] if step is not None else None
-    if first is not None and (cache := getattr(output, "past_key_values", None)) is not None:
+    if first is not None and (cache := compat.output_cache(output)) is not None:
         setattr(cache, REQUEST, first.request)
+
+
+def _tell_missing_weights(handle: Handle, output: Any) -> None:
+    """Put None where a layer has no attention weights, and say so once."""
+    if not hasattr(output, "keys"):
+        return
+    for name in [name for name in output if name.endswith("attentions")]:
+        missing = [layer for layer, found in enumerate(output[name] or ()) if found is not None and found.ndim == 1]
+        if missing:
+            output[name] = tuple(None if found.ndim == 1 else found for found in output[name])
+            if handle.now.first("weights"):
+                warnings.warn(
+                    f"vlmattn: {name} of layers {', '.join(map(str, missing))} are None: their heads keep different tokens"
+                    f" under '{handle.recipe.name}'",
+                    stacklevel=2,
+                )
 
 
 def _before_decoder(
@@ -314,7 +378,7 @@ def _before_decoder(
         plan = step.request.plan
         if plan.seeing:
             _show_images(step, step.start or 0, kwargs["inputs_embeds"])
-        if plan.preparing and step.start == 0:
+        if plan.preparing and step.start == 0 and step.request.has_images:
             _prepare(step, family, decoder, kwargs)
     return args, kwargs
 
@@ -337,30 +401,50 @@ def _show_images(step: Step, start: int, embeds: Tensor) -> None:
     types = request.types(stop, embeds.device)[:, start:]
     if not bool((types != TEXT).any()):
         return
-    patches = {layer: _ordered(step, seen) for layer, seen in step.sight.patches.items()}
-    if not patches:
+    if not step.sight.patches:
         raise InputError(
             f"{', '.join(m.info.name for m in request.plan.seeing)} must see the vision tower at work; give pixel_values,"  # type: ignore[attr-defined]
             " not features that were computed before"
         )
-    sight = Sight(request, start, types, patches, _images(step, patches, types, embeds) if request.plan.pruning else ())
+    order = step.order or _order_of_rows(request, start, types, len(next(iter(step.sight.patches.values()))))
+    patches = {layer: _ordered(order, seen) for layer, seen in step.sight.patches.items()}
+    images = _images(step, order, patches, types, embeds[:, : stop - start]) if request.plan.pruning else ()
+    sight = Sight(request, start, types, patches, images)
     for method in request.plan.seeing:
         method.encoded(sight)
     if (call := CALL.get()) is not None:
         call.sight.shown = True
 
 
-def _ordered(step: Step, seen: Sequence[Any]) -> list[Any]:
+def _ordered(order: Sequence[int], seen: Sequence[Any]) -> list[Any]:
     """What was seen of the encoded images, for the images of the prompt."""
-    return [seen[i] for i in step.order or range(len(seen))]
+    return [seen[i] for i in order]
 
 
-def _images(step: Step, patches: dict[int, list[Tensor]], types: Tensor, embeds: Tensor) -> tuple[Image, ...]:
+def _order_of_rows(request: Request, start: int, types: Tensor, encoded: int) -> list[int]:
+    """Which of ``encoded`` images each image of the prompt is, where every row may be there several times, one after another."""
+    numbers = request.images(start + types.shape[1], types.device)[:, start:]
+    counts = [
+        [torch.unique(row[own]).numel() for row, own in zip(numbers, types == kind, strict=True)]
+        for kind in (IMAGE, VIDEO)  # as they are encoded
+    ]
+    times = sum(map(sum, counts)) // encoded
+    order: list[int] = []
+    for of_kind in counts:
+        for count in of_kind[:: max(times, 1)]:
+            first = len(order) // max(times, 1)
+            order += [*range(first, first + count)] * times
+    return order if len(order) == times * encoded else list(range(encoded))
+
+
+def _images(
+    step: Step, order: Sequence[int], patches: dict[int, list[Tensor]], types: Tensor, embeds: Tensor
+) -> tuple[Image, ...]:
     """All that is known of each image of the prompt."""
     call = CALL.get()
     assert call is not None
-    keys = {layer: _ordered(step, seen) for layer, seen in step.sight.keys.items()}
-    features = _ordered(step, step.sight.features) if step.sight.features else []
+    keys = {layer: _ordered(order, seen) for layer, seen in step.sight.keys.items()}
+    features = _ordered(order, step.sight.features) if step.sight.features else []
     project = partial(call.handle._family.project, call.model)
     if not features:
         lengths = [seen.shape[-1] for seen in next(iter(patches.values()))]
@@ -466,12 +550,16 @@ def _before_layer(
     if step is None:
         return None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    if kwargs.get("output_attentions"):  # some attention modules keep it to themselves
+        for _, part in step.parts:
+            if part is not None:
+                part.wants_weights = True
     if isinstance(step, Steps) and index in step.early:
         step.early[index] = family.residual(hidden)
     first = step.parts[0][1]
     if first is not None and first.request.plan.drops and first.watch is None:  # never with branches
         view, hidden, kwargs = narrow(first, layer, index, hidden, kwargs)
-        before_layer(view, index, hidden.shape[1], kwargs.get("past_key_values"))
+        before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
         _observe(view, index, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for rows, part in step.parts:
@@ -534,52 +622,6 @@ def _before_tower_attention(number: int, module: nn.Module, args: tuple[Any, ...
         call.sight.patches.setdefault(number, []).extend(call.handle._family.summary_attention(*inputs))
         if call.plan.pruning:
             call.sight.keys.setdefault(number, []).extend(call.handle._family.patch_keys(*inputs))
-
-
-def _hook_projections(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hooks that add directions to queries and keys; only models whose recipe has some get them."""
-    hooks = []
-    for index, layer in enumerate(family.layers(model)):
-        module, query, key = family.projections(layer)
-        hooks += [
-            module.register_forward_pre_hook(_before_attention, with_kwargs=True),
-            module.register_forward_hook(_after_attention),
-            query.register_forward_hook(partial(_add_direction, index, "query")),
-            key.register_forward_hook(partial(_add_direction, index, "key")),
-        ]
-    return hooks
-
-
-def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _STEP.set(kwargs.get(attention.STEP))
-
-
-def _after_attention(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-    _STEP.set(None)
-
-
-def _add_direction(index: int, side: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-    step = _STEP.get()
-    if step is None:
-        return None
-    groups = []
-    for rows, part in step.parts:
-        group = out[rows]
-        if part is not None and part.watch is None:
-            for layer, found in part.request.plan.directions:
-                if layer == index and (added := getattr(found, side)) is not None:
-                    group = group + _direction(part.request, layer, side, added, out)
-        groups.append(group)
-    return groups[0] if len(groups) == 1 else torch.cat(groups)
-
-
-def _direction(request: Request, layer: int, side: str, added: Tensor, out: Tensor) -> Tensor:
-    """What is added, moved to the device once per request."""
-    kept, key = request.state, ("direction", layer, side, out.device, out.dtype)
-    if key not in kept:
-        kept[key] = added.flatten().to(out)
-    found: Tensor = kept[key]
-    return found
 
 
 def _hook_rotation(family: Family, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:

@@ -96,7 +96,7 @@ class Merged:
             if request is not None:
                 request.call = call.token
         self._window, self._attending = call.handle.anatomy.window, call.handle.anatomy.attending
-        self._alone, self._ledger, self._rule = alone, call.handle._ledger, call.plan.rule
+        self._alone, self._ledger, self._rule = alone, call.ledger, call.plan.rule
 
     def fill(self, cache: Any, views: Sequence[View]) -> None:
         """Move the keys and values of all groups into the cache of the call."""
@@ -123,6 +123,13 @@ class Merged:
                 for name in ("keys", "values")
             )
             if sliding:  # each group holds the last tokens of its own prompt
+                if getattr(layer, "record_past", False) and any(
+                    part.get_seq_length() > part.keys.shape[-2] for part in parts
+                ):
+                    raise UnsupportedError(
+                        f"the decoding rule of '{self._name}' cannot take drafts back from a sliding window of {self._window} tokens;"
+                        " leave assisted decoding out (assistant_model, prompt_lookup_num_tokens), or use a shorter prompt"
+                    )
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values, layer.cumulative_length = keys, values, self.longest
                 continue
@@ -207,6 +214,11 @@ class Merged:
         for name in ("attentions", "hidden_states"):
             if output.get(name) is not None:
                 output[name] = tuple(None if found is None else found[: self.rows] for found in output[name])
+        if output.get("attentions") is not None:  # slots before the main prompt are padding for longer ones
+            shift = self.longest - self.prompt
+            output["attentions"] = tuple(
+                None if found is None else found[..., shift:] for found in output["attentions"]
+            )
 
 
 def forget_branches(cache: Any) -> None:

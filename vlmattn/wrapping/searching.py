@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
-from vlmattn.decoding.search import LastLook, Search
+from vlmattn import compat
+from vlmattn.decoding.search import Hypothesis, LastLook, Process, Search
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import OF_TOKENS
 from vlmattn.request import TEXT, Request
-from vlmattn.wrapping.branches import new_cache, setting_of
+from vlmattn.wrapping.branches import NOT_PASSED_ON, new_cache, run, setting_of, to_device
 from vlmattn.wrapping.call import CALL, Call, TowerView
 from vlmattn.wrapping.merged import REQUEST
+
+# Which prompt of the batch the logits processors work on, in this thread.
+_ROW: ContextVar[int | None] = ContextVar("vlmattn_row", default=None)
 
 _CHOOSES = "chooses the tokens by itself"
 _NEUTRAL = {
@@ -38,10 +46,19 @@ def refuse_ways(model: PreTrainedModel, rule: str, kwargs: Mapping[str, Any]) ->
     for name in ("do_sample", "stopping_criteria", "assistant_model", "custom_generate"):
         if kwargs.get(name):
             raise UnsupportedError(f"'{rule}' {_CHOOSES} and cannot have {name}; leave it out")
-    if any(kwargs.get(name) is not None for name in ("past_key_values", "inputs_embeds", "position_ids")):
+    if compat.cache_of(kwargs) is not None or any(
+        kwargs.get(name) is not None for name in ("inputs_embeds", "position_ids")
+    ):
         raise UnsupportedError(
             f"'{rule}' needs input_ids of the whole prompt, without past_key_values or inputs_embeds or position_ids"
         )
+
+
+def row_by_row(allowed: Callable[[int, Tensor], list[int]] | None) -> Callable[[int, Tensor], list[int]] | None:
+    """A ``prefix_allowed_tokens_fn`` that is only asked about the row of the batch whose scores are processed."""
+    if allowed is None:
+        return None
+    return lambda batch, ids: allowed(batch, ids) if batch == _ROW.get() else [0]  # of other rows nobody reads anything
 
 
 def searching(search: Search, inputs: Mapping[str, Any]) -> Callable[..., Any]:
@@ -49,28 +66,136 @@ def searching(search: Search, inputs: Mapping[str, Any]) -> Callable[..., Any]:
 
     def decode(
         model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, generation_config: Any, **_: Any
-    ) -> Tensor | GenerateDecoderOnlyOutput:
+    ) -> Tensor | GenerateBeamDecoderOnlyOutput:
         call = CALL.get()
         assert call is not None
         new = generation_config.max_length - input_ids.shape[1]
         eos = generation_config._eos_token_tensor
         ends = frozenset(() if eos is None else eos.flatten().tolist())
-        answers = []
-        for row, one in enumerate(_apart(call, inputs, input_ids)):
-            ids = input_ids[row : row + 1]
-
-            def process(generated: Tensor, scores: Tensor, ids: Tensor = ids) -> Tensor:
-                processed: Tensor = logits_processor(torch.cat([ids.expand(len(generated), -1), generated], 1), scores)
-                return processed
-
-            answers.append(search.search(_Rows(call, one), ends, new, process))
+        answers = [
+            search.search(_Rows(call, one), ends, new, _process(logits_processor, input_ids, row))
+            for row, one in enumerate(_apart(call, inputs, input_ids))
+        ]
         padding = generation_config._pad_token_tensor
         value = 0 if padding is None else int(padding)
-        tokens = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=value)
+        tokens = pad_sequence([answer.tokens for answer in answers], batch_first=True, padding_value=value)
         found = torch.cat([input_ids, tokens.to(input_ids)], 1)
-        return GenerateDecoderOnlyOutput(sequences=found) if generation_config.return_dict_in_generate else found
+        if not generation_config.return_dict_in_generate:
+            return found
+        return _Told(call, inputs, found, answers, value).output(generation_config)
 
     return decode
+
+
+def _process(processors: Any, prompts: Tensor, row: int) -> Process:
+    """Logits processors, which were made for the whole batch, for rows that one of its prompts has grown.
+
+    Each of these rows takes the place of its prompt in the batch; the other prompts go on with the same tokens.
+    """
+
+    def process(generated: Tensor, scores: Tensor) -> Tensor:
+        if not len(processors):
+            return scores
+        token = _ROW.set(row)
+        try:
+            found = [
+                processors(torch.cat([prompts, ids.expand(len(prompts), -1)], 1), one.repeat(len(prompts), 1))[row]
+                for ids, one in zip(generated.to(prompts), scores, strict=True)
+            ]
+        finally:
+            _ROW.reset(token)
+        return torch.stack(found)
+
+    return process
+
+
+@dataclass
+class _Told:
+    """What generate() returns beside the tokens of a search.
+
+    Attributes:
+        sequences: int64 ``[batch, tokens]``, prompts with their answers; answers: of each prompt; padding: id behind short ones.
+    """
+
+    call: Call
+    inputs: Mapping[str, Any]
+    sequences: Tensor
+    answers: list[Hypothesis]
+    padding: int
+
+    @property
+    def prompt(self) -> int:
+        return self.sequences.shape[1] - self.new
+
+    @property
+    def new(self) -> int:
+        return max(len(answer.tokens) for answer in self.answers)
+
+    def output(self, config: Any) -> GenerateBeamDecoderOnlyOutput:
+        device = self.sequences.device
+        lengths = torch.tensor([[len(answer.tokens)] for answer in self.answers], device=device)
+        rows = torch.arange(len(self.answers), dtype=torch.int32, device=device)[:, None]
+        found = GenerateBeamDecoderOnlyOutput(
+            sequences=self.sequences,
+            beam_indices=rows.where(torch.arange(self.new, device=device) < lengths, -1),
+        )
+        vocabulary = self.call.model.get_output_embeddings().weight.shape[0]
+        if config.output_scores:
+            found.sequences_scores = torch.tensor([answer.score for answer in self.answers], device=device)
+            found.scores = self._scores(vocabulary)
+        wanted = config.output_logits or config.output_attentions or config.output_hidden_states
+        if self.new and (wanted or config.use_cache is not False):
+            self._read(found, config)
+        return found
+
+    def _scores(self, vocabulary: int) -> tuple[Tensor, ...]:
+        """For each token the log-probabilities it was chosen by, ``[batch, vocabulary]``; behind an answer only padding is possible."""
+        rows = []
+        for answer in self.answers:
+            behind = answer.scores(vocabulary).new_full((self.new - len(answer.tokens), vocabulary), -torch.inf)
+            behind[:, self.padding] = 0
+            rows.append(torch.cat([answer.scores(vocabulary), behind]))
+        return torch.stack(rows, 1).to(self.sequences.device).unbind()
+
+    def _read(self, found: GenerateBeamDecoderOnlyOutput, config: Any) -> None:
+        """Let the model read the prompts and then their answers once more, for what it has to say of them."""
+        model, device, new = self.call.model, self.sequences.device, self.new - 1
+        prompts, answers = self.sequences[:, : self.prompt], self.sequences[:, self.prompt : -1]
+        given = self.inputs.get("attention_mask")
+        mask = torch.ones_like(prompts) if given is None else given.to(prompts)
+        names = set(inspect.signature(type(model).forward).parameters) - NOT_PASSED_ON
+        inputs = {name: to_device(value, device) for name, value in self.inputs.items() if name in names}
+        inputs |= {"input_ids": prompts, "attention_mask": mask}
+        positions = self.call.handle._family.positions(model, inputs)
+        steps = [{**inputs, "position_ids": positions, "logits_to_keep": 1}]
+        if new:
+            later = positions[..., -1:] + torch.arange(1, new + 1, device=device)
+            longer = pad(mask, (0, new), value=1)
+            steps.append({"input_ids": answers, "attention_mask": longer, "position_ids": later, "logits_to_keep": new})
+        cache = new_cache(model)
+        kept = {name: getattr(config, name) for name in ("output_attentions", "output_hidden_states")}
+        call = replace(self.call, prompt_length=self.prompt, plain_mask=True, token=object(), sight=TowerView())
+        outs = [run(call, cache, **step, **kept) for step in steps]
+        if config.use_cache is not False:
+            compat.set_output_cache(found, cache)
+        if config.output_logits:
+            found.logits = torch.cat([out.logits for out in outs], 1).float().unbind(1)
+        if config.output_hidden_states:
+            found.hidden_states = (
+                outs[0].hidden_states,
+                *(tuple(states[:, n : n + 1] for states in outs[1].hidden_states) for n in range(new)),
+            )
+        if config.output_attentions:
+            found.attentions = (
+                outs[0].attentions,
+                *(
+                    tuple(
+                        None if one is None else one[:, :, n : n + 1, : self.prompt + n + 1]
+                        for one in outs[1].attentions
+                    )
+                    for n in range(new)
+                ),
+            )
 
 
 def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str, Any]]:
@@ -78,6 +203,8 @@ def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str,
     family = call.handle._family
     mask = inputs.get("attention_mask")
     real = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+    if empty := (~real.bool().any(1)).nonzero().flatten().tolist():
+        raise InputError(f"row {empty[0]} of the prompts is nothing but padding; leave it out of the batch")
     if bool((real.diff(dim=1) < 0).any()):
         raise InputError("the prompts must be padded on the left; set processor.tokenizer.padding_side = 'left'")
     given = {**inputs, "input_ids": ids}
@@ -127,7 +254,7 @@ class _Rows:
 
     def grow(self, parents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         self.keep(parents)
-        self._call.handle._ledger.add(("fired", self._call.plan.rule))
+        self._call.ledger.add(("fired", self._call.plan.rule))
         return self._append(tokens[:, None]), LastLook.read(self._now.request)
 
     def keep(self, rows: Tensor) -> None:
@@ -158,10 +285,6 @@ class _Rows:
         return self._forward(self._now.cache, input_ids=tokens, position_ids=positions)
 
     def _forward(self, cache: DynamicCache, **inputs: Any) -> Tensor:
-        token = CALL.set(self._call)
-        try:
-            out = self._call.model(**inputs, past_key_values=cache, use_cache=True, return_dict=True, logits_to_keep=1)
-        finally:
-            CALL.reset(token)
+        out = run(self._call, cache, **inputs, logits_to_keep=1)
         logits: Tensor = out.logits[:, -1].float()
         return logits

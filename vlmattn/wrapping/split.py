@@ -115,7 +115,10 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
         self.arriving = None if bool(new.all()) else new
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Append ``[batch, heads, new, dim]``; one token sees the window that ends in it, several the one before them too."""
+        """Append ``[batch, heads, new, dim]``; one token sees the window that ends in it, several the one before them too.
+
+        With ``split.late`` one token, too, sees the window before it.
+        """
         new, tokens, arriving = (key_states, value_states), key_states.shape[-2], self.arriving
         self.keys, self.values = (
             torch.cat([states, more[:, self.full_heads]], -2)
@@ -129,7 +132,7 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
         self.length, self.most = self.length + tokens, self.most + tokens
         if arriving is None:
             self.least += tokens
-        if tokens == 1:
+        if tokens == 1 and not self.split.late:
             self._trim()
             return self._states()
         found = self._states()

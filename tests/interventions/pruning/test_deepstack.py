@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from numerics import near
 from tiny import build, generate, left_padded, prompt
 
 import vlmattn
@@ -50,12 +50,12 @@ def test_dropped_equals_hidden_and_padding_is_invisible(name, ways, attn):
     for mode in ("drop", "mask"):
         model = vlmattn.wrap(build("qwen3_vl", attn), type(method)(**{**method.options(), "mode": mode}))
         found.append(generate(model, left_padded(prompts()), NEW, **WAYS[ways]))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    near(*found)
     assert (generate(build("qwen3_vl", attn), left_padded(prompts()), NEW, **WAYS[ways]) - found[0]).abs().max() > 0.05
     if ways != "beams":
         model = vlmattn.wrap(build("qwen3_vl", attn), method)
         for row, single in enumerate(prompts()):
-            torch.testing.assert_close(found[0][row], generate(model, single, NEW, **WAYS[ways])[0], rtol=0, atol=1e-5)
+            near(found[0][row], generate(model, single, NEW, **WAYS[ways])[0])
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -63,7 +63,7 @@ def test_policies_in_a_padded_batch(name):
     model = vlmattn.wrap(build("qwen3_vl"), POLICIES[name])
     batch = generate(model, left_padded(prompts()), NEW)
     for row, single in enumerate(prompts()):
-        torch.testing.assert_close(batch[row], generate(model, single, NEW)[0], rtol=0, atol=1e-5)
+        near(batch[row], generate(model, single, NEW)[0])
     assert (generate(build("qwen3_vl"), left_padded(prompts()), NEW) - batch).abs().max() > 0.01
 
 
@@ -72,7 +72,7 @@ def test_beside_an_edit():
     for mode in ("drop", "mask"):
         model = vlmattn.wrap(build("qwen3_vl"), [FastV(layer=2, keep_ratio=0.5, mode=mode), VHR(layers="0:")])
         found.append(generate(model, left_padded(prompts()), NEW))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    near(*found)
 
 
 @pytest.mark.parametrize(

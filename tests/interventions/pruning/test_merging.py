@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hand import causal, embedded
+from numerics import near
 from tiny import IMAGE_TOKEN, build, generate, left_padded, prompt
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -82,7 +83,7 @@ def test_sparsevlm_equals_the_released_algorithm(version, words):
     )
     with torch.no_grad():
         expected = released_sparsevlm(bare, inputs, [0, 1, 2], [12, 8, 4], version, 2, size=2)
-    torch.testing.assert_close(answers("llava", method, inputs)[0, 0], expected, rtol=0, atol=1e-5)
+    near(answers("llava", method, inputs)[0, 0], expected)
     assert (generate(bare, inputs, 1)[0, 0] - expected).abs().max() > 0.05
 
 
@@ -162,7 +163,7 @@ def test_visionzip_equals_a_shorter_prompt(images, attn):
         bare, {"inputs_embeds": embeds, "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long)}, NEW
     )
     out = answers("llava", VisionZip(dominant=5 / 16, contextual=3 / 16), inputs, attn)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    near(out, expected)
     assert (generate(bare, inputs, NEW) - expected).abs().max() > 0.05
 
 
@@ -201,10 +202,10 @@ def test_dropped_equals_hidden_and_padding_is_invisible(name, family, ways):
     prompts = [prompt(family, images), prompt(family, 1, seed=3, words=7)]
     dropped = answers(family, method, left_padded(prompts), **ways)
     hidden = answers(family, type(method)(**{**method.options(), "mode": "mask"}), left_padded(prompts), **ways)
-    torch.testing.assert_close(dropped, hidden, rtol=0, atol=1e-5)
+    near(dropped, hidden)
     if "num_beams" not in ways:
         for row, single in enumerate(prompts):
-            torch.testing.assert_close(dropped[row], answers(family, method, single, **ways)[0], rtol=0, atol=1e-5)
+            near(dropped[row], answers(family, method, single, **ways)[0])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -223,7 +224,7 @@ def test_a_second_turn_with_and_without_an_image(name):
         ids = torch.cat([second.sequences, later["input_ids"]], 1)
         turn = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=second.past_key_values)
         found.append(generate(model, {**turn, "pixel_values": later["pixel_values"]}, 3))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    near(*found)
 
 
 def test_visionzip_wants_pixels():

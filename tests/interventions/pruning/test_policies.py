@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hand import Hand, causal, check_isolation
+from numerics import near
 from tiny import IMAGE_TOKEN, build, generate, left_padded, prompt
 
 import vlmattn
@@ -187,7 +190,7 @@ def test_equals_the_decoder_run_by_hand(name, family):
     policy, inputs = POLICIES[name], prompt(family, 2)
     expected = Hand(build(family), TELLERS[type(policy)](policy, inputs).see).generate(inputs, NEW)
     out, model = answers(family, policy, inputs)
-    torch.testing.assert_close(out[0], expected, rtol=0, atol=1e-5)
+    near(out[0], expected)
     assert sum(model.vlmattn.report()["fired"].values()) > 0
     assert (generate(build(family), inputs, NEW)[0, 1:] - expected[1:]).abs().max() > 0.05, (
         "the policy does nothing here"
@@ -202,7 +205,7 @@ def test_every_sequence_of_a_padded_batch_gets_what_it_gets_alone(name, family, 
     batch, _ = answers(family, POLICIES[name], left_padded(prompts), attn)
     for row, single in enumerate(prompts):
         alone, _ = answers(family, POLICIES[name], single, attn)
-        torch.testing.assert_close(batch[row], alone[0], rtol=0, atol=1e-5)
+        near(batch[row], alone[0])
 
 
 @every_policy
@@ -222,7 +225,7 @@ def test_beams(name):
     for row, single in enumerate([prompt("llava", 2), prompt("llava", 1, seed=3, words=7)]):
         alone = vlmattn.wrap(build("llava"), policy).generate(**single, **options)
         assert torch.equal(found.sequences[row, -NEW:], alone.sequences[0, -NEW:])
-        torch.testing.assert_close(found.sequences_scores[row], alone.sequences_scores[0], rtol=0, atol=1e-5)
+        near(found.sequences_scores[row], alone.sequences_scores[0])
 
 
 @every_family
@@ -233,7 +236,7 @@ def test_evicted_equals_hidden(name, family, options):
     policy = POLICIES[name]
     dropped, _ = answers(family, policy, inputs, **options)
     hidden, _ = answers(family, type(policy)(**{**policy.options(), "mode": "mask"}), inputs, **options)
-    torch.testing.assert_close(dropped, hidden, rtol=0, atol=1e-5)
+    near(dropped, hidden)
 
 
 @every_policy
@@ -242,7 +245,7 @@ def test_reads_agree_with_the_reference(name, monkeypatch):
     fast, _ = answers("llava", POLICIES[name], inputs)
     monkeypatch.setenv("VLMATTN_BACKEND", "reference")
     slow, _ = answers("llava", POLICIES[name], inputs)
-    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
+    near(fast, slow)
 
 
 def cache_after(policy, inputs, new=1):
@@ -270,10 +273,14 @@ def test_text_is_pruned_too():
 
 
 @every_policy
-def test_prompt_lookup_and_a_second_turn(name):
+def test_drafts_are_refused_and_a_second_turn_runs(name):
     model, inputs = vlmattn.wrap(build("llava"), POLICIES[name]), prompt("llava", 2)
     options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
-    model.generate(**inputs, prompt_lookup_num_tokens=3, **options)
+    own = re.escape(POLICIES[name].info.name)
+    with pytest.raises(UnsupportedError, match=rf"^{own} chooses .* leave prompt_lookup_num_tokens out$"):
+        model.generate(**inputs, prompt_lookup_num_tokens=3, **options)
+    with pytest.raises(UnsupportedError, match=rf"^{own} chooses .* leave assistant_model out$"):
+        model.generate(**inputs, assistant_model=build("llava", seed=1), **options)
     first = model.generate(**inputs, return_dict_in_generate=True, **options)
     more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], 1)
     again = model.generate(
@@ -295,7 +302,7 @@ def test_a_second_turn_sees_what_is_left(name):
         more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], 1)
         turn = dict(input_ids=more, attention_mask=torch.ones_like(more), past_key_values=first.past_key_values)
         found.append(generate(model, turn, 4))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    near(*found)
 
 
 @every_policy
@@ -310,7 +317,7 @@ def test_beside_fewer_rows():
     for mode in ("drop", "mask"):
         recipe = [FastV(layer=2, keep_ratio=0.5, mode=mode), AVL(text_first=2, text_every=2, mode=mode)]
         found.append(answers("llava", recipe, inputs)[0])
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    near(*found)
 
 
 def test_refusals():

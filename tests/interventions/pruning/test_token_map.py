@@ -252,7 +252,7 @@ def check_moved(tokens: TokenMap) -> None:
         assert before is None or torch.equal(after, before[rows])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(stories(), st.integers(0, 2**16))
 def test_a_layer_is_what_lists_say(story, seed):
     torch.manual_seed(seed)

@@ -3,23 +3,26 @@
 Ours without spaCy and NLTK ("lite"): a word of a caption counts if its singular is in the vocabulary of the association
 file, whatever its part of speech; it is safe by exact or associated match only, where the released code also takes words
 whose vectors are alike. Both raise CHAIR and Hal above published figures: compare runs of this suite with each other.
+Words are runs of letters, where the released tokenizer keeps hyphens ("air-conditioning"). All else is the released rule,
+capitals included: "TV" is in the vocabulary, "Trees" is not. Yes/no questions: the first "yes" or "no" among the words,
+where the released code takes "Yes" and "No" alone.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmattn.errors import InputError
+from vlmattn.errors import InputError, quoted
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFiles, read_items, read_text
+from vlmattn.evals.suites.files import ImageFolder, Item, read_items
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo
 from vlmattn.evals.words import singular
+from vlmattn.texts import read_json, read_text
 
 _SPLITS = {
     "discriminative-hallucination": "existence",
@@ -43,9 +46,11 @@ class AmberCaptions(Suite):
     """The generative half: what captions name that is not there, and how much of what is there.
 
     Args:
-        folder: with ``annotations.json``, ``query_generative.json``, ``relation.json`` and ``safe_words.txt``.
+        folder: ``data`` of the release: ``annotations.json``, ``relation.json``, ``safe_words.txt`` and, in it or in its
+            ``query``, ``query_generative.json``.
         images: folder of the images.
         limit: use the first so many.
+        allow_outside: whether the names of images may lead out of the folder.
 
     Raises:
         InputError: a file or image that is not there, or not in the published form.
@@ -67,38 +72,44 @@ class AmberCaptions(Suite):
         ),
     )
 
-    def __init__(self, folder: Path, images: Path, limit: int | None = None, max_new_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        images: Path,
+        limit: int | None = None,
+        max_new_tokens: int = 512,
+        allow_outside: bool = False,
+    ) -> None:
         self.max_new_tokens = max_new_tokens
         self.settings = {"folder": folder.name, "limit": limit, "max_new_tokens": max_new_tokens}
         self._near = _associations(folder / "relation.json")
         self._vocabulary = {*self._near, *(word for words in self._near.values() for word in words)}
         self._skipped = set(read_text(folder / "safe_words.txt").split())
-        known = _annotations(folder)
+        known, pictures = _annotations(folder), ImageFolder(images, allow_outside)
         self._samples = []
-        for where, query in read_items(folder / "query_generative.json", ("id", "image", "query"), "an AMBER query")[
-            :limit
-        ]:
-            entry = known.get(query["id"])
-            if entry is None or entry["type"] != "generative":
+        for query in _queries(folder, "query_generative.json")[:limit]:
+            entry = known.get(query.key("id"))
+            if entry is None or entry.text("type") != "generative":
                 raise InputError(
-                    f"{where}: query {query['id']} has no generative annotation in {folder.name}/annotations.json"
+                    f"{query.where}: query {query.key('id')} has no generative annotation in {folder.name}/annotations.json"
                 )
-            truth = Words(tuple(self._known(entry, "truth")), tuple(self._known(entry, "hallu")))
-            self._samples.append(_sample(query, images, "captions", truth))
+            truth = Words(self._known(entry, "truth"), self._known(entry, "hallu"))
+            self._samples.append(_sample(query, pictures, "captions", truth))
 
-    def _known(self, entry: dict[str, Any], part: str) -> list[str]:
-        for word in entry[part]:
+    def _known(self, entry: Item, part: str) -> tuple[str, ...]:
+        words = entry.texts(part)
+        for word in words:
             if word not in self._near:
                 raise InputError(
-                    f"AMBER annotation {entry['id']}: '{word}' is not in relation.json; take both from one release"
+                    f"{entry.where}: {quoted(word)} of {part} is not in relation.json; take both from one release"
                 )
-        return list(entry[part])
+        return tuple(words)
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
-        named = [word for word in map(singular, re.findall(r"[^\W\d_]+", answer.lower())) if word in self._vocabulary]
+        named = [word for word in map(singular, re.findall(r"[^\W\d_]+", answer)) if word in self._vocabulary]
         safe, risky = self._stand_for(sample.truth.truth), self._stand_for(sample.truth.traps)
         asked = [word for word in named if word not in self._skipped]
         unsafe = [word for word in asked if word not in safe]
@@ -132,9 +143,10 @@ class AmberQuestions(YesNo):
     """The discriminative half; *no* is the positive class, as published.
 
     Args:
-        folder: with ``annotations.json`` and ``query_all.json``.
+        folder: ``data`` of the release: ``annotations.json`` and, in it or in its ``query``, ``query_all.json``.
         images: folder of the images.
         limit: use the first so many questions of each split.
+        allow_outside: whether the names of images may lead out of the folder.
 
     Raises:
         InputError: a file or image that is not there, or not in the published form.
@@ -151,21 +163,23 @@ class AmberQuestions(YesNo):
         YES_RATIO,
     )
 
-    def __init__(self, folder: Path, images: Path, limit: int | None = None) -> None:
+    def __init__(self, folder: Path, images: Path, limit: int | None = None, allow_outside: bool = False) -> None:
         self.settings = {"folder": folder.name, "limit": limit}
-        known = _annotations(folder)
+        known, pictures = _annotations(folder), ImageFolder(images, allow_outside)
         counts: dict[str, int] = {}
         self._samples = []
-        for where, query in read_items(folder / "query_all.json", ("id", "image", "query"), "an AMBER query"):
-            entry = known.get(query["id"])
+        for query in _queries(folder, "query_all.json"):
+            entry = known.get(query.key("id"))
             if entry is None:
-                raise InputError(f"{where}: query {query['id']} has no annotation in {folder.name}/annotations.json")
-            if entry["type"] == "generative":
+                raise InputError(
+                    f"{query.where}: query {query.key('id')} has no annotation in {folder.name}/annotations.json"
+                )
+            if entry.text("type") == "generative":
                 continue
-            split = _SPLITS[entry["type"]]
+            split = _SPLITS[entry.text("type")]
             counts[split] = counts.get(split, 0) + 1
             if limit is None or counts[split] <= limit:
-                self._samples.append(_sample(query, images, split, entry["truth"] == "yes"))
+                self._samples.append(_sample(query, pictures, split, entry.yes("truth")))
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         no, is_no = self.read(answer) is False, not sample.truth
@@ -173,39 +187,43 @@ class AmberQuestions(YesNo):
         return {**super().score(sample, answer), **more}
 
 
-def _sample(query: dict[str, Any], images: Path, split: str, truth: Any) -> Sample:
+def _sample(query: Item, pictures: ImageFolder, split: str, truth: Any) -> Sample:
     return Sample(
-        id=str(query["id"]),
-        image_id=query["image"],
+        id=query.key("id"),
+        image_id=query.text("image"),
         condition="amber",
         splits=(split,),
-        prompt=query["query"],
-        images=ImageFiles.of(images, [query["image"]]),
+        prompt=query.text("query"),
+        images=pictures.files(query.where, [query.text("image")]),
         truth=truth,
     )
 
 
-def _annotations(folder: Path) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    for where, item in read_items(folder / "annotations.json", ("id", "type", "truth"), "an AMBER annotation"):
-        generative = item["type"] == "generative"
-        if not (generative or item["type"] in _SPLITS):
-            raise InputError(f"{where}: unknown type '{item['type']}'")
-        if item["id"] in found:
-            raise InputError(f"{where}: id {item['id']} is there twice")
-        if item["truth"] not in ("yes", "no") and not generative:
-            raise InputError(f"{where}: truth must be yes or no, got '{item['truth']}'")
-        if generative and "hallu" not in item:
-            raise InputError(f"{where}: a generative annotation needs hallu")
-        found[item["id"]] = item
+def _queries(folder: Path, name: str) -> list[Item]:
+    """Queries beside the annotations, or in the folder ``query``, where the release has them."""
+    released = folder / "query" / name
+    return read_items(released if released.exists() else folder / name, ("id", "image", "query"), "an AMBER query")
+
+
+def _annotations(folder: Path) -> dict[str, Item]:
+    found: dict[str, Item] = {}
+    for item in read_items(folder / "annotations.json", ("id", "type", "truth"), "an AMBER annotation"):
+        key, kind = item.key("id"), item.text("type")
+        if kind != "generative" and kind not in _SPLITS:
+            raise InputError(f"{item.where}: unknown type {quoted(kind)}")
+        if key in found:
+            raise InputError(f"{item.where}: id {key} is there twice")
+        if kind != "generative":
+            item.yes("truth")
+        elif "hallu" not in item.values:
+            raise InputError(f"{item.where}: a generative annotation needs hallu")
+        found[key] = item
     return found
 
 
 def _associations(path: Path) -> dict[str, list[str]]:
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    data = read_json(path)
     if not isinstance(data, dict):
         raise InputError(f"{path}: AMBER's relation.json is an object of words and their associated words")
-    return data
+    known = Item(str(path), data)
+    return {word: known.texts(word) for word in data}

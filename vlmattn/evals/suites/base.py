@@ -45,6 +45,8 @@ class Suite(ABC):
     fields: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[Metric, ...]]
     max_new_tokens: int = 32
+    #: Whether the figure over all splits is the mean of theirs, or one of all answers together.
+    mean_of_splits: bool = False
 
     #: What is written with every result.
     settings: Mapping[str, Any]

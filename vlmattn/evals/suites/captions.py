@@ -19,7 +19,7 @@ from vlmattn.errors import InputError
 from vlmattn.evals.coco import load_coco_captions
 from vlmattn.evals.stats import Array, Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFiles
+from vlmattn.evals.suites.files import ImageFolder
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 _ORDERS = (1, 2, 3, 4)
@@ -61,6 +61,7 @@ class Captions(Suite):
         images: folder of its images.
         limit: use the first so many images.
         max_new_tokens: length of captions.
+        allow_outside: whether the names of images may lead out of the folder.
 
     Raises:
         InputError: a file that is not in COCO's form; an image without caption; pycocoevalcap is missing.
@@ -78,7 +79,15 @@ class Captions(Suite):
         Metric("length", {"words": 1}, {"captions": 1}, "words per caption", scale=1.0, better="", label="words"),
     )
 
-    def __init__(self, captions: Path, images: Path, limit: int | None = None, max_new_tokens: int = 64) -> None:
+    def __init__(
+        self,
+        captions: Path,
+        images: Path,
+        limit: int | None = None,
+        max_new_tokens: int = 64,
+        allow_outside: bool = False,
+    ) -> None:
+        pictures = ImageFolder(images, allow_outside)
         self._cider: Any = _scorer()
         self.max_new_tokens = max_new_tokens
         self.settings = {"captions": captions.name, "limit": limit, "max_new_tokens": max_new_tokens}
@@ -93,7 +102,7 @@ class Captions(Suite):
                     condition="captions",
                     splits=("captions",),
                     prompt=PROMPT,
-                    images=ImageFiles.of(images, [name]),
+                    images=pictures.files(str(captions), [name]),
                     truth=(texts[0], references),
                 )
             )

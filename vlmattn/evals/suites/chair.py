@@ -13,7 +13,7 @@ from vlmattn.embedded.text import DESCRIBE
 from vlmattn.evals.coco import load_coco_objects
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFiles
+from vlmattn.evals.suites.files import ImageFolder
 from vlmattn.evals.suites.world import World
 from vlmattn.evals.words import ObjectWords
 
@@ -94,6 +94,7 @@ class Chair(Suite):
         seed: int = 0,
         max_new_tokens: int = 512,
         drop_cut: bool = False,
+        allow_outside: bool = False,
     ) -> Chair:
         """COCO annotation files; ``limit`` images drawn with ``seed`` (the papers take 500 of val2014).
 
@@ -101,9 +102,11 @@ class Chair(Suite):
             captions: ground-truth captions, whose objects count as present too; None leaves them out.
             synonyms: word list in the published format; None takes our own list.
             drop_cut: leave out what follows the last full stop: a sentence that was cut off by the length (as OPERA does).
+            allow_outside: whether the names of images may lead out of the folder.
         """
         words = ObjectWords.from_file(synonyms) if synonyms else ObjectWords.coco()
         known = load_coco_objects(instances, captions, words)
+        pictures = ImageFolder(images, allow_outside)
         order = np.random.default_rng(seed).permutation(sorted(known))[:limit]
         samples = []
         for key in order:
@@ -115,7 +118,7 @@ class Chair(Suite):
                     condition="coco",
                     splits=("captions",),
                     prompt=COCO_PROMPT,
-                    images=ImageFiles.of(images, [entry.file_name]),
+                    images=pictures.files(str(instances), [entry.file_name]),
                     truth=_Truth(entry.objects),
                 )
             )

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmattn.errors import InputError
+from vlmattn.errors import InputError, quoted
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
-from vlmattn.evals.suites.files import ImageFiles, read_items
+from vlmattn.evals.suites.files import ImageFolder, Item, read_items
 from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
 
@@ -38,21 +38,25 @@ class HallusionBench(YesNo):
         self._samples, self.settings = list(samples), dict(settings)
 
     @classmethod
-    def on_file(cls, questions: Path, images: Path, limit: int | None = None) -> HallusionBench:
+    def on_file(
+        cls, questions: Path, images: Path, limit: int | None = None, allow_outside: bool = False
+    ) -> HallusionBench:
         """The published file.
 
         Args:
             questions: ``HallusionBench.json``.
             images: folder that its file names lie in.
             limit: use the first so many questions with a figure.
+            allow_outside: whether the file names may lead out of the folder.
 
         Raises:
             InputError: a file that is not there, or not in the published form.
         """
+        folder = ImageFolder(images, allow_outside)
         shown = (
-            (where, item, ImageFiles.of(images, [str(item["filename"]).removeprefix("./")]))
-            for where, item in read_items(questions, _NEEDS, "a HallusionBench question")
-            if item["filename"]  # otherwise asked without a figure: nothing to look at
+            (item, folder.files(item.where, [item.text("filename").removeprefix("./")]))
+            for item in read_items(questions, _NEEDS, "a HallusionBench question")
+            if item.values["filename"]  # otherwise asked without a figure: nothing to look at
         )
         return cls(_samples(str(questions), shown, limit), {"questions": questions.name, "limit": limit})
 
@@ -63,7 +67,7 @@ class HallusionBench(YesNo):
         Raises:
             InputError: a row that is not in the published form.
         """
-        shown = ((row.where, row.values, row.pictures) for row in table if row.count)
+        shown = ((row, row.pictures) for row in table if row.count)
         return cls(_samples(table.name, shown, limit), {**table.settings, "limit": limit})
 
     def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:
@@ -74,24 +78,23 @@ class HallusionBench(YesNo):
         return found
 
 
-def _samples(
-    source: str, shown: Iterable[tuple[str, Mapping[str, Any], Callable[[], list[Any]]]], limit: int | None
-) -> list[Sample]:
-    """Of questions with a figure: place, columns and pictures."""
+def _samples(source: str, shown: Iterable[tuple[Item, Callable[[], list[Any]]]], limit: int | None) -> list[Sample]:
+    """Of questions with a figure, each with its pictures."""
     found: list[Sample] = []
-    for where, item, pictures in itertools.islice(shown, limit):
-        if str(item["gt_answer"]) not in ("0", "1"):
-            raise InputError(f"{where}: gt_answer must be 0 or 1, got '{item['gt_answer']}'")
-        of = f"{item['category']}/{item['subcategory']}/{item['set_id']}"
+    for item, pictures in itertools.islice(shown, limit):
+        truth = item.key("gt_answer")
+        if truth not in ("0", "1"):
+            raise InputError(f"{item.where}: gt_answer must be 0 or 1, got {quoted(truth)}")
+        of = "/".join(item.key(name) for name in ("category", "subcategory", "set_id"))
         found.append(
             Sample(
-                id=f"{of}/{item['figure_id']}/{item['question_id']}",
+                id=f"{of}/{item.key('figure_id')}/{item.key('question_id')}",
                 image_id=of,  # figures of a set show variants of one picture: they are drawn together
                 condition="hallusion",
-                splits=(str(item["subcategory"]),),
-                prompt=str(item["question"]),
+                splits=(item.key("subcategory"),),
+                prompt=item.text("question"),
                 images=pictures,
-                truth=str(item["gt_answer"]) == "1",
+                truth=truth == "1",
             )
         )
     if len({sample.id for sample in found}) < len(found):

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from vlmattn.errors import InputError
-from vlmattn.evals.suites.files import read_items
+from vlmattn.errors import InputError, quoted
+from vlmattn.evals.suites.files import Item, read_items
 
 
-def read_keyed(path: Path, key: str, needs: Sequence[str], what: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The objects of a file as ``read_items`` reads them, with their places, by their ``key``.
+def read_keyed(path: Path, key: str, needs: Sequence[str], what: str) -> dict[str, Item]:
+    """The objects of a file as ``read_items`` reads them, by their ``key``.
 
     Raises:
-        InputError: as ``read_items``; an id is there twice.
+        InputError: as ``read_items``; an id is there twice, or is neither a text nor a whole number.
     """
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for where, item in read_items(path, (key, *needs), what):
-        name = str(item[key])
+    found: dict[str, Item] = {}
+    for item in read_items(path, (key, *needs), what):
+        name = item.key(key)
         if name in found:
-            raise InputError(f"{where}: {key} '{name}' is there twice (first {found[name][0]}); keep one of them")
-        found[name] = (where, item)
+            raise InputError(
+                f"{item.where}: {key} {quoted(name)} is there twice (first {found[name].where}); keep one of them"
+            )
+        found[name] = item
     return found

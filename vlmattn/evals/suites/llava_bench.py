@@ -10,7 +10,7 @@ from vlmattn.errors import InputError
 from vlmattn.evals.judges import Judge, Ratings
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFiles
+from vlmattn.evals.suites.files import ImageFolder
 from vlmattn.evals.suites.keyed import read_keyed
 
 
@@ -30,6 +30,7 @@ class LlavaBench(Suite):
         images: folder of the images.
         limit: use the first so many questions.
         judge: who rates; default ``RuleJudge`` (experimental), where the paper asks GPT-4.
+        allow_outside: whether the names of images may lead out of the folder.
 
     Raises:
         InputError: a file that cannot be read, or is not in the published form; a question without context or answer.
@@ -57,6 +58,7 @@ class LlavaBench(Suite):
         limit: int | None = None,
         max_new_tokens: int = 512,
         judge: Judge | None = None,
+        allow_outside: bool = False,
     ) -> None:
         self._ratings = Ratings(judge)
         self.max_new_tokens = max_new_tokens
@@ -75,24 +77,27 @@ class LlavaBench(Suite):
         )
         context = read_keyed(folder / "context.jsonl", "image", ("caption",), "a LLaVA-Bench context")
         answers = read_keyed(folder / "answers_gpt4.jsonl", "question_id", ("text",), "a LLaVA-Bench answer")
+        pictures = ImageFolder(images, allow_outside)
         self._samples: list[Sample] = []
-        for key, (where, item) in list(questions.items())[:limit]:
-            image = str(item["image"])
+        for key, item in list(questions.items())[:limit]:
+            image = item.key("image")
             if image not in context:
-                raise InputError(f"{where}: image {image} is not in context.jsonl; take both from one release")
+                raise InputError(f"{item.where}: image {image} is not in context.jsonl; take both from one release")
             if key not in answers:
-                raise InputError(f"{where}: question {key} is not in answers_gpt4.jsonl; take both from one release")
-            caption = context[image][1]["caption"]
-            lines = caption if isinstance(caption, list) else [caption]
+                raise InputError(
+                    f"{item.where}: question {key} is not in answers_gpt4.jsonl; take both from one release"
+                )
+            about = context[image]
+            lines = about.texts("caption") if isinstance(about.values["caption"], list) else [about.text("caption")]
             self._samples.append(
                 Sample(
                     id=key,
                     image_id=image,
                     condition="llava_bench",
-                    splits=(str(item["category"]),),
-                    prompt=str(item["text"]),
-                    images=ImageFiles.of(images, [image]),
-                    truth=_Key(str(answers[key][1]["text"]), tuple(str(line) for line in lines)),
+                    splits=(item.text("category"),),
+                    prompt=item.text("text"),
+                    images=pictures.files(item.where, [image]),
+                    truth=_Key(answers[key].text("text"), tuple(lines)),
                 )
             )
 

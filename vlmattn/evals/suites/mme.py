@@ -9,9 +9,10 @@ from typing import Any
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
-from vlmattn.evals.suites.files import ImageFiles, first_of_each, read_text
+from vlmattn.evals.suites.files import ImageFolder, first_of_each
 from vlmattn.evals.suites.tables import Row, Table
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
+from vlmattn.texts import lines_of, read_text
 
 _PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -38,23 +39,30 @@ class MME(YesNo):
         self._samples, self.settings = list(samples), dict(settings)
 
     @classmethod
-    def on_folder(cls, folder: Path, limit: int | None = None) -> MME:
+    def on_folder(cls, folder: Path, limit: int | None = None, allow_outside: bool = False) -> MME:
         """The published folders.
 
         Args:
             folder: one folder per subtask, with pictures and their question files, or with ``images`` and ``questions_answers_YN``.
             limit: use the first so many images of each subtask.
+            allow_outside: whether pictures may be links that lead out of the folder.
 
         Raises:
             InputError: no subtask, a question file without picture, a line that is not "question<tab>Yes or No".
         """
         if not folder.is_dir():
             raise InputError(f"no such folder: {folder}")
+        pictures = ImageFolder(folder, allow_outside)
         samples: list[Sample] = []
         for task in sorted(path for path in folder.iterdir() if path.is_dir()):
             for picture, questions in list(_pairs(task))[:limit]:
                 image = f"{task.name}/{picture.name}"
-                samples += _samples(task.name, image, _questions(questions), ImageFiles((picture,)))
+                samples += _samples(
+                    task.name,
+                    image,
+                    _questions(questions),
+                    pictures.files(str(questions), [str(picture.relative_to(folder))]),
+                )
         if not samples:
             raise InputError(
                 f"{folder}: no MME subtask; each is a folder of pictures and question files of the same names"
@@ -73,13 +81,13 @@ class MME(YesNo):
         """
         images: dict[tuple[str, str], list[Row]] = {}
         for row in table:
-            images.setdefault((str(row.values["category"]), str(row.values["question_id"])), []).append(row)
+            images.setdefault((row.key("category"), row.key("question_id")), []).append(row)
         samples: list[Sample] = []
         for task, image in first_of_each(images, lambda key: key[0], limit):
             rows = images[task, image]
             if len(rows) != 2:
                 raise InputError(f"{rows[0].where}: MME asks two questions per image, '{image}' has {len(rows)}")
-            asked = [(str(row.values["question"]).strip(), _truth(row)) for row in rows]
+            asked = [(row.text("question").strip(), row.yes("answer")) for row in rows]
             samples += _samples(task, image if "/" in image else f"{task}/{image}", asked, rows[0].pictures)
         return cls(samples, {**table.settings, "limit": limit})
 
@@ -111,13 +119,6 @@ def _samples(
         )
 
 
-def _truth(row: Row) -> bool:
-    answer = str(row.values["answer"]).strip().lower()
-    if answer not in ("yes", "no"):
-        raise InputError(f"{row.where}: answer must be Yes or No, got '{row.values['answer']}'")
-    return answer == "yes"
-
-
 def _pairs(task: Path) -> Iterator[tuple[Path, Path]]:
     texts, pictures = (task / "questions_answers_YN", task / "images") if (task / "images").is_dir() else (task, task)
     for questions in sorted(texts.glob("*.txt")):
@@ -130,7 +131,7 @@ def _pairs(task: Path) -> Iterator[tuple[Path, Path]]:
 
 def _questions(path: Path) -> list[tuple[str, bool]]:
     found = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
         if not line.strip():
             continue
         question, tab, truth = line.rpartition("\t")

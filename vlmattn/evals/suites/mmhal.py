@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from vlmattn.errors import InputError
 from vlmattn.evals.judges import CLEAN, Judge, Ratings
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFiles
+from vlmattn.evals.suites.files import ImageFiles, ImageFolder, Item
 from vlmattn.evals.suites.keyed import read_keyed
 
 _NEEDS = ("image_src", "image_content", "question_type", "question", "gt_answer")
@@ -31,6 +29,7 @@ class MMHal(Suite):
         images: folder of the images, named as in ``image_src`` or by ``image_id``.
         limit: use the first so many questions.
         judge: who rates; default ``RuleJudge`` (experimental), where the paper asks GPT-4.
+        allow_outside: whether the names of images may lead out of the folder.
 
     Raises:
         InputError: a file that cannot be read, or is not in the published form.
@@ -58,6 +57,7 @@ class MMHal(Suite):
         limit: int | None = None,
         max_new_tokens: int = 512,
         judge: Judge | None = None,
+        allow_outside: bool = False,
     ) -> None:
         self._ratings = Ratings(judge)
         self.max_new_tokens = max_new_tokens
@@ -68,7 +68,8 @@ class MMHal(Suite):
             "judge": self._ratings.name,
         }
         items = read_keyed(questions, "image_id", _NEEDS, "an MMHal-Bench question")
-        self._samples = [_sample(key, *items[key], images) for key in list(items)[:limit]]
+        folder = ImageFolder(images, allow_outside)
+        self._samples = [_sample(key, items[key], folder) for key in list(items)[:limit]]
 
     def samples(self) -> Sequence[Sample]:
         return self._samples
@@ -85,23 +86,20 @@ class MMHal(Suite):
         return str(sample.truth.reference)
 
 
-def _sample(key: str, where: str, item: dict[str, Any], images: Path) -> Sample:
-    contents = item["image_content"]
-    if not isinstance(contents, list):
-        raise InputError(f"{where}: image_content must be a list of the things in the image, got {contents!r:.40}")
+def _sample(key: str, item: Item, folder: ImageFolder) -> Sample:
     return Sample(
         id=key,
         image_id=key,
         condition="mmhal",
-        splits=(str(item["question_type"]),),
-        prompt=str(item["question"]),
-        images=ImageFiles((_picture(images, key, str(item["image_src"])),)),
-        truth=_Key(str(item["gt_answer"]), tuple(str(name) for name in contents)),
+        splits=(item.text("question_type"),),
+        prompt=item.text("question"),
+        images=ImageFiles((_picture(folder, key, item),)),
+        truth=_Key(item.text("gt_answer"), tuple(item.texts("image_content"))),
     )
 
 
-def _picture(images: Path, key: str, source: str) -> Path:
+def _picture(folder: ImageFolder, key: str, item: Item) -> Path:
     """Where the image lies: by the name it has in its address, or by its id."""
-    name = PurePosixPath(source.partition("?")[0]).name or key
-    by_id = images / (key + (PurePosixPath(name).suffix or ".jpg"))
-    return by_id if by_id.is_file() else images / name
+    name = PurePosixPath(item.text("image_src").partition("?")[0]).name or key
+    by_id = folder.file(item.where, key + (PurePosixPath(name).suffix or ".jpg"))
+    return by_id if by_id.is_file() else folder.file(item.where, name)

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from vlmattn.embedded.text import existence_question
-from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFiles, first_of_each, read_items
+from vlmattn.evals.suites.files import ImageFolder, Item, first_of_each, read_items
 from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.world import World, absent_objects
 
@@ -22,9 +21,8 @@ _ALL = {"tp": 1.0, "fp": 1.0, "tn": 1.0, "fn": 1.0}
 
 
 def says_yes(answer: str) -> bool:
-    """POPE's own rule: up to the first full stop, "No", "not" or "no" as a word means no, anything else yes."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return not any(word in ("No", "not", "no") for word in (w.strip() for w in words))
+    """POPE's own rule: up to the first full stop, without commas, "No", "not" or "no" between spaces means no, all else yes."""
+    return not {"No", "not", "no"} & set(answer.partition(".")[0].replace(",", "").split(" "))
 
 
 class Pope(Suite):
@@ -33,6 +31,7 @@ class Pope(Suite):
     name = "pope"
     title = "POPE: is there a ... in the image?"
     fields = ("tp", "fp", "tn", "fn")
+    mean_of_splits = True
     metrics = (
         Metric("accuracy", {"tp": 1, "tn": 1}, _ALL, "share of right answers"),
         Metric("precision", {"tp": 1}, {"tp": 1, "fp": 1}, "share of yes answers that are right", label="prec"),
@@ -78,23 +77,31 @@ class Pope(Suite):
         return cls(samples, {"scenes": [world.settings() for world in worlds]})
 
     @classmethod
-    def on_files(cls, questions: Sequence[Path], images: Path, limit: int | None = None) -> Pope:
-        """Published question files (JSON lines or a JSON array); each file is a column.
+    def on_files(
+        cls, questions: Sequence[Path], images: Path, limit: int | None = None, allow_outside: bool = False
+    ) -> Pope:
+        """Published question files (JSON lines or a JSON array); each file is a column, named by ``columns_of``.
 
         Args:
-            questions: files with ``question_id``, ``image``, ``text`` and ``label`` (yes / no).
+            questions: files with ``image``, ``text`` and ``label`` (yes / no).
             images: folder of the images they name.
             limit: use the first so many questions of each file.
+            allow_outside: whether the names may lead out of the folder.
 
         Raises:
-            InputError: a line that is not a question (file:line), an image that is not there (path).
+            InputError: a line that is not a question (file:line), an image that lies outside of the folder.
         """
+        folder, columns = ImageFolder(images, allow_outside), columns_of(questions)
         asked = (
             _Question(
-                _split_name(path), item["image"], item["text"], item["label"], ImageFiles.of(images, [item["image"]])
+                columns[path],
+                item.text("image"),
+                item.text("text"),
+                item.yes("label"),
+                folder.files(item.where, [item.text("image")]),
             )
             for path in questions
-            for item in read_questions(path)[:limit]
+            for item in _items(path)[:limit]
         )
         return cls(_samples(asked), {"questions": [path.name for path in questions], "limit": limit})
 
@@ -108,13 +115,13 @@ class Pope(Suite):
         Raises:
             InputError: an answer is not yes or no.
         """
-        rows = first_of_each(table, lambda row: str(row.values["category"]), limit)
+        rows = first_of_each(table, lambda row: row.text("category"), limit)
         asked = (
             _Question(
-                str(row.values["category"]),
-                _file_name(str(row.values["image_source"])),
-                str(row.values["question"]),
-                _label(row.where, row.values["answer"]),
+                row.text("category"),
+                _file_name(row.text("image_source")),
+                row.text("question"),
+                row.yes("answer"),
                 row.pictures,
             )
             for row in rows
@@ -146,7 +153,7 @@ class _Question:
     split: str
     image: str
     text: str
-    label: str
+    truth: bool
     pictures: Callable[[], list[Any]]
 
 
@@ -154,7 +161,7 @@ def _samples(asked: Iterable[_Question]) -> list[Sample]:
     """One sample per question; those that several splits share are asked once."""
     samples: dict[tuple[str, str, str], Sample] = {}
     for question in asked:
-        key = (question.image, question.text, question.label)
+        key = (question.image, question.text, "yes" if question.truth else "no")
         before = samples.get(key)
         samples[key] = Sample(
             id="/".join(key),
@@ -163,13 +170,21 @@ def _samples(asked: Iterable[_Question]) -> list[Sample]:
             splits=(*(before.splits if before else ()), question.split),
             prompt=question.text,
             images=question.pictures,
-            truth=question.label == "yes",
+            truth=question.truth,
         )
     return list(samples.values())
 
 
-def _split_name(path: Path) -> str:
-    return next((name for name in SPLITS if name in path.stem), path.stem)
+def columns_of(files: Sequence[Path]) -> dict[Path, str]:
+    """A column for each file: the split in its name, its name where files share a split, its path where they share the name."""
+    within = {path: [name for name in SPLITS if name in path.stem] for path in files}
+    for names in (
+        {path: found[0] if len(found) == 1 else path.stem for path, found in within.items()},
+        {path: path.stem for path in files},
+    ):
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: str(path) for path in files}
 
 
 def _file_name(source: str) -> str:
@@ -177,17 +192,13 @@ def _file_name(source: str) -> str:
     return source if Path(source).suffix else f"{source}.jpg"
 
 
-def _label(where: str, answer: object) -> str:
-    label = str(answer).strip().lower()
-    if label not in ("yes", "no"):
-        raise InputError(f"{where}: label must be yes or no, got '{answer}'")
-    return label
+def _items(path: Path) -> list[Item]:
+    return read_items(path, ("image", "text", "label"), "a POPE question")
 
 
 def read_questions(path: Path) -> list[dict[str, str]]:
     """Questions of a POPE file; errors name file and line (or item, for an array)."""
-    found = []
-    for where, item in read_items(path, ("image", "text", "label"), "a POPE question"):
-        label = _label(where, item["label"])
-        found.append({"image": str(item["image"]), "text": str(item["text"]), "label": label})
-    return found
+    return [
+        {"image": item.text("image"), "text": item.text("text"), "label": "yes" if item.yes("label") else "no"}
+        for item in _items(path)
+    ]

@@ -18,7 +18,7 @@ from vlmattn.embedded.text import with_article
 from vlmattn.errors import InputError, OptionError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
-from vlmattn.evals.suites.files import ImageFiles
+from vlmattn.evals.suites.files import ImageFolder
 from vlmattn.evals.suites.pope import read_questions
 from vlmattn.evals.suites.world import World
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo
@@ -116,25 +116,36 @@ class PQA(YesNo):
 
     @classmethod
     def on_files(
-        cls, questions: Sequence[Path], images: Path, sizes: Sequence[int] = SIZES, sets: int = _SETS, seed: int = 0
+        cls,
+        questions: Sequence[Path],
+        images: Path,
+        sizes: Sequence[int] = SIZES,
+        sets: int = _SETS,
+        seed: int = 0,
+        allow_outside: bool = False,
     ) -> PQA:
         """Groups of images of POPE's question files for which the same question has both answers.
+
+        Questions about an image that the files answer by both yes and no are left out.
 
         Args:
             questions: files as ``Pope.on_files`` reads them.
             images: folder of the images they name.
             sizes: numbers of images per prompt.
             sets: groups of images per number, drawn with ``seed``.
+            allow_outside: whether the names may lead out of the folder.
 
         Raises:
             InputError: as ``Pope.on_files``; no question has both answers for as many images.
         """
-        known: dict[str, dict[str, bool]] = {}  # question -> image -> truth
+        folder = ImageFolder(images, allow_outside)
+        said: dict[str, dict[str, set[bool]]] = {}  # question -> image -> truths
         for path in questions:
             for item in read_questions(path):
                 if _IN_THE_IMAGE in item["text"]:
-                    known.setdefault(item["text"], {})[item["image"]] = item["label"] == "yes"
-        drawn = [_of_files(known, images, size, number, seed) for size in sizes for number in range(sets)]
+                    said.setdefault(item["text"], {}).setdefault(item["image"], set()).add(item["label"] == "yes")
+        known = {text: {name: True in of for name, of in by.items() if len(of) == 1} for text, by in said.items()}
+        drawn = [_of_files(known, folder, size, number, seed) for size in sizes for number in range(sets)]
         names = [path.name for path in questions]
         return cls(drawn, {"questions": names, "images": list(sizes), "sets": sets, "seed": seed})
 
@@ -172,7 +183,7 @@ def _of_scenes(world: World, size: int, number: int) -> _Set:
     )
 
 
-def _of_files(known: Mapping[str, Mapping[str, bool]], images: Path, size: int, number: int, seed: int) -> _Set:
+def _of_files(known: Mapping[str, Mapping[str, bool]], folder: ImageFolder, size: int, number: int, seed: int) -> _Set:
     """Half of the images, as far as there are such, have the answer yes."""
     rng = np.random.default_rng([seed, size, number])
     fitting = sorted(text for text, of in known.items() if len(of) >= size and len(set(of.values())) == 2)
@@ -188,7 +199,7 @@ def _of_files(known: Mapping[str, Mapping[str, bool]], images: Path, size: int, 
     return _Set(
         key=f"{size}/{number}",
         condition="questions",
-        show=lambda order: ImageFiles.of(images, [names[place] for place in order]),
+        show=lambda order: folder.files("pqa", [names[place] for place in order]),
         truths=tuple(known[text][name] for name in names),
         ask=lambda place: text.replace(_IN_THE_IMAGE, f"in image {place}"),
     )

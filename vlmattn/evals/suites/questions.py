@@ -54,20 +54,22 @@ def wrong_count(count: int) -> int:
     return USUAL_COUNT if count != USUAL_COUNT else USUAL_COUNT + 1
 
 
-def _first(pattern: str, answer: str) -> str | None:
-    found = re.search(rf"\b({pattern})\b", answer.lower())
+def read_colour(answer: str) -> str | None:
+    """The first colour of the scenes among the words of an answer."""
+    found = re.search(rf"\b(?:{'|'.join(COLOURS)})\b", answer.lower())
     return found.group() if found else None
 
 
-def read_colour(answer: str) -> str | None:
-    """The first colour of the scenes among the words of an answer."""
-    return _first("|".join(COLOURS), answer)
+def read_numbers(answer: str) -> list[int]:
+    """The whole numbers of an answer, in digits or as words up to ten; "one" is none in "no one", "the one", "one of"."""
+    text = re.sub(r"\b(?:no|the|this|that|which|each|every|any|some)[ -]one\b|\bone of\b", "", answer.lower())
+    words = re.findall(rf"(?<![\w.,-])\d{{1,9}}(?![\w-]|[.,]\d)|\b(?:{'|'.join(NUMBERS)})\b", text)
+    return [NUMBERS.index(word) if word in NUMBERS else int(word) for word in words]
 
 
 def read_number(answer: str) -> int | None:
-    """The first number of an answer, in digits or as a word up to ten."""
-    word = _first(r"\d+|" + "|".join(NUMBERS), answer)
-    return None if word is None else NUMBERS.index(word) if word in NUMBERS else int(word)
+    """The first of the numbers that ``read_numbers`` finds."""
+    return next(iter(read_numbers(answer)), None)
 
 
 def as_yes_or_no(answer: str, number: int | None) -> str:

@@ -32,7 +32,7 @@ class Subset(Suite):
         self._samples = [replace(s, condition=label, splits=(label,)) if whole else s for s in chosen]
         if missing := sorted(wanted - {sample.id for sample in self._samples}):
             raise InputError(f"the suite '{suite.name}' has no sample '{missing[0]}' ({len(missing)} of {len(wanted)})")
-        for name in ("name", "title", "fields", "metrics"):  # of the class elsewhere
+        for name in ("name", "title", "fields", "metrics", "mean_of_splits"):  # of the class elsewhere
             self.__dict__[name] = getattr(suite, name)
         self.max_new_tokens = suite.max_new_tokens
         self.settings = {**suite.settings, label: [sample.id for sample in self._samples]}

@@ -9,11 +9,15 @@ import numpy as np
 from vlmattn.errors import OptionError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.questions import read_numbers
 from vlmattn.evals.suites.world import World
 
 
 class Which(Suite):
-    """Position-balanced questions over 2..n images; a split is a number of images."""
+    """Position-balanced questions over 2..n images; a split is a number of images.
+
+    An answer is the one number that it names, in digits or as a word: "2", "Image 2.", "two".
+    """
 
     name = "which"
     title = "In which image is the ...?"
@@ -55,7 +59,7 @@ class Which(Suite):
         return self._samples
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
-        return {"right": float(answer.strip().rstrip(".") == sample.truth), "asked": 1.0}
+        return {"right": float(set(read_numbers(answer)) == {int(sample.truth)}), "asked": 1.0}
 
     def right(self, record: Mapping[str, float]) -> bool:
         return bool(record["right"])

@@ -15,8 +15,12 @@ YES_RATIO = Metric("yes_ratio", {"yes": 1}, _ALL, "share of yes among the answer
 
 
 def first_yes_or_no(answer: str) -> bool | None:
-    """Whether the first "yes" or "no" among the words of an answer is yes; None where there is neither."""
-    found = re.search(r"\b(yes|no)\b", answer.lower())
+    """Whether the first "yes" or "no" among the words of an answer is yes; None where there is neither.
+
+    "no-one" is another word, and "yes or no" says neither.
+    """
+    text = re.sub(r"\byes\s*(?:or|/)\s*no\b", "", answer.lower())
+    found = re.search(r"(?<![\w'’-])(yes|no)(?![\w'’]|-\w)", text)
     return None if found is None else found.group() == "yes"
 
 

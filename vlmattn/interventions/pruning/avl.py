@@ -18,7 +18,7 @@ from vlmattn.request import Eviction, Scope, Slots, Weights
     "avl",
     paper="arXiv:2409.14846 (AAAI 2025)",
     code="released; its modified model code was not read",
-    faithful="experimental",
+    faithful="paper text (a summary of it), released defaults",
     parts="keep + read",
     cost="prefill: one attention row a layer; decode: fewer keys are held, and fewer of those are read",
     presets={

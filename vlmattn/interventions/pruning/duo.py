@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vlmattn.interventions.pruning.headwise import HeadWise
 from vlmattn.interventions.registry import option, register
@@ -21,6 +22,8 @@ from vlmattn.interventions.registry import option, register
 class DuoAttention(HeadWise):
     """Retrieval heads keep every token; streaming heads the first ``sinks`` and the last ``recent``.
 
+    A new token of a streaming head sees those, and itself.
+
     The paper trains a gate for each KV head and takes a quantile of the gates; here the ``share`` of KV heads with the
     highest score of a HeadProfile keeps everything: calibration instead of training. The prompt itself is read with all heads
     whole, where the paper lets heads stream already. Memory is saved, not masked: the heads of a layer live in two stores. Counts
@@ -31,6 +34,7 @@ class DuoAttention(HeadWise):
         UnsupportedError: no cache, one that is static, quantized or offloaded, assisted decoding.
     """
 
+    late: ClassVar[bool] = True
     sinks: int = option(64, 1, 10**6, "first tokens that every head keeps", source="released, for LongBench: 64")
     recent: int = option(256, 1, 10**6, "last tokens that every head keeps", source="released, for LongBench: 256")
     share: float = option(

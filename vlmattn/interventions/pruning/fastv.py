@@ -14,7 +14,7 @@ from vlmattn.request import Choice, Scope, Stage, Weights
     "fastv",
     paper="arXiv:2403.06764 (ECCV 2024)",
     code="github.com/pkunlp-icler/FastV",
-    faithful="released code",
+    faithful="golden",
     parts="keep",
     cost="prefill: one attention row in the layer before; later layers run on the rest. Decode: fewer keys",
     presets={

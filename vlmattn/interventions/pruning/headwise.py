@@ -24,6 +24,7 @@ class HeadWise(KVPolicy):
     needs_images: ClassVar[bool] = False
     files: ClassVar[Mapping[str, str]] = {"profile": HeadProfile.FILE_NAME}
     compensate: ClassVar[bool] = False
+    late: ClassVar[bool] = False  # a new token sees the whole window that was kept, and itself
     sinks: int = 4
     share: float = 0.25
     heads: str = option("", about="KV heads that keep everything, layer.head joined by commas; empty: by share")
@@ -93,4 +94,4 @@ class HeadWise(KVPolicy):
     def split(self, scope: Scope) -> HeadSplit | None:
         tokens = tuple(n + words for n, words in zip(*host_counts(scope.request, scope.keys), strict=True))
         window = tuple(map(self.window, tokens))
-        return HeadSplit(self._full(scope.layer), self.sinks, window, tokens, self.compensate)
+        return HeadSplit(self._full(scope.layer), self.sinks, window, tokens, self.compensate, self.late)

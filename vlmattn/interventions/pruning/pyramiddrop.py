@@ -15,7 +15,7 @@ from vlmattn.request import Choice, Stage
     "pyramiddrop",
     paper="arXiv:2410.17247 (CVPR 2025)",
     code="github.com/Cooperx521/PyramidDrop",
-    faithful="released code",
+    faithful="golden",
     parts="keep",
     cost="prefill: queries and keys of three layers once more; later layers run on the rest. Decode: fewer keys",
     presets={

@@ -25,7 +25,7 @@ def _of_576(*tokens: int) -> tuple[float, ...]:
     "sparsevlm",
     paper="arXiv:2410.04417 (ICML 2025)",
     code="github.com/Gumpest/SparseVLMs",
-    faithful="released code",
+    faithful="golden",
     parts="keep",
     cost="prefill: attention rows of the raters in three layers; later layers run on the rest. Decode: fewer keys",
     presets={

@@ -21,7 +21,7 @@ from vlmattn.request import Choice, Image, Sight, Stage
     "visionzip",
     paper="arXiv:2412.04467 (CVPR 2025)",
     code="github.com/dvlab-research/VisionZip",
-    faithful="released code",
+    faithful="golden (with CLIP towers and compact positions)",
     parts="keep",
     cost="all layers run on the rest, from the first on; the vision tower is as it was. Decode: fewer keys",
     presets={
