@@ -123,7 +123,9 @@ class Options:
         elif isinstance(default, tuple):
             fractions = any(isinstance(item, float) for item in default)
             kinds, what = ((int, float), "positive numbers") if fractions else ((int,), "whole numbers from 0 on")
-            if not isinstance(value, tuple) or any(type(i) not in kinds or not 0 <= i < 2**31 for i in value):
+            if not isinstance(value, tuple) or any(
+                type(item) not in kinds or item < 0 or (type(item) is int and item >= 2**31) for item in value
+            ):
                 raise OptionError(f"{where} must be a list of {what}, got {quoted(value)}")
         elif isinstance(default, (int, float)):
             low, high = spec.metadata["low"], spec.metadata["high"]
