@@ -37,7 +37,10 @@ def kill_and_compare(folder: Path, questions: int, batch: int) -> tuple[dict[str
         if attempt == 1:
             os.kill(ranks_of(running.pid)[-1], signal.SIGKILL)
         else:
-            os.killpg(running.pid, signal.SIGKILL)
+            ranks = ranks_of(running.pid)
+            os.kill(running.pid, signal.SIGKILL)  # its ranks have sessions of their own
+            for rank in ranks:
+                os.kill(rank, signal.SIGKILL)
         running.wait(timeout=600)
         parts = [keys(path) for path in sorted((folder / "killed").glob("journal-*.jsonl"))]
         assert len(parts) == 2, "both processes must have written"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from dataclasses import replace
 
@@ -245,3 +246,15 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(tmp
         assert (tmp_path / "journal-0.jsonl").stat().st_size == size, "no half line is left"
     found, asked, _, notes = finished(tmp_path, made)
     assert (found, [batch.number for batch in asked], notes) == (made, [1, 2, 3], [])
+
+
+def test_a_process_whose_launcher_was_killed_ends_before_it_writes(tmp_path, monkeypatch):
+    processes = Processes()
+    with Journal(tmp_path, SETTINGS, processes) as journal:
+        journal.add(simple(0))
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        journal.add(simple(1))  # one process alone has no launcher
+        processes.count = 2
+        with pytest.raises(StateError, match="the launcher of this process is gone"):
+            journal.add(simple(2))
+    assert (tmp_path / "journal-0.jsonl").read_bytes().count(b"\n") == 2

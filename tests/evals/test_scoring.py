@@ -51,7 +51,9 @@ def test_popes_figure_over_all_splits_is_the_mean_of_the_three_however_long_they
         coco_pope_adversarial=range(40, 100, 2),
     )
     suite = Pope.on_files(paths, tmp_path)
-    answers = {sample.id: "yes" if number % 7 < 3 else "no" for number, sample in enumerate(suite.samples())}
+    answers = {
+        sample.id: "yes" if number < 30 or number % 7 < 1 else "no" for number, sample in enumerate(suite.samples())
+    }
     by_split, (whole,) = Scored(suite, ["none"], {("pope", "none", key): a for key, a in answers.items()}).tables()
     assert [table["split"] for table in by_split] == ["random", "popular", "adversarial"]
     assert [table["samples"] for table in by_split] == [29, 80, 30]

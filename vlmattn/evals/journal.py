@@ -201,8 +201,10 @@ class Journal:
         """Append a batch and wait until it is on disk.
 
         Raises:
+            StateError: the launcher of this process was killed.
             FileError: it cannot be written; what was written before stays whole, so the same run goes on from there.
         """
+        self._processes.check_launcher()
         self.added.append(batch)
         line = self._line(batch)
         with file_errors("write", self._own):

@@ -11,6 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from vlmattn.errors import StateError
+
 _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # a process that died ends the others through its launcher, one that is slow must not
 
@@ -30,6 +32,7 @@ class Processes:
         self._state = PartialState(cpu=cpu, **timeout)
         self.count, self.rank = int(self._state.num_processes), int(self._state.process_index)
         self.device: torch.device = self._state.device
+        self._launcher = os.getppid()
         if self.count > 1:
             atexit.register(self._state.destroy_process_group)  # or torch complains that it was left behind
 
@@ -37,6 +40,15 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the process that writes what all have found."""
         return self.rank == 0
+
+    def check_launcher(self) -> None:
+        """End with a launcher that was killed: its processes would go on alone, and hold up the same command started anew.
+
+        Raises:
+            StateError: it is gone.
+        """
+        if self.count > 1 and os.getppid() != self._launcher:
+            raise StateError("the launcher of this process is gone; the same command goes on from here")
 
     def share(self, items: list[_T]) -> list[_T]:
         """Every ``count``-th item, from this process's rank on."""
