@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import threading
 
 import pytest
@@ -218,6 +219,34 @@ def test_adapters_added_later(family):
     wanted = generate(vlmattn.wrap(adapted(family), SINKS), inputs)
     later = with_adapters(peft, vlmattn.wrap(build(family), SINKS))
     near(generate(later, inputs), wanted)
+
+
+@no_grad
+@families
+def test_adapters_are_saved_with_the_recipe(family, tmp_path):
+    """Saving the PEFT model that was wrapped; a model from the folder is wrapped with what lies there."""
+    peft = pytest.importorskip("peft")
+    inputs, model = prompts(family), adapted(family)
+    attributes = set(model.__dict__)
+    vlmattn.wrap(model, RECIPES["var"])
+    wanted = generate(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors", "vlmattn_config.json"} <= set(os.listdir(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(build(family), tmp_path).eval()
+    with pytest.raises(
+        vlmattn.InputError, match=r"the folder of the adapter, which PEFT does not tell: wrap\(model, folder\)"
+    ):
+        vlmattn.wrap(loaded)
+    vlmattn.wrap(loaded, tmp_path)
+    assert loaded.vlmattn.recipe == model.vlmattn.recipe
+    torch.testing.assert_close(generate(loaded, inputs), wanted, rtol=0, atol=1e-5)
+    for unwrapped in (model, model.get_base_model()):  # either way nothing is left on the PEFT model
+        vlmattn.unwrap(unwrapped)
+        assert set(model.__dict__) == attributes
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        model.save_pretrained(tmp_path / "bare")
+        assert "vlmattn_config.json" not in os.listdir(tmp_path / "bare")
+        vlmattn.wrap(model, RECIPES["var"])
 
 
 # Training

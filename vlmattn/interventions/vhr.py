@@ -35,6 +35,9 @@ class VHR(Intervention):
     both: the text tokens alone go through the decoder beside the prompt. Std is unbiased, the median is the lower one.
     Other methods of a recipe act on A, up to the head gains of the layer, and not on B. Samples without an image or
     without text stay as they are.
+
+    The choice belongs to the prompt. A later turn on the same cache keeps the heads of the first question: the cached tokens
+    have their gains in them. For a choice of its own give the whole conversation without ``past_key_values``.
     """
 
     alpha: float = option(2.0, 0, 10, "gain of the chosen heads; 4 and more breaks the model", source="paper")

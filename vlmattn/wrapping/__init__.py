@@ -194,7 +194,9 @@ def _saved_recipe(given: Any) -> Recipe:
 
 def _refuse_while_it_generates(*models: nn.Module) -> None:
     """Raise if a bare model is generating: its next tokens would be edited, and its first ones were not."""
-    running = {inspect.unwrap(type(model).generate).__code__: model for model in models if hasattr(model, "generate")}
+    running = {
+        inspect.unwrap(type(model).generate).__code__: model for model in models if isinstance(model, PreTrainedModel)
+    }
     for frame in sys._current_frames().values():
         caller: Any = frame
         while caller is not None:
@@ -328,7 +330,7 @@ def _save_pretrained(
 
 
 # What an instance has instead of methods of its class, while it is wrapped.
-_INSTANCE_METHODS = {
+_INSTANCE_METHODS: dict[str, Callable[..., Any]] = {
     "generate": _generate,
     "prepare_inputs_for_generation": _prepare_inputs,
     "save_pretrained": _save_pretrained,
