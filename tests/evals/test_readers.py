@@ -66,6 +66,7 @@ PETS = ("a cat", "a dog")
         ("The correct answer is B. A dog runs.", PETS, "B"), ("The correct answer is B, because A shows a cat", PETS, "B"),
         ("The correct option is A. B is a dog.", PETS, "A"), ("**Answer:** B", PETS, "B"), ("I would choose option B because A has none", PETS, "B"),
         ("The answer to the question is (B).", PETS, "B"), ("$\\boxed{B}$", PETS, "B"),
+        ("A. a cat\nB. a dog\nAnswer: B", PETS, "B"), ("The given answer is incorrect. The correct answer is B", PETS, "B"),
         # letters at the beginning
         ("B", PETS, "B"), ("(B)", PETS, "B"), ("B) a dog", PETS, "B"), ("B a dog", PETS, "B"), ("A A cat", PETS, "A"), ("B\nA dog", PETS, "B"),
         ("B, since A is a cat", PETS, "B"), ("A is the correct answer", PETS, "A"), ("A because it purrs", PETS, "A"), ("B - a dog", PETS, "B"),
@@ -82,7 +83,7 @@ def test_letters(answer: str, options: tuple[str, ...], letter: str | None) -> N
 NAMING = (
     "{}", "({})", "{}.", "{})", "{}: {option}", "{}. {option}", "({}) {option}", "{} {option}", "{option}", "{option}.", "**{}**", "Answer: {}",
     "The answer is {}.", "The correct answer is {}. {other} is shown too.", "The correct answer is ({}) because the others are wrong.",
-    "I would pick {}", "It is {}", "The best choice is {}, not {wrong}.", "Not {wrong} but {}.", "'{}'", "{}\n\n{Other} looks alike.", "{}, I think.",
+    "I would pick {}", "It is {}", "The best choice is {}, not {wrong}.", "Not {wrong} but {}.", "'{}'", "{}\n\n{Other} looks alike.", "{wrong}. x\n{0}. y\nThe answer is {0}.", "{}, I think.",
 )  # fmt: skip
 NAMING_NONE = (
     "A {word} is shown.", "I see {word}.", "Neither {one} nor {two}.", "{one} or {two}", "It could be {one} or {two}.", "It is not {one}.",

@@ -109,8 +109,8 @@ def read_letter(answer: str, options: Sequence[str]) -> str | None:
     """The letter that an answer chooses, None if it names no option or several. The first of these that applies:
 
     1. The whole answer (behind "the answer is", "it is") is an option word for word, or a letter and its option.
-    2. It begins with a letter that ends there or before a mark: "B", "(B) ...", "B. ...", "B, since ...".
-    3. It announces a letter: "the correct answer is B ...", "answer: B", "I choose B".
+    2. It announces a letter: "the correct answer is B ...", "answer: B", "I choose B".
+    3. It begins with a letter that ends there or before a mark: "B", "(B) ...", "B. ...", "B, since ...".
     4. A letter stands alone in it: "It is C", "both show option C".
 
     Letters are capitals. "A" and "I" before a word are none ("A dog", "I think") unless it is "is", "because" or the like;
@@ -119,14 +119,14 @@ def read_letter(answer: str, options: Sequence[str]) -> str | None:
     answer = re.sub(r"[*`#]", "", answer)  # of markdown
     letters = set(_LETTERS[: len(options)])
     rows = [row for row in _rows(answer) if row.letters <= letters]
-    by_rule = ([row for row in rows if row.begins], [row for row in rows if row.announced], rows)
+    by_rule = ([row for row in rows if row.announced], [row for row in rows if row.begins], rows)
     named = _same(answer, options) or next((_letters_of(chosen) for chosen in by_rule if chosen), set())
     return min(named) if len(named) == 1 else None
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Letters that an answer names in a row; whether it begins with them, whether it announces them."""
+    """Letters that an answer names in a row; whether it begins with them or announces them."""
 
     letters: frozenset[str]
     begins: bool

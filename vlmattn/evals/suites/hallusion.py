@@ -1,7 +1,7 @@
 """HallusionBench (arXiv 2310.14566) on its published file: yes/no questions about figures and altered figures.
 
 Answers are read by their first yes or no; the paper asks a GPT judge instead (experimental: figures differ from published
-ones where answers avoid both words).
+ones where answers avoid both words). Questions without a figure are not asked, and count in none of the three figures.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmattn.errors import InputError, quoted
+from vlmattn.errors import InputError
 from vlmattn.evals.suites.files import ImageFolder, Item
 from vlmattn.pictures import decode_picture, open_picture
 
@@ -79,6 +79,7 @@ class RowPictures:
     data: Any  # a part of the table, picture columns only, as it is stored (Arrow)
     index: int
     where: str
+    folder: ImageFolder | None  # where files may lie that are named in place of a picture
 
     def __call__(self) -> list[Image.Image]:
         """
@@ -90,15 +91,21 @@ class RowPictures:
             item for (cell,) in cells for item in (cell if isinstance(cell, list) else [cell]) if item is not None
         ]
         try:
-            return [_picture(item) for item in listed]
+            return [self._picture(item) for item in listed]
         except InputError as error:
             raise InputError(f"{self.where}: cannot read the pictures of this row: {error}") from None
 
-
-def _picture(item: Any) -> Image.Image:
-    """A picture from a cell as it is stored: its bytes, bytes with a name, or the name alone of a file that may be read."""
-    content = item.get("bytes") if isinstance(item, dict) else item
-    return decode_picture(content) if isinstance(content, bytes) else open_picture(str(item.get("path")))
+    def _picture(self, item: Any) -> Image.Image:
+        """A picture from a cell as it is stored: its bytes, bytes with a name, or the name of a file."""
+        content, file = (item.get("bytes"), item.get("path")) if isinstance(item, dict) else (item, None)
+        if isinstance(content, bytes):
+            return decode_picture(content)
+        if self.folder is None or not file or "://" in file:
+            raise InputError("the table holds no picture here, at most the name of one")
+        try:
+            return open_picture(self.folder.file("the image", os.path.abspath(file)))
+        except InputError as error:
+            raise InputError(f"the table holds no picture here, only a name: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -145,11 +152,9 @@ class Table:
             texts = part.select_columns([c for c in part.column_names if c in (*self._form.needs, *self._form.more)])
             pictures = part.select_columns([c for c in self._form.pictures if c in part.column_names])
             stored = pictures.with_format("arrow")
-            for index, (values, count) in enumerate(
-                zip(texts, _counts(pictures, self.name, self._folder), strict=True)
-            ):
+            for index, (values, count) in enumerate(zip(texts, _counts(pictures, self.name), strict=True)):
                 where = f"{self.name}: row {start + index}"
-                yield Row(where, values, RowPictures(stored, index, where), count)
+                yield Row(where, values, RowPictures(stored, index, where, self._folder), count)
             start += len(part)
 
 
@@ -256,11 +261,11 @@ def _form(suite: str, name: str, columns: Sequence[str]) -> Form:
     )
 
 
-def _counts(pictures: Any, where: str, folder: ImageFolder | None) -> Iterator[int]:
+def _counts(pictures: Any, where: str) -> Iterator[int]:
     """How many pictures each row has, without decoding any.
 
     Raises:
-        InputError: a column without pictures, or one that names files outside of the folder, which would be read.
+        InputError: a column without pictures.
     """
     for batch in pictures.with_format("arrow").iter(batch_size=256):
         counts = [0] * batch.num_rows
@@ -270,19 +275,7 @@ def _counts(pictures: Any, where: str, folder: ImageFolder | None) -> Iterator[i
             sizes = [size for chunk in column.chunks for size in chunk.value_lengths().to_pylist()] if lists else there
             counts = [count + int(size or 0) for count, size in zip(counts, sizes, strict=True)]
             for cells in (chunk.flatten() if lists else chunk for chunk in column.chunks):
-                _check(cells, f"{where}: the column {name}", folder)
+                struct = hasattr(cells, "field") and cells.type.get_field_index("bytes") >= 0
+                if not struct and str(cells.type) not in ("binary", "large_binary", "null"):
+                    raise InputError(f"{where}: the column {name} does not hold pictures; give a table that does")
         yield from counts
-
-
-def _check(cells: Any, where: str, folder: ImageFolder | None) -> None:
-    """Raise for cells without pictures, and for names of files that may not be read."""
-    kind = str(cells.type)
-    if kind in ("binary", "large_binary", "null"):
-        return
-    if not kind.startswith("struct<") or cells.type.get_field_index("bytes") < 0:
-        raise InputError(f"{where} does not hold pictures; give a table that does")
-    for item in cells.filter(cells.field("bytes").is_null()).drop_null().to_pylist():
-        file = item.get("path")
-        if folder is None or not file or "://" in file:
-            raise InputError(f"{where} names {quoted(file)} and does not hold the picture; give a table that does")
-        folder.file(where, os.path.abspath(file))
