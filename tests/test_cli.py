@@ -47,7 +47,7 @@ def test_presets_lists_every_preset_on_one_line_for_other_programs(run):
         assert all(text in line for text in (info.about, method.parts, paper_id(method.paper), method.cost))
     (line,) = (line for line in lines if line.startswith("var_official "))
     assert all(word in line for word in ("2503.03321", "golden"))
-    assert "experimental" in next(line for line in lines if line.startswith("pai "))
+    assert "experimental" in next(line for line in lines if line.startswith("rbd "))
 
 
 def test_presets_fit_a_terminal(run, monkeypatch):

@@ -139,6 +139,7 @@ def test_presets_are_inside_their_own_ranges(name):
 @pytest.mark.parametrize(
     ("preset", "layers"),
     [
+        ("pai", range(2, 32)),
         ("vaf", range(9, 15)),
         ("heads_guided", range(5, 19)),
         ("gift", range(12, 23)),
@@ -149,6 +150,12 @@ def test_presets_are_inside_their_own_ranges(name):
 def test_shares_of_the_depth_are_the_papers_layers_in_7b(preset, layers):
     (method,) = Recipe.of(preset).interventions
     assert method.active_layers(SIZES) == tuple(layers)
+
+
+@pytest.mark.parametrize(("preset", "alpha"), [("pai", 0.2), ("pai_official", 0.2), ("pai_paint", 0.5), ("focus", 0.2)])
+def test_strengths_are_the_released_ones(preset, alpha):
+    (method,) = Recipe.of(preset).interventions
+    assert method.alpha == alpha
 
 
 # --- value semantics

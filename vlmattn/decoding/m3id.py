@@ -13,7 +13,7 @@ from vlmattn.interventions.registry import Sizes, option, register
     "m3id",
     paper="arXiv:2403.14003 (CVPR 2024)",
     code="not available; github.com/sangminwoo/AvisC has its own version",
-    faithful="golden of another's code",
+    faithful="another code (golden)",
     parts="decoding",
     cost="prefill: the text of the prompt once more; decode: twice the rows, one forward",
     presets={"m3id": ("lambda = .02, as AvisC's version has it", {})},

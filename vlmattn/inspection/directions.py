@@ -44,8 +44,8 @@ def fit_directions(
     by AdamW, one example a step, from normal numbers of standard deviation .01. Each layer is fitted by itself, on inputs
     that no direction has changed. The model's weights are only read; edits of a wrapped model do not act meanwhile.
 
-    The directions grow with the number of steps (at most ``lr`` a step and number): the released ones come from many
-    thousand steps. With few examples take more epochs.
+    Each step changes a number by about ``lr`` at most, and the released directions have a length of 24 to 30: with few
+    examples take more epochs.
 
     Args:
         examples: prompts, each with its span and maybe an answer.
@@ -69,8 +69,7 @@ def fit_directions(
     anatomy = find_family(model).anatomy(model)
     if epochs < 1 or not lr > 0:
         raise OptionError(f"epochs must be at least 1 and lr above 0, got {epochs} and {lr:g}")
-    asked = 1 <= heads <= anatomy.layers * anatomy.heads if isinstance(heads, int) else _exist(heads, anatomy)
-    if not asked:
+    if not _exist(heads, anatomy):
         raise OptionError(
             f"heads must be (layer, head) pairs, at least one, within {anatomy.layers} layers and {anatomy.heads} heads, or"
             f" how many of these; got {heads}"
@@ -109,8 +108,12 @@ def fit_directions(
     return {f"query.{layer}": value for layer, value in query.items()}
 
 
-def _exist(heads: Sequence[tuple[int, int]], anatomy: Anatomy) -> bool:
-    return len(heads) > 0 and all(0 <= n < anatomy.layers and 0 <= h < anatomy.heads for n, h in heads)
+def _exist(heads: int | Sequence[tuple[int, int]], anatomy: Anatomy) -> bool:
+    """The model has these heads, in layers with attention, or so many of them; at least one."""
+    layers = range(anatomy.layers) if anatomy.attending is None else anatomy.attending
+    if isinstance(heads, int):
+        return 1 <= heads <= len(layers) * anatomy.heads
+    return len(heads) > 0 and all(n in layers and 0 <= h < anatomy.heads for n, h in heads)
 
 
 def _answer(example: Span, prompt: dict[str, Any]) -> tuple[int, int]:

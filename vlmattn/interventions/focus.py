@@ -41,12 +41,13 @@ class FocusDirections(Intervention):
         q_h <- q_h + alpha d_h     after the rotation, all tokens;  each key's score rises by alpha scale d_h . k_j
 
     The cache stays as it is. ``vlmattn.inspection.fit_directions`` learns directions from labelled spans; the file has
-    ``query.LAYER`` ``[heads, dim]``, zero for other heads. The released code adds directions to keys as well: the same
-    for each key of a head, which no softmax tells; ``key.LAYER`` in a file is left out, with a warning. Counts attention
+    ``query.LAYER`` ``[heads, dim]``, zero for other heads. The released code adds directions to keys as well, the same for
+    every key of a head, which changes no softmax: ``key.LAYER`` in a file is left out, with a warning. Counts attention
     calls.
 
     Raises:
-        OptionError: no file given and none beside the model; a file for another model, or without query directions.
+        OptionError: no file given and none beside the model; a file for another model.
+        InputError: a file without query directions.
     """
 
     needs_images = False
