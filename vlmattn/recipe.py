@@ -228,7 +228,12 @@ class Recipe:
         reasons = dict(sizes.refused)
         for method in (*self.interventions, *self.pruning):
             opening = isinstance(method, Intervention) and bool(method.opens())
-            reason = reasons.get(kind_of(method)) or (reasons.get("opening") if opening else None)
+            asking = isinstance(method, Intervention) and method.turns == "needed"
+            reason = (
+                reasons.get(kind_of(method))
+                or (reasons.get("opening") if opening else None)
+                or (reasons.get("turns") if asking else None)
+            )
             if reason is not None:
                 raise UnsupportedError(f"'{method.info.name}' does not run on {sizes.family}: {reason}")
         reason = (reasons.get("decoding") if deciding else None) or (reasons.get("looking") if looking else None)

@@ -51,6 +51,18 @@ def test_cached_decoding_equals_recomputing_and_the_reference(name, kind, monkey
     torch.testing.assert_close(answer(model, prompts()[0], 2)[0], cached[0, :2], rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("name", EDITS)
+def test_drafts_behind_a_window_are_edited_like_single_tokens(name, kind):
+    """Wrong ones too, which are taken back; the images have left the window, or leave it now."""
+    model, other = vlmattn.wrap(windowed(WINDOW, kind), EDITS[name]), windowed(WINDOW, kind, seed=1)
+    for inputs in prompts():
+        wanted = answer(model, inputs, NEW)
+        for assistant in (other, model):
+            found = answer(model, inputs, NEW, assistant_model=assistant)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", ["pai", "var"])
 def test_a_window_that_is_never_reached_changes_nothing(name):
     inputs = left_padded(prompts())

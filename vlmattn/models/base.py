@@ -96,8 +96,8 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
-    #: Kinds of methods (``KINDS``, "opening" for masks that open edges, or "looking" for decoding methods that are guided by
-    #: attention) that the family cannot have, and why.
+    #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided by
+    #: attention, or "turns" for methods that must know the user's) that the family cannot have, and why.
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""

@@ -20,10 +20,13 @@ class Blip2(Family):
         "blip-2": "Salesforce/blip2-opt-2.7b",
         "instructblip": "Salesforce/instructblip-vicuna-7b",
     }
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("pruning", "decoding"),
-        "its generate() gives the language model embeddings only, and no images to make other prompts of",
-    )
+    refused: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("pruning", "decoding"),
+            "its generate() gives the language model embeddings only, and no images to make other prompts of",
+        ),
+        "turns": "its generate() gives the language model embeddings only, and no token ids to find the user's turns in",
+    }
 
     def check(self, model: PreTrainedModel) -> None:
         if model.config.get_text_config().is_encoder_decoder:

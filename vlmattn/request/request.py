@@ -148,6 +148,9 @@ class Request:
             view.__dict__.update(self.__dict__)  # shares what methods keep
             view.prompt_length, view.tokens, view._picked = self.prompt_length - tokens.removed, tokens, {}
             view.has_padding, view._surveyed = self.has_padding or tokens.valid is not None, False
+            if self._last_prompt_row is not None:
+                view._last_prompt_row = self._last_prompt_row - tokens.removed
+            view.first_last_row = max(self.first_last_row - tokens.removed, 0)
             self._views.append(view)
         if in_prompt and not view._surveyed:
             view._survey(self.stop - tokens.removed)

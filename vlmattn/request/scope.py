@@ -196,9 +196,9 @@ class Scope:
 
     def rows_after_image(self) -> Rows | None:
         """Text rows that follow an image; None: all rows."""
-        if self.step.start is None:
+        if not self.step.is_prompt:  # the image may have left a sliding window
             row: Rows | None = self.once("generated row", lambda: self.request.generated_row_after_image(self.device))
-            return row
+            return row if row is None or self.queries == 1 else Rows(row.mask.expand(-1, self.queries))
         return self._rows(self.request.rows_after_image)
 
     def rows_that_predict(self) -> Rows | None:

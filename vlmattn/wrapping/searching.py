@@ -152,9 +152,10 @@ class _Told:
         """For each token the log-probabilities it was chosen by, ``[batch, vocabulary]``; behind an answer only padding is possible."""
         rows = []
         for answer in self.answers:
-            behind = answer.scores(vocabulary).new_full((self.new - len(answer.tokens), vocabulary), -torch.inf)
+            scores = answer.scores(vocabulary)
+            behind = scores.new_full((self.new - len(scores), vocabulary), -torch.inf)
             behind[:, self.padding] = 0
-            rows.append(torch.cat([answer.scores(vocabulary), behind]))
+            rows.append(torch.cat([scores, behind]))
         return torch.stack(rows, 1).to(self.sequences.device).unbind()
 
     def _read(self, found: GenerateBeamDecoderOnlyOutput, config: Any) -> None:
@@ -175,7 +176,7 @@ class _Told:
         cache = new_cache(model)
         kept = {name: getattr(config, name) for name in ("output_attentions", "output_hidden_states")}
         call = replace(self.call, prompt_length=self.prompt, plain_mask=True, token=object(), sight=TowerView())
-        outs = [run(call, cache, **step, **kept) for step in steps]
+        outs = [run(call, cache, **step | kept) for step in steps]
         if config.use_cache is not False:
             compat.set_output_cache(found, cache)
         if config.output_logits:
@@ -191,7 +192,7 @@ class _Told:
                 *(
                     tuple(
                         None if one is None else one[:, :, n : n + 1, : self.prompt + n + 1]
-                        for one in outs[1].attentions
+                        for one in outs[1].attentions or ()
                     )
                     for n in range(new)
                 ),
