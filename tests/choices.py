@@ -1,7 +1,7 @@
 """Methods that choose abruptly, such as the heads above a median, choose others when rounding tips the scale.
 
 Two runs that round differently are compared under the same choices: ``Choices`` notes those of one run and has the other
-one choose alike.
+one choose alike. Or on a case where no choice is near to another one, which the test asserts: ``steady``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from vlmattn import VHR
@@ -22,10 +23,22 @@ RANKING = ("vlmattn.interventions.", "vlmattn.kernels.edit")
 POINTS = ((VHR, "gains"), (SinkTest, "is_sink"), (Stage, "top"))
 
 
+def steady(choose: Callable[..., Tensor], *given: Tensor, by: float = 1e-5) -> bool:
+    """Whether ``choose`` chooses alike when every value moves by ``by`` of its size at most: a hundred times what float32 rounds a value by."""
+    generator = torch.Generator().manual_seed(0)
+    wanted = choose(*given)
+
+    def moved(values: Tensor) -> Tensor:
+        return values * (1 + by * (2 * torch.rand(values.shape, generator=generator) - 1))
+
+    return all(torch.equal(choose(*map(moved, given)), wanted) for _ in range(8))
+
+
 class Choices:
     """What methods choose: heads that gain, sinks, image tokens that stay."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranking: tuple[str, ...] = RANKING) -> None:
+        self.ranking = ranking
         self.made: list[tuple[str, Tensor]] = []
 
     @contextmanager
@@ -57,16 +70,18 @@ class Choices:
             yield
         assert left == [], "the second run chose less often"
 
-    @staticmethod
     @contextmanager
-    def _instead(way: Callable[..., Tensor]) -> Iterator[None]:
+    def _instead(self, way: Callable[..., Tensor]) -> Iterator[None]:
         def of_library(name: str) -> Callable[..., Any]:
             """``Tensor.topk`` or ``Tensor.sort``, whose order is a choice where methods and plans rank heads or tokens."""
             rank, place = getattr(Tensor, name), {"topk": 1, "sort": 0}[name]
 
             def ranked(values: Tensor, *given: Any, **options: Any) -> Any:
                 found = rank(values, *given, **options)
-                if not sys._getframe(1).f_globals["__name__"].startswith(RANKING) or not values.is_floating_point():
+                if (
+                    not sys._getframe(1).f_globals["__name__"].startswith(self.ranking)
+                    or not values.is_floating_point()
+                ):
                     return found
                 index = way(name, lambda _: found.indices, values)
                 dim = options.get("dim", given[place] if len(given) > place else -1)
@@ -79,7 +94,12 @@ class Choices:
                 choose = getattr(owner, name)
 
                 def instead(*given: Any, name: str = name, choose: Callable[..., Tensor] = choose) -> Tensor:
-                    return way(name, choose, *given)
+                    if name != "top":
+                        return way(name, choose, *given)
+                    among = given[0].visual  # whatever other rows there are
+                    kept = torch.zeros_like(among)
+                    kept[among] = way(name, lambda *given: choose(*given)[among], *given)
+                    return kept
 
                 stack.enter_context(mock.patch.object(owner, name, instead))
             for name in ("topk", "sort"):

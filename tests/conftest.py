@@ -27,6 +27,7 @@ if importlib.util.find_spec("hypothesis"):  # a machine that is lent for its GPU
 
 # What is computed by kernels, methods and rules: rounding differs between CPUs and thread counts (``make test-portable``).
 NUMERIC = ("kernels", "interventions", "decoding", "test_laws.py", "test_running.py")
+WORDS = ("refusals", "recipes", "howto", "triton")  # files of those folders that compare no sums of this CPU
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
@@ -34,7 +35,8 @@ def pytest_collection_modifyitems(items):
     """Mark the numeric tests, and run those that need time last."""
     folder = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(folder) and item.path.relative_to(folder).parts[0] in NUMERIC:
+        path = item.path.relative_to(folder) if item.path.is_relative_to(folder) else item.path
+        if path.parts[0] in NUMERIC and not any(word in path.name for word in WORDS):
             item.add_marker("numeric")
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 

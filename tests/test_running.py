@@ -233,7 +233,9 @@ def test_adapters_are_saved_with_the_recipe(family, tmp_path):
     model.save_pretrained(tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors", "vlmattn_config.json"} <= set(os.listdir(tmp_path))
     loaded = peft.PeftModel.from_pretrained(build(family), tmp_path).eval()
-    with pytest.raises(vlmattn.InputError, match=r"the folder of the adapter, which PEFT does not tell: wrap\(model, folder\)"):
+    with pytest.raises(
+        vlmattn.InputError, match=r"the folder of the adapter, which PEFT does not tell: wrap\(model, folder\)"
+    ):
         vlmattn.wrap(loaded)
     vlmattn.wrap(loaded, tmp_path)
     assert loaded.vlmattn.recipe == model.vlmattn.recipe

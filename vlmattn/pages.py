@@ -18,6 +18,9 @@ from vlmattn.errors import one_line
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
+_LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: no file holds it
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
 
 class Html(str):
     """Text that is HTML already, made by this library."""
@@ -40,9 +43,9 @@ def _entered(part: Any) -> str:
         return part
     if isinstance(part, str):
         return html.escape(part)
-    # json writes ASCII; without these three letters nothing in it ends or begins an element or a comment
-    text = json.dumps(part, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text = _LONE.sub(_UNKNOWN, json.dumps(part, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+    # without these letters nothing in it ends or begins an element, a comment or a line of a script
+    return re.sub("[<>&\u2028\u2029]", lambda letter: f"\\u{ord(letter[0]):04x}", text)
 
 
 def markdown_cell(text: str) -> str:
@@ -53,12 +56,13 @@ def markdown_cell(text: str) -> str:
 
 
 def document(title: str, body: str) -> str:
-    """A whole page; ``body`` is HTML."""
-    return f"""<!doctype html>
+    """A whole page; ``body`` is HTML. What no page may hold (NUL, half of a surrogate pair) becomes U+FFFD."""
+    whole = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>
 {body}</main></body></html>
 """
+    return re.sub(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", _UNKNOWN, _LONE.sub(_UNKNOWN, whole))
 
 
 def figure(drawn: Any) -> str:

@@ -18,9 +18,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vlmattn.errors import InputError, VlmattnError
+from vlmattn.files import path_text
 from vlmattn.texts import read_bytes
 
 MOST_PIXELS = 2**30 // 12  # a quarter of a GiB in RGB, where Pillow warns of a decompression bomb
+_WHAT = "the picture"
 _ORIENTATION = 0x0112  # tag of EXIF
 _TURNS = {  # what brings a picture of this orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,7 +45,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         InputError: there is no such file, it is no picture, damaged, or has more than ``MOST_PIXELS`` pixels.
     """
-    content = _read(path)
+    content = read_bytes(path, what=_WHAT)
     with _named(path):
         return decode_picture(content)
 
@@ -98,7 +100,7 @@ class MovingPicture:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path, self._content = path, _read(path)
+        self._path, self._content = path, read_bytes(path, what=_WHAT)
         with _named(path), _refusing(), _opened(self._content) as moving:
             self._count = int(getattr(moving, "n_frames", 1))
 
@@ -149,14 +151,7 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"cannot read the picture {os.fspath(path)}: {error}") from None
-
-
-def _read(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return read_bytes(path)
-    except InputError as error:  # "cannot read <path>: ..."
-        raise InputError(str(error).replace("cannot read", "cannot read the picture", 1)) from None
+        raise InputError(f"cannot read {_WHAT} {path_text(path)}: {error}") from None
 
 
 def _orientation(picture: Image.Image) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,6 +127,37 @@ def questions(tmp_path):
     Image.new("RGB", (56, 56), "green").save(tmp_path / "good.png")
     (tmp_path / "damaged.png").write_bytes((tmp_path / "good.png").read_bytes()[:50])
     return path
+
+
+def test_skip_skips_whatever_a_picture_may_be(bundled, tmp_path):
+    """A size bomb, a drawing, a pipe, a folder, names that no file has, and files that Pillow fails at in many ways."""
+    Image.new("RGB", (56, 56), "green").save(tmp_path / "good.png")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:24])
+    (tmp_path / "sizes.ppm").write_bytes(b"P6\n2\xc2\x9c 2\n255\n" + bytes(20))
+    (tmp_path / "drawing.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    odd = [
+        "bomb.png",
+        "cut.png",
+        "sizes.ppm",
+        "drawing.eps",
+        "pipe.png",
+        "folder.png",
+        "gone.png",
+        "n\0l.png",
+        "a" * 3_000,
+    ]
+    rows = [
+        {"question_id": n, "image": name, "text": "Is there a cat in the image?", "label": "no"}
+        for n, name in enumerate(["good.png", *odd])
+    ]
+    (tmp_path / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = Pope.on_files([tmp_path / "coco_pope_random.json"], tmp_path)
+    result = evaluate(*bundled, [suite], ["none"], tmp_path / "out", "embedded", on_error="skip")
+    assert len(result.summary["skipped"]) == len(odd)
+    assert len({row["id"] for row in result.summary["skipped"]}) == len(odd)
 
 
 def test_images_that_cannot_be_read_stop_a_run(bundled, questions, tmp_path):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import subprocess
+from dataclasses import replace
 
+import hostile
 import numpy as np
 import pytest
+from hostile import CHROMIUM
 from PIL import Image
 
 import vlmattn
-from vlmattn import pages
+from vlmattn import PAI, Recipe, pages
 from vlmattn.evals.gallery import attention_of, gallery
 from vlmattn.evals.page import _card, html_report
 from vlmattn.evals.report import change
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites import Chair, Pope, World
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,28 @@ def test_parts_that_count_as_images_are_not_drawn(finished):
     one = (((0, 0, 1, 1), np.ones((2, 2))),)
     cards = [_card(suite, result, sample, maps) for maps in ([one], [one] * 3, [()], [])]
     assert [card.count("data:image/png") for card in cards] == [2, 1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore")  # letters that the font lacks
+def test_names_are_text_on_the_page(tmp_path):
+    """Names of recipes and files, questions, answers and the command line."""
+    model, processor = vlmattn.load("embedded")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+
+    def made(name):
+        place = tmp_path / name.replace("/", "")[:200].encode("ascii", "ignore").decode().replace("\0", "")
+        place.mkdir()
+        questions = place / f"{place.name}.json"
+        asked = [
+            {"question_id": n, "image": "a.png", "text": f"Is there a cup? {name}", "label": "yes"} for n in range(2)
+        ]
+        questions.write_text(json.dumps(asked))
+        suite, recipe = Pope.on_files([questions], tmp_path), Recipe(name, (PAI(),))
+        result = evaluate(model, processor, [suite], [recipe], place / "out", name, say=lambda _: None, command=name)
+        said = {key: f"{name} {key[1]}" for key in result.answers}
+        return hostile.elements(html_report(replace(result, answers=said)))
+
+    assert made(hostile.ALL.replace("\ud800", "")) == made("name")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,6 +18,8 @@ from vlmattn.evals.suites.published import make_published
 from vlmattn.evals.suites.tables import is_table
 
 datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 
 
 @pytest.fixture(autouse=True)
@@ -311,6 +315,31 @@ def test_a_table_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r'pip install "vlmattn\[hub\]"'):
         make_published("pope", Path("lmms-lab/POPE"), None, None, 16)
+
+
+@pytest.mark.parametrize("kind", ["photo", "deep", "named"])
+def test_pictures_of_a_table_are_read_as_files_are(pope, kind):
+    content, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    ramp = np.linspace(0, 65535, 2400).reshape(40, 60)
+    grey = ramp.astype(np.uint16) if kind == "deep" else (ramp / 257).astype(np.uint8)
+    Image.fromarray(grey).save(content, "PNG", exif=exif)
+    path = pope / "data" / "test-00000-of-00001.parquet"
+    table = pq.read_table(path).slice(0, 1)
+    place = table.column_names.index("image")
+    cells = pa.array(
+        [{"bytes": None if kind == "named" else content.getvalue(), "path": "/etc/hostname"}],
+        pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+    )
+    pq.write_table(table.set_column(place, "image", cells).replace_schema_metadata(table.schema.metadata), path)
+    (sample,) = make_published("pope", pope, None, None, 16).samples()
+    if kind == "named":  # of a file of this machine, which a table has no business to read
+        with pytest.raises(InputError, match=r"POPE: row 0.*the table holds no picture here"):
+            sample.images()
+        return
+    (picture,) = sample.images()
+    assert picture.size == (40, 60)
+    assert np.asarray(picture).mean() == pytest.approx(127.5, abs=0.6)
 
 
 def test_a_damaged_picture_is_named(pope):

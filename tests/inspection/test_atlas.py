@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 
+import hostile
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgba
@@ -186,6 +187,15 @@ def test_a_page_needs_nothing_from_elsewhere_and_shows_names_as_they_are():
         assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", text)
         assert text.count("<svg") == len(figures(shown))
     assert MEANING["causal"] in page(profile, "")
+
+
+@pytest.mark.filterwarnings("ignore")  # letters that the font lacks
+def test_names_are_text_on_the_page():
+    def made(name):
+        profile = heads(names=(name, "a"), source=name, fingerprint=name)
+        return page(profile, name) + page(compare_profiles(profile, profile), name) + page(sinks(source=name), name)
+
+    assert hostile.elements(made(hostile.ALL)) == hostile.elements(made("name"))
 
 
 def test_every_score_of_the_library_has_a_meaning():

@@ -6,15 +6,20 @@ import base64
 import io
 import json
 import re
-import shutil
 import subprocess
+from dataclasses import replace
 
+import hostile
 import numpy as np
 import pytest
 import torch
+from hostile import CHROMIUM
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import vlmattn
+from vlmattn.cli.figures import write_figures
 from vlmattn.errors import InputError
 from vlmattn.evals.prompts import encode
 from vlmattn.evals.suites import World
@@ -22,8 +27,8 @@ from vlmattn.inspection import compare_answers, group_masses
 from vlmattn.inspection import page as page_module
 from vlmattn.inspection.page import inspect_page
 from vlmattn.inspection.pictures import figures
+from vlmattn.inspection.sides import Side
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 QUESTION = "Describe the image."
 
 
@@ -110,6 +115,68 @@ def test_the_page_needs_nothing_from_elsewhere_and_quotes_what_people_wrote(seen
     assert "<b>?" not in page
     assert "<i>" not in page
     assert not re.search(r"""(src|href)\s*=\s*["']?(http|//)|<link|@import|url\(http""", page)
+
+
+def named(sides, name):
+    """The same answers, with a name wherever a user or a model could bring one in."""
+    own = {side.trace.recipe: f"{name}{number}" for number, side in enumerate(sides)}
+    return [
+        Side(
+            replace(
+                side.trace,
+                recipe=own[side.trace.recipe],
+                tokens=tuple(name for _ in side.trace.tokens),
+                rivals=tuple(tuple((name, value) for _, value in rivals) for rivals in side.trace.rivals),
+                notes=(name,),
+            ),
+            {own[recipe]: values for recipe, values in side.logprobs.items()},
+        )
+        for side in sides
+    ]
+
+
+def page_named(seen, name):
+    pictures, sides = seen[1]
+    return inspect_page(named(sides, name), pictures, name, scores={name: [[0.1] * 8] * 6}, facts={name: name})
+
+
+@settings(max_examples=15, deadline=None)
+@given(name=hostile.names | st.just(hostile.ALL))
+def test_names_are_text_on_the_page(seen, name):
+    page = page_named(seen, name)
+    assert hostile.elements(page) == hostile.elements(page_named(seen, "name"))
+    data, name = data_of(page), name.replace("\ud800", "\ufffd")
+    assert [side["name"] for side in data["sides"]] == [f"{name}0", f"{name}1"]
+    assert list(data["scores"]) == [name]
+
+
+def test_scores_that_do_not_fit_are_left_out(seen):
+    pictures, sides = seen[1]
+    good, nan = [[0.1] * 8] * 6, [[float("nan")] * 8] * 6
+    scores = {
+        "good": good,
+        "nan": nan,
+        "few layers": good[:3],
+        "few heads": [[0.1] * 4] * 6,
+        "ragged": [*good[:5], [0.1]],
+    }
+    assert data_of(inspect_page(sides, pictures, QUESTION, scores=scores))["scores"] == {"good": good}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("name", [hostile.ALL, "<!--<script>", "{{data}}<img src=x onerror=document.title='PWNED'>"])
+def test_names_run_nothing_in_a_browser(seen, tmp_path, name):
+    title, ready = hostile.title_in_browser(page_named(seen, name), tmp_path)
+    assert title.startswith("vlmattn inspect: ")
+    assert ready
+
+
+@pytest.mark.filterwarnings("ignore")  # letters that the font lacks
+def test_names_are_drawn_as_they_are(seen, tmp_path):
+    pictures, sides = seen[1]
+    drawn = figures(named(sides, "$\\frac{" + "a" * 300)[:1], pictures)
+    write_figures(tmp_path, drawn)
+    assert len(list(tmp_path.iterdir())) == len(drawn)
 
 
 def test_pictures_must_be_those_of_the_prompt(seen):

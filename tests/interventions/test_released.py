@@ -6,6 +6,7 @@ import json
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import vlmattn
 from vlmattn import MMA, Recipe
-from vlmattn.decoding import Branch, Contrast, ContrastiveDecoding
+from vlmattn.decoding import Branch, ContrastiveDecoding
 from vlmattn.interventions.pruning.sparsevlm import cluster_means
 from vlmattn.interventions.registry import Options, make_method
 from vlmattn.models import find_family
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "released"
 INDEX = json.loads((GOLDENS / "index.json").read_text())
+SIZES = SimpleNamespace(layers=8)
 EOS = 2
 SCORED = ("agla", "avisc", "buckets", "deco", "dola", "icd", "m3id")  # compared after the decoding rule
 FIRST = ("agla", "fastv")  # the release does something else from the second token on: see the notes of the index
@@ -58,7 +60,7 @@ def recipe(method: str, case: str, folder: Path) -> Options | Recipe:
     options = INDEX[method]["cases"][case]
     if method == "icd":  # the branch's ids are given: no chat template
         confused = Branch(name="confused", prompt=lambda ids: golden("icd")["icd_ids"][0])
-        return ContrastiveDecoding((confused,), Contrast((options["alpha"],), beta=options["beta"]))
+        return ContrastiveDecoding((confused,), make_method(method, options).contrast(SIZES).rule)
     if method == "focus":  # keys too, as files of directions once had them
         found = {side: golden(method)[f"{case}.{side}_directions"] for side in ("query", "key")}
         model, _ = bare(INDEX[method]["model"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import generate
+from tiny import generate, shifted_queries
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
@@ -18,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from zoo import ZOO, padded
 
 import vlmattn
-from vlmattn import PAI, VAR, VCD, VHR, FastV, Knockout, SoFA, UnsupportedError
+from vlmattn import PAI, VAR, VCD, VHR, FastV, FocusDirections, Knockout, SoFA, UnsupportedError
+from vlmattn.interventions.focus import save_directions
 from vlmattn.models import KINDS, find_family, registered
 from vlmattn.models.table import markdown
 from vlmattn.models.table import rows as table_rows
@@ -212,6 +213,20 @@ def test_edits_do_what_their_formulas_say(name, which):
         return
     assert moved(wanted, ZOO[name].build()(**prompt.inputs).logits), "the formula must do something"
     assert which != "var" or Hand.sinks > 0
+
+
+@pytest.mark.parametrize("name", ["kimi_k25", "paligemma2", "gemma3_window", "lfm2_vl"])
+def test_directions_are_as_long_as_queries(name, tmp_path):
+    """Latent attention, soft-capped scores, windows, layers without attention."""
+    model, prompt = ZOO[name].build(), prompts(name)[0]
+    anatomy = find_family(model).anatomy(model)
+    layers = anatomy.attending or range(anatomy.layers)
+    query = {layer: torch.randn(anatomy.heads, anatomy.query_dim) for layer in layers}
+    with shifted_queries(model, query):
+        wanted = model(**prompt.inputs).logits
+    assert moved(wanted, model(**prompt.inputs).logits)
+    path = str(save_directions(query, tmp_path, anatomy))
+    same(vlmattn.wrap(model, FocusDirections(alpha=1.0, file=path))(**prompt.inputs).logits, wanted)
 
 
 # Caches and padding

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import bound, near
 from tiny import IMAGE_TOKEN, build
 from tiny import TEXT as TEXT_CONFIG
 from torch import Tensor
@@ -18,7 +19,7 @@ from vlmattn.models import find_family
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-TOLERANCE = 1e-5
+TOLERANCE = bound(torch.float32, 1024)  # shares of attention, after a tower of two layers
 HEADS = 4
 
 
@@ -202,9 +203,7 @@ def test_qwen_is_the_attention_of_the_mean_query_in_the_order_of_the_prompt(name
     pixels = pixels_of(grids)
     expected, features = by_hand(model, layer, pixels, grids)
     told = model.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
-    torch.testing.assert_close(
-        features, told, rtol=0, atol=1e-4
-    )  # the oracle knows the tower and the order of its tokens
+    near(features, told)  # the oracle knows the tower and the order of its tokens
     found = look(model, layer, pixels, grid_thw=torch.tensor(grids))
     assert len(found) == len(grids)
     for got, wanted in zip(found, expected, strict=True):

@@ -119,6 +119,21 @@ def test_a_truth_that_cannot_be_compared_costs_nothing(run, walk, tmp_path):
     assert len(read_tum("a.txt")) == 12
 
 
+def test_what_is_made_up_or_odd_is_noted_once(run, walk, tmp_path):
+    poses = np.concatenate([read_tum("truth.txt").poses[:6]] * 2)
+    write_tum(tmp_path / "runs.txt", Trajectory(np.tile(np.arange(6) / 30, 2), poses))
+    code, _, err = run("track", "--frames", "walk", "--out", "a.txt", "--truth", "runs.txt", "--size", "48")
+    assert code == 0
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2
+    assert "no times for all frames; those without follow at 30 per second" in notes[0]
+    assert "the times of the truth repeat or go back (two runs in one file?)" in notes[1]
+    code, _, err = run("track", "--frames", "walk", "--out", "a.txt", "--rate", "10")
+    assert code == 0
+    assert "note: " not in err
+    assert read_tum("a.txt").times == pytest.approx(np.arange(12) / 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,6 +151,10 @@ def test_a_truth_that_cannot_be_compared_costs_nothing(run, walk, tmp_path):
         (["--frames", "walk", "--out", "a.txt", "--network", "nowhere:Net"], "package.module:Class"),
         (["--frames", "walk", "--out", "a.txt", "--max-keyframes", "1"], "max_keyframes must be at least 2"),
         (["--frames", "walk", "--out", "walk"], "it is a folder"),
+        (["--frames", "walk", "--out", "a.txt", "--rate", "0"], "rate must be from"),
+        (["--frames", "walk", "--out", "a.txt", "--rate", "nan"], "rate must be from"),
+        (["--frames", "walk", "--out", "a.txt", "--every", "0"], "every must be at least 1"),
+        (["--frames", "/dev/zero", "--out", "a.txt"], "neither a folder nor a regular file"),
         (["--frames", "walk", "--out", "a.txt", "--truth", "none.txt"], "cannot read the trajectory none.txt"),
         (["--demo", "--degrees", "170", "--rule", "azel"], "took 1 keyframe"),
     ],

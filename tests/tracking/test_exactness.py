@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiview
 import pytest
 import torch
-from numerics import bound, near, size
+from numerics import bound, near
+from numerics import size as largest
 
 from vlmattn.kernels import segments
 from vlmattn.tracking import Tracker
@@ -179,5 +180,7 @@ def test_segments_are_one_attention():
             torch.cat([shared_v.expand(3, -1, -1, -1), v], 2),
             scale=0.25,
         )
-        score = size(q @ torch.cat([shared_k.expand(3, -1, -1, -1), k], 2).mT) * 0.25  # weights are off in proportion
+        score = (
+            largest(q @ torch.cat([shared_k.expand(3, -1, -1, -1), k], 2).mT) * 0.25
+        )  # weights are off in proportion
         near(out, whole, terms=16 + 47, scale=score)

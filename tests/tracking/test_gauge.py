@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from true_poses import Oracle, OracleAdapter, picture, walk
 
 from vlmattn.tracking import Interval, Similarity, Tracker, align, metrics
-from vlmattn.tracking.keyframes import Angular, Azel, PoseChange, Sight
+from vlmattn.tracking.keyframes import Angular, Azel, PoseChange, Released, Sight
 from vlmattn.tracking.rooms import rotation
 
 
@@ -153,6 +153,24 @@ def test_rules_around_an_object():
     assert Azel(10).wants(sight(around(60), around(0), around(49), centre=centre))  # asin would stop at 45 degrees
 
 
+def test_the_released_rule_is_the_formula_of_the_code():
+    """azimuth = asin(x / z) cut to a right angle, elevation = atan2(y, z); without the circle that ``azel`` closes."""
+    draw, differ = np.random.default_rng(0), 0
+    for _ in range(2000):
+        centre, places = draw.normal(size=3), 3 * draw.normal(size=(1 + draw.integers(1, 5), 3))
+        x, y, z = (places - centre).T
+        azimuth = np.degrees(np.arcsin(np.clip(x / z, -1, 1)))
+        elevation = np.degrees(np.arctan2(y, z))
+        away = [np.abs(angle[1:] - angle[0]).min() for angle in (azimuth, elevation)]
+        poses = torch.eye(4, dtype=torch.float64).repeat(len(places), 1, 1)
+        poses[:, :3, 3] = torch.from_numpy(places)
+        seen = sight(poses[0], *poses[1:], centre=torch.from_numpy(centre))
+        assert Released(10).wants(seen) == (max(away) > 10)
+        differ += Released(10).wants(seen) != Azel(10).wants(seen)
+    assert differ > 100
+    assert Tracker(Oracle(walk()).eval(), OracleAdapter(Oracle(walk())), "released").rule == Released(10)
+
+
 @pytest.mark.parametrize(("rule", "most"), [(Angular(10), 14), (Azel(10), 14), (PoseChange(10), 40), (Interval(20), 3)])
 def test_rules_choose_keyframes_of_a_walk(rule, most):
     poses = walk()
@@ -170,7 +188,7 @@ def test_min_gap_and_cap():
     assert min(np.diff(taken)) >= 4
 
 
-@pytest.mark.parametrize("rule", [Angular, Azel, PoseChange])
+@pytest.mark.parametrize("rule", [Angular, Azel, Released, PoseChange])
 def test_rules_check_their_options(rule):
     for degrees in (0, -1, 181):
         with pytest.raises(ValueError, match="degrees must be above 0"):

@@ -255,3 +255,14 @@ def test_fit():
     assert fit(Image.new("RGB", (640, 480)), 308, 14).size == (308, 224)
     assert fit(Image.new("L", (16, 12)), None, 4).size == (16, 12)
     assert fit(Image.new("RGB", (3, 1000)), 28, 14).size == (14, 28)
+    turned = Image.new("I;16", (640, 480), 65535)
+    turned.getexif()[0x0112] = 6
+    assert fit(turned, 308, 14).size == (224, 308)
+    assert fit(turned, 308, 14).getpixel((0, 0)) == (255, 255, 255)
+    for odd in (0, -1, 1.5, float("nan"), "308", True):
+        with pytest.raises(InputError, match="longest must be"):
+            fit(turned, odd, 14)
+    with pytest.raises(InputError, match="are more than"):
+        fit(turned, 100_000, 14)
+    with pytest.raises(InputError, match="a picture is a PIL image"):
+        fit("a.png", 308, 14)

@@ -218,7 +218,7 @@ Per layer, over 100 questions about clear scenes (definitions: `vlmattn.evals.ca
 
 ## Measured beside it
 `vlmattn_heads.json` (scores and mean outputs of every head) and `vlmattn_directions.safetensors` (focus directions) are what the
-presets `heads_*` and `focus` act on. `python -m vlmattn.evals.measure` makes both again, in a minute, from scenes that
+presets `heads_*` and `focus` act on. `python -m vlmattn.evals.measure` makes both again, in some minutes, from scenes that
 neither training nor any evaluation uses.
 
 Licence: Apache-2.0.

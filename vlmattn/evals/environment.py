@@ -24,7 +24,7 @@ _LIBRARIES = ("tokenizers", "numpy", "pillow", "torchvision", "bitsandbytes")
 _NOT_DECODING = {
     *("do_sample", "max_new_tokens", "max_length", "transformers_version", "trust_remote_code"),
     *("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    *("use_cache", "return_dict_in_generate", "return_legacy_cache"),
+    *("use_cache", "cache_config", "compile_config", "return_dict_in_generate", "return_legacy_cache"),
     *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
 }
 

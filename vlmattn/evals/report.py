@@ -126,10 +126,6 @@ def notes(result: Result) -> list[str]:
     found = []
     if (how := decoding_in_words(result.summary["decoding"])) != "greedy decoding":
         found.append(f"All answers: {how}, as the model's generation config says.")
-    if any(bounds(each) is None for each in _intervals(result.summary)):
-        found.append(
-            f"No interval: fewer than {FEWEST} images, or all of them agree; resampling them cannot say how sure such a figure is."
-        )
     for preset, report in result.summary["reports"].items():
         idle = [name for name, count in report["fired"].items() if not count]
         if idle:
@@ -146,6 +142,10 @@ def notes(result: Result) -> list[str]:
         found.append(
             f"Memory was short: batches were answered in parts ({parts}), so not all presets had the same batches; answers"
             " may differ by rounding. A smaller --batch-size avoids it."
+        )
+    if any(bounds(each) is None for each in _intervals(result.summary)):
+        found.append(
+            f"No interval: fewer than {FEWEST} images, or all of them agree; resampling them cannot say how sure such a figure is."
         )
     return found
 

@@ -86,7 +86,7 @@ def fit_directions(
         looks = _look(model, prompts, lambda layer, weights: weights if layer in chosen else None)
         generator = torch.Generator().manual_seed(seed)
         found = {
-            layer: (_SMALL * torch.randn(len(mine), anatomy.head_dim, generator=generator)).requires_grad_()
+            layer: (_SMALL * torch.randn(len(mine), anatomy.query_dim, generator=generator)).requires_grad_()
             for layer, mine in chosen.items()
         }
         adam = torch.optim.AdamW(found.values(), lr=lr)

@@ -44,7 +44,7 @@ def inspect_page(
     Args:
         sides: one answer or more, of one question (``compare_answers``).
         pictures: PIL images, in the order of the prompt.
-        scores: name -> ``[layers][heads]``, of the model's saved HeadProfile.
+        scores: name -> ``[layers][heads]``, of the model's saved HeadProfile; those of other sizes, or with nan, are left out.
         facts: what to say about how it was made, by name.
         tau: sink threshold of phi.
 
@@ -62,7 +62,9 @@ def inspect_page(
         "colours": pages.COLOURS,
         "images": [_drawn(pieces) for pieces in first.pieces],
         "counts": [int(first.keys_of("image", image).sum()) for image in range(len(first.pieces))],
-        "scores": {name: [list(table[layer]) for layer in first.layers] for name, table in (scores or {}).items()},
+        "scores": {
+            name: table for name, own in (scores or {}).items() if (table := _of_layers(own, first)) is not None
+        },
         "tau": tau,
         "sides": [_side(side, tau) for side in sides],
     }
@@ -92,6 +94,16 @@ def inspect_page(
 
 def _own(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _of_layers(table: Any, trace: Trace) -> list[list[float]] | None:
+    """The rows of a score that are shown; None if it does not belong to such a model, or holds what is no number."""
+    try:
+        rows = np.array([list(table[layer]) for layer in trace.layers], dtype=float)
+    except (IndexError, ValueError):
+        return None
+    fits = rows.shape == (len(trace.layers), trace.heads) and np.isfinite(rows).all()
+    return rows.tolist() if fits else None
 
 
 def _side(side: Side, tau: float) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class FocusDirections(Intervention):
                 f" {facts.get('fingerprint', 'missing')}; the model's is {sizes.fingerprint}); fit them again on this one"
             )
         for layer, tensor in tensors.items():
-            shape = (sizes.heads, sizes.head_dim)
+            shape = (sizes.heads, sizes.query_dim)
             if tuple(tensor.shape) != shape or layer >= sizes.layers:
                 raise OptionError(
                     f"focus: {path} has 'query.{layer}' of shape {tuple(tensor.shape)}; the model needs {shape}"

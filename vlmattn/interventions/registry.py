@@ -27,6 +27,9 @@ class Sizes(Protocol):
     def head_dim(self) -> int: ...
 
     @property
+    def query_dim(self) -> int: ...
+
+    @property
     def hidden_size(self) -> int: ...
 
     @property

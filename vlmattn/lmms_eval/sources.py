@@ -11,6 +11,7 @@ from typing import Any
 
 from vlmattn.errors import InputError, OptionError, UnknownNameError
 from vlmattn.evals.suites.base import Suite
+from vlmattn.evals.suites.files import ImageFolder
 from vlmattn.evals.suites.generated import make_generated
 from vlmattn.evals.suites.pope import Pope, columns_of
 from vlmattn.evals.suites.tables import Table
@@ -90,4 +91,6 @@ def _pope_on_parquet(paths: Sequence[Path]) -> Pope:
         if "category" not in rows.column_names:
             rows = rows.add_column("category", [columns_of(paths)[path]] * len(rows))
         parts.append(rows)
-    return Pope.on_table(Table("pope", ", ".join(map(str, paths)), parts, {"table": [path.name for path in paths]}))
+    folder = ImageFolder(Path(os.path.commonpath([path.absolute().parent for path in paths])))
+    settings = {"table": [path.name for path in paths]}
+    return Pope.on_table(Table("pope", ", ".join(map(str, paths)), parts, settings, folder))

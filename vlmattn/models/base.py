@@ -49,7 +49,8 @@ class Anatomy:
     counts the first decoder layers after which visual features are added to the residual stream, ``window`` is the length
     of the sliding window that some decoder layer sees (0 = none does), ``axes`` counts the position ids of a token (3 with
     M-RoPE). ``attending`` are the layers with self-attention (None = all). ``causal`` False: image tokens may see tokens
-    behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids tell). ``refused``: kinds of methods (``KINDS``) that the family cannot have, and why.
+    behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids tell).
+    ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods (``KINDS``) that the family cannot have, and why.
     """
 
     family: str
@@ -68,6 +69,10 @@ class Anatomy:
     causal: bool = True
     leading: int = 0
     refused: tuple[tuple[str, str], ...] = ()
+    query_dim: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)
 
     @property
     def fingerprint(self) -> str:
@@ -352,6 +357,7 @@ class Family:
             causal=self.causal,
             leading=self.leading(model),
             refused=tuple(self.refuses(model).items()),
+            query_dim=getattr(text, "qk_head_dim", None) or 0,  # latent attention: longer than the values
         )
 
     def types_of_call(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlmattn.errors import InputError
-from vlmattn.files import write_whole
+from vlmattn.files import make_folder, write_whole
 from vlmattn.texts import lines_of, read_text
 from vlmattn.tracking.metrics import FARTHEST, Array, checked_poses, numbers_of
 
@@ -62,12 +62,8 @@ def read_tum(path: str | Path) -> Trajectory:
     Raises:
         InputError: no such text file, or a line that is not eight numbers of a pose (file:line).
     """
-    try:
-        text = read_text(path)
-    except InputError as error:  # "cannot read <path>: ..."
-        raise InputError(str(error).replace("cannot read", "cannot read the trajectory", 1)) from None
     found = []
-    for number, line in enumerate(lines_of(text), 1):
+    for number, line in enumerate(lines_of(read_text(path, what="the trajectory")), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
@@ -145,9 +141,5 @@ def write_ply(path: str | Path, points: Any, colours: Any) -> None:
 
 
 def _write(path: str | Path, content: str | bytes) -> None:
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, content)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    make_folder(Path(path).parent)
+    write_whole(path, content)

@@ -44,11 +44,21 @@ def to_tensor(image: Any) -> Tensor:
     """A frame, or a batch of frames, as float ``[..., 3, height, width]`` in [0, 1].
 
     Args:
-        image: a PIL image or a path; uint8 ``[..., height, width, 3]``; or float ``[..., 3, height, width]`` in [0, 1].
+        image: a PIL image or a path, or a list of them; uint8 ``[..., height, width, 3]``; or float ``[..., 3, height, width]`` in [0, 1].
 
     Raises:
         InputError: another type or shape, values outside of [0, 1], NaN.
     """
+    if (
+        isinstance(image, (list, tuple))
+        and image
+        and all(isinstance(one, (str, os.PathLike, Image.Image)) for one in image)
+    ):
+        frames = [to_tensor(one) for one in image]
+        if len({frame.shape for frame in frames}) > 1:
+            sizes = sorted({f"{frame.shape[-2]}x{frame.shape[-1]}" for frame in frames})
+            raise InputError(f"pictures of a batch are of one size, got {', '.join(sizes)}; tracking.fit resizes them")
+        return torch.stack(frames)
     if isinstance(image, (str, os.PathLike)):
         image = open_picture(image)
     if isinstance(image, Image.Image):
@@ -109,13 +119,15 @@ def fit(picture: Image.Image, longest: int | None, multiple: int) -> Image.Image
     Raises:
         InputError: ``longest`` or ``multiple`` is no whole number of 1 or more, or the result would have too many pixels.
     """
+    if not isinstance(picture, Image.Image):
+        raise InputError(f"a picture is a PIL image, got {type(picture).__name__}; open it with PIL.Image.open")
     for name, value in (("longest", 1 if longest is None else longest), ("multiple", multiple)):
         if not _whole(value):
             raise InputError(f"{name} must be at least 1 and a whole number of pixels, got {value!r}")
+    picture = upright(picture)
     scale = 1.0 if longest is None else longest / max(picture.size)
     wide, high = (max(multiple, round(side * scale / multiple) * multiple) for side in picture.size)
     check_size(wide, high)
-    picture = picture.convert("RGB")
     return picture if (wide, high) == picture.size else picture.resize((wide, high), Image.Resampling.BICUBIC)
 
 

@@ -172,7 +172,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             check_prompt(request)
     if not request.has_images and not call.plan.texts and not (call.plan.text_first and call.given_cache):
         later = (
-            "; if images follow later, give this prompt a cache to go on from: past_key_values=DynamicCache()"
+            f"; if images follow later, give this prompt a cache to go on from: {compat.cache_name()}=DynamicCache()"
             if call.plan.text_first
             else f"; '{call.plan.name}' cannot go on from their cache: when images follow, give the whole conversation as one prompt"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hand import Hand, causal, check_isolation
@@ -271,10 +273,14 @@ def test_text_is_pruned_too():
 
 
 @every_policy
-def test_prompt_lookup_and_a_second_turn(name):
+def test_drafts_are_refused_and_a_second_turn_runs(name):
     model, inputs = vlmattn.wrap(build("llava"), POLICIES[name]), prompt("llava", 2)
     options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
-    model.generate(**inputs, prompt_lookup_num_tokens=3, **options)
+    own = re.escape(POLICIES[name].info.name)
+    with pytest.raises(UnsupportedError, match=rf"^{own} chooses .* leave prompt_lookup_num_tokens out$"):
+        model.generate(**inputs, prompt_lookup_num_tokens=3, **options)
+    with pytest.raises(UnsupportedError, match=rf"^{own} chooses .* leave assistant_model out$"):
+        model.generate(**inputs, assistant_model=build("llava", seed=1), **options)
     first = model.generate(**inputs, return_dict_in_generate=True, **options)
     more = torch.cat([first.sequences, torch.tensor([[7, 8, 9]])], 1)
     again = model.generate(

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from numerics import near
 from tiny import IMAGE_TOKEN, TEXT, build, generate, left_padded, prompt
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -322,6 +323,6 @@ def test_a_model_that_was_saved_finds_its_pruning(tmp_path):
     plain = generate(again, inputs, suppress_tokens=PLACEHOLDERS)
     vlmattn.wrap(again)
     assert again.vlmattn.recipe == model.vlmattn.recipe
-    torch.testing.assert_close(generate(again, inputs, suppress_tokens=PLACEHOLDERS), expected)
+    near(generate(again, inputs, suppress_tokens=PLACEHOLDERS), expected)
     assert (plain - expected).abs().max() > 0.05
     assert again.vlmattn.report()["recipe"]["pruning"] == [{"method": "fastv", **EARLY.options()}]

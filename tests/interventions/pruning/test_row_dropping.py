@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from choices import Choices
 from numerics import TINY_MODEL, bound
 from rows_by_hand import fastv, generated_by_hand, longer, pyramiddrop
 from tiny import FAMILIES, IMAGE_TOKEN, TEXT, TOKENS_PER_IMAGE, build, left_padded, prompt
@@ -629,11 +630,12 @@ def test_half_precision(method, attn):
     model, dropping = fresh("llava", attn).to(torch.bfloat16), method_of("llava", method)
     rows = left_padded(three("llava"))
     rows = {key: value.bfloat16() if value.is_floating_point() else value for key, value in rows.items()}
-    plain = generate(model, rows, new=1)
+    plain, choices = generate(model, rows, new=1), Choices(ranking=())
     with vlmattn.applied(model, dropping):
-        dropped = generate(model, rows, new=1)
+        with choices.noted():
+            dropped = generate(model, rows, new=1)
         assert generate(model, rows).isfinite().all()
-    with vlmattn.applied(model, replace(dropping, mode="mask")):
+    with vlmattn.applied(model, replace(dropping, mode="mask")), choices.repeated():
         assert apart(generate(model, rows, new=1), dropped) < ACTS
     assert apart(dropped, plain) > 2 * ACTS
 

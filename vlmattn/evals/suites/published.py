@@ -134,7 +134,7 @@ def make_published(
         raise UnknownNameError("suite of published data", name, PUBLISHED)
     kind = PUBLISHED[name]
     if kind.table is not None and is_table(path):
-        return kind.table(load_table(name, path), limit)
+        return kind.table(load_table(name, path, allow_outside), limit)
     if not path.exists():
         hint = "; a table of the hub is owner/name" if kind.table is not None else ""
         raise InputError(f"suite {name}: no such file or folder: {path}{hint}")

@@ -5,6 +5,7 @@ Needs the ``datasets`` library: pip install "vlmattn[hub]".
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlmattn.errors import InputError
-from vlmattn.evals.suites.files import Item
-from vlmattn.pictures import decode_picture
+from vlmattn.errors import InputError, quoted
+from vlmattn.evals.suites.files import ImageFolder, Item
+from vlmattn.pictures import decode_picture, open_picture
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
@@ -89,17 +90,15 @@ class RowPictures:
             item for (cell,) in cells for item in (cell if isinstance(cell, list) else [cell]) if item is not None
         ]
         try:
-            return [decode_picture(_bytes(item)) for item in listed]
+            return [_picture(item) for item in listed]
         except InputError as error:
             raise InputError(f"{self.where}: cannot read the pictures of this row: {error}") from None
 
 
-def _bytes(item: Any) -> bytes:
-    """The file of a picture, from a cell as it is stored: bytes, or bytes and the name they had."""
+def _picture(item: Any) -> Image.Image:
+    """A picture from a cell as it is stored: its bytes, bytes with a name, or the name alone of a file that may be read."""
     content = item.get("bytes") if isinstance(item, dict) else item
-    if not isinstance(content, bytes):  # a name alone would read any file of this machine
-        raise InputError("the table holds no picture here, at most the name of one")
-    return content
+    return decode_picture(content) if isinstance(content, bytes) else open_picture(str(item.get("path")))
 
 
 @dataclass(frozen=True)
@@ -123,13 +122,21 @@ class Table:
         name: of the table, for errors.
         parts: datasets with the same columns.
         settings: what is written with every result.
+        folder: where files may lie that a table names in place of holding their pictures; None for nowhere.
 
     Raises:
         InputError: columns are missing; the error names them, and the suite whose columns are there.
     """
 
-    def __init__(self, suite: str, name: str, parts: Sequence[Any], settings: Mapping[str, Any]) -> None:
-        self.name, self.settings, self._parts = name, dict(settings), parts
+    def __init__(
+        self,
+        suite: str,
+        name: str,
+        parts: Sequence[Any],
+        settings: Mapping[str, Any],
+        folder: ImageFolder | None = None,
+    ) -> None:
+        self.name, self.settings, self._parts, self._folder = name, dict(settings), parts, folder
         self._form = _form(suite, name, parts[0].column_names)
 
     def __iter__(self) -> Iterator[Row]:
@@ -138,7 +145,9 @@ class Table:
             texts = part.select_columns([c for c in part.column_names if c in (*self._form.needs, *self._form.more)])
             pictures = part.select_columns([c for c in self._form.pictures if c in part.column_names])
             stored = pictures.with_format("arrow")
-            for index, (values, count) in enumerate(zip(texts, _counts(pictures, self.name), strict=True)):
+            for index, (values, count) in enumerate(
+                zip(texts, _counts(pictures, self.name, self._folder), strict=True)
+            ):
                 where = f"{self.name}: row {start + index}"
                 yield Row(where, values, RowPictures(stored, index, where), count)
             start += len(part)
@@ -153,7 +162,7 @@ def is_table(path: Path) -> bool:
     return not is_file and _HUB_NAME.fullmatch(source.as_posix()) is not None
 
 
-def load_table(suite: str, path: Path) -> Table:
+def load_table(suite: str, path: Path, allow_outside: bool = False) -> Table:
     """The table that ``path`` names; from the hub only the files of one split are fetched.
 
     Configuration: the one behind the colon, or the only one, or ``default``; suite choice takes all (BLINK has one per
@@ -184,7 +193,8 @@ def load_table(suite: str, path: Path) -> Table:
         "split": [split for split, _, _ in found[0]],
         "revision": sorted({revision for parts in found for _, _, revision in parts}),
     }
-    return Table(suite, name, [part for parts in found for _, part, _ in parts], settings)
+    folder = ImageFolder(Path(name), allow_outside) if local else None
+    return Table(suite, name, [part for parts in found for _, part, _ in parts], settings, folder)
 
 
 def _named(path: Path) -> tuple[str, str]:
@@ -246,11 +256,11 @@ def _form(suite: str, name: str, columns: Sequence[str]) -> Form:
     )
 
 
-def _counts(pictures: Any, where: str) -> Iterator[int]:
+def _counts(pictures: Any, where: str, folder: ImageFolder | None) -> Iterator[int]:
     """How many pictures each row has, without decoding any.
 
     Raises:
-        InputError: a column has no pictures, or names of files in their place, which could be any of this machine.
+        InputError: a column without pictures, or one that names files outside of the folder, which would be read.
     """
     for batch in pictures.with_format("arrow").iter(batch_size=256):
         counts = [0] * batch.num_rows
@@ -260,10 +270,19 @@ def _counts(pictures: Any, where: str) -> Iterator[int]:
             sizes = [size for chunk in column.chunks for size in chunk.value_lengths().to_pylist()] if lists else there
             counts = [count + int(size or 0) for count, size in zip(counts, sizes, strict=True)]
             for cells in (chunk.flatten() if lists else chunk for chunk in column.chunks):
-                held = hasattr(cells, "field") and cells.type.get_field_index("bytes") >= 0
-                if (
-                    not held
-                    or (cells.is_valid().to_numpy(False) & cells.field("bytes").is_null().to_numpy(False)).any()
-                ):
-                    raise InputError(f"{where}: the column {name} does not hold its pictures; give a table that does")
+                _check(cells, f"{where}: the column {name}", folder)
         yield from counts
+
+
+def _check(cells: Any, where: str, folder: ImageFolder | None) -> None:
+    """Raise for cells without pictures, and for names of files that may not be read."""
+    kind = str(cells.type)
+    if kind in ("binary", "large_binary", "null"):
+        return
+    if not kind.startswith("struct<") or cells.type.get_field_index("bytes") < 0:
+        raise InputError(f"{where} does not hold pictures; give a table that does")
+    for item in cells.filter(cells.field("bytes").is_null()).drop_null().to_pylist():
+        file = item.get("path")
+        if folder is None or not file or "://" in file:
+            raise InputError(f"{where} names {quoted(file)} and does not hold the picture; give a table that does")
+        folder.file(where, os.path.abspath(file))
