@@ -97,7 +97,8 @@ def _run_apart(
     if isinstance(step, Step):
         _refuse_measuring_apart(step, int(module.layer_idx))  # type: ignore[arg-type]
     packed, outs = query.reshape(batch, key.kv_heads, -1, queries, dim), []
-    near_mask = key.near_mask(queries, query, base is not _base("sdpa", module))
+    eager = base is not _base("sdpa", module)
+    near_mask = key.near_mask(queries, query, eager)
     for heads, keys, values, seen in (
         (key.full_heads, key.full, value.full, mask),
         (key.near_heads, key.near, value.near, near_mask),
@@ -108,9 +109,8 @@ def _run_apart(
     if isinstance(step, Step):
         phase = "decode" if queries == 1 else "prefill"
         step.request.ledger.add(("calls", phase, "split", str(module.layer_idx)))
-    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), NO_WEIGHTS if _wants_weights(
-        step, module, kwargs
-    ) else None
+    attended = NO_WEIGHTS if eager and _wants_weights(step, module, kwargs) else None
+    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), attended
 
 
 def _wants_weights(step: Step | Steps | None, module: nn.Module, kwargs: dict[str, Any]) -> bool:

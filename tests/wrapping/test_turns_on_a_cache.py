@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import build, prompt
 from transformers import DynamicCache
 
@@ -88,6 +91,18 @@ def test_a_first_turn_without_images(name):
     first = answer(model, text, past_key_values=empty(model))
     whole = behind(first.sequences)
     close(answer(model, whole, past_key_values=first.past_key_values), answer(model, whole))
+
+
+@settings(max_examples=12, deadline=None)
+@given(name=st.sampled_from(TEXT_FIRST), words=st.lists(st.integers(5, 80), min_size=1, max_size=9), data=st.data())
+def test_any_text_in_any_pieces(name, words, data):
+    """Text before an image may come in as many forwards as one likes."""
+    model, text = vlmattn.wrap(build("llava"), name), torch.tensor([[1, *words]])
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(words) + 1), min_size=1, max_size=3)))
+    cache, whole = empty(model), behind(text)
+    for start, stop in pairwise([0, *cuts]):
+        cache = model(input_ids=text[:, start:stop], past_key_values=cache).past_key_values
+    close(answer(model, whole, past_key_values=cache), answer(model, whole))
 
 
 def test_a_padded_batch_and_beams_behind_a_text():

@@ -86,16 +86,17 @@ def test_layers_without_edits_have_the_weights_of_the_bare_model():
     assert not torch.equal(found[2], bare[2])
 
 
-@pytest.mark.parametrize("name", ["pai", "vcd", "fastv"])
+@pytest.mark.parametrize("name", ["pai", "vcd", "fastv", "razor"])
 def test_the_config_asks_too_and_sdpa_has_none_as_ever(name):
     inputs = prompt("llava")
-    model = build("llava", "eager")
+    model, options = build("llava", "eager"), {"heads": "1.0"} if name == "razor" else {}
     model.config.text_config.output_attentions = True
-    with vlmattn.applied(model, name):
+    with vlmattn.applied(model, name, **options):
         assert len(model(**inputs).attentions) == 4
     plain = build("llava", "sdpa")
-    with vlmattn.applied(plain, name):
-        assert plain(**inputs, output_attentions=True).attentions == ()
+    with vlmattn.applied(plain, name, **options):
+        found = plain.generate(**inputs, max_new_tokens=3, min_new_tokens=3, **GREEDY).attentions
+    assert found == ((), (), ())
 
 
 def test_layers_that_dropped_tokens_tell_of_those_that_are_left():

@@ -123,7 +123,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
     cache = compat.cache_of(inputs)
     request: Request | None = getattr(cache, REQUEST, None)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if request is not None and request.plan != call.plan and request.untouched:
+    if request is not None and request.plan is not call.plan and request.plan != call.plan and request.untouched:
         request = None  # a text that no method has changed: as if the bare model had read it
         delattr(cache, REQUEST)
     if tokens is None or (call.plan.is_identity and request is None):
