@@ -148,7 +148,7 @@ def test_every_reader_turns_a_photo_and_keeps_its_depth(tmp_path):
     names = ("1.jpg", "2.png")
     readers = {
         "reader": [open_picture(tmp_path / name) for name in names],
-        "suites": ImageFiles.of(tmp_path, names)(),
+        "suites": ImageFiles(tuple(tmp_path / name for name in names))(),
         "inspect": [_open(tmp_path / name) for name in names],
         "track": [frame.picture for frame in Frames(tmp_path, rate=1)],
     }
@@ -303,7 +303,7 @@ def test_files_that_are_none_are_refused_at_once(tmp_path):
                 list(read(name))
     for name in odd:
         with pytest.raises(InputError):
-            ImageFiles.of(tmp_path, [name])()
+            ImageFiles((tmp_path / name,))()
 
 
 def test_damaged_metadata_do_not_hide_a_picture():
