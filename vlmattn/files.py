@@ -161,9 +161,13 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file of any size, in hex digits."""
+    """The sha256 of a file of any size, in hex digits.
+
+    Raises:
+        FileError: it is no regular file, or cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
