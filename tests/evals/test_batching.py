@@ -97,7 +97,7 @@ def test_one_question_that_is_too_much_and_other_errors_are_raised():
 def test_a_run_short_of_memory_says_so_and_has_the_same_answers(bundled, tmp_path, monkeypatch):
     suite, said = Pope.on_scenes([World("faint", 0.0, 4)]), []
     whole = evaluate(*bundled, [suite], ["pai"], tmp_path / "a", "embedded", 20, say=said.append)
-    assert notes(whole) == []
+    assert not any("Memory" in note for note in notes(whole))
     real = runner.answer
 
     def short(model, processor, prompts, images, most):
@@ -172,7 +172,7 @@ def test_images_that_cannot_be_read_stop_a_run(bundled, questions, tmp_path):
     mended = evaluate(*bundled, [suite], ["none"], tmp_path / "out", "embedded", batch_size=1, say=said.append)
     assert len(mended.answers) == 4
     assert kept == 3  # nothing is lost: the three before it are not asked again
-    assert said[0].startswith("resuming: 3 answers")
+    assert any(line.startswith("resuming: 3 answers") for line in said)
 
 
 def test_images_that_cannot_be_read_are_left_out_for_all_presets_and_named(bundled, questions, tmp_path):
@@ -181,7 +181,8 @@ def test_images_that_cannot_be_read_are_left_out_for_all_presets_and_named(bundl
     assert {preset for _, preset, _ in result.answers} == {"none", "pai"}
     assert {Path(row["id"]).parts[0] for row in result.summary["skipped"]} == {"gone.png", "damaged.png"}
     assert [table["samples"] for table in result.summary["tables"]] == [2]
-    (note,) = notes(result)
+    note, about_intervals = notes(result)
+    assert about_intervals.startswith("No interval")  # from two images
     assert note.startswith("2 questions are left out for all presets")
     assert ("gone.png" in note) or ("damaged.png" in note)
     for name in ("gone", "damaged"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def _pairs(task: Path) -> Iterator[tuple[Path, Path]]:
     texts, pictures = (task / "questions_answers_YN", task / "images") if (task / "images").is_dir() else (task, task)
     for questions in sorted(texts.glob("*.txt")):
         found = [pictures / (questions.stem + ending) for ending in _PICTURES]
-        there = next((picture for picture in found if picture.is_file()), None)
+        there = next((picture for picture in found if os.path.isfile(picture)), None)
         if there is None:
             raise InputError(f"{questions}: no picture {questions.stem} ({', '.join(_PICTURES)}) in {pictures}")
         yield there, questions

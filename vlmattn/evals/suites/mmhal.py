@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -102,4 +103,4 @@ def _picture(folder: ImageFolder, key: str, item: Item) -> Path:
     """Where the image lies: by the name it has in its address, or by its id."""
     name = PurePosixPath(item.text("image_src").partition("?")[0]).name or key
     by_id = folder.file(item.where, key + (PurePosixPath(name).suffix or ".jpg"))
-    return by_id if by_id.is_file() else folder.file(item.where, name)
+    return by_id if os.path.isfile(by_id) else folder.file(item.where, name)
