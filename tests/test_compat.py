@@ -34,7 +34,10 @@ def test_the_name_is_the_one_that_models_take():
     assert compat.cache_name() in inspect.signature(LlamaForCausalLM.prepare_inputs_for_generation).parameters
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+NAMES = sorted({"past_key_values", compat.cache_name()})  # of caches that are given
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_cache_is_found_and_replaced_under_either_name(name):
     first, second = DynamicCache(), DynamicCache()
     inputs = {"input_ids": 1, name: first}
@@ -74,11 +77,10 @@ def test_the_cache_of_continuous_batching_is_none_of_a_request(name):
 def test_a_cache_may_be_given_under_either_name(recipe):
     """The name that this version deprecates as well, where it is known."""
     model, inputs = vlmattn.wrap(build("llava"), recipe), prompt("llava")
-    names = sorted({"past_key_values", compat.cache_name()})
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         wanted = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        for name in names:
+        for name in NAMES:
             cache = DynamicCache(config=model.config.get_text_config())
             assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, **{name: cache}), wanted)
             assert cache.get_seq_length() > inputs["input_ids"].shape[1]

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tiny import build, prompt
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 import vlmattn
 from vlmattn import PAI, VAR, StateError, UnsupportedError
@@ -31,7 +32,7 @@ def test_packed_sequences():
 def test_continuous_batching():
     model, inputs = vlmattn.wrap(build("llava"), "pai"), prompt("llava")
     with pytest.raises(UnsupportedError, match="continuous batching"):
-        model(**inputs, cache=object())
+        model(**inputs, cache=object.__new__(PagedAttentionCache))
 
 
 @torch.no_grad()

@@ -24,25 +24,30 @@ _NAMES = ("cache", "past_key_values")
 def cache_name() -> str:
     """The name that this version of transformers gives the key-value cache."""
     parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    return next(name for name in _NAMES if name in parameters)
+    return next((name for name in _NAMES if name in parameters), _NAMES[0])
+
+
+def _names() -> tuple[str, ...]:
+    """Names that a cache may come under, the version's own first. Before 5.24 ``cache`` was that of continuous batching alone."""
+    return _NAMES if cache_name() == _NAMES[0] else _NAMES[1:]
 
 
 def cache_of(inputs: Mapping[str, Any]) -> Any:
-    """The key-value cache among the arguments of a model, a decoder or a layer, under either name; None without one."""
-    found = next((inputs[name] for name in _NAMES if inputs.get(name) is not None), None)
-    return None if is_paged(found) else found
+    """The key-value cache among the arguments of a model, a decoder or a layer; None without one, or in continuous batching."""
+    found = next((inputs[name] for name in _names() if inputs.get(name) is not None), None)
+    return None if _is_paged(found) else found
 
 
 def with_cache(inputs: Mapping[str, Any], cache: Any, module: nn.Module | None = None) -> dict[str, Any]:
     """The arguments with another cache (None: an empty place for one), under the name they had or that ``module`` takes."""
-    given = next((name for name in _NAMES if name in inputs), None) or _name_of(module)
-    return {**{name: value for name, value in inputs.items() if name not in _NAMES}, given: cache}
+    given = next((name for name in _names() if name in inputs), None) or _name_of(module)
+    return {**{name: value for name, value in inputs.items() if name not in _names()}, given: cache}
 
 
 def _name_of(module: nn.Module | None) -> str:
     if module is not None:
         parameters = inspect.signature(type(module).forward).parameters
-        if found := [name for name in (cache_name(), *_NAMES) if name in parameters]:
+        if found := [name for name in _names() if name in parameters]:
             return found[0]
     return cache_name()
 
@@ -57,14 +62,13 @@ def set_output_cache(output: Any, cache: Any) -> None:
     setattr(output, cache_name(), cache)
 
 
-def is_paged(cache: Any) -> bool:
-    """Whether this is the cache of continuous batching, whose sequences share one row: it is no stack of layers."""
-    return cache is not None and not hasattr(cache, "layers") and not hasattr(cache, "get_seq_length")
-
-
 def paged(inputs: Mapping[str, Any]) -> bool:
-    """Whether these arguments come from continuous batching."""
-    return any(is_paged(inputs.get(name)) for name in _NAMES)
+    """Whether these arguments come from continuous batching, whose sequences share one row and one cache."""
+    return any(_is_paged(inputs.get(name)) for name in _NAMES)
+
+
+def _is_paged(cache: Any) -> bool:
+    return any(kind.__name__ == "PagedAttentionCache" for kind in type(cache).__mro__)
 
 
 def untested() -> str | None:

@@ -148,7 +148,7 @@ class Recipe:
         contrast = self._contrast(sizes)
         search = self.decoding if isinstance(self.decoding, Search) else None
         looks = frozenset({sizes.layers - 1}) if search else _watched(contrast, sizes)
-        self._refuse(sizes, deciding=search is not None or contrast is not None, looking=bool(looks))
+        self._refuse(sizes, search is not None or contrast is not None, bool(looks), contrast)
         if search is not None and sizes.window:
             raise UnsupportedError(
                 f"a search needs full attention in every layer, and {sizes.family} has a sliding window of {sizes.window} tokens in"
@@ -223,7 +223,7 @@ class Recipe:
             branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
         )
 
-    def _refuse(self, sizes: Sizes, deciding: bool, looking: bool) -> None:
+    def _refuse(self, sizes: Sizes, deciding: bool, looking: bool, contrast: ContrastiveDecoding | None) -> None:
         """Raise ``UnsupportedError`` if the model's family cannot have one of the methods."""
         reasons = dict(sizes.refused)
         for method in (*self.interventions, *self.pruning):
@@ -236,7 +236,14 @@ class Recipe:
             )
             if reason is not None:
                 raise UnsupportedError(f"'{method.info.name}' does not run on {sizes.family}: {reason}")
-        reason = (reasons.get("decoding") if deciding else None) or (reasons.get("looking") if looking else None)
+        branches = contrast.branches if contrast is not None else ()
+        asked = {
+            "decoding": deciding,
+            "looking": looking,
+            "rotating": any(branch.rope != 1 for branch in branches),
+            "dropping": any(branch.image == "drop" for branch in branches),
+        }
+        reason = next((reasons[kind] for kind, wanted in asked.items() if wanted and kind in reasons), None)
         if reason is not None:
             raise UnsupportedError(f"'{_name(self.decoding)}' does not run on {sizes.family}: {reason}")
 

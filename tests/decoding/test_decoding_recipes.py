@@ -154,8 +154,9 @@ def test_lists_of_methods():
     mixed = Recipe.of([PAI(), VCD(), VHR()])
     assert (mixed.interventions, mixed.decoding) == (wanted.interventions, wanted.decoding)
     assert wanted.methods == (PAI(), VHR(), VCD())
-    with pytest.raises(OptionError, match="a recipe is a preset name, a file, a method or a list of methods; got list"):
-        Recipe.of([PAI(), "vcd"])
+    assert Recipe.of([PAI(), "vhr", "vcd"]) == wanted
+    with pytest.raises(OptionError, match=r"a recipe is a preset name, .* or a list of methods; got int in a list"):
+        Recipe.of([PAI(), 3])
 
 
 def test_none_beside_a_rule():

@@ -30,6 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
     TextIteratorStreamer,
 )
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 import vlmattn
 from vlmattn import (
@@ -180,7 +181,10 @@ def test_paged(recipe):
 def test_continuous_batching(recipe):
     model = wrapped(recipe)
     refuses(
-        model, lambda: model(**prompt("llava"), cache=object()), UnsupportedError, "continuous batching .* use generate"
+        model,
+        lambda: model(**prompt("llava"), cache=object.__new__(PagedAttentionCache)),
+        UnsupportedError,
+        "continuous batching .* use generate",
     )
 
 

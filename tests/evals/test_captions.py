@@ -72,11 +72,13 @@ def test_bleu_by_hand():
 
 
 def test_bleu_is_resampled_over_images():
-    rows = [bleu_counts(words("a b c d"), [words("a b c d")]), bleu_counts(words("a b c d"), [words("e f g h")])]
+    rows = [bleu_counts(words("a b c d"), [words(gold)]) for gold in ["a b c d", "e f g h"] * 5]
     records = np.array([[row.get(name, 0.0) for name in Captions.fields] for row in rows])
-    interval = Bootstrap(["1", "2"], resamples=200).interval(metric("bleu4"), Captions.fields, records)
+    interval = Bootstrap([str(image) for image in range(10)], resamples=2000).interval(
+        metric("bleu4"), Captions.fields, records
+    )
     assert interval.value == pytest.approx(50)  # half of the n-grams of every length
-    assert (interval.low, interval.high) == (pytest.approx(0), pytest.approx(100))
+    assert (interval.low, interval.high) == (pytest.approx(20), pytest.approx(80))  # of ten images, by the binomial
 
 
 class TestWithScorer:

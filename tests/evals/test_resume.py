@@ -144,7 +144,7 @@ def test_one_weight_anywhere_is_another_model(where):
     assert fingerprint(model) != before
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_flipped_bit_moves_the_fingerprint(data):
     dtype = data.draw(
@@ -249,7 +249,7 @@ def shuffle(content, data):
     return b"".join([*lines, *data.draw(st.lists(st.sampled_from(lines), max_size=2))])
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(drawn=st.data())
 def test_after_any_damage_a_resume_ends_with_the_undisturbed_answers(bundled, data, asked, drawn):
     if not (data / "run" / "answers.jsonl").exists():

@@ -217,7 +217,7 @@ def test_own_settings_and_compositions_have_origins(summary):
         added(summary, name, recipe)
     rows = rows_of(summary)
     assert rows["vhr+pai"][0] == "vhr + pai"
-    assert rows["vhr+pai"][2] == "paper text + experimental"
+    assert rows["vhr+pai"][2] == "paper text + golden"
     assert rows["pai[alpha=0.3]"][2] == "own settings"
 
 

@@ -55,6 +55,10 @@ def dialogue(tiny: Any, words: int = 7, seed: int = 3) -> Prompt:
     return found
 
 
+#: Refusals that are about this prompt, and name the prompt that would do: no matter of a family and a preset.
+ABOUT_THE_PROMPT = ("images away that lie before the user's turn", "use shorter prompts")
+
+
 class Family:
     """A family's tiny model, and another one that drafts for it."""
 
@@ -77,6 +81,7 @@ class Family:
     @functools.cache  # noqa: B019 (families live as long as the tests)
     def can(self, mode: str) -> bool:
         """The bare model can, and answers as ever where the mode promises that."""
+        assert not hasattr(self.model, "vlmattn"), "asked of the bare model"
         try:
             found = self.answer(self.inputs, mode)
         except Exception:  # whatever a model of the library may raise
@@ -129,21 +134,22 @@ def test_wrap_refuses_or_generate_runs(name):
     one, number = family(name), BUILT.index(name)
     died, differ = [], []
     for preset, modes in tried(number):
+        able = [mode for mode in modes if one.can(mode)]
         if wrapped(one, preset) is None:
             continue
         more = extras(preset, one.inputs)
         greedy = None
-        for mode in modes:
-            if not one.can(mode):
-                continue
+        for mode in able:
             try:
                 found = one.answer(one.inputs, mode, **more)
             except VlmattnError as error:
-                if not mode or "\n" in str(error):  # plain greedy search is refused at wrap
+                plain = not mode and not any(reason in str(error) for reason in ABOUT_THE_PROMPT)
+                if plain or "\n" in str(error):  # plain greedy search is refused at wrap
                     died.append((preset, mode, str(error)))
                 continue
             except Exception as error:
-                died.append((preset, mode, repr(error)))
+                if "do not match" not in str(error):  # an answer of a random model may hold the image token
+                    died.append((preset, mode, repr(error)))
                 continue
             greedy = found if not mode else greedy
             if mode in EXACT and greedy is not None and not torch.equal(found, greedy):
@@ -153,12 +159,23 @@ def test_wrap_refuses_or_generate_runs(name):
     assert differ == []
 
 
+@functools.cache
+def accepted(name: str) -> list[str]:
+    """Presets that ``wrap`` takes on a family."""
+    one, found = family(name), []
+    for preset in PRESETS:
+        if wrapped(one, preset) is not None:
+            found.append(preset)
+            vlmattn.unwrap(one.model)
+    return found
+
+
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_mode_or_a_batch_never_changes_the_answer(data):
     """Whatever pair is accepted: all exact ways lead to one answer, and a padded batch gives each row what it gets alone."""
     name = data.draw(st.sampled_from([name for name in BUILT if not ZOO[name].padding]), label="family")
-    preset = data.draw(st.sampled_from(PRESETS), label="preset")
+    preset = data.draw(st.sampled_from(accepted(name) or ["none"]), label="preset")
     mode = data.draw(st.sampled_from(["", *EXACT]), label="mode")
     words = data.draw(st.tuples(st.integers(3, 8), st.integers(3, 8)), label="words")
     one = family(name)

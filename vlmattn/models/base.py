@@ -97,7 +97,8 @@ class Family:
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
     #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided by
-    #: attention, or "turns" for methods that must know the user's) that the family cannot have, and why.
+    #: attention, "dropping" for branches without the image, "rotating" for those with another rotary base, or "turns" for
+    #: methods that must know the user's) that the family cannot have, and why.
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""
@@ -114,10 +115,10 @@ class Family:
     def check(self, model: PreTrainedModel) -> None:
         """Raise ``UnsupportedError`` for variants of the family that would be wrong."""
 
-    def refuses(self, model: PreTrainedModel) -> Mapping[str, str]:
+    def refuses(self, model: PreTrainedModel) -> dict[str, str]:
         """Kinds of methods that this model cannot have, and why."""
         if all(self.attention(layer) is not None for layer in self.layers(model)):
-            return self.refused
+            return dict(self.refused)
         why = "some of its layers have no attention but a state of all tokens before; attention edits act in the others"
         return dict.fromkeys(("pruning", "decoding"), f"{why}, and these methods need attention in every layer") | dict(
             self.refused
@@ -282,6 +283,14 @@ class Family:
             raise UnsupportedError(f"the positions of {type(model).__name__} are not one rotary table for all layers")
         return found  # type: ignore[no-any-return]
 
+    def _not_rotating(self, model: PreTrainedModel) -> dict[str, str]:
+        """Refuses rules with other rotary bases where there is not one table for all layers."""
+        try:
+            self.rotary(model)
+        except UnsupportedError as error:
+            return {"rotating": str(error)}
+        return {}
+
     def logits(self, model: PreTrainedModel, hidden: Tensor, normed: bool = True) -> Tensor:
         """What the residual stream says at any depth: final norm (or none) and head."""
         if normed:
@@ -356,7 +365,7 @@ class Family:
             attending=None if len(attending) == text.num_hidden_layers else attending,
             causal=self.causal,
             leading=self.leading(model),
-            refused=tuple(self.refuses(model).items()),
+            refused=tuple((self.refuses(model) | self._not_rotating(model)).items()),
             query_dim=getattr(text, "qk_head_dim", None) or 0,  # latent attention: longer than the values
         )
 

@@ -12,6 +12,9 @@ from vlmattn.models.base import Family, register_family
 from vlmattn.models.pieces import Piece
 
 _WHY = "its image tokens are not in the decoder's sequence but in cross-attention layers of their own"
+_DROPPING = (
+    f"{_WHY}, whose keys a branch without the image would lack; use a rule that changes the image instead, like vcd"
+)
 _LOOKING = (
     f"{_WHY}, so attention to them cannot guide a decoding rule; use one that does not look at attention, like vcd"
 )
@@ -25,10 +28,11 @@ class Mllama(Family):
     refused: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("edits", "masks", "pruning"), _WHY),
         "looking": _LOOKING,
+        "dropping": _DROPPING,
     }
 
-    def refuses(self, model: PreTrainedModel) -> Mapping[str, str]:
-        return self.refused
+    def refuses(self, model: PreTrainedModel) -> dict[str, str]:
+        return dict(self.refused)
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         return ()  # a placeholder stands for the whole image

@@ -15,7 +15,7 @@ class Row:
     """One family: its model types, a checkpoint of each, and for each kind of method "" (it runs) or why it is refused.
 
     ``opening``: why masks that open edges are refused, where others run; ``looking``: why decoding methods are that are guided by
-    attention. ``untested``: why no test runs the family.
+    attention; ``dropping``: why those with a branch without the image are. ``untested``: why no test runs the family.
     """
 
     types: tuple[str, ...]
@@ -24,6 +24,7 @@ class Row:
     untested: str
     opening: str
     looking: str
+    dropping: str
 
 
 def rows() -> Iterator[Row]:
@@ -38,8 +39,8 @@ def rows() -> Iterator[Row]:
 def _row(family: Family) -> Row:
     cells = {kind: family.unsupported or family.refused.get(kind, "") for kind in KINDS}
     types = tuple(family.model_types), tuple(family.model_types.values())
-    opening, looking = (family.refused.get(kind, "") for kind in ("opening", "looking"))
-    return Row(*types, cells, family.untested, opening, looking)
+    within = (family.refused.get(kind, "") for kind in ("opening", "looking", "dropping"))
+    return Row(*types, cells, family.untested, *within)
 
 
 def cells(runs: str, refused: str) -> tuple[list[list[str]], list[str]]:
@@ -63,6 +64,8 @@ def cells(runs: str, refused: str) -> tuple[list[list[str]], list[str]]:
             kinds[KINDS.index("masks")] = f"{good}; {refused} where edges open {note(row.opening)}"
         if row.looking:
             kinds[KINDS.index("decoding")] = f"{good}; {refused} where attention guides it {note(row.looking)}"
+        if row.dropping:
+            kinds[KINDS.index("decoding")] += f", where a branch has no image {note(row.dropping)}"
         found.append([", ".join(row.types), ", ".join(row.checkpoints), *kinds])
     return found, [f"({number}) {text}" for number, text in enumerate(notes, 1)]
 

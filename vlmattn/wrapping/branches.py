@@ -319,7 +319,9 @@ def fan_of(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given:
             " (processor.apply_chat_template does), or call model.vlmattn.disable() for prompts without images"
         )
     for branch in contrast.branches:
-        if missing := [name for name in branch.needs if given.get(branch.name, {}).get(name) is None]:
+        brought = [name for name, value in given.get(branch.name, {}).items() if value is not None]
+        # pixels have longer names where images and videos differ: pixel_values_images
+        if missing := [name for name in branch.needs if not any(one.startswith(name) for one in brought)]:
             raise InputError(
                 f"the branch '{branch.name}' needs {', '.join(missing)} with every call:"
                 f" generate(..., branch_inputs={{'{branch.name}': {{'{missing[0]}': ...}}}})"

@@ -465,8 +465,8 @@ def _prepare(step: Step, family: Family, decoder: nn.Module, kwargs: dict[str, A
     types = request.types(length, embeds.device)
     real = request.real(length, embeds.device)
     later = {name: kwargs[name] for name in family.also_given if kwargs.get(name) is not None}
-    if "visual_pos_masks" in later:
-        later["visual_pos_masks"] = later["visual_pos_masks"][:, :length]
+    # without a cache there are generated tokens behind the prompt; what is a list has rows for images alone
+    later |= {name: value[:, :length] for name, value in later.items() if isinstance(value, Tensor)}
 
     given = kwargs.get("attention_mask")
     mask = _cut(given, length) if given is not None else torch.ones_like(types, dtype=torch.long)

@@ -57,8 +57,12 @@ def right_padded(prompts: list[dict]) -> dict:
         ("pyramiddrop", {"layers": "1,1,2"}, r"pyramiddrop\.layers must ascend, got \[1, 1, 2\]"),
         ("pyramiddrop", {"layers": "1:"}, r"pyramiddrop\.layers must name one layer for each stage, got '1:'"),
         ("pyramiddrop", {"layers": "one"}, r"pyramiddrop\.layers must look like"),
-        ("pyramiddrop", {"layers": "1,2"}, r"pyramiddrop has 2 layers and 3 ratios; give one ratio for each layer"),
-        ("pyramiddrop", {"keep_ratios": (0.5,)}, r"3 layers and 1 ratios; give one ratio for each layer"),
+        (
+            "pyramiddrop",
+            {"layers": "1,2"},
+            r"keep_ratios must have one ratio for each of the 2 layers in pyramiddrop.layers, got 3",
+        ),
+        ("pyramiddrop", {"keep_ratios": (0.5,)}, r"one ratio for each of the 3 layers in pyramiddrop.layers, got 1"),
         ("pyramiddrop", {"keep_ratios": (0.5, 0.75, 0.25)}, r"keep_ratios must fall and lie within 0\.\.1, got"),
         ("pyramiddrop", {"keep_ratios": (1.5, 0.5, 0.25)}, r"keep_ratios must fall and lie within 0\.\.1, got"),
         ("pyramiddrop", {"keep_ratios": (0.5, float("nan"), 0.2)}, r"keep_ratios must fall and lie within 0\.\.1, got"),
@@ -298,7 +302,7 @@ def test_recipes_without_pruning_do_not_name_it():
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
-        (InputError, r"unknown key prunning", lambda d: d.update(prunning=d.pop("pruning"))),
+        (InputError, r"unknown key 'prunning'", lambda d: d.update(prunning=d.pop("pruning"))),
         (InputError, r"'fastv' is in the wrong place; it goes to 'pruning'", lambda d: d.update(interventions=d.pop("pruning"))),
         (InputError, r"'pai' is in the wrong place; it goes to 'interventions'", lambda d: d["pruning"].append({"method": "pai"})),
         (InputError, r"every intervention, pruning method and decoding needs a 'method'", lambda d: d["pruning"].append({"layer": 2})),

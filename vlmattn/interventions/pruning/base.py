@@ -123,7 +123,9 @@ class Staged(Pruning):
         if any(len(parse_layers(part, MANY, f"{name}.layers")) != 1 for part in parts):
             raise OptionError(f"{name}.layers must name one layer for each stage, got '{self.layers}'")
         if len(parts) != len(ratios):
-            raise OptionError(f"{name} has {len(parts)} layers and {len(ratios)} ratios; give one ratio for each layer")
+            raise OptionError(
+                f"{name}.keep_ratios must have one ratio for each of the {len(parts)} layers in {name}.layers, got {len(ratios)}"
+            )
 
     def at(self, share: float) -> Staged:
         return replace(self, keep_ratios=scaled(self.keep_ratios, share))

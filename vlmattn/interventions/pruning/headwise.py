@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.files import beside
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.interventions.pruning.policy import KVPolicy, host_counts
@@ -47,6 +47,11 @@ class HeadWise(KVPolicy):
 
     def bind(self, sizes: Sizes) -> HeadWise:
         KVPolicy.bind(self, sizes)
+        if sizes.query_dim != sizes.head_dim:
+            raise UnsupportedError(
+                f"'{self.info.name}' keeps heads apart in the cache, and {sizes.family} has latent attention, whose layers take the"
+                " cache's keys and values for one tensor; use a policy for all heads, like recycled"
+            )
         chosen = list(parse_heads(self.heads, f"{self.info.name}.heads"))
         path = self.profile
         if not chosen:
