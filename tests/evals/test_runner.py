@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 from killing import kill_and_compare
+from rich.console import Console
 
 import vlmattn
 from vlmattn.errors import StateError
 from vlmattn.evals.journal import Journal
 from vlmattn.evals.page import html_report
 from vlmattn.evals.processes import Processes
-from vlmattn.evals.report import markdown_tables, notes
+from vlmattn.evals.report import markdown_tables, notes, terminal_tables
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.scoring import Scored
 from vlmattn.evals.suites import Chair, Pope, Which, World
@@ -199,3 +200,10 @@ def test_an_edit_that_never_fires_is_said(bundled, tmp_path):
         )
     assert "var never found anything to do" in notes(result)[0]
     assert result.summary["tables"][0]["rows"]["var"]["changed"] == 0
+
+
+def test_titles_in_the_terminal_are_no_markup(finished, monkeypatch, capsys):
+    _, result = finished
+    monkeypatch.setattr(type(result.suites[0]), "title", "[bold]a name[/nothing]")
+    Console(width=120).print(terminal_tables(result))
+    assert "[bold]a name[/nothing]" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from vlmattn.cli.common import DeviceMap, DType, LoadIn, Model, app, console, errors, plain, say, typed
 from vlmattn.cli.data import (
@@ -277,7 +278,7 @@ def _show_tuned(tuned: Tuned, suite: Suite) -> None:
     from vlmattn.evals.report import spread
 
     table = Table(
-        title=f"{suite.title}\n{len(tuned.samples)} validation samples; {tuned.better} {tuned.metric} is better",
+        title=Text(f"{suite.title}\n{len(tuned.samples)} validation samples; {tuned.better} {tuned.metric} is better"),
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,

@@ -90,7 +90,7 @@ def terminal_tables(result: Result) -> Group:
     style = {"better": "green", "worse": "red", "": ""}
     for suite, condition, tables in by_suite(result):
         view = RichTable(
-            title=_heading(suite, condition, tables),
+            title=Text(_heading(suite, condition, tables)),  # names of data are no markup
             title_justify="left",
             title_style="bold",
             box=SIMPLE_HEAD,
