@@ -76,6 +76,7 @@ def _path(tracker: Tracker, tracks: Sequence[Track], keyframes: Sequence[int], t
     axis.set_title("From above", loc="left", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    drawn.draw_without_rendering()  # the aspect widens the limits, and the layout must know their numbers
     return pages.figure(drawn)
 
 
