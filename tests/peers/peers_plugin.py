@@ -155,7 +155,7 @@ class Wrapper:
 
     def facts(self) -> dict[str, Any]:
         """How many models were wrapped (again), attention calls that the engine answered, why models were left bare."""
-        calls = sum(sum(handle._ledger.read("calls").values()) for handle in self.handles)
+        calls = sum(sum(handle.now.ledger.read("calls").values()) for handle in self.handles)
         refused = dict(self.refused)
         return {"wrapped": len(self.handles), "rewrapped": self.rewrapped, "calls": calls, "refused": refused}
 

@@ -275,10 +275,6 @@ class Handle:
     def active_plan(self) -> Plan:
         return self.now.acting
 
-    @property
-    def _ledger(self) -> Ledger:
-        return self.now.ledger
-
     def report(self) -> dict[str, Any]:
         """What happened since the recipe was put in force.
 
