@@ -110,13 +110,13 @@ def measure(what: str, heads: int, kv_heads: int, keys: int, batch: int, flex: C
 
 
 def block(once: Callable[[int], object], count: int, graphs: bool) -> tuple[Callable[[], None], int]:
-    """A function that calls ``once`` for every buffer, again and again for ``BLOCK_SECONDS``, and its number of calls."""
+    """A function that calls ``memo`` for every buffer, again and again for ``BLOCK_SECONDS``, and its number of calls."""
 
     def around() -> None:
         for number in range(count):
             once(number)
 
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.SideStream()
     with torch.cuda.stream(stream):  # compile and warm up where a graph may be captured
         for _ in range(3):
             around()

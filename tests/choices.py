@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vlmattn import VHR
 from vlmattn.interventions.sinks import SinkTest
-from vlmattn.request import Stage
+from vlmattn.request import PruningStage
 
 RANKING = ("vlmattn.interventions.", "vlmattn.kernels.edit")
-POINTS = ((VHR, "gains"), (SinkTest, "is_sink"), (Stage, "top"))
+POINTS = ((VHR, "gains"), (SinkTest, "is_sink"), (PruningStage, "top"))
 
 
 def steady(choose: Callable[..., Tensor], *given: Tensor, by: float = 1e-5) -> bool:

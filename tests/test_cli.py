@@ -22,7 +22,7 @@ from vlmattn.evals.loading import quantisation
 from vlmattn.evals.suites.world import EVAL_SEED
 from vlmattn.evals.survey import checked_against, paper_id
 from vlmattn.evals.tune import TUNE_SEED
-from vlmattn.interventions import find_method
+from vlmattn.registry import find_method
 
 TUNE = ["tune", "--out", "{tmp}/o"]
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import vlmattn
 from vlmattn import PAI, VAR, VHR, InputError, OptionError, Recipe, UnknownNameError, VlmattnError
-from vlmattn.interventions import find_method, make_method
-from vlmattn.interventions.registry import parse_layers
-from vlmattn.models import Anatomy
+from vlmattn.anatomy import Anatomy
+from vlmattn.options import parse_layers
 from vlmattn.recipe import FILE_NAME
+from vlmattn.registry import find_method, make_method
 
 SIZES = Anatomy("llava", 32, 32, 32, 128, 4096, ("llama", 4096, 32, 11008), tower_layers=24)
 PRESETS = sorted(vlmattn.presets())
@@ -309,8 +309,8 @@ def test_binding_puts_methods_into_their_layers():
         *[()] * 28,
         ("pai",),
     ]
-    assert [m.info.name for m in plan.preparing] == ["vhr"]
-    assert not any(plan.observing)
+    assert [m.info.name for m in plan.before_prefill] == ["vhr"]
+    assert not any(plan.on_hidden_states)
     var = Recipe.of("var").bind(SIZES)
-    assert [bool(methods) for methods in var.observing] == [2 <= layer < 31 for layer in range(32)]
+    assert [bool(methods) for methods in var.on_hidden_states] == [2 <= layer < 31 for layer in range(32)]
     assert var.by_layer[2][0].dims == (1415, 2533), "looked up by the language model"

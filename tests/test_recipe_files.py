@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import vlmattn
 from vlmattn import PAI, VHR, InputError, OptionError, Recipe, VlmattnError
-from vlmattn.interventions import find_method
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile, load_profile
-from vlmattn.models import Anatomy
+from vlmattn.registry import find_method
 
 SIZES = Anatomy("llava", 32, 32, 32, 128, 4096, ("llama", 4096, 32, 11008), tower_layers=24)
 METHODS = sorted({info.method for info in vlmattn.presets().values()})

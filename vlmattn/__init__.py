@@ -74,9 +74,9 @@ if TYPE_CHECKING:
         SparseVLM,
         VisionZip,
     )
-    from vlmattn.interventions import all_presets as presets
     from vlmattn.models import Family, register_family, supported_families
     from vlmattn.recipe import Recipe
+    from vlmattn.registry import all_presets as presets
     from vlmattn.tracking import Tracker
     from vlmattn.wrapping import applied, install, unwrap, wrap
 

@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
-from vlmattn.request import Looker, Parts, Scope, Step, Steps, Stream, Weights
+from vlmattn.request import LayerContext, Looker, Parts, SideStream, Step, Steps, Weights
 
 STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
 
@@ -128,7 +128,7 @@ def _refuse_measuring_apart(step: Step, layer: int) -> None:
         raise UnsupportedError(
             f"attention under '{plan.name}' cannot be shown: heads of layer {layer} are kept apart, with different tokens"
         )
-    if any(_measures(method, step) for method in plan.measuring[layer]):
+    if any(_measures(method, step) for method in plan.on_attention[layer]):
         raise refusal_of_apart(step, layer)
 
 
@@ -179,25 +179,25 @@ def _run(
         return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), attended
     plan = step.request.plan
     step = _in_window(step, query, key.shape[2])
-    scope = Scope(step, layer, query.shape[2], key.shape[2], query.device, query.shape[1])
+    context = LayerContext(step, layer, query.shape[2], key.shape[2], query.device, query.shape[1])
     edit = AttentionEdit()
-    for policy in plan.looking[layer] if plan.looking else ():
-        policy.look(scope, query, key)
-    measuring = [method for method in plan.measuring[layer] if _measures(method, step)]
+    for policy in plan.on_queries_keys[layer] if plan.on_queries_keys else ():
+        policy.on_queries_keys(context, query, key)
+    measuring = [method for method in plan.on_attention[layer] if _measures(method, step)]
     if measuring:
-        look = _weights_of(_seen(scope, mask, kwargs), query, key, kwargs)
+        look = _weights_of(_seen(context, mask, kwargs), query, key, kwargs)
         for method in measuring:
-            method.measure(scope, look)
-    attend_with = partial(_attend, base, scope, module, query, key, value, mask, kwargs)
+            method.on_attention(context, look)
+    attend_with = partial(_attend, base, context, module, query, key, value, mask, kwargs)
     streams = [stream for stream in step.beside if stream.waits_at(layer)]
     if len(streams) > 0:
-        out, attended, label, edit = _attend_beside(attend_with, scope, streams)
+        out, attended, label, edit = _attend_beside(attend_with, context, streams)
     else:
         for method in plan.by_layer[layer]:
-            edit = edit.then(method.edit(scope))
+            edit = edit.then(method.edit(context))
         out, attended, label = attend_with(edit)
     for watcher in plan.watching:
-        watcher.attended(scope, edit, _weights_of(_seen(scope, mask, kwargs), query, key, kwargs, edit))
+        watcher.attended(context, edit, _weights_of(_seen(context, mask, kwargs), query, key, kwargs, edit))
     step.request.ledger.add(("calls", "decode" if query.shape[2] == 1 else "prefill", label, str(layer)))
     return out, attended
 
@@ -206,21 +206,21 @@ def _measures(method: Looker, step: Step) -> bool:
     """Whether a method wants to know what rows of this step look at: one that drops image tokens, of prompts that have some."""
     if step.is_prompt and method in step.request.plan.pruning:
         return any(images for images, _ in step.request.newest)
-    return step.is_prompt or method.measures_generated
+    return step.is_prompt or method.follows_attention
 
 
 def _attend_beside(
-    attend_with: Callable[[AttentionEdit], Labelled], scope: Scope, streams: Sequence[Stream]
+    attend_with: Callable[[AttentionEdit], Labelled], context: LayerContext, streams: Sequence[SideStream]
 ) -> tuple[Tensor, Tensor | None, str, AttentionEdit]:
     """Attention of a prompt that streams accompany, with its edit: they run before the head gains, which some methods only
     know then."""
-    methods = scope.request.plan.by_layer[scope.layer]
-    comparing = [stream.method for stream in streams if scope.layer in stream.layers]
-    edits = {method: method.edit(scope) for method in methods if method not in comparing}
+    methods = context.request.plan.by_layer[context.layer]
+    comparing = [stream.method for stream in streams if context.layer in stream.layers]
+    edits = {method: method.edit(context) for method in methods if method not in comparing}
     out, attended, label = attend_with(replace(_composed(edits.values()), head_gain=()))
     for stream in streams:
         stream.follow(out)
-    edit = _composed(edits[method] if method in edits else method.edit(scope) for method in methods)
+    edit = _composed(edits[method] if method in edits else method.edit(context) for method in methods)
     if not edit.head_gain:
         return out, attended, label, edit
     out = scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous()
@@ -233,7 +233,7 @@ def _composed(edits: Iterable[AttentionEdit]) -> AttentionEdit:
 
 def _attend(
     base: Callable[..., Output],
-    scope: Scope,
+    context: LayerContext,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -243,7 +243,7 @@ def _attend(
     edit: AttentionEdit,
 ) -> Labelled:
     """Attention with an edit."""
-    label = base_label(scope.step.base)
+    label = base_label(context.step.base)
     if edit.shift is not None:
         query, edit = edit.shifted(query)
         label = f"{label}+shift"
@@ -254,12 +254,12 @@ def _attend(
         return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), attended, f"{label}+head_gain"
     if edit.read is not None and edit.read.shape[1] != key.shape[1]:  # all KV heads alike
         edit = replace(edit, read=edit.read.expand(-1, key.shape[1], -1))
-    see, dropout = _seen(scope, mask, kwargs), kwargs.get("dropout", 0.0)
+    see, dropout = _seen(context, mask, kwargs), kwargs.get("dropout", 0.0)
     score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
     out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), dropout, **score)
     attended = None
-    if scope.step.base == "eager" and _wants_weights(
-        scope.step, module, kwargs
+    if context.step.base == "eager" and _wants_weights(
+        context.step, module, kwargs
     ):  # as the bare model: sdpa has none to give
         attended = _weights_of(see, query, key, kwargs, edit)(0, query.shape[2]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), attended, backend
@@ -300,10 +300,10 @@ def _in_window(step: Step, query: Tensor, keys: int) -> Step:
     return view
 
 
-def _seen(scope: Scope, mask: Tensor | None, kwargs: dict[str, Any]) -> Visibility:
+def _seen(context: LayerContext, mask: Tensor | None, kwargs: dict[str, Any]) -> Visibility:
     """What the unedited model sees; the mask of a window that is shorter than the prompt is not just causal."""
-    see, window = scope.visibility(mask), kwargs.get("sliding_window")
-    if window is None or scope.keys <= window or scope.queries == 1:
+    see, window = context.visibility(mask), kwargs.get("sliding_window")
+    if window is None or context.keys <= window or context.queries == 1:
         return see
     return replace(see, plain=False, window=window)
 

@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from vlmattn import compat
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, OptionError, UnsupportedError
 from vlmattn.interventions.pruning import Pruning
-from vlmattn.models import Anatomy, Family, find_family
+from vlmattn.models import Family, find_family
 from vlmattn.recipe import Recipe
 from vlmattn.request import Plan, Request
 from vlmattn.wrapping import borrowed, handle_of
-from vlmattn.wrapping.dropping import check_prompt
+from vlmattn.wrapping.pruning import check_prompt
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def cost(
 def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
     """Raise for what the model of costs does not hold for."""
     branches = plan.decoding is not None and plan.decoding.branches
-    if branches or plan.search is not None or plan.preparing:
+    if branches or plan.search is not None or plan.before_prefill:
         raise UnsupportedError(
             f"'{name}' has the model read more than the prompt, which cost() does not know; leave that method out, or"
             " measure it with vlmattn bench"
@@ -242,7 +243,7 @@ class _Sizes:
         width, rows, visual = anatomy.heads * anatomy.head_dim, [], []
         slots, read = [], []
         looking = [found for found in (*dict.fromkeys(pruning), *policies) if found is not None]
-        looked = [layer for found in looking for layer in found.measured_layers(anatomy)]
+        looked = [layer for found in looking for layer in found.attention_layers(anatomy)]
         for layer, method in enumerate(pruning):
             if method is not None and any(left):
                 if method.looks_ahead:
@@ -344,7 +345,7 @@ def _attention(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> 
 @contextmanager
 def _under(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
     """The recipe in force in this thread, whether the model is wrapped or not; for others it is as before."""
-    with borrowed(model) as handle, handle.lent(recipe):
+    with borrowed(model) as handle, handle.temporarily(recipe):
         yield
 
 

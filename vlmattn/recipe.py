@@ -12,13 +12,15 @@ from typing import Any
 
 import yaml
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding import Branch, ContrastiveDecoding, Decoding, Gaze, Instead
 from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import InputError, OptionError, UnknownNameError, UnsupportedError, VlmattnError, quoted
 from vlmattn.files import copy_whole, make_folder, path_text, write_whole
-from vlmattn.interventions import Intervention, Options, all_presets, make_method
+from vlmattn.interventions import Intervention
 from vlmattn.interventions.pruning import KVPolicy, Pruning
-from vlmattn.interventions.registry import Sizes
+from vlmattn.options import Options
+from vlmattn.registry import all_presets, make_method
 from vlmattn.request import Plan
 from vlmattn.texts import parse_data, read_text
 
@@ -138,26 +140,26 @@ class Recipe:
             methods.append(method.at(_share(share)) if mark else method)
         return cls._with(text, methods)
 
-    def bind(self, sizes: Sizes) -> Plan:
+    def bind(self, anatomy: Anatomy) -> Plan:
         """The recipe for one model: which method acts in which layer.
 
         Raises:
             OptionError: what does not fit the model; methods that conflict in some layer (named, with the reason).
             UnsupportedError: a method that the model's family cannot have.
         """
-        contrast = self._contrast(sizes)
+        contrast = self._contrast(anatomy)
         search = self.decoding if isinstance(self.decoding, Search) else None
-        looks = frozenset({sizes.layers - 1}) if search else _watched(contrast, sizes)
-        self._refuse(sizes, search is not None or contrast is not None, bool(looks), contrast)
-        if search is not None and sizes.window:
+        looks = frozenset({anatomy.layers - 1}) if search else _watched(contrast, anatomy)
+        self._refuse(anatomy, search is not None or contrast is not None, bool(looks), contrast)
+        if search is not None and anatomy.window:
             raise UnsupportedError(
-                f"a search needs full attention in every layer, and {sizes.family} has a sliding window of {sizes.window} tokens in"
+                f"a search needs full attention in every layer, and {anatomy.family} has a sliding window of {anatomy.window} tokens in"
                 f" some; use another decoding rule than '{_name(search)}', or num_beams=5"
             )
-        bound = [method.bind(sizes) for method in self.interventions]
-        pruning = self._pruning(sizes, contrast)
+        bound = [method.bind(anatomy) for method in self.interventions]
+        pruning = self._pruning(anatomy, contrast)
         pruners = [found for found in dict.fromkeys(pruning) if found is not None]
-        active = [frozenset(method.active_layers(sizes)) for method in bound]
+        active = [frozenset(method.active_layers(anatomy)) for method in bound]
         for (one, first), (other, second) in combinations(zip(bound, active, strict=True), 2):
             if first & second:
                 _refuse_conflict(one, other)
@@ -170,29 +172,29 @@ class Recipe:
                     for m, layers in zip(bound, places, strict=True)
                     if layer in layers and (not step or _has(m, step))
                 )
-                for layer in range(sizes.layers)
+                for layer in range(anatomy.layers)
             )
 
-        extending = [layers for m, layers in zip(bound, active, strict=True) if m.observes_generated]
+        extending = [layers for m, layers in zip(bound, active, strict=True) if m.follows_hidden_states]
         policies = [m for m in bound if isinstance(m, KVPolicy)]
-        preparing, observing = tuple(m for m in bound if _has(m, "prepare")), at("observe", active)
-        evicting = self._evicting(policies, sizes)
+        preparing, observing = tuple(m for m in bound if _has(m, "before_prefill")), at("on_hidden_states", active)
+        evicting = self._evicting(policies, anatomy)
         if policies and (search or (contrast is not None and (contrast.branches or evicting))):
             raise OptionError(
                 f"'{_name(policies[0])}' and '{_name(self.decoding)}' conflict: the decoding rule needs whole caches; use one of them"
             )
-        seeing: list[Intervention | Pruning] = [m for m in bound if _has(m, "encoded")]
-        seeing += [m for m in pruners if _has(m, "encoded")]
-        measured = at("measure", [m.measured_layers(sizes) for m in bound])
+        seeing: list[Intervention | Pruning] = [m for m in bound if _has(m, "on_image_features")]
+        seeing += [m for m in pruners if _has(m, "on_image_features")]
+        measured = at("on_attention", [m.attention_layers(anatomy) for m in bound])
         return Plan(
             self.name,
             by_layer=at(None, active),
-            preparing=preparing,
-            observing=observing,
-            measuring=tuple(
+            before_prefill=preparing,
+            on_hidden_states=observing,
+            on_attention=tuple(
                 (
                     *methods,
-                    *(pruner for pruner in pruners if layer in pruner.measured_layers(sizes)),
+                    *(pruner for pruner in pruners if layer in pruner.attention_layers(anatomy)),
                     *((LastLook() if search else Gaze(),) if layer in looks else ()),
                 )
                 for layer, methods in enumerate(measured)
@@ -200,15 +202,15 @@ class Recipe:
             pruning=pruning,
             evicting=evicting,
             policies=tuple(policies),
-            looking=tuple(
-                tuple(m for m in policies if _has(m, "look") and layer in m.active_layers(sizes))
-                for layer in range(sizes.layers)
+            on_queries_keys=tuple(
+                tuple(m for m in policies if _has(m, "on_queries_keys") and layer in m.active_layers(anatomy))
+                for layer in range(anatomy.layers)
             )
-            if any(_has(m, "look") for m in policies)
+            if any(_has(m, "on_queries_keys") for m in policies)
             else (),
-            seeing=tuple(seeing),
+            on_image_features=tuple(seeing),
             extending=frozenset().union(*extending),
-            tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(sizes)),
+            tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(anatomy)),
             turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
             uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
             text_first=not preparing and not policies and not any(m.opens_text for m in bound),
@@ -219,13 +221,13 @@ class Recipe:
             decoding=contrast,
             search=search,
             rule=_name(self.decoding) if self.decoding is not None else "",
-            branch_names=self._branch_names(sizes),
-            branches=tuple(self._of_branch(branch).bind(sizes) for branch in contrast.branches) if contrast else (),
+            branch_names=self._branch_names(anatomy),
+            branches=tuple(self._of_branch(branch).bind(anatomy) for branch in contrast.branches) if contrast else (),
         )
 
-    def _refuse(self, sizes: Sizes, deciding: bool, looking: bool, contrast: ContrastiveDecoding | None) -> None:
+    def _refuse(self, anatomy: Anatomy, deciding: bool, looking: bool, contrast: ContrastiveDecoding | None) -> None:
         """Raise ``UnsupportedError`` if the model's family cannot have one of the methods."""
-        reasons = dict(sizes.refused)
+        reasons = dict(anatomy.refused)
         for method in (*self.interventions, *self.pruning):
             opening = isinstance(method, Intervention) and bool(method.opens())
             asking = isinstance(method, Intervention) and method.turns == "needed"
@@ -235,7 +237,7 @@ class Recipe:
                 or (reasons.get("turns") if asking else None)
             )
             if reason is not None:
-                raise UnsupportedError(f"'{method.info.name}' does not run on {sizes.family}: {reason}")
+                raise UnsupportedError(f"'{method.info.name}' does not run on {anatomy.family}: {reason}")
         branches = contrast.branches if contrast is not None else ()
         asked = {
             "decoding": deciding,
@@ -245,9 +247,9 @@ class Recipe:
         }
         reason = next((reasons[kind] for kind, wanted in asked.items() if wanted and kind in reasons), None)
         if reason is not None:
-            raise UnsupportedError(f"'{_name(self.decoding)}' does not run on {sizes.family}: {reason}")
+            raise UnsupportedError(f"'{_name(self.decoding)}' does not run on {anatomy.family}: {reason}")
 
-    def _pruning(self, sizes: Sizes, contrast: ContrastiveDecoding | None) -> tuple[Pruning | None, ...]:
+    def _pruning(self, anatomy: Anatomy, contrast: ContrastiveDecoding | None) -> tuple[Pruning | None, ...]:
         """For each layer the method that chooses which rows reach it; empty if no method does.
 
         Raises:
@@ -260,9 +262,9 @@ class Recipe:
                 f"'{_name(self.pruning[0])}' and '{_name(self.decoding)}' conflict: the decoding rule needs all image tokens in"
                 " every layer; use one of them"
             )
-        found: list[Pruning | None] = [None] * sizes.layers
-        for method in (method.bind(sizes) for method in self.pruning):
-            for layer in method.stages(sizes):
+        found: list[Pruning | None] = [None] * anatomy.layers
+        for method in (method.bind(anatomy) for method in self.pruning):
+            for layer in method.stages(anatomy):
                 if (other := found[layer]) is not None:
                     raise OptionError(
                         f"'{other.info.name}' and '{method.info.name}' conflict: both choose tokens before layer {layer}; use one of them"
@@ -270,15 +272,15 @@ class Recipe:
                 found[layer] = method
         return tuple(found)
 
-    def _evicting(self, policies: Sequence[KVPolicy], sizes: Sizes) -> tuple[KVPolicy | None, ...]:
+    def _evicting(self, policies: Sequence[KVPolicy], anatomy: Anatomy) -> tuple[KVPolicy | None, ...]:
         """For each layer the policy that takes slots out of its cache; empty if none does.
 
         Raises:
             OptionError: two policies evict in the same layer.
         """
-        found: list[KVPolicy | None] = [None] * sizes.layers
+        found: list[KVPolicy | None] = [None] * anatomy.layers
         for policy in (policy for policy in policies if _has(policy, "evict") or _has(policy, "split")):
-            for layer in policy.active_layers(sizes):
+            for layer in policy.active_layers(anatomy):
                 if (other := found[layer]) is not None:
                     raise OptionError(
                         f"'{_name(other)}' and '{_name(policy)}' conflict: both evict in layer {layer}; use one of them, or layer"
@@ -287,22 +289,22 @@ class Recipe:
                 found[layer] = policy
         return tuple(found) if any(found) else ()
 
-    def _contrast(self, sizes: Sizes) -> ContrastiveDecoding | None:
+    def _contrast(self, anatomy: Anatomy) -> ContrastiveDecoding | None:
         """Branches and rule for a model; None if there are none or they change nothing."""
         if self.decoding is None or isinstance(self.decoding, Search):
             return None
-        rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(sizes)
+        rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(anatomy)
         rule = rule.without_idle()
         for layer in rule.layers:
-            if not 0 <= layer < sizes.layers:
-                raise OptionError(f"the decoding rule names layer {layer}, but the decoder has 0..{sizes.layers - 1}")
+            if not 0 <= layer < anatomy.layers:
+                raise OptionError(f"the decoding rule names layer {layer}, but the decoder has 0..{anatomy.layers - 1}")
         return None if rule.is_identity else rule
 
-    def _branch_names(self, sizes: Sizes) -> tuple[str, ...]:
+    def _branch_names(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Branches that calls may bring inputs for, also those that weigh nothing."""
         if self.decoding is None or isinstance(self.decoding, Search):
             return ()
-        rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(sizes)
+        rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(anatomy)
         return tuple(branch.name for branch in rule.branches)
 
     def _of_branch(self, branch: Branch) -> Recipe:
@@ -466,15 +468,15 @@ def _share(text: str) -> float:
     return share
 
 
-def _watched(contrast: ContrastiveDecoding | None, sizes: Sizes) -> frozenset[int]:
+def _watched(contrast: ContrastiveDecoding | None, anatomy: Anatomy) -> frozenset[int]:
     """Layers whose attention chooses the image tokens of branches."""
     watched: set[int] = set()
     for branch in contrast.branches if contrast else ():
         if branch.tokens is not None:
-            layers = tuple(branch.tokens.layers(sizes))
-            if not layers or not set(layers) <= set(range(sizes.layers)):
+            layers = tuple(branch.tokens.layers(anatomy))
+            if not layers or not set(layers) <= set(range(anatomy.layers)):
                 raise OptionError(
-                    f"branch '{branch.name}': its tokens look at the layers {layers}, but the decoder has 0..{sizes.layers - 1}"
+                    f"branch '{branch.name}': its tokens look at the layers {layers}, but the decoder has 0..{anatomy.layers - 1}"
                 )
             watched |= set(layers)
     return frozenset(watched)

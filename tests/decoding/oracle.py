@@ -11,7 +11,7 @@ from tiny import IMAGE_TOKEN, prompt
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
-Stream = Callable[[list[int]], Tensor]  # tokens so far -> logits [vocabulary] of the next one
+SideStream = Callable[[list[int]], Tensor]  # tokens so far -> logits [vocabulary] of the next one
 
 
 def three(family: str) -> list[Inputs]:
@@ -19,7 +19,7 @@ def three(family: str) -> list[Inputs]:
     return [prompt(family, words=4), prompt(family, words=7, seed=3), prompt(family, images=2, words=2, seed=4)]
 
 
-def reread(model: Any, inputs: Inputs) -> Stream:
+def reread(model: Any, inputs: Inputs) -> SideStream:
     """The model as it is, without a cache; image tokens lie in the prompt only."""
 
     def logits(answer: list[int]) -> Tensor:
@@ -63,7 +63,7 @@ def cut(scores: Tensor, main: Tensor, beta: float) -> Tensor:
 
 
 def decode(
-    streams: Sequence[Stream], rule: Callable[[list[Tensor], int], Tensor], new: int
+    streams: Sequence[SideStream], rule: Callable[[list[Tensor], int], Tensor], new: int
 ) -> tuple[list[int], Tensor]:
     """Greedy tokens, and the scores ``[new, vocabulary]`` they come from; ``rule`` gets all logits and t = 1, 2, ..."""
     answer: list[int] = []

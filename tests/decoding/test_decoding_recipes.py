@@ -39,10 +39,11 @@ from vlmattn import (
     VlmattnError,
     cli,
 )
+from vlmattn.anatomy import Anatomy
 from vlmattn.embedded.scenes import make_scene
-from vlmattn.interventions import Intervention, Pruning, find_method
-from vlmattn.models import Anatomy
+from vlmattn.interventions import Intervention, Pruning
 from vlmattn.recipe import FILE_NAME
+from vlmattn.registry import find_method
 from vlmattn.wrapping.call import CALL
 
 ROOT = Path(__file__).parents[2]
@@ -292,7 +293,7 @@ def test_a_model_wrapped_with_it_generates(also):
 @pytest.mark.usefixtures("no_grad")
 def test_a_model_lent_to_it_generates():
     model = wrapped("pai")
-    with model.vlmattn.lent(by_hand()):
+    with model.vlmattn.temporarily(by_hand()):
         generate(model, prompt("llava"))
 
 
@@ -431,12 +432,12 @@ def test_lent_rules_leave_nothing():
     model, inputs = wrapped("pai+vcd"), prompt("llava")
     wanted = generate(model, inputs)
     fired, recipe = model.vlmattn.report()["fired"], model.vlmattn.recipe
-    with model.vlmattn.lent("dola_low"):
+    with model.vlmattn.temporarily("dola_low"):
         assert torch.equal(generate(model, inputs), generate(wrapped("dola_low"), inputs))
         assert model.vlmattn.report()["fired"] == {"dola": 4}
     assert model.vlmattn.recipe is recipe
     assert model.vlmattn.report()["fired"] == fired
-    with pytest.raises(RuntimeError, match="boom"), model.vlmattn.lent("m3id"):
+    with pytest.raises(RuntimeError, match="boom"), model.vlmattn.temporarily("m3id"):
         raise RuntimeError("boom")
     assert torch.equal(generate(model, inputs), wanted)
 

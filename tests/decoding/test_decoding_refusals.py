@@ -51,7 +51,7 @@ from vlmattn import (
     VlmattnError,
 )
 from vlmattn.decoding import Decoding
-from vlmattn.interventions import find_method
+from vlmattn.registry import find_method
 from vlmattn.wrapping.call import CALL
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -40,7 +40,7 @@ from vlmattn import (
     UnsupportedError,
 )
 from vlmattn.decoding import Decoding, Growth, Instead, Mixture, Search, TopAttended
-from vlmattn.interventions import find_method
+from vlmattn.registry import find_method
 from vlmattn.wrapping.call import CALL
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -96,7 +96,7 @@ def repeating(family: str) -> dict[str, Tensor]:
 @every_family
 def test_the_second_token_is_drawn_from_the_rule_too(family):
     """Chi-square of 3000 pairs of tokens against an oracle that reads everything anew: rows of branches follow their draws."""
-    model, inputs, draws, beta, marks = wrapped(family), prompt(family), 3000, 0.2, [96, 97, 98, 99]
+    model, inputs, draws, beta, marker_ids = wrapped(family), prompt(family), 3000, 0.2, [96, 97, 98, 99]
     bare = build(family)
     for each in (model, bare):
         each.lm_head.weight.data *= 12
@@ -104,7 +104,7 @@ def test_the_second_token_is_drawn_from_the_rule_too(family):
 
     def chances(answer: list[int]) -> Tensor:
         main, other = (stream(answer) for stream in streams)
-        return cut(2 * main - other, main, beta).index_fill(0, torch.tensor(marks), -math.inf).softmax(-1)
+        return cut(2 * main - other, main, beta).index_fill(0, torch.tensor(marker_ids), -math.inf).softmax(-1)
 
     first = chances([])
     wanted = {
@@ -116,7 +116,7 @@ def test_the_second_token_is_drawn_from_the_rule_too(family):
     torch.manual_seed(0)
     drawn = generate(
         model, inputs, VCD(beta=beta), 2, min_new_tokens=0, do_sample=True, top_k=0, num_return_sequences=draws,
-        eos_token_id=-1, suppress_tokens=marks,
+        eos_token_id=-1, suppress_tokens=marker_ids,
     )  # fmt: skip
     counts: dict[tuple[int, int], int] = {}
     for pair in map(tuple, drawn.tolist()):
@@ -353,9 +353,14 @@ def test_rows_end_at_different_steps(family, recipe):
 @every_family
 def test_long_answers_are_what_reading_them_anew_says(family, ways):
     """Beyond the room that caches are made with: later tokens still see all earlier ones, in the order of their beam."""
-    model, inputs, new, marks = wrapped(family), prompt(family), 150, [2, 96, 97, 98, 99]  # no images in the answer
+    model, inputs, new, marker_ids = (
+        wrapped(family),
+        prompt(family),
+        150,
+        [2, 96, 97, 98, 99],
+    )  # no images in the answer
     out = generate(
-        model, inputs, "vcd", new, suppress_tokens=marks, return_dict_in_generate=True, output_scores=True, **ways
+        model, inputs, "vcd", new, suppress_tokens=marker_ids, return_dict_in_generate=True, output_scores=True, **ways
     )
     answer = out.sequences[:, inputs["input_ids"].shape[1] :]
     mains, others = (
@@ -367,7 +372,7 @@ def test_long_answers_are_what_reading_them_anew_says(family, ways):
         total = scores.log_softmax(-1).gather(-1, answer[0][:, None]).sum() / new
         torch.testing.assert_close(out.sequences_scores[0], total, rtol=1e-3, atol=1e-3)
     else:
-        assert torch.equal(scores.index_fill(-1, torch.tensor(marks), -math.inf).argmax(-1), answer[0])
+        assert torch.equal(scores.index_fill(-1, torch.tensor(marker_ids), -math.inf).argmax(-1), answer[0])
 
 
 def all_logits(model: Any, inputs: dict[str, Tensor], answer: Tensor) -> Tensor:

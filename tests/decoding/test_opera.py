@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlmattn import OptionError
 from vlmattn.decoding.opera import OPERA, columns_with, over_trust, shares
 from vlmattn.decoding.search import Beams
-from vlmattn.interventions.registry import all_presets, make_method
+from vlmattn.registry import all_presets, make_method
 
 PROMPT = 6
 VISUAL = torch.tensor([False, True, True, True, False, False])

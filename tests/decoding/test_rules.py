@@ -43,7 +43,8 @@ from vlmattn.decoding import (
     plausible,
 )
 from vlmattn.errors import OptionError, UnknownNameError
-from vlmattn.interventions import PAI, all_presets, find_method, make_method
+from vlmattn.interventions import PAI
+from vlmattn.registry import all_presets, find_method, make_method
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 VCD_GOLDEN = json.loads((GOLDENS / "vcd" / "vcd_goldens.json").read_text())

@@ -149,7 +149,7 @@ def test_random_models_read_their_prompts(name, monkeypatch):
     """With two layers and narrow, so that the large ones fit too; prompt, tower and positions are theirs."""
     make = RANDOM_MODELS[name]
 
-    def narrow():
+    def pruned_inputs():
         config = make()
         text = config.get_text_config()
         text.num_hidden_layers, text.hidden_size, text.intermediate_size = 2, 128, 64
@@ -160,7 +160,7 @@ def test_random_models_read_their_prompts(name, monkeypatch):
             config.vision_config.out_hidden_size = text.hidden_size
         return config
 
-    monkeypatch.setitem(RANDOM_MODELS, name, narrow)
+    monkeypatch.setitem(RANDOM_MODELS, name, pruned_inputs)
     model = random_model(name, device="cpu")
     assert model.dtype == torch.float32
     assert not model.training

@@ -36,8 +36,8 @@ from vlmattn.evals.survey import (
 )
 from vlmattn.evals.timing import write_csv
 from vlmattn.evals.tune import tune
-from vlmattn.interventions import all_presets
 from vlmattn.recipe import Recipe
+from vlmattn.registry import all_presets
 
 
 @pytest.fixture(scope="module")

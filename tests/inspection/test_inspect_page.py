@@ -27,7 +27,7 @@ from vlmattn.inspection import compare_answers, group_masses
 from vlmattn.inspection import page as page_module
 from vlmattn.inspection.page import inspect_page
 from vlmattn.inspection.pictures import figures
-from vlmattn.inspection.sides import Side
+from vlmattn.inspection.recipes_compared import Side
 
 QUESTION = "Describe the image."
 

@@ -68,7 +68,7 @@ def case(request, tmp_path_factory):
 
 
 def each(case: Case, measure: Any) -> list:
-    """``measure(row, a)`` for every step, layer and head; a is a list of attention by key."""
+    """``on_attention(row, a)`` for every step, layer and head; a is a list of attention by key."""
     return [
         [[measure(row, case.attention[n, h, row].tolist()) for h in range(HEADS)] for n in range(LAYERS)]
         for row in case.rows

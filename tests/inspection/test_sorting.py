@@ -394,7 +394,7 @@ def test_after_an_error_too(wrapped, monkeypatch):
     def fail(*_):
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(maps._LastRow, "measure", fail)
+    monkeypatch.setattr(maps._LastRow, "on_attention", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         sort_context(model, processor("llava"), messages)
     assert hooks(model) == count

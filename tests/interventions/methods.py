@@ -13,6 +13,7 @@ import torch
 from tiny import IMAGE_TOKEN, TOKENS_PER_IMAGE, build
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions import (
     GIFT,
     MMA,
@@ -34,7 +35,7 @@ from vlmattn.interventions import (
     SoFA,
 )
 from vlmattn.interventions.focus import save_directions
-from vlmattn.models import Anatomy, find_family
+from vlmattn.models import find_family
 
 BOS, USER, ASSISTANT, STOP = 1, 10, 11, 15  # STOP ends a document
 SINKS: dict[str, Any] = dict(tau=2.0, dims=(3, 17), layers="0:", max_sink=1.0, min_visual=0.0)

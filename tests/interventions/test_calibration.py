@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import vlmattn
 from vlmattn import Calibration, InputError, OptionError, Recipe, attention
-from vlmattn.models import Anatomy
+from vlmattn.anatomy import Anatomy
 from vlmattn.request import IMAGE, TEXT, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")

@@ -34,8 +34,8 @@ from vlmattn.interventions import (
     Knockout,
     SinkProfile,
     SoFA,
-    make_method,
 )
+from vlmattn.registry import make_method
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:va[rf]|vlmattn:UserWarning")]
 

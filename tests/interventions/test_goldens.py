@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from vlmattn import PAI, VAR, Recipe, UnsupportedError, attention
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.sinks import sink_values
-from vlmattn.models import Anatomy
-from vlmattn.request import IMAGE, TEXT, Ledger, Request, Scope, Step, number_images
+from vlmattn.request import IMAGE, TEXT, LayerContext, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -78,9 +78,9 @@ def make_request(case: dict, method: VAR | PAI, hidden: Tensor | None, batch: in
         if first == last:
             continue
         request.extend(first, types[:, first:last], images[:, first:last], mask[:, :last], None)
-        scope = Scope(Step(request, "sdpa", first), LAYER, last - first, last, torch.device("cpu"))
-        for method in request.plan.observing[LAYER]:
-            method.observe(scope, hidden[:, first:last])
+        context = LayerContext(Step(request, "sdpa", first), LAYER, last - first, last, torch.device("cpu"))
+        for method in request.plan.on_hidden_states[LAYER]:
+            method.on_hidden_states(context, hidden[:, first:last])
     return request
 
 

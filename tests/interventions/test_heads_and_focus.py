@@ -266,7 +266,7 @@ def test_a_lent_recipe_leaves_nothing_behind():
         assert handle.report()["fired"]["heads"]
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), handle.lent(Heads(heads=NAMES)):
+    with pytest.raises(ZeroDivisionError), handle.temporarily(Heads(heads=NAMES)):
         use_and_fail()
     assert not handle.enabled
     handle.enable()

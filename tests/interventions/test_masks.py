@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 import vlmattn
 from vlmattn import MMA, Bidirectional, Isolation, Knockout, OptionError, Recipe, SoFA, attention
-from vlmattn.models import Anatomy
+from vlmattn.anatomy import Anatomy
 from vlmattn.request import IMAGE, TEXT, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -77,8 +77,8 @@ def write(family: str, *turns: list[int | str], seed: int = 3) -> list[Token]:
             facts = dict(turn=turn, instruction=True)
             if part == "img":
                 tokens = [Token(IMAGE_TOKEN, image=images, turn=turn)] * TOKENS_PER_IMAGE[family]
-                marks = family != "llava"
-                out += [*[Token(97, **facts)] * marks, *tokens, *[Token(96, **facts)] * marks]
+                marker_ids = family != "llava"
+                out += [*[Token(97, **facts)] * marker_ids, *tokens, *[Token(96, **facts)] * marker_ids]
                 images += 1
             elif part == "sep":
                 out.append(Token(SEPARATOR, **facts))
@@ -464,8 +464,8 @@ def test_a_second_turn_with_an_image_on_the_same_cache(family, name):
     """The first turn, three generated tokens one by one, then a second turn with an image in one piece."""
     method, rule = BATCH[name]
     tokens = write(family, ["img", 2, "img", 3], [1, "img", 2, "img", 1])
-    marks = [n for n, t in enumerate(tokens) if t.id == ANSWER_MARK]
-    first, cut = marks[0] + 1, marks[0] + 4
+    marker_ids = [n for n, t in enumerate(tokens) if t.id == ANSWER_MARK]
+    first, cut = marker_ids[0] + 1, marker_ids[0] + 4
     tokens[first:cut] = [Token(t.id, generated=True) for t in tokens[first:cut]]
     oracle, model = build(family, "eager"), build(family)
     inputs = inputs_of(model, [tokens])

@@ -18,8 +18,8 @@ from transformers import LlavaConfig, PreTrainedModel
 
 import vlmattn
 from vlmattn import PAI, PAINT, InputError, OptionError, Recipe, UnsupportedError
-from vlmattn.models import Anatomy
-from vlmattn.request import IMAGE, TEXT, Ledger, Request, Sight, Step, number_images
+from vlmattn.anatomy import Anatomy
+from vlmattn.request import IMAGE, TEXT, ImageFeatures, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -59,8 +59,8 @@ def step_of(case: dict) -> Step:
         request.extend(first, types[:, first:last], images[:, first:last], None, None)
         if first <= case["image_span"][0] < last:
             # The golden's several rows begin before the image ends: the sight is told of the whole prompt at once.
-            (method,) = request.plan.seeing
-            request.plan.seeing[0].encoded(Sight(request, 0, types, rows))
+            (method,) = request.plan.on_image_features
+            request.plan.on_image_features[0].on_image_features(ImageFeatures(request, 0, types, rows))
     return Step(request, "sdpa", None if case["Q"] == 1 else cut)
 
 

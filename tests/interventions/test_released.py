@@ -19,8 +19,9 @@ import vlmattn
 from vlmattn import MMA, Recipe
 from vlmattn.decoding import Branch, ContrastiveDecoding
 from vlmattn.interventions.pruning.sparsevlm import cluster_means
-from vlmattn.interventions.registry import Options, make_method
 from vlmattn.models import find_family
+from vlmattn.options import Options
+from vlmattn.registry import make_method
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -14,8 +14,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import vlmattn
 from vlmattn import VAF, HeadsGuided, OptionError, Recipe, attention, embedded
-from vlmattn.models import Anatomy
-from vlmattn.request import IMAGE, TEXT, Ledger, Request, Scope, Step, number_images
+from vlmattn.anatomy import Anatomy
+from vlmattn.request import IMAGE, TEXT, LayerContext, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -324,8 +324,8 @@ def test_the_released_constant_of_35_tokens():
     cache = model(**inputs_of(model, [tokens]), use_cache=True).past_key_values
     request = cache._vlmattn_request
     (method,) = request.plan.by_layer[0]
-    scope = Scope(Step(request, "sdpa", 0), 0, len(tokens), len(tokens), torch.device("cpu"), 4)
-    (part,) = method.edit(scope).logit
+    context = LayerContext(Step(request, "sdpa", 0), 0, len(tokens), len(tokens), torch.device("cpu"), 4)
+    (part,) = method.edit(context).logit
     assert part.scale[0].tolist()[:before] == [0.5] * before
     assert part.scale[0].tolist()[before + 16 :] == [1.0] * (len(tokens) - before - 16)
     assert tokens[before - 1].id == USER_MARK

@@ -20,7 +20,7 @@ from transformers import LlavaConfig
 
 import vlmattn
 from vlmattn import VAR, VHR, FocusDirections, Heads, Knockout
-from vlmattn.interventions.registry import parse_layers
+from vlmattn.options import parse_layers
 
 GAINS = VHR.gains  # not what the tests put in its place
 
@@ -291,9 +291,11 @@ def test_other_methods_act_on_the_side_with_the_image(family, name):
 @torch.no_grad()
 def test_nobody_else_sees_the_text_alone(monkeypatch):
     """Observers of the residual stream, and who collects the outputs of layers, see the prompt only."""
-    seen, observe = [], VAR.observe
+    seen, observe = [], VAR.on_hidden_states
     monkeypatch.setattr(
-        VAR, "observe", lambda self, scope, hidden: seen.append(hidden.shape[1]) or observe(self, scope, hidden)
+        VAR,
+        "on_hidden_states",
+        lambda self, context, hidden: seen.append(hidden.shape[1]) or observe(self, context, hidden),
     )
     model, inputs = build("llava", "eager"), prompt("llava")
     plain = model(**inputs, output_hidden_states=True, output_attentions=True)

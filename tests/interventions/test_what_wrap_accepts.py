@@ -16,7 +16,7 @@ from zoo import ZOO, Prompt, padded
 
 import vlmattn
 from vlmattn import Recipe, VlmattnError
-from vlmattn.interventions.registry import all_presets, find_method
+from vlmattn.registry import all_presets, find_method
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore::UserWarning")]
 BUILT = [name for name, tiny in ZOO.items() if not tiny.unbuildable]

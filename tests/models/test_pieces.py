@@ -30,11 +30,11 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from zoo import BREAK, CLOSE, COLUMN, FAKE, IMG, LAST, OPEN, ROW, ZOO, Tiny
 
-from vlmattn.models import WHOLE, Piece, find_family, marks_of
-from vlmattn.models.base import OF_IMAGES
+from vlmattn.models import WHOLE, Piece, find_family, marker_ids_of
 from vlmattn.models.generic import Generic
+from vlmattn.models.image_layout import cells, inside, tiled
+from vlmattn.models.inputs import OF_IMAGES
 from vlmattn.models.llama4 import filled
-from vlmattn.models.pieces import cells, inside, tiled
 from vlmattn.models.tiles import arranged, joined
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -323,10 +323,10 @@ def prompt(name: str, model: Any, images: Sequence[Tensor]) -> tuple[dict[str, T
 def pieces_of(name: str, model: Any, inputs: Mapping[str, Tensor], image: int) -> tuple[tuple[Piece, ...], Tensor]:
     """The pieces of an image, and which of all image tokens are its own."""
     family = find_family(model)
-    marks = marks_of(family, SimpleNamespace(get_vocab=lambda: tiny(name).vocabulary))
-    numbers = family.image_numbers(model, inputs, family.token_types(model, inputs["input_ids"]), marks)[0]
+    marker_ids = marker_ids_of(family, SimpleNamespace(get_vocab=lambda: tiny(name).vocabulary))
+    numbers = family.image_numbers(model, inputs, family.token_types(model, inputs["input_ids"]), marker_ids)[0]
     own = (numbers[numbers >= 0] == image).nonzero()[:, 0]
-    return family.pieces(model, inputs, image, len(own), marks), own
+    return family.pieces(model, inputs, image, len(own), marker_ids), own
 
 
 def painted(image: Tensor, piece: Piece, y: int, x: int) -> Tensor:

@@ -568,11 +568,11 @@ def test_a_dropped_image_leaves_its_text(family):
     model = vlmattn.wrap(build(family), "m3id")
     rows = [prompt(family, 2, words=3), prompt(family, 1, words=6, seed=2)]
     _, branch, *_ = calls_of(model, lambda: generate(model, left_padded(rows), new=1))
-    marks = torch.tensor([96, 97, 98, 99]) if family != "llava" else torch.tensor([IMAGE_TOKEN])
+    marker_ids = torch.tensor([96, 97, 98, 99]) if family != "llava" else torch.tensor([IMAGE_TOKEN])
     for row, one in enumerate(rows):
         seen = branch["attention_mask"][row].bool()
         ids = one["input_ids"][0]
-        assert branch["input_ids"][row][seen].tolist() == ids[~torch.isin(ids, marks)].tolist()
+        assert branch["input_ids"][row][seen].tolist() == ids[~torch.isin(ids, marker_ids)].tolist()
     assert not any(name.startswith(("pixel", "image_", "video_")) for name in branch)
 
 

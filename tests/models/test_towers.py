@@ -240,7 +240,7 @@ def test_sights_of_a_wrapped_model(monkeypatch):
     )  # fmt: skip
     expected = {layer: by_hand(model, layer, pixels, grids)[0] for layer in (0, 2)}
     sights = []
-    monkeypatch.setattr(PAINT, "encoded", lambda self, sight: sights.append(sight))
+    monkeypatch.setattr(PAINT, "on_image_features", lambda self, sight: sights.append(sight))
     with vlmattn.applied(model, PAINT()):
         model(**inputs)
         model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=0)

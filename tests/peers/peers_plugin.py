@@ -27,10 +27,11 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 import vlmattn
 from vlmattn import attention
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, HeadPart, LogitPart
 from vlmattn.models import find_family
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 from vlmattn.wrapping import handle_of
 
 WAYS = ("pass", "gain", "kernel")
@@ -45,11 +46,11 @@ class Peer(Intervention):
     needs_images: ClassVar[bool] = False
     way: str = option("pass", about="how nothing is changed", choices=WAYS)
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         if self.way == "gain":
-            return AttentionEdit(head_gain=(HeadPart(torch.ones(1, scope.heads, device=scope.device)),))
+            return AttentionEdit(head_gain=(HeadPart(torch.ones(1, context.heads, device=context.device)),))
         if self.way == "kernel":
-            return AttentionEdit(logit=(LogitPart(bias=torch.zeros_like(scope.visual, dtype=torch.float32)),))
+            return AttentionEdit(logit=(LogitPart(bias=torch.zeros_like(context.visual, dtype=torch.float32)),))
         return AttentionEdit()
 
 

@@ -17,7 +17,7 @@ from vlmattn.cli.common import app, console, plain
 from vlmattn.errors import InputError, UnsupportedError, torchvision_trouble
 
 if TYPE_CHECKING:
-    from vlmattn.interventions import Options, PresetInfo
+    from vlmattn.options import Options, PresetInfo
     from vlmattn.recipe import Recipe
 
 
@@ -30,8 +30,8 @@ def presets(
 
     Example: [bold]vlmattn presets var[/bold]
     """
-    from vlmattn.interventions import all_presets
     from vlmattn.recipe import Recipe
+    from vlmattn.registry import all_presets
 
     known = all_presets()
     if name is None:
@@ -50,7 +50,7 @@ def presets(
 def _list_presets(known: dict[str, PresetInfo]) -> None:
     """One line per preset for other programs; on a terminal a table that fits, with what its method costs said once."""
     from vlmattn.evals.survey import checked_against, paper_id
-    from vlmattn.interventions import find_method
+    from vlmattn.registry import find_method
 
     terminal = console.is_terminal
     table = Table(box=SIMPLE_HEAD if terminal else None, padding=(0, 1 if terminal else 2, 0, 0), pad_edge=False)

@@ -13,7 +13,7 @@ from vlmattn.cli.figures import write_figures, write_page
 from vlmattn.errors import InputError
 
 if TYPE_CHECKING:
-    from vlmattn.inspection.sides import Side
+    from vlmattn.inspection.recipes_compared import Side
 
 
 @app.command()

@@ -16,7 +16,8 @@ from vlmattn.decoding.rules import Contrast, Growth, Mixture, Rule, plausible
 from vlmattn.decoding.search import Search
 from vlmattn.decoding.tokens import BlindTokens, TopAttended
 from vlmattn.decoding.vcd import VCD
-from vlmattn.interventions.registry import option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 __all__ = [
     "AGLA",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.rules import Contrast
 from vlmattn.decoding.tokens import TopAttended
-from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, register
+from vlmattn.options import MANY, option, parse_layers
+from vlmattn.registry import register
 
 
 @register(
@@ -51,7 +53,7 @@ class AGLA(Decoding):
         super().__post_init__()
         parse_layers(self.layers, MANY, "agla.layers")
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         augmented = Branch(name="augmented", image="given")
         if self.augment == "attention":
             augmented = Branch(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.rules import Contrast
 from vlmattn.decoding.tokens import BlindTokens
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 
 @register(
@@ -41,6 +43,6 @@ class AvisC(Decoding):
     )
     deviations: float = option(1.0, -10, 10, "stds above the mean that make a token blind", source="released scripts")
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         blind = Branch(name="blind", tokens=BlindTokens(self.mass, self.deviations))
         return ContrastiveDecoding((blind,), Contrast((self.alpha,), beta=self.beta))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.rules import Mixture
 from vlmattn.errors import OptionError
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 
 @register(
@@ -43,7 +45,7 @@ class Buckets(Decoding):
         if len(set(self.factors)) < len(self.factors) or not all(0 < factor <= 1e6 for factor in self.factors):
             raise OptionError(f"buckets.factors must be different positive numbers, got {self.factors}")
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         return ContrastiveDecoding(
             tuple(Branch(name=f"base x{factor:g}", rope=factor) for factor in self.factors if factor != 1),
             Mixture(space="logits"),

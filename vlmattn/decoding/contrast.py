@@ -9,13 +9,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.noise import Noise
 from vlmattn.decoding.rules import Contrast, Rule
 from vlmattn.errors import OptionError, quoted
-from vlmattn.interventions import Intervention, Options
-from vlmattn.interventions.registry import Sizes
+from vlmattn.interventions import Intervention
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Preparation, Request, Scope, Sight, Weights
+from vlmattn.options import Options
+from vlmattn.request import ImageFeatures, LayerContext, Prefill, Request, Weights
 
 IMAGES = ("same", "blank", "drop", "given")
 
@@ -36,7 +37,7 @@ class TokenChoice(Protocol):
         prompt token on, and everything before is shared with the main prompt."""
         ...
 
-    def layers(self, sizes: Sizes) -> tuple[int, ...]:
+    def layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         """Layers that are looked at."""
         ...
 
@@ -189,7 +190,7 @@ class ContrastiveDecoding:
 class Decoding(Options):
     """Base of decoding methods. Instances are immutable."""
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         """Branches and rule for a model of these sizes."""
         raise NotImplementedError
 
@@ -198,11 +199,11 @@ class Decoding(Options):
 class Gaze:
     """Notes how much the row before the first new token attends to each key, for branches that choose tokens by it."""
 
-    observes_generated = measures_generated = False
+    follows_hidden_states = follows_attention = False
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        row = scope.request.prompt_length - 1
-        scope.request.state[("gaze", scope.layer)] = weights(row, row + 1)[:, :, 0].mean(1)
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        row = context.request.prompt_length - 1
+        context.request.state[("gaze", context.layer)] = weights(row, row + 1)[:, :, 0].mean(1)
 
     @staticmethod
     def read(request: Request, layers: tuple[int, ...]) -> Tensor:
@@ -210,11 +211,11 @@ class Gaze:
         seen = [request.state[("gaze", layer)] for layer in layers]
         return torch.stack([one.to(seen[0].device) for one in seen])
 
-    def prepare(self, preparation: Preparation) -> None: ...
+    def before_prefill(self, prefill: Prefill) -> None: ...
 
-    def encoded(self, sight: Sight) -> None: ...
+    def on_image_features(self, sight: ImageFeatures) -> None: ...
 
-    def observe(self, scope: Scope, hidden: Tensor) -> None: ...
+    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None: ...
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()

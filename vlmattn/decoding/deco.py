@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import ContrastiveDecoding, Decoding
 from vlmattn.errors import OptionError
-from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, register
+from vlmattn.options import MANY, option, parse_layers
+from vlmattn.registry import register
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class DeCo(Decoding):
         super().__post_init__()
         parse_layers(self.layers, MANY, "deco.layers")
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
-        found = parse_layers(self.layers, sizes.layers, "deco.layers")
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
+        found = parse_layers(self.layers, anatomy.layers, "deco.layers")
         if not found:
-            raise OptionError(f"deco.layers '{self.layers}' selects none of the layers 0..{sizes.layers - 1}")
+            raise OptionError(f"deco.layers '{self.layers}' selects none of the layers 0..{anatomy.layers - 1}")
         return ContrastiveDecoding((), SurestLayer(self.alpha, self.top_p, self.top_k), found)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.rules import Contrast
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 
 @register(
@@ -41,7 +43,7 @@ class PAIGuidance(Decoding):
     gamma: float = option(1.1, 0, 100, "guidance; 1 is none", source="README commands of the released code")
     beta: float = option(0.1, 0, 1, "plausibility cut-off", source="released code")
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         beta = self.beta if self.gamma != 1 else 0.0
         unseen = Branch(name="unseen", image="drop", edits="off")
         return ContrastiveDecoding((unseen,), Contrast((self.gamma - 1,), "logprobs", beta))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding, Instead
 from vlmattn.decoding.rules import Contrast
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 CONFUSED = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
 
@@ -38,6 +40,6 @@ class ICD(Decoding):
     beta: float = option(0.1, 0, 1, "plausibility cut-off", source="released code")
     system: str = option(CONFUSED, about="the system message of the branch", source="released code: one of five")
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         confused = Branch(name="confused", prompt=Instead(self.system))
         return ContrastiveDecoding((confused,), Contrast((self.alpha,), beta=self.beta))

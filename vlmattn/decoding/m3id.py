@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.rules import Contrast, Growth
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 
 @register(
@@ -38,7 +40,7 @@ class M3ID(Decoding):
         1.0, 0, 1, "tokens with at least this max p are left alone; 1 = none are", source="AvisC's version"
     )
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         weight = Growth(self.rate, self.cap) if self.rate and self.cap else 0.0
         rule = Contrast((weight,), "logprobs", self.beta, unsure_below=self.unsure_below)
         return ContrastiveDecoding((Branch(name="unseen", image="drop"),), rule)

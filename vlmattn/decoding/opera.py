@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmattn.decoding.search import Beams, Hypothesis, Process, Rows, Search
-from vlmattn.interventions.registry import option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 FACTOR = 1e-7  # of the column products
 LARGEST = 60.0  # logarithm of the penalty, so that sums of scores stay finite

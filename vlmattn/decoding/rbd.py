@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.noise import STEPS, Noise
 from vlmattn.decoding.rules import Contrast
 from vlmattn.decoding.tokens import TopAttended
-from vlmattn.interventions.registry import MANY, Sizes, option, parse_layers, register
+from vlmattn.options import MANY, option, parse_layers
+from vlmattn.registry import register
 
 
 @register(
@@ -50,7 +52,7 @@ class RBD(Decoding):
         super().__post_init__()
         parse_layers(self.layers, MANY, "rbd.layers")
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         text = Branch(
             name="text", image=Noise(self.step, self.seed), edits="inherit" if self.edits == "both" else "off"
         )

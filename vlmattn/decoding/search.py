@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.registry import Options
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Preparation, Request, Scope, Sight, Weights
+from vlmattn.options import Options
+from vlmattn.request import ImageFeatures, LayerContext, Prefill, Request, Weights
 
 #: Logits processors of the caller: (generated ids ``[rows, length]``, scores ``[rows, vocabulary]``) -> scores.
 Process = Callable[[Tensor, Tensor], Tensor]
@@ -74,11 +74,11 @@ class Search(Options):
 class LastLook:
     """Notes how much the newest token attends to each key in the last layer, maximum over heads."""
 
-    observes_generated = False
-    measures_generated = True
+    follows_hidden_states = False
+    follows_attention = True
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        scope.request.state["last look"] = weights(scope.queries - 1, scope.queries)[:, :, 0].amax(1)
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        context.request.state["last look"] = weights(context.queries - 1, context.queries)[:, :, 0].amax(1)
 
     @staticmethod
     def read(request: Request) -> Tensor:
@@ -86,13 +86,13 @@ class LastLook:
         seen: Tensor = request.state["last look"]
         return seen
 
-    def prepare(self, preparation: Preparation) -> None: ...
+    def before_prefill(self, prefill: Prefill) -> None: ...
 
-    def encoded(self, sight: Sight) -> None: ...
+    def on_image_features(self, sight: ImageFeatures) -> None: ...
 
-    def observe(self, scope: Scope, hidden: Tensor) -> None: ...
+    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None: ...
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()
 
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, quoted
-from vlmattn.interventions.registry import Sizes, parse_layers
+from vlmattn.options import parse_layers
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class TopAttended:
         if not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
             raise OptionError(f"the share of image tokens that stay must be within 0..1, got {quoted(self.share)}")
 
-    def layers(self, sizes: Sizes) -> tuple[int, ...]:
-        found = parse_layers(self.within, sizes.layers, self.name)
+    def layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        found = parse_layers(self.within, anatomy.layers, self.name)
         if not found:
-            raise OptionError(f"{self.name} '{self.within}' selects none of the layers 0..{sizes.layers - 1}")
+            raise OptionError(f"{self.name} '{self.within}' selects none of the layers 0..{anatomy.layers - 1}")
         return found
 
     def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
@@ -54,8 +55,8 @@ class BlindTokens:
     deviations: float
     blank: ClassVar[bool] = True
 
-    def layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return tuple(range(sizes.layers))
+    def layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return tuple(range(anatomy.layers))
 
     def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
         on_image = (attention * visual).sum(-1)  # [layer, batch]

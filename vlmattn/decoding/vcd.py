@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import Branch, ContrastiveDecoding, Decoding
 from vlmattn.decoding.noise import STEPS, Noise
 from vlmattn.decoding.rules import Contrast
-from vlmattn.interventions.registry import Sizes, option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 
 @register(
@@ -39,6 +41,6 @@ class VCD(Decoding):
     step: int = option(500, 0, STEPS - 1, "diffusion step of the noise", source="released eval")
     seed: int = option(0, 0, 2**63 - 1, "of the noise")
 
-    def contrast(self, sizes: Sizes) -> ContrastiveDecoding:
+    def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
         noised = Branch(name="noised", image=Noise(self.step, self.seed))
         return ContrastiveDecoding((noised,), Contrast((self.alpha,), beta=self.beta))

@@ -18,10 +18,10 @@ from vlmattn import compat
 from vlmattn.diffusion.gaze import gaze, rotated
 from vlmattn.diffusion.schedules import Constant, Schedule, counts_of, share_of
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError, quoted
-from vlmattn.request import Plan, Request, TokenMap, closed_up
-from vlmattn.wrapping.dropping import speak_original
-from vlmattn.wrapping.merged import REQUEST
-from vlmattn.wrapping.split import picked
+from vlmattn.request import Plan, Request, TokenMap, compacted
+from vlmattn.wrapping.branch_cache import REQUEST
+from vlmattn.wrapping.cache_layers import picked
+from vlmattn.wrapping.pruning import report_original_lengths
 
 _PROMPT = "_vlmattn_prompt"  # where a prompt rides on the arguments of the encoder's layers
 _STATE = "evicted"  # where a ``_State`` lies in a request
@@ -253,7 +253,7 @@ class _Eviction:
         valid = prompt.real if prompt.padded else None
         if list(counts) != prompt.given:
             keep = rank < torch.tensor(counts, device=rank.device)[:, None]
-            places, valid = self.closed_up(keep, valid, counts, prompt.text)
+            places, valid = self.compacted(keep, valid, counts, prompt.text)
             if self.drop:
                 layer.keys, layer.values = picked(layer.keys, places), picked(layer.values, places)
             tokens = TokenMap.evicted(None, places, valid, keep.shape[1])
@@ -262,14 +262,14 @@ class _Eviction:
         state.layers[index] = _Held(rank, valid, counts)
         prompt.slots.append(layer.keys.shape[-2])
         prompt.bytes = (prompt.bytes[0] + before, prompt.bytes[1] + layer.keys.nbytes + layer.values.nbytes)
-        speak_original(cache)
+        report_original_lengths(cache)
 
-    def closed_up(
+    def compacted(
         self, keep: Tensor, valid: Tensor | None, counts: tuple[int, ...], others: list[int]
     ) -> tuple[Tensor, Tensor | None]:
         """Places of the slots that stay, and which of them are no fillers; in "mask" mode all places."""
         if self.drop:
-            return closed_up(keep, valid, [count + other for count, other in zip(counts, others, strict=True)])
+            return compacted(keep, valid, [count + other for count, other in zip(counts, others, strict=True)])
         everything = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
         return everything, keep if valid is None else keep & valid
 
@@ -321,7 +321,7 @@ class _Eviction:
             keep = held.rank < torch.tensor(counts, device=held.rank.device)[:, None]
             keep = nn.functional.pad(keep, (0, later), value=True)
             valid = None if held.valid is None else nn.functional.pad(held.valid, (0, later), value=True)
-            places, valid = self.closed_up(keep, valid, counts, [text + later for text in prompt.text])
+            places, valid = self.compacted(keep, valid, counts, [text + later for text in prompt.text])
             view = cache
             if self.drop:
                 part = SimpleNamespace(keys=picked(layer.keys, places), values=picked(layer.values, places))

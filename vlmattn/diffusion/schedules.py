@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vlmattn.errors import OptionError, quoted
-from vlmattn.interventions.registry import MANY, parse_layers
+from vlmattn.options import MANY, parse_layers
 
 
 class Schedule(Protocol):

@@ -15,7 +15,7 @@ from vlmattn.diffusion.gaze import Look, Score, answer_attention, no_grad
 from vlmattn.diffusion.schedules import Schedule, counts_of, share_of
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
 from vlmattn.interventions.pruning.policy import best
-from vlmattn.request import closed_up
+from vlmattn.request import compacted
 
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _BY_ROW = ("attention_mask", "position_ids", "position_embeddings")
@@ -179,7 +179,7 @@ class Thinning:
             scores = torch.zeros(visual.shape, device=device) if self.scores is None else self.scores.to(device)
             keep = ~visual | best(scores, visual, list(counts))
             left = [n + text for n, text in zip(counts, self._text, strict=True)]
-            self._kept[counts, device] = closed_up(keep, real, left)
+            self._kept[counts, device] = compacted(keep, real, left)
         return self._kept[counts, device]
 
     def _check_inputs(self, hidden: Tensor, others: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

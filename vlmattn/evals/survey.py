@@ -30,7 +30,7 @@ from vlmattn.evals.drawing import forest
 from vlmattn.evals.environment import decoding_in_words
 from vlmattn.evals.report import change, p_value, verdict
 from vlmattn.files import write_whole
-from vlmattn.interventions import all_presets, find_method
+from vlmattn.registry import all_presets, find_method
 from vlmattn.texts import read_json, read_text
 
 FEWER_TOKENS = "<!-- fewer image tokens: written by vlmattn.evals.curve -->"  # begins a section that is kept

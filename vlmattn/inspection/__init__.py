@@ -23,10 +23,10 @@ from vlmattn.inspection.multipath import MultiPath, multi_path
 from vlmattn.inspection.named import Named
 from vlmattn.inspection.needles import needle_prompts, retrieve_images
 from vlmattn.inspection.page import inspect_page
-from vlmattn.inspection.sides import Side, compare_answers
+from vlmattn.inspection.prompt_spans import Span
+from vlmattn.inspection.recipes_compared import Side, compare_answers
 from vlmattn.inspection.sinks import find_sinks
 from vlmattn.inspection.sorting import Sorted, sort_context
-from vlmattn.inspection.spans import Span
 from vlmattn.inspection.trace import GROUPS, Trace
 
 __all__ = [

@@ -11,12 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, quoted
 from vlmattn.inspection.measuring import INFO, only
-from vlmattn.interventions import Intervention, MethodInfo
+from vlmattn.interventions import Intervention
 from vlmattn.kernels import AttentionEdit, HeadPart
-from vlmattn.models import Anatomy
-from vlmattn.request import Scope
+from vlmattn.options import MethodInfo
+from vlmattn.request import LayerContext
 
 Ablation = Literal["mean", "zero"]
 """What stands for a head's output: its mean over prompts, or nothing."""
@@ -84,12 +85,12 @@ class _Replace(Intervention):
     places: tuple[tuple[int, int] | None, ...]
     instead: Tensor
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        instead = self.instead[scope.layer].to(scope.device)
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        instead = self.instead[context.layer].to(context.device)
         gain = instead.new_ones(len(self.places), len(instead))
         offset = torch.zeros_like(instead).repeat(len(self.places), 1, 1)
         for row, place in enumerate(self.places):
-            if place is not None and place[0] == scope.layer:
+            if place is not None and place[0] == context.layer:
                 gain[row, place[1]], offset[row, place[1]] = 0, instead[place[1]]
         return AttentionEdit() if bool((gain == 1).all()) else AttentionEdit(head_gain=(HeadPart(gain, None, offset),))
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.inspection.measuring import Measure, only
-from vlmattn.inspection.spans import Span, prepared_spans
+from vlmattn.inspection.prompt_spans import Span, prepared_spans
 from vlmattn.interventions.focus import save_directions
 from vlmattn.kernels import AttentionEdit
-from vlmattn.models import Anatomy, find_family
-from vlmattn.request import Scope, Weights
+from vlmattn.models import find_family
+from vlmattn.request import LayerContext, Weights
 
 _SMALL = 0.01  # standard deviation of the directions before the first step, as released
 
@@ -163,9 +164,9 @@ class _Listen(Measure):
     keep: Callable[[int, Weights], Any]
     heard: dict[int, Any]
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        if (kept := self.keep(scope.layer, weights)) is not None:
-            self.heard[scope.layer] = kept
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        if (kept := self.keep(context.layer, weights)) is not None:
+            self.heard[context.layer] = kept
 
 
 @torch.no_grad()

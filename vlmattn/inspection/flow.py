@@ -17,7 +17,7 @@ from vlmattn.inspection.measuring import Inputs
 from vlmattn.inspection.named import Named
 from vlmattn.inspection.recorder import head_gains
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Scope, Step, Weights, number_images
+from vlmattn.request import LayerContext, Step, Weights, number_images
 from vlmattn.wrapping import handle_of
 
 _CHUNK = 2**22  # scores held at once: 16 MB
@@ -194,19 +194,21 @@ class _Mixed:
     def enter(self, step: Step, layer: int, hidden: Tensor) -> None:
         pass
 
-    def attended(self, scope: Scope, edit: AttentionEdit, weights: Weights) -> None:
+    def attended(self, context: LayerContext, edit: AttentionEdit, weights: Weights) -> None:
         tokens = self._tokens
-        if scope.queries != tokens or scope.keys != tokens:
+        if context.queries != tokens or context.keys != tokens:
             raise UnsupportedError(
-                f"'{scope.request.plan.name}' drops tokens before layer {scope.layer}, and attention cannot be followed"
+                f"'{context.request.plan.name}' drops tokens before layer {context.layer}, and attention cannot be followed"
                 " through rows that are gone; look shows the rows that are left"
             )
-        size = max(1, _CHUNK // (scope.heads * tokens))
+        size = max(1, _CHUNK // (context.heads * tokens))
         for start in range(0, tokens, size):
             stop = min(start + size, tokens)
             found = weights(start, stop)[0]
             if edit.head_gain:
-                found *= head_gains(edit.slice_rows(start, stop), scope.heads, stop - start, scope.device)[..., None]
+                found *= head_gains(edit.slice_rows(start, stop), context.heads, stop - start, context.device)[
+                    ..., None
+                ]
             mixed = found.mean(0) * (1 - self._residual)
             mixed.diagonal(start).add_(self._residual)
             self._use(start, mixed / mixed.sum(-1, keepdim=True).clamp_min(1e-30))

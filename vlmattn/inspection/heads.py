@@ -17,7 +17,7 @@ from vlmattn.inspection.measuring import Inputs, Measure, by_layer, head_profile
 from vlmattn.inspection.outputs import head_outputs
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.models import find_family
-from vlmattn.request import Scope, Weights
+from vlmattn.request import LayerContext, Weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +149,10 @@ class _Gaze(Measure):
 
     mass: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        attention = weights(scope.queries - 1, scope.queries)[:, :, 0]
-        mass = (attention * scope.visual[:, None]).sum((0, 2)).cpu()
-        self.mass[scope.layer] = self.mass.get(scope.layer, 0) + mass
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        attention = weights(context.queries - 1, context.queries)[:, :, 0]
+        mass = (attention * context.visual[:, None]).sum((0, 2)).cpu()
+        self.mass[context.layer] = self.mass.get(context.layer, 0) + mass
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,10 +168,10 @@ class _Copies(Measure):
     prompt: int
     hits: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        first, answer = self.prompt - 1, self.answer.to(scope.device)
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        first, answer = self.prompt - 1, self.answer.to(context.device)
         attention = weights(first, first + answer.shape[1])[..., : self.prompt]
-        text = ~scope.visual if scope.real is None else ~scope.visual & scope.real
+        text = ~context.visual if context.real is None else ~context.visual & context.real
         best = attention.masked_fill(~text[:, None, None, : self.prompt], -1).argmax(-1)  # [batch, heads, steps]
-        held = scope.ids[torch.arange(len(best), device=best.device)[:, None, None], best]
-        self.hits[scope.layer] = (held == answer[:, None]).sum((0, 2)).cpu()
+        held = context.ids[torch.arange(len(best), device=best.device)[:, None, None], best]
+        self.hits[context.layer] = (held == answer[:, None]).sum((0, 2)).cpu()

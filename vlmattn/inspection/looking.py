@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, OptionError, UnsupportedError, VlmattnError
 from vlmattn.inspection.answers import given_answers
 from vlmattn.inspection.measuring import Inputs, prepared_one
 from vlmattn.inspection.recorder import Recorder
 from vlmattn.inspection.trace import GROUPS, Trace, begin, write_row
-from vlmattn.models import Anatomy, Family, Turns, find_family, marks_of
+from vlmattn.models import Family, Turns, find_family, marker_ids_of
 from vlmattn.request import TEXT, USER, Watcher
 from vlmattn.wrapping import borrowed
 
@@ -159,7 +160,7 @@ def watched(model: PreTrainedModel, processor: Any, recipe: Any, watcher: Watche
     """A recipe in force and a watcher at work in this thread; the model is as before, all along for others. The recipe's name."""
     with borrowed(model, processor) as handle, ExitStack() as stack:
         if recipe is not None or not handle.enabled:
-            stack.enter_context(handle.lent("none" if recipe is None else recipe))
+            stack.enter_context(handle.temporarily("none" if recipe is None else recipe))
         stack.enter_context(handle.watched(watcher))
         yield handle.recipe.name
 
@@ -216,8 +217,8 @@ def _facts(
 ) -> dict[str, Any]:
     """What is known of the tokens."""
     prompt, answer = types.shape[1], found["answer"]
-    marks = marks_of(family, processor)
-    numbers = family.image_numbers(model, given, types, marks)[0].cpu()
+    marker_ids = marker_ids_of(family, processor)
+    numbers = family.image_numbers(model, given, types, marker_ids)[0].cpu()
     counts = [int((numbers == image).sum()) for image in range(int(numbers.max()) + 1)]
     tokenizer = getattr(processor, "tokenizer", processor)
     decode = partial(_word, tokenizer)
@@ -229,7 +230,7 @@ def _facts(
             *(GROUPS.index("answer"),) * len(answer),
         ),
         "images": (*numbers.tolist(), *(-1,) * len(answer)),
-        "pieces": tuple(family.pieces(model, given, image, count, marks) for image, count in enumerate(counts)),
+        "pieces": tuple(family.pieces(model, given, image, count, marker_ids) for image, count in enumerate(counts)),
         "prompt": prompt,
         "said": str(tokenizer.decode(answer, skip_special_tokens=True)).strip(),
         "rivals": tuple(tuple((decode(token), value) for token, value in pairs) for pairs in found["rivals"]),

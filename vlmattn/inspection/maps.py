@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.inspection.measuring import Inputs, only, prepared_one
-from vlmattn.interventions import Intervention, MethodInfo
-from vlmattn.interventions.registry import Sizes
+from vlmattn.interventions import Intervention
 from vlmattn.kernels import AttentionEdit
-from vlmattn.models import Box, find_family, marks_of
-from vlmattn.request import Scope, Weights
+from vlmattn.models import Box, find_family, marker_ids_of
+from vlmattn.options import MethodInfo
+from vlmattn.request import LayerContext, Weights
 
 
 def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> list[tuple[tuple[Box, Tensor], ...]]:
@@ -35,13 +36,13 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
     """
     family, given = find_family(model), prepared_one(model, inputs)
     types = family.token_types(model, given["input_ids"])
-    marks = marks_of(family, processor)
-    numbers = family.image_numbers(model, given, types, marks)[0].cpu()
+    marker_ids = marker_ids_of(family, processor)
+    numbers = family.image_numbers(model, given, types, marker_ids)[0].cpu()
     row = last_row(model, given)
     found = []
     for image in range(int(numbers.max()) + 1):
         own = row[numbers == image]
-        pieces = family.pieces(model, given, image, len(own), marks)
+        pieces = family.pieces(model, given, image, len(own), marker_ids)
         found.append(tuple((piece.box, own[piece.tokens]) for piece in pieces))
     return found
 
@@ -63,11 +64,11 @@ class _LastRow(Intervention):
     needs_images: ClassVar[bool] = False
     seen: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return tuple(range(sizes.layers))
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return tuple(range(anatomy.layers))
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        self.seen[scope.layer] = weights(scope.queries - 1, scope.queries)[0, :, 0].mean(0).float().cpu()
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        self.seen[context.layer] = weights(context.queries - 1, context.queries)[0, :, 0].mean(0).float().cpu()

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError
-from vlmattn.interventions import Intervention, MethodInfo
+from vlmattn.interventions import Intervention
 from vlmattn.interventions.profiles import HeadProfile
-from vlmattn.interventions.registry import Sizes
 from vlmattn.kernels import AttentionEdit
-from vlmattn.models import Anatomy
-from vlmattn.request import Scope
+from vlmattn.options import MethodInfo
+from vlmattn.request import LayerContext
 from vlmattn.wrapping import borrowed, handle_of
 
 Inputs = Mapping[str, Any]
@@ -32,10 +32,10 @@ class Measure(Intervention):
 
     info: ClassVar[MethodInfo] = INFO
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return tuple(range(sizes.layers))
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return tuple(range(anatomy.layers))
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()
 
 
@@ -43,14 +43,14 @@ class Measure(Intervention):
 def bare(model: PreTrainedModel) -> Iterator[None]:
     """No edit acts within the block and this thread, whether the model is wrapped or not."""
     handle = handle_of(model)
-    with nullcontext() if handle is None else handle.lent("none"):
+    with nullcontext() if handle is None else handle.temporarily("none"):
         yield
 
 
 @contextmanager
 def only(model: PreTrainedModel, *methods: Intervention) -> Iterator[None]:
     """Nothing but ``methods`` acts within the block and this thread; recipe and report of the model stay."""
-    with borrowed(model) as handle, handle.lent(methods):
+    with borrowed(model) as handle, handle.temporarily(methods):
         yield
 
 
@@ -97,10 +97,10 @@ def _moved(value: Any, model: PreTrainedModel) -> Any:
     return value.to(model.device, dtype=model.dtype if value.is_floating_point() else value.dtype)
 
 
-def by_layer(found: Mapping[int, Tensor], sizes: Sizes) -> Tensor:
+def by_layer(found: Mapping[int, Tensor], anatomy: Anatomy) -> Tensor:
     """What was found in layers with attention ``[...]`` as one tensor ``[layers, ...]``, 0 for the other layers."""
     nothing = torch.zeros_like(next(iter(found.values())))
-    return torch.stack([found.get(layer, nothing) for layer in range(sizes.layers)])
+    return torch.stack([found.get(layer, nothing) for layer in range(anatomy.layers)])
 
 
 def head_profile(

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from vlmattn.errors import InputError, OptionError
 from vlmattn.inspection.answers import answered, greedy_answer
 from vlmattn.inspection.measuring import Measure, by_layer, head_profile, only
+from vlmattn.inspection.prompt_spans import Span, prepared_spans
 from vlmattn.inspection.sorting import chat_inputs
-from vlmattn.inspection.spans import Span, prepared_spans
 from vlmattn.interventions.profiles import HeadProfile
-from vlmattn.models import find_family, marks_of
-from vlmattn.request import TEXT, Scope, Weights
+from vlmattn.models import find_family, marker_ids_of
+from vlmattn.request import TEXT, LayerContext, Weights
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def needle_prompts(
         content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": question}]
         inputs = chat_inputs(model, processor, [{"role": "user", "content": content}])
         types = family.token_types(model, inputs["input_ids"])
-        numbers = family.image_numbers(model, inputs, types, marks_of(family, processor))[0]
+        numbers = family.image_numbers(model, inputs, types, marker_ids_of(family, processor))[0]
         images = int(numbers.max()) + 1
         if images != len(pictures):
             raise InputError(
@@ -143,9 +143,9 @@ class _Look(Measure):
     chance: float
     above: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
         attention = weights(self.first, self.first + self.rows)[0]
-        mass, best = attention.masked_fill(~scope.visual[0], 0).max(-1)  # [heads, rows]
+        mass, best = attention.masked_fill(~context.visual[0], 0).max(-1)  # [heads, rows]
         seen = mass > 0  # not so where a sliding window has left all images behind
         hits = seen & (best >= self.start) & (best < self.stop)
-        self.above[scope.layer] = (hits.float() - self.chance).sum(1).cpu()
+        self.above[context.layer] = (hits.float() - self.chance).sum(1).cpu()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import UnsupportedError
 from vlmattn.inspection.measuring import Measure, only
 from vlmattn.interventions import VHR
-from vlmattn.interventions.registry import option
 from vlmattn.kernels import AttentionEdit
-from vlmattn.models import Anatomy
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.request import LayerContext
 
 
 def head_outputs(
@@ -61,7 +61,7 @@ class _Outputs(VHR):
     distances: dict[int, Tensor] = field(default_factory=dict, repr=False)
     seen: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()
 
     def gains(self, seeing: Tensor, blind: Tensor) -> Tensor:

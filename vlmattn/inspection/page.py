@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmattn import pages
 from vlmattn.errors import InputError
 from vlmattn.inspection.measures import group_masses, sink_levels, sink_scores, sink_tokens
-from vlmattn.inspection.sides import Side
+from vlmattn.inspection.recipes_compared import Side
 from vlmattn.inspection.trace import GROUPS, Trace
 from vlmattn.models import Piece
 

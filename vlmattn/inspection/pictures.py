@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmattn import pages
 from vlmattn.inspection.measures import group_masses, image_maps, sink_tokens
-from vlmattn.inspection.sides import Side
+from vlmattn.inspection.recipes_compared import Side
 from vlmattn.inspection.trace import GROUPS, Trace
 from vlmattn.models import Piece
 

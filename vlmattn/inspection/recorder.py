@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmattn.errors import UnsupportedError
 from vlmattn.interventions.sinks import sink_values
 from vlmattn.kernels import AttentionEdit, scale_heads
-from vlmattn.request import Request, Scope, Step, Weights
+from vlmattn.request import LayerContext, Request, Step, Weights
 
 Keep = Callable[[int, int, Tensor, Tensor], None]
 """``keep(row, layer, attention, gain)``: attention float32 ``[heads, key]`` and head gains ``[heads]`` of one row, on the CPU. Keys
@@ -61,24 +61,24 @@ class Recorder:
         self.norms.setdefault(layer, []).append(rows.norm(dim=-1).cpu())
         self.likeness.setdefault(layer, []).append(torch.cosine_similarity(rows, first, dim=-1).abs().cpu())
 
-    def attended(self, scope: Scope, edit: AttentionEdit, weights: Weights) -> None:
+    def attended(self, context: LayerContext, edit: AttentionEdit, weights: Weights) -> None:
         """Keep what the wanted rows of a layer attend to."""
-        if scope.layer not in self._layers:  # cross-attention, whose keys are no tokens
+        if context.layer not in self._layers:  # cross-attention, whose keys are no tokens
             return
-        keys = _original(scope)
-        if scope.step.start is None or not scope.step.is_prompt:
-            row = _prompt_length(scope.request) + self._attended[scope.layer]
-            self._attended[scope.layer] += 1
+        keys = _original(context)
+        if context.step.start is None or not context.step.is_prompt:
+            row = _prompt_length(context.request) + self._attended[context.layer]
+            self._attended[context.layer] += 1
             rows = [(0, row)]
         else:
-            own = keys[scope.keys - scope.queries :].tolist()
+            own = keys[context.keys - context.queries :].tolist()
             rows = [(place, row) for place, row in enumerate(own) if row in self._rows]
         for place, row in rows:
             found = weights(place, place + 1)[0, :, 0].float().cpu()
             attention = found.new_zeros(len(found), int(keys[-1]) + 1)  # image tokens of some models see ahead
             attention[:, keys] = found
-            gains = head_gains(edit.slice_rows(place, place + 1), len(found), 1, scope.device)
-            self._keep(row, scope.layer, attention, gains[:, 0].cpu())
+            gains = head_gains(edit.slice_rows(place, place + 1), len(found), 1, context.device)
+            self._keep(row, context.layer, attention, gains[:, 0].cpu())
 
 
 def _prompt_length(request: Request) -> int:
@@ -87,13 +87,13 @@ def _prompt_length(request: Request) -> int:
     return request.prompt_length if tokens is None else request.prompt_length + tokens.removed
 
 
-def _original(scope: Scope) -> Tensor:
+def _original(context: LayerContext) -> Tensor:
     """The original slot of each key of a layer, on the CPU."""
-    slots, tokens = torch.arange(scope.keys), scope.request.tokens
+    slots, tokens = torch.arange(context.keys), context.request.tokens
     if tokens is None:
         return slots
     kept = tokens.slots[0].cpu()
-    return torch.cat([kept[: scope.keys], slots[len(kept) :] + tokens.removed])
+    return torch.cat([kept[: context.keys], slots[len(kept) :] + tokens.removed])
 
 
 def head_gains(edit: AttentionEdit, heads: int, rows: int, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from vlmattn.errors import InputError, OptionError, quoted
 from vlmattn.inspection.maps import last_row
 from vlmattn.inspection.measuring import prepared_one
-from vlmattn.models import Family, find_family, marks_of
+from vlmattn.models import Family, find_family, marker_ids_of
 from vlmattn.request import TEXT
 
 Message = Mapping[str, Any]
@@ -196,7 +196,7 @@ def _owners(
     """The unit of every token of the prompt ``[tokens]``, -1 for none; on the cpu."""
     ids = inputs["input_ids"]
     types = family.token_types(model, ids)
-    numbers = family.image_numbers(model, inputs, types, marks_of(family, processor))[0].long().cpu()
+    numbers = family.image_numbers(model, inputs, types, marker_ids_of(family, processor))[0].long().cpu()
     earlier = sum(_is_visual(part) for message in chat[:-1] for part in message.get("content") or ())
     content = chat[-1]["content"]
     by_image = [-1] * earlier + [unit for part, unit in zip(content, owners, strict=True) if _is_visual(part)]

@@ -27,15 +27,6 @@ from vlmattn.interventions.pruning import (
     SparseVLM,
     VisionZip,
 )
-from vlmattn.interventions.registry import (
-    MethodInfo,
-    Options,
-    PresetInfo,
-    all_presets,
-    find_method,
-    make_method,
-    register,
-)
 from vlmattn.interventions.sink_knockout import SinkKnockout
 from vlmattn.interventions.sofa import SoFA
 from vlmattn.interventions.vaf import VAF
@@ -64,9 +55,6 @@ __all__ = [
     "KVPolicy",
     "Knockout",
     "LongHeads",
-    "MethodInfo",
-    "Options",
-    "PresetInfo",
     "Pruning",
     "PyramidDrop",
     "RazorAttention",
@@ -77,8 +65,4 @@ __all__ = [
     "SoFA",
     "SparseVLM",
     "VisionZip",
-    "all_presets",
-    "find_method",
-    "make_method",
-    "register",
 ]

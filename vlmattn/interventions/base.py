@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, UnsupportedError
-from vlmattn.interventions.registry import MANY, Options, Sizes, option, parse_layers
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Preparation, Scope, Sight, Weights
+from vlmattn.options import MANY, Options, option, parse_layers
+from vlmattn.request import ImageFeatures, LayerContext, Prefill, Weights
 
 #: Kinds of edges, named row first: which text rows and image rows see which keys that come later or earlier.
 EDGES = ("image-same image", "image-other image", "image-text", "text-image", "text-text", "between documents")
@@ -30,17 +31,19 @@ class Intervention(Options):
         super().__post_init__()
         parse_layers(self.layers, MANY, f"{self.info.name}.layers")
 
-    def bind(self, sizes: Sizes) -> Intervention:
+    def bind(self, anatomy: Anatomy) -> Intervention:
         """This method for one model: check what depends on its sizes, look up what depends on its language model."""
-        self.active_layers(sizes)
+        self.active_layers(anatomy)
         return self
 
-    def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
+    def active_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         """Indices of the layers the method acts in, which have self-attention; at least one."""
-        attending = range(sizes.layers) if sizes.attending is None else sizes.attending
-        found = tuple(n for n in parse_layers(self.layers, sizes.layers, f"{self.info.name}.layers") if n in attending)
+        attending = range(anatomy.layers) if anatomy.attending is None else anatomy.attending
+        found = tuple(
+            n for n in parse_layers(self.layers, anatomy.layers, f"{self.info.name}.layers") if n in attending
+        )
         if not found:
-            which = f"0..{sizes.layers - 1}" if sizes.attending is None else f"with attention, {list(attending)}"
+            which = f"0..{anatomy.layers - 1}" if anatomy.attending is None else f"with attention, {list(attending)}"
             raise OptionError(f"{self.info.name}.layers '{self.layers}' selects none of the layers {which}")
         return found
 
@@ -63,45 +66,45 @@ class Intervention(Options):
         return frozenset()
 
     @property
-    def observes_generated(self) -> bool:
-        """``observe`` is also called for every generated token."""
+    def follows_hidden_states(self) -> bool:
+        """``on_hidden_states`` is also called for every generated token."""
         return False
 
     @property
-    def measures_generated(self) -> bool:
-        """``measure`` is also called for generated tokens."""
+    def follows_attention(self) -> bool:
+        """``on_attention`` is also called for generated tokens."""
         return False
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        """Layers whose attention ``measure`` looks at."""
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Layers whose attention ``on_attention`` looks at."""
         return ()
 
-    def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        """Layers of the vision tower that ``encoded`` looks at."""
+    def tower_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Layers of the vision tower that ``on_image_features`` looks at."""
         return ()
 
-    def prepare(self, preparation: Preparation) -> None:
+    def before_prefill(self, prefill: Prefill) -> None:
         """Before the prompt is read: run the decoder on other inputs, if the method needs to."""
 
-    def encoded(self, sight: Sight) -> None:
+    def on_image_features(self, sight: ImageFeatures) -> None:
         """Once the images of new prompt tokens are encoded, before the decoder."""
 
-    def observe(self, scope: Scope, hidden: Tensor) -> None:
+    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None:
         """While the prompt is read: the residual stream ``[batch, query, hidden]`` that enters an active layer."""
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
         """While the prompt is read: unedited attention of a measured layer."""
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         """What to do with the attention of this layer; ``AttentionEdit()`` for nothing."""
         raise NotImplementedError
 
 
-def check_tower(name: str, sizes: Sizes) -> None:
+def check_tower(name: str, anatomy: Anatomy) -> None:
     """Raise if method ``name``, which looks at the vision tower's last layer but one, cannot do so in a model."""
-    if not sizes.tower_layers:
+    if not anatomy.tower_layers:
         raise UnsupportedError(
-            f"'{name}' does not run on {sizes.family}: the image tokens of its prompts are not those of its vision tower"
+            f"'{name}' does not run on {anatomy.family}: the image tokens of its prompts are not those of its vision tower"
         )
-    if sizes.tower_layers < 2:
-        raise OptionError(f"{name} needs a vision tower of at least two layers, got {sizes.tower_layers}")
+    if anatomy.tower_layers < 2:
+        raise OptionError(f"{name} needs a vision tower of at least two layers, got {anatomy.tower_layers}")

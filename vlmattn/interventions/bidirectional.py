@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, MaskPart
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 
 @register(
@@ -53,20 +54,22 @@ class Bidirectional(Intervention):
             edges |= {"image-text", "text-image", "text-text", "between documents"}
         return frozenset(edges)
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        if not self.sigma or not scope.step.is_prompt:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        if not self.sigma or not context.step.is_prompt:
             return AttentionEdit()
-        ids: Tensor = scope.once(("bidirectional", self.span), lambda: self._ids(scope))
-        rows = scope.of_rows(ids, -1)
-        scope.count("bidirectional", (rows >= 0).sum())
+        ids: Tensor = context.memo(("bidirectional", self.span), lambda: self._ids(context))
+        rows = context.of_rows(ids, -1)
+        context.count("bidirectional", (rows >= 0).sum())
         return AttentionEdit(mask=(MaskPart(rows, ids, self.sigma, "same"),))
 
-    def _ids(self, scope: Scope) -> Tensor:
+    def _ids(self, context: LayerContext) -> Tensor:
         """Tokens with the same id see each other."""
         if self.span == "image":
-            return scope.images
-        slots = torch.arange(scope.keys, device=scope.device)
+            return context.images
+        slots = torch.arange(context.keys, device=context.device)
         inside = (
-            scope.visual if self.span == "images" else (slots < scope.request.prompt_length).expand_as(scope.visual)
+            context.visual
+            if self.span == "images"
+            else (slots < context.request.prompt_length).expand_as(context.visual)
         )
         return torch.where(inside, 0, -1)

@@ -10,9 +10,10 @@ from torch import Tensor
 from vlmattn.errors import InputError
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.documents import documents
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, GainPart, LevelPlan, Rows
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 _MOST = 255  # groups that fit a byte
 
@@ -50,29 +51,29 @@ class Calibration(Intervention):
     separator: tuple[int, ...] = option((), about="token ids that end a document; empty: every image begins one")
     layers: str = option("1/2:", about="decoder layers", source="released code: last half")
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        if not self.strength or not scope.step.is_prompt:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        if not self.strength or not context.step.is_prompt:
             return AttentionEdit()
-        groups, count, rows = scope.once(("calibration", self), lambda: self._segments(scope))
+        groups, count, rows = context.memo(("calibration", self), lambda: self._segments(context))
         return AttentionEdit(gain=(GainPart(groups, LevelPlan(count, self.strength), rows),))
 
-    def _segments(self, scope: Scope) -> tuple[Tensor, int, Rows]:
+    def _segments(self, context: LayerContext) -> tuple[Tensor, int, Rows]:
         """Segment of every key, how many there are, and the pooling rows."""
-        slots = torch.arange(scope.keys, device=scope.device)
-        pooling = slots == scope.request.last_prompt_row(scope.device)[:, None]
+        slots = torch.arange(context.keys, device=context.device)
+        pooling = slots == context.request.last_prompt_row(context.device)[:, None]
         if self.segments == "documents":
-            number = documents(scope, self.separator) + 2
+            number = documents(context, self.separator) + 2
         else:
-            real = torch.ones_like(pooling) if scope.real is None else scope.real
+            real = torch.ones_like(pooling) if context.real is None else context.real
             number = (real.cumsum(1) - 1).clamp_min(0) // int(self.basket) + 1
-        number = number.masked_fill(pooling | (slots >= scope.request.prompt_length), 0)
+        number = number.masked_fill(pooling | (slots >= context.request.prompt_length), 0)
         count = int(number.max()) + 1  # one look per prompt
         if count > _MOST:
             remedy = (
                 "give a larger basket" if self.segments == "tokens" else "use fewer separators, or segments='tokens'"
             )
             raise InputError(f"calibration: {count} segments, at most {_MOST}; {remedy}")
-        scope.count("calibration", len(number))
-        rows = scope.rows_that_predict()
+        context.count("calibration", len(number))
+        rows = context.rows_that_predict()
         first = rows.first if rows is not None else 0
-        return number.to(torch.uint8), count, Rows(scope.of_rows(pooling, False), first)
+        return number.to(torch.uint8), count, Rows(context.of_rows(pooling, False), first)

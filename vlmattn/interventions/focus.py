@@ -15,12 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, OptionError
 from vlmattn.files import beside, make_folder, path_text, reading, written_whole
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 FILE_NAME = "vlmattn_directions.safetensors"
 
@@ -55,53 +57,53 @@ class FocusDirections(Intervention):
     alpha: float = option(0.2, -100, 100, "strength", source="released script")
     file: str = option("", about=f"safetensors file of directions; empty: {FILE_NAME} beside the model")
 
-    def bind(self, sizes: Sizes) -> FocusDirections:
-        path = self.file or str(beside(sizes.source, FILE_NAME) or "")
+    def bind(self, anatomy: Anatomy) -> FocusDirections:
+        path = self.file or str(beside(anatomy.source, FILE_NAME) or "")
         if not path:
             raise OptionError(
                 "focus: which directions? Learn them with vlmattn.inspection.fit_directions(model, examples, heads), save them"
                 " and name the file with file=..."
             )
         tensors, facts = _load(path)
-        if facts.get("fingerprint") != sizes.fingerprint:
+        if facts.get("fingerprint") != anatomy.fingerprint:
             raise OptionError(
                 f"focus: {path} belongs to another language model (fitted on '{facts.get('source', 'unknown')}', config hash"
-                f" {facts.get('fingerprint', 'missing')}; the model's is {sizes.fingerprint}); fit them again on this one"
+                f" {facts.get('fingerprint', 'missing')}; the model's is {anatomy.fingerprint}); fit them again on this one"
             )
         for layer, tensor in tensors.items():
-            shape = (sizes.heads, sizes.query_dim)
-            if tuple(tensor.shape) != shape or layer >= sizes.layers:
+            shape = (anatomy.heads, anatomy.query_dim)
+            if tuple(tensor.shape) != shape or layer >= anatomy.layers:
                 raise OptionError(
                     f"focus: {path} has 'query.{layer}' of shape {tuple(tensor.shape)}; the model needs {shape}"
                 )
         bound = replace(self, file=path)
-        bound.active_layers(sizes)
+        bound.active_layers(anatomy)
         return bound
 
-    def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        found = tuple(sorted({*super().active_layers(sizes)} & {*_load(self.file)[0]}))
+    def active_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        found = tuple(sorted({*super().active_layers(anatomy)} & {*_load(self.file)[0]}))
         if not found:
             raise OptionError(f"focus.layers '{self.layers}' has none of the layers in {self.file}")
         return found
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         if not self.alpha:
             return AttentionEdit()
-        scope.count("focus", 1)
+        context.count("focus", 1)
 
         def shift() -> Tensor:
-            return self.alpha * _load(self.file)[0][scope.layer].to(scope.device)
+            return self.alpha * _load(self.file)[0][context.layer].to(context.device)
 
-        return AttentionEdit(shift=scope.state(self, "shift", shift))
+        return AttentionEdit(shift=context.state(self, "shift", shift))
 
 
-def save_directions(query: Mapping[int, Tensor], path: str | os.PathLike[str], sizes: Sizes) -> Path:
+def save_directions(query: Mapping[int, Tensor], path: str | os.PathLike[str], anatomy: Anatomy) -> Path:
     """Write directions ``[heads, dim]`` by layer to a file, or under the usual name to a folder."""
     target = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / FILE_NAME
     make_folder(target.parent)
     tensors = {f"query.{layer}": value.detach().float().cpu().contiguous() for layer, value in query.items()}
     with written_whole(target) as partial:
-        save_file(tensors, partial, {"fingerprint": sizes.fingerprint, "source": sizes.source})
+        save_file(tensors, partial, {"fingerprint": anatomy.fingerprint, "source": anatomy.source})
     _load.cache_clear()
     return target
 

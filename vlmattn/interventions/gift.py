@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, BoostPlan, GainPart
-from vlmattn.request import TEXT, USER, Preparation, Request, Scope, Slots, Weights
+from vlmattn.options import option, parse_layers
+from vlmattn.registry import register
+from vlmattn.request import TEXT, USER, LayerContext, Prefill, Request, Slots, Weights
 
 _ROWS = 64  # question rows looked at together
 
@@ -62,33 +64,33 @@ class GIFT(Intervention):
     saliency: str = option("11/32", about="the layer whose gaze is followed", source="paper: 11 of 32")
     layers: str = option("12/32:23/32", about="decoder layers that are edited", source="paper: 12..22 of 32")
 
-    def bind(self, sizes: Sizes) -> GIFT:
-        found = parse_layers(self.saliency, sizes.layers, "gift.saliency")
+    def bind(self, anatomy: Anatomy) -> GIFT:
+        found = parse_layers(self.saliency, anatomy.layers, "gift.saliency")
         if len(found) != 1:
             raise OptionError(f"gift.saliency must name one layer, got '{self.saliency}'")
-        return replace(self, saliency=str(found[0]), layers=",".join(map(str, self.active_layers(sizes))))
+        return replace(self, saliency=str(found[0]), layers=",".join(map(str, self.active_layers(anatomy))))
 
     @property
     def _looks_ahead(self) -> bool:
         """Whether layers are edited before the saliency is known, so that it takes a pass of its own (once bound)."""
         return int(self.layers.split(",")[0]) <= int(self.saliency)
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         return () if self._looks_ahead else (int(self.saliency),)
 
-    def prepare(self, preparation: Preparation) -> None:
+    def before_prefill(self, prefill: Prefill) -> None:
         if not self._looks_ahead:
             return
 
         def watch(layer: int, out: Tensor, weights: Weights) -> None:
             if layer == int(self.saliency):
-                self._follow(preparation.request, 0, out.shape[1], out.device, weights)
+                self._follow(prefill.request, 0, out.shape[1], out.device, weights)
 
-        preparation.run(preparation.embeds, preparation.positions, watch)
+        prefill.run(prefill.embeds, prefill.positions, watch)
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        start = scope.step.start or 0
-        self._follow(scope.request, start, start + scope.queries, scope.device, weights)
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        start = context.step.start or 0
+        self._follow(context.request, start, start + context.queries, context.device, weights)
 
     def _follow(self, request: Request, start: int, stop: int, device: torch.device, weights: Weights) -> None:
         """Find the key weights from the rows of the question among the slots ``start:stop``."""
@@ -127,19 +129,19 @@ class GIFT(Intervention):
             attended = torch.cat([attended[:, :, :1], attended], 2)
         return attended.diff(dim=2).clamp_min(0)
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        if scope.step.is_prompt and scope.step.start and self._looks_ahead:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        if context.step.is_prompt and context.step.start and self._looks_ahead:
             raise UnsupportedError(
                 f"gift follows the gaze in layer {self.saliency} before it edits layer {self.layers.split(',')[0]}, so it must"
                 " see the whole prompt at once; give the whole conversation without a cache, or edit later layers only"
             )
-        kept: list[Slots] = [scope.request.state.get((self, name)) for name in ("weight", "groups")]  # type: ignore[misc]
+        kept: list[Slots] = [context.request.state.get((self, name)) for name in ("weight", "groups")]  # type: ignore[misc]
         if None in kept or not self.alpha:
             return AttentionEdit()
-        weight, groups = scope.once(
-            ("gift", self), lambda: [scope.request.read(slots, scope.keys, scope.device) for slots in kept]
+        weight, groups = context.memo(
+            ("gift", self), lambda: [context.request.read(slots, context.keys, context.device) for slots in kept]
         )
-        return AttentionEdit(gain=(GainPart(groups, BoostPlan(), scope.rows_that_predict(), weight=weight),))
+        return AttentionEdit(gain=(GainPart(groups, BoostPlan(), context.rows_that_predict(), weight=weight),))
 
 
 def _scaled(saliency: Tensor, visual: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, LogitPart
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 
 @register(
@@ -34,9 +35,9 @@ class HeadsGuided(Intervention):
     alpha: float = option(0.5, 0, 10, "strength", source="released code")
     layers: str = option("1/6:1/2+3", about="decoder layers", source="released script: 5..18 of 32, both included")
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         if not self.alpha:
             return AttentionEdit()
-        guide: Tensor = scope.once(("heads_guided", self.alpha), lambda: self.alpha * scope.visual.float())
-        scope.count("heads_guided", 1)
-        return AttentionEdit(logit=(LogitPart(guide=guide, rows=scope.rows_that_predict()),))
+        guide: Tensor = context.memo(("heads_guided", self.alpha), lambda: self.alpha * context.visual.float())
+        context.count("heads_guided", 1)
+        return AttentionEdit(logit=(LogitPart(guide=guide, rows=context.rows_that_predict()),))

@@ -11,13 +11,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.files import beside
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.profiles import HeadProfile
-from vlmattn.interventions.registry import Sizes, option, parse_heads, parse_layers, register
 from vlmattn.kernels import AttentionEdit, HeadPart, MaskPart, Rows
-from vlmattn.request import Scope
+from vlmattn.options import option, parse_heads, parse_layers
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 
 @register(
@@ -70,11 +72,11 @@ class Heads(Intervention):
     seed: int = option(0, 0, 2**31 - 1, "of the draw")
     rows: str = option("instruction", about="rows that are steered", choices=("instruction", "all"))
 
-    def bind(self, sizes: Sizes) -> Heads:
+    def bind(self, anatomy: Anatomy) -> Heads:
         mean, path = self.operation == "block" and self.ablation == "mean", self.profile
-        chosen = parse_heads(self.heads, "heads.heads") or (self._drawn(sizes) if self.score == "random" else ())
+        chosen = parse_heads(self.heads, "heads.heads") or (self._drawn(anatomy) if self.score == "random" else ())
         if not path and (mean or not chosen):
-            path = str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
+            path = str(beside(anatomy.source, HeadProfile.FILE_NAME) or "")
         if not path and (mean or not chosen):
             raise OptionError(
                 "heads: which heads? Give heads='12.3,14.7', or measure them: find_heads(model, samples).save(folder of the"
@@ -82,28 +84,28 @@ class Heads(Intervention):
             )
         if path:
             found = _load(path)
-            found.check(sizes, "heads.profile")
+            found.check(anatomy, "heads.profile")
             if mean and not found.means:
                 raise OptionError(f"heads: {path} has no mean outputs, which mean ablation needs; use ablation='zero'")
             chosen = chosen or found.top(self.score, self.share)
         for layer, head in chosen:
-            if layer >= sizes.layers or head >= sizes.heads:
+            if layer >= anatomy.layers or head >= anatomy.heads:
                 raise OptionError(
-                    f"heads names head {head} of layer {layer}, but the model has {sizes.layers} layers of {sizes.heads} heads"
+                    f"heads names head {head} of layer {layer}, but the model has {anatomy.layers} layers of {anatomy.heads} heads"
                 )
         bound = replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
-        bound.active_layers(sizes)
+        bound.active_layers(anatomy)
         return bound
 
-    def _drawn(self, sizes: Sizes) -> tuple[tuple[int, int], ...]:
+    def _drawn(self, anatomy: Anatomy) -> tuple[tuple[int, int], ...]:
         """The share of the heads of ``layers``, at random, at least one."""
-        layers = parse_layers(self.layers, sizes.layers, "heads.layers")
-        places = [(layer, head) for layer in layers for head in range(sizes.heads)]
+        layers = parse_layers(self.layers, anatomy.layers, "heads.layers")
+        places = [(layer, head) for layer in layers for head in range(anatomy.heads)]
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(self.seed)).tolist()
         return tuple(places[n] for n in order[: max(1, round(self.share * len(places)))])
 
-    def active_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        inside = parse_layers(self.layers, sizes.layers, "heads.layers")
+    def active_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        inside = parse_layers(self.layers, anatomy.layers, "heads.layers")
         found = tuple(sorted({layer for layer, _ in parse_heads(self.heads, "heads.heads")} & set(inside)))
         if not found:
             raise OptionError(f"heads.layers '{self.layers}' has none of the heads {self.heads}")
@@ -116,35 +118,35 @@ class Heads(Intervention):
     def hides(self) -> frozenset[str]:
         return frozenset({"text-image"} if self.operation == "cut" else ())
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        mine = [head for layer, head in parse_heads(self.heads, "heads.heads") if layer == scope.layer]
-        rows = None if self.rows == "all" else scope.rows_after_image()
-        scope.count("heads", len(mine))
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        mine = [head for layer, head in parse_heads(self.heads, "heads.heads") if layer == context.layer]
+        rows = None if self.rows == "all" else context.rows_after_image()
+        context.count("heads", len(mine))
         if self.operation == "cut":
-            return AttentionEdit(mask=(self._cut(scope, mine, rows),))
-        return AttentionEdit(head_gain=(self._scaled(scope, mine, rows),))
+            return AttentionEdit(mask=(self._cut(context, mine, rows),))
+        return AttentionEdit(head_gain=(self._scaled(context, mine, rows),))
 
-    def _scaled(self, scope: Scope, mine: list[int], rows: Rows | None) -> HeadPart:
+    def _scaled(self, context: LayerContext, mine: list[int], rows: Rows | None) -> HeadPart:
         def make() -> tuple[Tensor, Tensor | None]:
-            gain = torch.ones(1, scope.heads, device=scope.device)
+            gain = torch.ones(1, context.heads, device=context.device)
             gain[:, mine] = self.gain if self.operation == "amplify" else 0.0
             if self.operation == "amplify" or self.ablation == "zero":
                 return gain, None
-            means = torch.tensor(_load(self.profile).means[scope.layer], device=scope.device)[None]
+            means = torch.tensor(_load(self.profile).means[context.layer], device=context.device)[None]
             return gain, means * (gain == 0)[..., None]
 
-        gain, offset = scope.state(self, "gain", make)
+        gain, offset = context.state(self, "gain", make)
         return HeadPart(gain, rows, offset)
 
-    def _cut(self, scope: Scope, mine: list[int], rows: Rows | None) -> MaskPart:
+    def _cut(self, context: LayerContext, mine: list[int], rows: Rows | None) -> MaskPart:
         def make() -> Tensor:
-            heads = torch.zeros(1, scope.heads, dtype=torch.bool, device=scope.device)
+            heads = torch.zeros(1, context.heads, dtype=torch.bool, device=context.device)
             heads[:, mine] = True
             return heads
 
-        ids = torch.where(scope.visual, 0, -1)
-        inside = scope.of_rows(~scope.visual, True) if rows is None else rows.mask
-        return MaskPart(torch.where(inside, 0, -1), ids, 0.0, heads=scope.state(self, "heads", make))
+        ids = torch.where(context.visual, 0, -1)
+        inside = context.of_rows(~context.visual, True) if rows is None else rows.mask
+        return MaskPart(torch.where(inside, 0, -1), ids, 0.0, heads=context.state(self, "heads", make))
 
 
 def _load(path: str) -> HeadProfile:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.documents import documents
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, MaskPart
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 
 @register(
@@ -44,13 +45,13 @@ class Isolation(Intervention):
     def hides(self) -> frozenset[str]:
         return frozenset({"image-other image"} | ({"between documents"} if self.between == "documents" else set()))
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        if not scope.step.is_prompt:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        if not context.step.is_prompt:
             return AttentionEdit()
-        ids: Tensor = scope.once(("isolation", self.between, self.separator), lambda: self._ids(scope))
-        rows = scope.of_rows(ids, -1)
-        scope.count("isolation", (rows > 0).sum())
+        ids: Tensor = context.memo(("isolation", self.between, self.separator), lambda: self._ids(context))
+        rows = context.of_rows(ids, -1)
+        context.count("isolation", (rows > 0).sum())
         return AttentionEdit(mask=(MaskPart(rows, ids, 0.0, "different"),))
 
-    def _ids(self, scope: Scope) -> Tensor:
-        return scope.images if self.between == "images" else documents(scope, self.separator).to(torch.int16)
+    def _ids(self, context: LayerContext) -> Tensor:
+        return context.images if self.between == "images" else documents(context, self.separator).to(torch.int16)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, MaskPart
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 
 @register(
@@ -47,20 +48,20 @@ class Knockout(Intervention):
             return frozenset({"image-same image", "image-other image"})
         return frozenset({f"{rows}-{self.source}"})
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        slots = torch.arange(scope.keys, device=scope.device).expand_as(scope.visual)
-        in_prompt = slots < scope.request.prompt_length
-        hidden = scope.visual if self.source == "image" else ~scope.visual & in_prompt
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        slots = torch.arange(context.keys, device=context.device).expand_as(context.visual)
+        in_prompt = slots < context.request.prompt_length
+        hidden = context.visual if self.source == "image" else ~context.visual & in_prompt
         # Different slots: a row keeps itself. While decoding the row's slot is not known, and never among the hidden.
-        rows = torch.where(self._rows(scope, in_prompt), scope.of_rows(slots, scope.keys), -1)
-        scope.count("knockout", (rows >= 0).sum())
+        rows = torch.where(self._rows(context, in_prompt), context.of_rows(slots, context.keys), -1)
+        context.count("knockout", (rows >= 0).sum())
         return AttentionEdit(mask=(MaskPart(rows, torch.where(hidden, slots, -1), 0.0, "different"),))
 
-    def _rows(self, scope: Scope, in_prompt: Tensor) -> Tensor:
+    def _rows(self, context: LayerContext, in_prompt: Tensor) -> Tensor:
         """bool ``[batch, query]``: rows of the target."""
         if self.target == "last":
-            slots = torch.arange(scope.keys, device=scope.device)
-            return scope.of_rows(slots == scope.request.last_prompt_row(scope.device)[:, None], False)
+            slots = torch.arange(context.keys, device=context.device)
+            return context.of_rows(slots == context.request.last_prompt_row(context.device)[:, None], False)
         if self.target == "generated":
-            return scope.of_rows(~in_prompt, True)
-        return scope.of_rows(scope.visual == (self.target == "image"), self.target == "text")
+            return context.of_rows(~in_prompt, True)
+        return context.of_rows(context.visual == (self.target == "image"), self.target == "text")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, MaskPart
-from vlmattn.request import MARKER, USER, Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import MARKER, USER, LayerContext
 
 
 @register(
@@ -44,10 +45,10 @@ class MMA(Intervention):
     def opens(self) -> frozenset[str]:
         return frozenset({"image-text", "between documents"})
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        if not self.sigma or not scope.step.is_prompt:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        if not self.sigma or not context.step.is_prompt:
             return AttentionEdit()
-        instruction = ~scope.visual & ((scope.roles == USER) | (scope.roles == MARKER))
-        rows = scope.of_rows(torch.where(scope.visual, scope.turns, -1), -1)
-        scope.count("mma", (rows >= 0).sum())
-        return AttentionEdit(mask=(MaskPart(rows, torch.where(instruction, scope.turns, -1), self.sigma, "same"),))
+        instruction = ~context.visual & ((context.roles == USER) | (context.roles == MARKER))
+        rows = context.of_rows(torch.where(context.visual, context.turns, -1), -1)
+        context.count("mma", (rows >= 0).sum())
+        return AttentionEdit(mask=(MaskPart(rows, torch.where(instruction, context.turns, -1), self.sigma, "same"),))

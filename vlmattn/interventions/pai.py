@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, LogitPart
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 
 @register(
@@ -39,10 +40,10 @@ class PAI(Intervention):
     alpha: float = option(0.2, 0, 0.999, "strength", source="released code and its README commands")
     layers: str = option("2:", about="decoder layers", source="released code: start 2, end 32 of 32")
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         if not self.alpha:
             return AttentionEdit()
-        key = ("pai", self.alpha, scope.keys, scope.device)
-        lift: Tensor = scope.step.once(key, lambda: self.alpha * scope.visual.float())
-        scope.count("pai", 1)
-        return AttentionEdit(logit=(LogitPart(lift=lift, rows=scope.rows_that_predict()),))
+        key = ("pai", self.alpha, context.keys, context.device)
+        lift: Tensor = context.step.memo(key, lambda: self.alpha * context.visual.float())
+        context.count("pai", 1)
+        return AttentionEdit(logit=(LogitPart(lift=lift, rows=context.rows_that_predict()),))

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.base import Intervention, check_tower
-from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit, LogitPart
-from vlmattn.request import Scope, Sight, Slots
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import ImageFeatures, LayerContext, Slots
 
 
 @register(
@@ -46,11 +48,11 @@ class PAINT(Intervention):
     local: float = option(0.25, 0, 1, "share of patches that are local tokens", source="released code")
     layers: str = option("2:", about="decoder layers", source="released code: start 2, end 32 of 32")
 
-    def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        check_tower("paint", sizes)
-        return (0, sizes.tower_layers - 2)
+    def tower_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        check_tower("paint", anatomy)
+        return (0, anatomy.tower_layers - 2)
 
-    def encoded(self, sight: Sight) -> None:
+    def on_image_features(self, sight: ImageFeatures) -> None:
         first, late = min(sight.patches), max(sight.patches)
         lifts = []
         for local, summary in zip(sight.patches[first], sight.patches[late], strict=True):
@@ -69,9 +71,9 @@ class PAINT(Intervention):
         is_local[local.topk(int(self.local * len(local))).indices] = True
         return is_local & ~is_summary, is_summary
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        kept: Slots | None = scope.request.state.get((self, "lift"))
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        kept: Slots | None = context.request.state.get((self, "lift"))
         if kept is None or not (self.alpha or self.beta):
             return AttentionEdit()
-        lift: Tensor = scope.once(("paint", self), lambda: scope.request.read(kept, scope.keys, scope.device))
-        return AttentionEdit(logit=(LogitPart(lift=lift, rows=scope.rows_that_predict()),))
+        lift: Tensor = context.memo(("paint", self), lambda: context.request.read(kept, context.keys, context.device))
+        return AttentionEdit(logit=(LogitPart(lift=lift, rows=context.rows_that_predict()),))

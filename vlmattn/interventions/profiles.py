@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, OptionError
 from vlmattn.files import make_folder, path_text, write_whole
-from vlmattn.interventions.registry import Sizes
 from vlmattn.texts import parse_json, read_text
 
 _P = TypeVar("_P", bound="_Profile")
@@ -72,12 +72,12 @@ class _Profile:
         except (TypeError, ValueError) as error:
             raise InputError(f"{path_text(source)}: not a {cls.__name__}: {error}") from None
 
-    def check(self, sizes: Sizes, where: str) -> None:
+    def check(self, anatomy: Anatomy, where: str) -> None:
         """Raise ``OptionError`` if this was measured on a model of other sizes."""
-        if self.fingerprint != sizes.fingerprint:
+        if self.fingerprint != anatomy.fingerprint:
             raise OptionError(
                 f"{where}: this {type(self).__name__} belongs to another language model (measured on"
-                f" '{self.source or 'unknown'}', config hash {self.fingerprint}; the model's is {sizes.fingerprint}); measure it"
+                f" '{self.source or 'unknown'}', config hash {self.fingerprint}; the model's is {anatomy.fingerprint}); measure it"
                 " again on this one"
             )
 
@@ -136,12 +136,12 @@ class HeadProfile(_Profile):
         if ragged or not all(_is_number(value) for heads in self.means for row in heads for value in row):
             raise ValueError("means must be numbers, by layer, head and dimension")
 
-    def check(self, sizes: Sizes, where: str) -> None:
-        super().check(sizes, where)
+    def check(self, anatomy: Anatomy, where: str) -> None:
+        super().check(anatomy, where)
         shapes = {(len(table), len(table[0])) for table in (*self.scores.values(), self.means) if table}
-        if shapes - {(sizes.layers, sizes.heads)}:
+        if shapes - {(anatomy.layers, anatomy.heads)}:
             raise OptionError(
-                f"{where}: this HeadProfile is damaged (not {sizes.layers} layers of {sizes.heads} heads); measure it again"
+                f"{where}: this HeadProfile is damaged (not {anatomy.layers} layers of {anatomy.heads} heads); measure it again"
             )
 
     def merged(self, other: HeadProfile) -> HeadProfile:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.registry import option, register
 from vlmattn.interventions.sinks import SinkTest
 from vlmattn.kernels import AttentionEdit, MaskPart
-from vlmattn.request import Scope, Slots
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext, Slots
 
 _DRAWS = 2**31  # so many numbers are drawn from
 
@@ -54,25 +55,27 @@ class SinkKnockout(SinkTest):
     def hides(self) -> frozenset[str]:
         return frozenset({"text-image"})
 
-    def observe(self, scope: Scope, hidden: Tensor) -> None:
-        start = scope.keys - scope.queries
-        pool = scope.visual[:, start:] if scope.real is None else (scope.visual & scope.real)[:, start:]  # not dropped
-        chosen = self.is_sink(scope, hidden) & pool
+    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None:
+        start = context.keys - context.queries
+        pool = (
+            context.visual[:, start:] if context.real is None else (context.visual & context.real)[:, start:]
+        )  # not dropped
+        chosen = self.is_sink(context, hidden) & pool
         if self.hide != "sinks":
-            chosen = self._as_many(scope, chosen, pool & ~chosen if self.hide == "others" else pool)
-        scope.count("sink_knockout", chosen.sum())
-        slots: Slots = scope.state(self, "hidden", lambda: Slots(False, torch.bool))
+            chosen = self._as_many(context, chosen, pool & ~chosen if self.hide == "others" else pool)
+        context.count("sink_knockout", chosen.sum())
+        slots: Slots = context.state(self, "hidden", lambda: Slots(False, torch.bool))
         slots.write(start, chosen)
 
-    def _as_many(self, scope: Scope, sinks: Tensor, pool: Tensor) -> Tensor:
+    def _as_many(self, context: LayerContext, sinks: Tensor, pool: Tensor) -> Tensor:
         """In each image as many tokens of the pool as it has sinks: bool ``[batch, query]``."""
-        start = scope.keys - scope.queries
-        image = scope.images[:, start:].long() + 1  # 0 for text
-        order = scope.once((self, "order"), lambda: self._order(scope))[:, start:]
-        last = (scope.keys + 1) * _DRAWS
+        start = context.keys - context.queries
+        image = context.images[:, start:].long() + 1  # 0 for text
+        order = context.memo((self, "order"), lambda: self._order(context))[:, start:]
+        last = (context.keys + 1) * _DRAWS
         place = torch.where(pool, image * _DRAWS + order, last).argsort(1).argsort(1)  # image by image
         wanted, there = (
-            torch.zeros(len(pool), scope.keys + 1, dtype=torch.long, device=pool.device).scatter_add_(
+            torch.zeros(len(pool), context.keys + 1, dtype=torch.long, device=pool.device).scatter_add_(
                 1, image, of.long()
             )
             for of in (sinks, pool)
@@ -80,21 +83,21 @@ class SinkKnockout(SinkTest):
         before = there.cumsum(1) - there
         return pool & (place - before.gather(1, image) < wanted.gather(1, image))
 
-    def _order(self, scope: Scope) -> Tensor:
+    def _order(self, context: LayerContext) -> Tensor:
         """A random number for each slot, by its distance from the first real one, whatever was dropped between."""
-        tokens, real = scope.request.tokens, scope.real
-        count = scope.keys + (0 if tokens is None else tokens.removed)
+        tokens, real = context.request.tokens, context.real
+        count = context.keys + (0 if tokens is None else tokens.removed)
         numbers = Slots(0, torch.long)
-        numbers.write(0, torch.arange(count, device=scope.device).expand(len(scope.visual), -1))
-        slots = scope.request.read(numbers, scope.keys, scope.device)
+        numbers.write(0, torch.arange(count, device=context.device).expand(len(context.visual), -1))
+        slots = context.request.read(numbers, context.keys, context.device)
         if real is not None:
             slots = slots - slots.gather(1, real.int().argmax(1, keepdim=True))
         drawn = torch.randint(_DRAWS, (count,), generator=torch.Generator().manual_seed(self.seed))
-        return drawn.to(scope.device)[slots.clamp_min(0)]
+        return drawn.to(context.device)[slots.clamp_min(0)]
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        found: Slots | None = scope.find(self, "hidden")
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        found: Slots | None = context.find(self, "hidden")
         if found is None:
             return AttentionEdit()
-        rows = scope.of_rows(~scope.visual, True)
-        return AttentionEdit(mask=(MaskPart(rows.int() - 1, scope.read(found).int() - 1, 0.0),))
+        rows = context.of_rows(~context.visual, True)
+        return AttentionEdit(mask=(MaskPart(rows.int() - 1, context.read(found).int() - 1, 0.0),))

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.files import beside
 from vlmattn.interventions.base import Intervention
 from vlmattn.interventions.profiles import SinkProfile
-from vlmattn.interventions.registry import Sizes, option
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.request import LayerContext
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,17 +79,17 @@ class SinkTest(Intervention):
     sinks: str = option("phi", about="what makes a sink", source="paper: phi", choices=("phi", "cos", "either"))
     layers: str = option("2:-1", about="decoder layers", source="paper: all but the last; sinks exist from layer 2 on")
 
-    def bind(self, sizes: Sizes) -> Self:
-        name, bound = self.info.name, self._with_profile(sizes)
-        known = SINK_DIMS.get(sizes.backbone, ())
-        reported = REPORTED_SINK_DIMS.get(sizes.backbone, ())
+    def bind(self, anatomy: Anatomy) -> Self:
+        name, bound = self.info.name, self._with_profile(anatomy)
+        known = SINK_DIMS.get(anatomy.backbone, ())
+        reported = REPORTED_SINK_DIMS.get(anatomy.backbone, ())
         dims = bound.dims or known or reported
-        if any(not 0 <= d < sizes.hidden_size for d in dims):
-            raise OptionError(f"{name}.dims must lie within 0..{sizes.hidden_size - 1}, got {list(dims)}")
-        if bound.sinks != "cos" and bound.tau >= sizes.hidden_size**0.5:
+        if any(not 0 <= d < anatomy.hidden_size for d in dims):
+            raise OptionError(f"{name}.dims must lie within 0..{anatomy.hidden_size - 1}, got {list(dims)}")
+        if bound.sinks != "cos" and bound.tau >= anatomy.hidden_size**0.5:
             warnings.warn(
-                f"{name}: no token can reach tau = {bound.tau:g} at hidden size {sizes.hidden_size} (phi is at most"
-                f" {sizes.hidden_size**0.5:.1f}), so this edit cannot fire; give a smaller tau",
+                f"{name}: no token can reach tau = {bound.tau:g} at hidden size {anatomy.hidden_size} (phi is at most"
+                f" {anatomy.hidden_size**0.5:.1f}), so this edit cannot fire; give a smaller tau",
                 stacklevel=2,
             )
         elif bound.sinks != "cos" and not bound.dims and not known:
@@ -98,40 +99,40 @@ class SinkTest(Intervention):
                 else "not known; every one is tested"
             )
             warnings.warn(
-                f"{name}: the sink dimensions of this language model {sizes.backbone}: {what}; measure them with"
+                f"{name}: the sink dimensions of this language model {anatomy.backbone}: {what}; measure them with"
                 " vlmattn.inspection.find_sinks and give profile=..., or give dims=(...)",
                 stacklevel=2,
             )
         return replace(bound, dims=dims)
 
-    def _with_profile(self, sizes: Sizes) -> Self:
+    def _with_profile(self, anatomy: Anatomy) -> Self:
         """With what a profile says about this model, if there is one."""
-        self.active_layers(sizes)
+        self.active_layers(anatomy)
         path = self.profile
-        if not path and not self.dims and sizes.backbone not in SINK_DIMS:
-            path = str(beside(sizes.source, SinkProfile.FILE_NAME) or "")
+        if not path and not self.dims and anatomy.backbone not in SINK_DIMS:
+            path = str(beside(anatomy.source, SinkProfile.FILE_NAME) or "")
         if not path:
             return self
         found = SinkProfile.load(path)
-        found.check(sizes, f"{self.info.name}.profile")
-        if found.tau >= sizes.hidden_size**0.5:
+        found.check(anatomy, f"{self.info.name}.profile")
+        if found.tau >= anatomy.hidden_size**0.5:
             raise OptionError(
-                f"{self.info.name}: {path} has tau = {found.tau:g}, which no token can reach at hidden size {sizes.hidden_size}"
+                f"{self.info.name}: {path} has tau = {found.tau:g}, which no token can reach at hidden size {anatomy.hidden_size}"
             )
         layers = self.layers
         if self.sinks != "phi" and found.layers[0] < found.layers[1]:  # elsewhere the first token is not a sink yet
-            inside = [layer for layer in self.active_layers(sizes) if found.layers[0] <= layer < found.layers[1]]
+            inside = [layer for layer in self.active_layers(anatomy) if found.layers[0] <= layer < found.layers[1]]
             layers = ",".join(map(str, inside)) or layers
         tau = found.tau if self.tau == type(self).tau else self.tau
         return replace(self, dims=self.dims or found.dims, tau=tau, layers=layers, profile=path)
 
-    def is_sink(self, scope: Scope, hidden: Tensor) -> Tensor:
+    def is_sink(self, context: LayerContext, hidden: Tensor) -> Tensor:
         """bool ``[batch, query]``."""
         sink = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if self.sinks != "cos":
             sink = sink_values(hidden, self.dims) > self.tau
         if self.sinks != "phi":
-            first: Tensor = scope.state(self, "first", lambda: scope.first_token(hidden))
+            first: Tensor = context.state(self, "first", lambda: context.first_token(hidden))
             sink = sink | (
                 torch.cosine_similarity(hidden.float(), first[:, None].to(hidden.device), dim=-1).abs() > LIKE_FIRST
             )

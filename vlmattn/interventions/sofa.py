@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit, MaskPart
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 
 @register(
@@ -48,10 +49,10 @@ class SoFA(Intervention):
     def opens(self) -> frozenset[str]:
         return frozenset({"image-other image"})
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        if not self.sigma or not scope.step.is_prompt:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        if not self.sigma or not context.step.is_prompt:
             return AttentionEdit()
-        images = scope.images
-        rows = scope.of_rows(images, -1)
-        scope.count("sofa", ((rows >= 0) & (rows < images.amax(1, keepdim=True))).sum())
+        images = context.images
+        rows = context.of_rows(images, -1)
+        context.count("sofa", ((rows >= 0) & (rows < images.amax(1, keepdim=True))).sum())
         return AttentionEdit(mask=(MaskPart(rows, images, self.sigma, "different", mix=self.mode == "mix"),))

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit, LogitPart
-from vlmattn.request import SYSTEM, Scope, Weights
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import SYSTEM, LayerContext, Weights
 
 
 @register(
@@ -46,33 +48,33 @@ class VAF(Intervention):
     )
     layers: str = option("9/32:15/32", about="decoder layers", source="released script: 9..14 of 32")
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return () if self.heads == 1 else self.active_layers(sizes)
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return () if self.heads == 1 else self.active_layers(anatomy)
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        last = scope.request.last_prompt_row(scope.device) - (scope.step.start or 0)
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        last = context.request.last_prompt_row(context.device) - (context.step.start or 0)
         first, stop = int(last.min()), int(last.max()) + 1
         if first < 0:  # an earlier piece of the prompt
             return
         rows = weights(first, stop)
-        row = rows[torch.arange(len(last), device=scope.device), :, last - first]  # [batch, heads, keys]
-        mass = (row * scope.visual[:, None]).sum(-1)
+        row = rows[torch.arange(len(last), device=context.device), :, last - first]  # [batch, heads, keys]
+        mass = (row * context.visual[:, None]).sum(-1)
         count = max(1, round(self.heads * mass.shape[1]))
         chosen = torch.zeros_like(mass).scatter(1, mass.topk(count, dim=1).indices, 1.0)
-        scope.request.state[(self, scope.layer, "heads")] = chosen
+        context.request.state[(self, context.layer, "heads")] = chosen
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         if self.enhance == self.suppress == 1:
             return AttentionEdit()
-        scale: Tensor = scope.once(("vaf", self), lambda: self._scale(scope))
-        chosen: Tensor | None = scope.find(self, "heads")
+        scale: Tensor = context.memo(("vaf", self), lambda: self._scale(context))
+        chosen: Tensor | None = context.find(self, "heads")
         if chosen is not None:
-            scale = 1 + chosen[:, :, None].to(scope.device) * (scale - 1)[:, None]
-        scope.count("vaf", 1)
-        return AttentionEdit(logit=(LogitPart(scale=scale, rows=scope.rows_after_image()),))
+            scale = 1 + chosen[:, :, None].to(context.device) * (scale - 1)[:, None]
+        context.count("vaf", 1)
+        return AttentionEdit(logit=(LogitPart(scale=scale, rows=context.rows_after_image()),))
 
-    def _scale(self, scope: Scope) -> Tensor:
-        before = scope.visual.cumsum(1) == 0  # the first image is still to come
-        if scope.request.turns_known:
-            before = before & (scope.roles == SYSTEM) & (scope.turns.cummax(1).values < 0)
-        return torch.where(scope.visual, self.enhance, torch.where(before, self.suppress, 1.0))
+    def _scale(self, context: LayerContext) -> Tensor:
+        before = context.visual.cumsum(1) == 0  # the first image is still to come
+        if context.request.turns_known:
+            before = before & (context.roles == SYSTEM) & (context.turns.cummax(1).values < 0)
+        return torch.where(context.visual, self.enhance, torch.where(before, self.suppress, 1.0))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.registry import option, register
 from vlmattn.interventions.sinks import SinkTest
 from vlmattn.kernels import AttentionEdit, GainPart, GainPlan, MassGate
-from vlmattn.request import Scope, Slots
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext, Slots
 
 TEXT, TEXT_SINK, VISUAL, VISUAL_SINK = range(4)
 
@@ -71,30 +72,30 @@ class VAR(SinkTest):
     need_visual_sink: bool = option(False, about="leave rows alone that see no visual sink", source="released code")
 
     @property
-    def observes_generated(self) -> bool:
+    def follows_hidden_states(self) -> bool:
         return self.extend
 
-    def observe(self, scope: Scope, hidden: Tensor) -> None:
-        sink = self.is_sink(scope, hidden)
-        groups: Slots = scope.state(self, "groups", lambda: Slots(TEXT, torch.uint8))
-        scope.count("var", sink.sum())
-        if scope.step.start is None:  # one generated token, which is text
-            assert scope.step.slot is not None
-            groups.put(scope.step.slot, TEXT_SINK * sink[:, 0], scope.keys)
+    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None:
+        sink = self.is_sink(context, hidden)
+        groups: Slots = context.state(self, "groups", lambda: Slots(TEXT, torch.uint8))
+        context.count("var", sink.sum())
+        if context.step.start is None:  # one generated token, which is text
+            assert context.step.slot is not None
+            groups.put(context.step.slot, TEXT_SINK * sink[:, 0], context.keys)
             return
-        start = scope.keys - scope.queries
-        visual = scope.visual[:, start:]
+        start = context.keys - context.queries
+        visual = context.visual[:, start:]
         groups.write(start, (VISUAL * visual + sink).to(torch.uint8))
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        groups: Slots | None = scope.find(self, "groups")
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        groups: Slots | None = context.find(self, "groups")
         if groups is None or self.keep == 1:
             return AttentionEdit()
-        runs = scope.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
-        plans, key = scope.request.state, (self, "plan")
+        runs = context.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
+        plans, key = context.request.state, (self, "plan")
         if key not in plans:  # one for all layers and tokens: it keeps its tables on the device
             plans[key] = self._plan()
-        part = GainPart(scope.read(groups), plans[key], scope.rows_after_image(), runs)
+        part = GainPart(context.read(groups), plans[key], context.rows_after_image(), runs)
         return AttentionEdit(gain=(part,))
 
     def _plan(self) -> GainPlan:

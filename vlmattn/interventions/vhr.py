@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import option, parse_layers, register
 from vlmattn.kernels import AttentionEdit, HeadPart
-from vlmattn.request import Preparation, Scope
+from vlmattn.options import option, parse_layers
+from vlmattn.registry import register
+from vlmattn.request import LayerContext, Prefill
 
 
 @register(
@@ -47,8 +48,8 @@ class VHR(Intervention):
     ta_power: float = option(2.0, 1, 2, "power of the norm in the outlier rule", source="paper prints the square")
     layers: str = option("1,-14:", about="decoder layers", source="paper for LLaVA-1.5-7B: the second and the last 14")
 
-    def prepare(self, preparation: Preparation) -> None:
-        request, visual, real = preparation.request, preparation.visual, preparation.real
+    def before_prefill(self, prefill: Prefill) -> None:
+        request, visual, real = prefill.request, prefill.visual, prefill.real
         text = real & ~visual
         compared = (real & visual).any(1, keepdim=True) & text.any(1, keepdim=True)  # [batch, 1]
         width = int((text & compared).sum(1).max())
@@ -56,7 +57,7 @@ class VHR(Intervention):
             return
         order = text.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]  # the text tokens, in order, to the right
         words = text.gather(1, order)
-        layers = frozenset(parse_layers(self.layers, preparation.layers, "vhr.layers"))
+        layers = frozenset(parse_layers(self.layers, prefill.layers, "vhr.layers"))
 
         def compare(layer: int, prompt: Tensor, beside: Tensor) -> Tensor:
             last = request.of_layer(layer).last_prompt_row(prompt.device)
@@ -67,9 +68,9 @@ class VHR(Intervention):
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
             return gain
 
-        embeds = preparation.embeds.gather(1, order[..., None].expand(-1, -1, preparation.embeds.shape[-1]))
+        embeds = prefill.embeds.gather(1, order[..., None].expand(-1, -1, prefill.embeds.shape[-1]))
         positions = (words.cumsum(1) - 1).clamp_min(0)
-        preparation.beside(self, embeds, words, positions, layers, compare)
+        prefill.beside(self, embeds, words, positions, layers, compare)
 
     def gains(self, seeing: Tensor, blind: Tensor) -> Tensor:
         """Head gains ``[batch, heads]`` from head outputs ``[batch, heads, dim]`` with and without the image."""
@@ -80,11 +81,11 @@ class VHR(Intervention):
         chosen = vhd > vhd.median(-1, keepdim=True).values
         return torch.where(chosen, self.alpha, 1.0)
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        gain: Tensor | None = scope.find(self, "gain")
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        gain: Tensor | None = context.find(self, "gain")
         if gain is None:
             return AttentionEdit()
-        return AttentionEdit(head_gain=(HeadPart(gain.to(scope.device)),))
+        return AttentionEdit(head_gain=(HeadPart(gain.to(context.device)),))
 
 
 def _above(values: Tensor) -> Tensor:

@@ -34,20 +34,11 @@ from vlmattn.models import (  # noqa: F401  (they register themselves)
     video_llava,
     vipllava,
 )
-from vlmattn.models.base import (
-    KINDS,
-    OF_IMAGES,
-    OF_TOKENS,
-    Anatomy,
-    Family,
-    find_family,
-    marks_of,
-    register_family,
-    registered,
-    supported_families,
-)
+from vlmattn.models.base import KINDS, Family, marker_ids_of
 from vlmattn.models.generic import Generic
-from vlmattn.models.pieces import WHOLE, Box, Piece
+from vlmattn.models.image_layout import WHOLE, Box, Piece
+from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS
+from vlmattn.models.registry import find_family, register_family, registered, supported_families
 from vlmattn.models.turns import Turns
 
 __all__ = [
@@ -55,14 +46,13 @@ __all__ = [
     "OF_IMAGES",
     "OF_TOKENS",
     "WHOLE",
-    "Anatomy",
     "Box",
     "Family",
     "Generic",
     "Piece",
     "Turns",
     "find_family",
-    "marks_of",
+    "marker_ids_of",
     "register_family",
     "registered",
     "supported_families",

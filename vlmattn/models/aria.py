@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, register_family
-from vlmattn.models.pieces import Piece
+from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece
+from vlmattn.models.registry import register_family
 
 
 class Aria(Family):

@@ -2,83 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, UnsupportedError
-from vlmattn.models.pieces import Piece, by_grid, square
+from vlmattn.models.image_layout import Piece, by_grid, square
+from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS, share_out
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_images
 
 #: Kinds of methods, as families support or refuse them.
 KINDS = ("edits", "masks", "pruning", "decoding")
-#: Inputs of forward() that say what kind each token is.
-OF_TOKENS = ("mm_token_type_ids", "token_type_ids")
-#: Inputs of forward() that belong to images.
-OF_IMAGES = (
-    "pixel_values",
-    "pixel_values_images",
-    "pixel_values_videos",
-    "high_res_pixel_values",
-    "pixel_attention_mask",
-    "image_grid_thw",
-    "video_grid_thw",
-    "second_per_grid_ts",
-    "image_sizes",
-    "image_sizes_videos",
-    "batch_num_images",
-    "spatial_shapes",
-    "aspect_ratio_ids",
-    "aspect_ratio_mask",
-    "cross_attention_mask",
-)
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Sizes of a decoder that methods may need, and which pretrained language model it looks like.
-
-    ``backbone`` is (model type of the language model, hidden size, layers, MLP width): enough to recognise the
-    language models of the published sink tables, whatever vision tower is in front of them. ``tower_layers`` counts the
-    attention layers of the vision tower, ``source`` is the folder or hub name that the model came from. ``deepstack``
-    counts the first decoder layers after which visual features are added to the residual stream, ``window`` is the length
-    of the sliding window that some decoder layer sees (0 = none does), ``axes`` counts the position ids of a token (3 with
-    M-RoPE). ``attending`` are the layers with self-attention (None = all). ``causal`` False: image tokens may see tokens
-    behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids tell).
-    ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods (``KINDS``) that the family cannot have, and why.
-    """
-
-    family: str
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden_size: int
-    backbone: tuple[str, int, int, int]
-    tower_layers: int = 0
-    source: str = ""
-    deepstack: int = 0
-    window: int = 0
-    axes: int = 1
-    attending: tuple[int, ...] | None = None
-    causal: bool = True
-    leading: int = 0
-    refused: tuple[tuple[str, str], ...] = ()
-    query_dim: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all sizes: profiles of heads, sinks and directions belong to models that share it."""
-        sizes = (self.backbone, self.heads, self.kv_heads, self.head_dim)
-        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
 
 
 class Family:
@@ -108,7 +46,7 @@ class Family:
     also_given: ClassVar[tuple[str, ...]] = ("visual_pos_masks", "deepstack_visual_embeds")
 
     @property
-    def marks(self) -> tuple[str, ...]:
+    def marker_ids(self) -> tuple[str, ...]:
         """Texts of tokens that tell images apart, which the tokenizer knows and the config may not."""
         return ()
 
@@ -166,12 +104,16 @@ class Family:
         return None
 
     def image_numbers(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any], types: Tensor, marks: Mapping[str, int] | None = None
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        types: Tensor,
+        marker_ids: Mapping[str, int] | None = None,
     ) -> Tensor:
         """int16 ``[batch, tokens]``: number of the image of each visual token within its row, -1 for text.
 
         Args:
-            types: of the tokens of the call; marks: ids of the tokens ``marks``, None = the tokenizer is not known.
+            types: of the tokens of the call; marks: ids of the tokens ``marker_ids``, None = the tokenizer is not known.
         """
         return number_images(types, self.image_lengths(model, inputs))
 
@@ -181,7 +123,7 @@ class Family:
         inputs: Mapping[str, Any],
         image: int,
         tokens: int,
-        marks: Mapping[str, int] | None = None,
+        marker_ids: Mapping[str, int] | None = None,
     ) -> tuple[Piece, ...]:
         """Where the tokens of an image lie in the picture: tiles, and views of the whole picture, whose box is ``WHOLE``.
 
@@ -191,11 +133,11 @@ class Family:
 
         Args:
             inputs: of one prompt, without padding.
-            image: its number there, and its ``tokens``, by ``image_numbers`` with the same ``marks``.
+            image: its number there, and its ``tokens``, by ``image_numbers`` with the same ``marker_ids``.
         """
         if any(inputs.get(name) is not None for name in ("pixel_values_videos", "video_grid_thw")):
             return ()  # frames are numbered like images
-        numbers = self.image_numbers(model, inputs, self.token_types(model, inputs["input_ids"]), marks)[0]
+        numbers = self.image_numbers(model, inputs, self.token_types(model, inputs["input_ids"]), marker_ids)[0]
         slots = (numbers == image).nonzero()[:, 0].cpu()
         return self.layout(model, inputs, image, slots) if len(slots) == tokens else ()
 
@@ -211,7 +153,7 @@ class Family:
         names = ("pixel_values", "pixel_values_images", "pixel_values_videos", "high_res_pixel_values")
         return {name: counts for name, counts in self.per_row(model, inputs).items() if name in names}
 
-    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+    def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         """The part of rows of a pixel tensor that is no padding, which is there for larger images of other sequences.
 
         Args:
@@ -403,100 +345,10 @@ def _window(text: Any) -> int:
     return int(window) if window and getattr(text, "use_sliding_window", None) is not False else 0
 
 
-def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
-    """Tokens of each image, where generate() encoded the images before the first forward."""
-    encoded = inputs.get("mm_encoder_outputs") or {}
-    found = [encoded[kind].pooler_output for kind in ("image", "video") if encoded.get(kind) is not None]
-    return [len(features) for features in found[0]] if len(found) == 1 and found[0] is not None else None
-
-
-def even_lengths(model: PreTrainedModel, inputs: Mapping[str, Any], name: str = "pixel_values") -> list[int] | None:
-    """Tokens of each image of families whose images all have the same number of them; ``name``: of the pixels."""
-    pixels, ids = inputs.get(name), inputs.get("input_ids")
-    if (found := encoded_lengths(inputs)) is not None or pixels is None or ids is None:
-        return found
-    return [int((ids == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
-
-
-def marks_of(family: Family, processor: Any) -> dict[str, int]:
-    """Token ids of ``family.marks``, as far as the tokenizer of a processor knows them."""
+def marker_ids_of(family: Family, processor: Any) -> dict[str, int]:
+    """Token ids of ``family.marker_ids``, as far as the tokenizer of a processor knows them."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    if tokenizer is None or not family.marks:
+    if tokenizer is None or not family.marker_ids:
         return {}
     vocabulary = tokenizer.get_vocab()
-    return {text: vocabulary[text] for text in family.marks if text in vocabulary}
-
-
-def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[int]:
-    """Pixel rows of each sequence, from its number of image tokens and (tokens, pixel rows) of each image in order.
-
-    Raises:
-        InputError: images that do not end where a sequence does.
-    """
-    counts, left = [], list(items)
-    for wanted in tokens:
-        rows = 0
-        while wanted > 0 and left:
-            size, pixels = left.pop(0)
-            wanted, rows = wanted - size, rows + pixels
-        counts.append(rows)
-        if wanted:
-            break
-    if left or len(counts) < len(tokens) or wanted:
-        raise InputError("the images do not fit the image tokens of the prompts; give each prompt the images it names")
-    return counts
-
-
-_FAMILIES: dict[str, Family] = {}
-
-
-def register_family(family: Family) -> None:
-    """Make a family known, so that ``wrap`` serves its model types.
-
-    Raises:
-        UnsupportedError: a model type that is served already, or none at all.
-    """
-    if not family.model_types:
-        raise UnsupportedError(
-            f"{type(family).__name__} names no model types; give it model_types = {{'type': 'checkpoint'}}"
-        )
-    for model_type in family.model_types:
-        if model_type in _FAMILIES:
-            raise UnsupportedError(
-                f"model type '{model_type}' is already served by {type(_FAMILIES[model_type]).__name__}"
-            )
-    _FAMILIES.update(dict.fromkeys(family.model_types, family))
-
-
-def registered() -> dict[str, Family]:
-    """Model types and the families that serve them."""
-    return dict(sorted(_FAMILIES.items()))
-
-
-def supported_families() -> dict[str, str]:
-    """Model types and the checkpoints they stand for."""
-    return {name: family.model_types[name] for name, family in registered().items() if not family.unsupported}
-
-
-def find_family(model: nn.Module) -> Family:
-    """The family of a model.
-
-    Raises:
-        UnsupportedError: a model that is no vision-language model, or one whose attention cannot be reached.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"{type(model).__name__} is not a transformers PreTrainedModel; {_known()}")
-    family = _FAMILIES.get(model.config.model_type)
-    if family is not None and family.unsupported:
-        raise UnsupportedError(f"{type(model).__name__} is not supported: {family.unsupported}; {_known()}")
-    if family is None or not model.can_generate():
-        from vlmattn.models.generic import generic_family
-
-        family = generic_family(model, _known())
-    family.check(model)
-    return family
-
-
-def _known() -> str:
-    """What is supported, for messages."""
-    return f"supported: {', '.join(supported_families())}; see vlmattn.supported_families()"
+    return {text: vocabulary[text] for text in family.marker_ids if text in vocabulary}

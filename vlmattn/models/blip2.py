@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import UnsupportedError
-from vlmattn.models.base import Family, register_family
-from vlmattn.models.pieces import Piece
+from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece
+from vlmattn.models.registry import register_family
 
 
 class Blip2(Family):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from vlmattn.models.aya_vision import AyaVision
-from vlmattn.models.base import register_family
+from vlmattn.models.registry import register_family
 
 
 class Cohere2Vision(AyaVision):

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, register_family
+from vlmattn.models.base import Family
+from vlmattn.models.registry import register_family
 
 
 class Gemma3n(Family):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import Family
-from vlmattn.models.pieces import Piece
+from vlmattn.models.image_layout import Piece
 
 _HINT = "add one with vlmattn.register_family (docs/families.md)"
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import register_family
 from vlmattn.models.qwen2_5_vl import Qwen25VL
+from vlmattn.models.registry import register_family
 
 
 class Glm4v(Qwen25VL):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, register_family
-from vlmattn.models.pieces import Piece
+from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece
+from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import real_tiles
 from vlmattn.request import TEXT, number_images
 
@@ -28,7 +29,11 @@ class Idefics2(Family):
         return model.model.text_model  # type: ignore[no-any-return, union-attr]
 
     def image_numbers(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any], types: Tensor, marks: Mapping[str, int] | None = None
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        types: Tensor,
+        marker_ids: Mapping[str, int] | None = None,
     ) -> Tensor:
         runs = number_images(types, None)
         found = torch.full_like(runs, -1)
@@ -50,7 +55,7 @@ class Idefics2(Family):
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         return ()  # every latent of the perceiver sees all patches of its part
 
-    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+    def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return real_tiles(inputs[name][rows])
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import register_family
+from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled, real_tiles
 
 
@@ -25,7 +25,7 @@ class Idefics3(Tiled):
     def row_ends(self, model: PreTrainedModel, gaps: Sequence[Sequence[int]]) -> list[bool]:
         return [len(gap) > 2 for gap in gaps]  # a line break besides <fake_token_around_image> and the name of a tile
 
-    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+    def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return real_tiles(inputs[name][rows])
 
 

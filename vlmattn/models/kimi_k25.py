@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, register_family
-from vlmattn.models.pieces import Piece, by_grid
+from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece, by_grid
 from vlmattn.models.qwen2_5_vl import rows_by_grid
+from vlmattn.models.registry import register_family
 
 
 class KimiK25(Family):

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import register_family
-from vlmattn.models.pieces import Piece, inside
+from vlmattn.models.image_layout import Piece, inside
+from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled, joined, tiles_of
 
 
@@ -28,7 +28,7 @@ class Llama4(Tiled):
     def decoder(self, model: PreTrainedModel) -> nn.Module:
         return model.language_model.model  # type: ignore[no-any-return, union-attr]
 
-    def known_marks(self, model: PreTrainedModel) -> dict[str, int]:
+    def known_marker_ids(self, model: PreTrainedModel) -> dict[str, int]:
         return {self.first: model.config.boi_token_index}
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import encoded_lengths, register_family
-from vlmattn.models.pieces import Piece, whole
+from vlmattn.models.image_layout import Piece, whole
+from vlmattn.models.inputs import encoded_lengths
+from vlmattn.models.registry import register_family
 from vlmattn.models.towers import PatchTower
 
 
@@ -59,7 +60,7 @@ class Llava(PatchTower):
             return pixtral_pieces(model, inputs, image, slots)
         return super().layout(model, inputs, image, slots)
 
-    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+    def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return own_of_sizes(inputs, rows)
 
     def feature_layers(self, model: PreTrainedModel) -> Sequence[int]:

@@ -15,8 +15,10 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from vlmattn.models.base import Family, encoded_lengths, register_family
-from vlmattn.models.pieces import Box, Piece, cells, in_square, inside
+from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Box, Piece, cells, in_square, inside
+from vlmattn.models.inputs import encoded_lengths
+from vlmattn.models.registry import register_family
 
 
 class LlavaNext(Family):
@@ -44,7 +46,7 @@ class LlavaNext(Family):
         box = unpadded(size, config.image_grid_pinpoints, config.vision_config.image_size, side)
         return (Piece(cells(side, side)), *inside(cells(rows, columns, side * side, behind=1), box))
 
-    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+    def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         sizes = inputs.get("image_sizes")
         if sizes is None or name != "pixel_values" or not len(sizes[rows]):
             return ()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import register_family
 from vlmattn.models.llava_next import LlavaNext, features_of
+from vlmattn.models.registry import register_family
 
 
 class LlavaOnevision(LlavaNext):

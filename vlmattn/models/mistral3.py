@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, register_family
+from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece
 from vlmattn.models.llava import own_of_sizes, pixtral_lengths, pixtral_pieces
-from vlmattn.models.pieces import Piece
+from vlmattn.models.registry import register_family
 
 
 class Mistral3(Family):
@@ -24,7 +25,7 @@ class Mistral3(Family):
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         return pixtral_pieces(model, inputs, image, slots, model.config.spatial_merge_size)
 
-    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+    def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return own_of_sizes(inputs, rows)
 
 

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, register_family
-from vlmattn.models.pieces import Piece
+from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece
+from vlmattn.models.registry import register_family
 
 _WHY = "its image tokens are not in the decoder's sequence but in cross-attention layers of their own"
 _DROPPING = (
@@ -37,7 +38,7 @@ class Mllama(Family):
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         return ()  # a placeholder stands for the whole image
 
-    def own(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
+    def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return (slice(int((inputs["aspect_ratio_ids"][rows] > 0).sum())),)
 
 

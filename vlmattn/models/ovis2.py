@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import register_family
+from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
 
 
@@ -18,7 +18,7 @@ class Ovis2(Tiled):
     first: ClassVar[str] = "<IMG_START>"
     ahead: ClassVar[bool] = True
 
-    def known_marks(self, model: PreTrainedModel) -> dict[str, int]:
+    def known_marker_ids(self, model: PreTrainedModel) -> dict[str, int]:
         return {self.first: model.config.visual_indicator_token_ids[0]}
 
     def row_ends(self, model: PreTrainedModel, gaps: Sequence[Sequence[int]]) -> list[bool]:

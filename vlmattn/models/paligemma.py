@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import register_family
+from vlmattn.models.registry import register_family
 from vlmattn.models.towers import PatchTower
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, register_family, share_out
+from vlmattn.models.base import Family
+from vlmattn.models.inputs import share_out
+from vlmattn.models.registry import register_family
 from vlmattn.request import IMAGE, VIDEO
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vlmattn.models.base import register_family
 from vlmattn.models.qwen2_5_vl import Qwen25VL
+from vlmattn.models.registry import register_family
 
 
 class Qwen2VL(Qwen25VL):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vlmattn.models.base import register_family
 from vlmattn.models.idefics3 import Idefics3
+from vlmattn.models.registry import register_family
 
 
 class SmolVLM(Idefics3):

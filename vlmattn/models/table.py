@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vlmattn.models.base import KINDS, Family, registered
+from vlmattn.models.base import KINDS, Family
+from vlmattn.models.registry import registered
 
 _TITLES = ("attention edits", "masks", "pruning", "contrastive decoding")  # of KINDS
 

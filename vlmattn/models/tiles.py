@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
-from vlmattn.models.pieces import Piece, tiled
+from vlmattn.models.image_layout import Piece, tiled
 from vlmattn.request import TEXT, number_images
 
 
@@ -27,13 +27,17 @@ class Tiled(Family):
     ahead: ClassVar[bool] = False
 
     @property
-    def marks(self) -> tuple[str, ...]:  # type: ignore[override]
+    def marker_ids(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(text for text in (self.first, self.last) if text)
 
     def image_numbers(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any], types: Tensor, marks: Mapping[str, int] | None = None
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        types: Tensor,
+        marker_ids: Mapping[str, int] | None = None,
     ) -> Tensor:
-        ids, known = inputs.get("input_ids"), self.known_marks(model) | dict(marks or {})
+        ids, known = inputs.get("input_ids"), self.known_marker_ids(model) | dict(marker_ids or {})
         runs = number_images(types, None)
         if ids is None or not known.keys() & {self.first, self.last}:
             if bool((runs > 0).any()):
@@ -54,7 +58,7 @@ class Tiled(Family):
             number = last.long().cumsum(1) - last.gather(1, begin).long()
         return torch.where(visual, number.clamp_min(0), -1).to(torch.int16)
 
-    def known_marks(self, model: PreTrainedModel) -> dict[str, int]:
+    def known_marker_ids(self, model: PreTrainedModel) -> dict[str, int]:
         """Marks whose ids the config knows."""
         return {}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
-from vlmattn.models.pieces import Piece, square
+from vlmattn.models.image_layout import Piece, square
 
 _KNOWN = ("clip_vision_model", "siglip_vision_model")
 

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family, encoded_lengths, even_lengths, register_family
+from vlmattn.models.base import Family
+from vlmattn.models.inputs import encoded_lengths, even_lengths
+from vlmattn.models.registry import register_family
 
 
 class VideoLlava(Family):

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import register_family
 from vlmattn.models.llava import Llava
+from vlmattn.models.registry import register_family
 
 
 class VipLlava(Llava):

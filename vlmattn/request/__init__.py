@@ -1,6 +1,19 @@
 """What one generate() call knows: the request on its cache, the step in hand, and the scope that a method sees."""
 
-from vlmattn.request.beside import Stream
+from vlmattn.request.beside import SideStream
+from vlmattn.request.context import (
+    Eviction,
+    HeadSplit,
+    Image,
+    ImageFeatures,
+    KeptTokens,
+    LayerContext,
+    Parts,
+    Prefill,
+    PruningStage,
+    Step,
+    Steps,
+)
 from vlmattn.request.plan import Compare, Looker, Method, Plan, Policy, RoleFinder, Watch, Watcher, Weights
 from vlmattn.request.request import (
     ANSWER,
@@ -13,21 +26,8 @@ from vlmattn.request.request import (
     Request,
     number_images,
 )
-from vlmattn.request.scope import (
-    Choice,
-    Eviction,
-    HeadSplit,
-    Image,
-    Parts,
-    Preparation,
-    Scope,
-    Sight,
-    Stage,
-    Step,
-    Steps,
-)
 from vlmattn.request.slots import Ledger, Slots
-from vlmattn.request.tokens import Kept, TokenMap, closed_up
+from vlmattn.request.token_map import Kept, TokenMap, compacted
 
 __all__ = [
     "ANSWER",
@@ -37,32 +37,32 @@ __all__ = [
     "TEXT",
     "USER",
     "VIDEO",
-    "Choice",
     "Compare",
     "Eviction",
     "HeadSplit",
     "Image",
+    "ImageFeatures",
     "Kept",
+    "KeptTokens",
+    "LayerContext",
     "Ledger",
     "Looker",
     "Method",
     "Parts",
     "Plan",
     "Policy",
-    "Preparation",
+    "Prefill",
+    "PruningStage",
     "Request",
     "RoleFinder",
-    "Scope",
-    "Sight",
+    "SideStream",
     "Slots",
-    "Stage",
     "Step",
     "Steps",
-    "Stream",
     "TokenMap",
     "Watch",
     "Watcher",
     "Weights",
-    "closed_up",
+    "compacted",
     "number_images",
 ]

@@ -13,7 +13,7 @@ from vlmattn.request.plan import Compare, Method, Weights
 
 
 @dataclass(eq=False)
-class Stream:
+class SideStream:
     """Other inputs that go through the decoder beside a prompt while it is read, up to the last layer in ``layers``.
 
     In each layer the prompt's attention is computed first, up to the head gains; then the stream's layer runs; then

@@ -11,7 +11,16 @@ from torch import Tensor
 from vlmattn.kernels import AttentionEdit
 
 if TYPE_CHECKING:
-    from vlmattn.request.scope import Choice, Eviction, HeadSplit, Preparation, Scope, Sight, Stage, Step
+    from vlmattn.request.context import (
+        Eviction,
+        HeadSplit,
+        ImageFeatures,
+        KeptTokens,
+        LayerContext,
+        Prefill,
+        PruningStage,
+        Step,
+    )
 
 
 class Weights(Protocol):
@@ -33,24 +42,24 @@ class Looker(Protocol):
     """Who looks at the vision tower and at unedited attention."""
 
     @property
-    def measures_generated(self) -> bool: ...
+    def follows_attention(self) -> bool: ...
 
-    def encoded(self, sight: Sight) -> None: ...
+    def on_image_features(self, sight: ImageFeatures) -> None: ...
 
-    def measure(self, scope: Scope, weights: Weights) -> None: ...
+    def on_attention(self, context: LayerContext, weights: Weights) -> None: ...
 
 
 class Method(Looker, Protocol):
     """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
 
     @property
-    def observes_generated(self) -> bool: ...
+    def follows_hidden_states(self) -> bool: ...
 
-    def prepare(self, preparation: Preparation) -> None: ...
+    def before_prefill(self, prefill: Prefill) -> None: ...
 
-    def observe(self, scope: Scope, hidden: Tensor) -> None: ...
+    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None: ...
 
-    def edit(self, scope: Scope) -> AttentionEdit: ...
+    def edit(self, context: LayerContext) -> AttentionEdit: ...
 
 
 class Watcher(Protocol):
@@ -59,7 +68,7 @@ class Watcher(Protocol):
     def enter(self, step: Step, layer: int, hidden: Tensor) -> None:
         """The residual stream ``[batch, rows, hidden]`` that enters a layer."""
 
-    def attended(self, scope: Scope, edit: AttentionEdit, weights: Weights) -> None:
+    def attended(self, context: LayerContext, edit: AttentionEdit, weights: Weights) -> None:
         """The edit that was in force in a layer, and attention with it (before head gains)."""
 
 
@@ -75,9 +84,9 @@ class Pruner(Looker, Protocol):
     @property
     def compact(self) -> bool: ...
 
-    def enter(self, stage: Stage) -> None: ...
+    def on_embeddings(self, stage: PruningStage) -> None: ...
 
-    def choose(self, stage: Stage) -> Choice: ...
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens: ...
 
 
 class Policy(Method, Protocol):
@@ -89,11 +98,11 @@ class Policy(Method, Protocol):
     @property
     def drops(self) -> bool: ...
 
-    def look(self, scope: Scope, query: Tensor, key: Tensor) -> None: ...
+    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None: ...
 
-    def evict(self, scope: Scope) -> Eviction | None: ...
+    def evict(self, context: LayerContext) -> Eviction | None: ...
 
-    def split(self, scope: Scope) -> HeadSplit | None: ...
+    def split(self, context: LayerContext) -> HeadSplit | None: ...
 
 
 @runtime_checkable
@@ -118,10 +127,10 @@ class Plan:
     """A recipe bound to one model: which methods act in which layer, and which steps they take part in.
 
     Attributes:
-        by_layer, observing, measuring: methods of each layer.
-        preparing, seeing: methods that have the decoder run on other inputs, and that look at the vision tower.
+        by_layer, on_hidden_states, on_attention, on_queries_keys: methods of each layer, by what they implement.
+        before_prefill, on_image_features: methods that do so.
         extending: layers whose observers also see generated tokens.
-        tower_layers: layers of the vision tower that ``seeing`` methods look at.
+        tower_layers: layers of the vision tower that ``on_image_features`` methods look at.
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
         texts: prompts without images are welcome. ``text_first``: so is text that images follow later, on the same cache.
         edits_text: text that no image precedes is edited, or looked at while it is read.
@@ -131,16 +140,15 @@ class Plan:
         pruning: for each layer the method that chooses which prompt rows reach it, if one does; empty: no layer has one.
         evicting: for each layer the policy that takes slots out of its cache, if one does; empty: no layer has one.
         policies: all methods about cached slots, which must know on the host how far a cache is filled.
-        looking: policies of each layer that see its queries and keys.
         watching: who sees every layer at work.
     """
 
     name: str
     by_layer: tuple[tuple[Method, ...], ...] = ()
-    preparing: tuple[Method, ...] = ()
-    observing: tuple[tuple[Method, ...], ...] = ()
-    measuring: tuple[tuple[Looker, ...], ...] = ()
-    seeing: tuple[Looker, ...] = ()
+    before_prefill: tuple[Method, ...] = ()
+    on_hidden_states: tuple[tuple[Method, ...], ...] = ()
+    on_attention: tuple[tuple[Looker, ...], ...] = ()
+    on_image_features: tuple[Looker, ...] = ()
     extending: frozenset[int] = frozenset()
     tower_layers: frozenset[int] = frozenset()
     turns: tuple[str, ...] = ()
@@ -156,13 +164,13 @@ class Plan:
     pruning: tuple[Pruner | None, ...] = ()
     evicting: tuple[Policy | None, ...] = ()
     policies: tuple[Policy, ...] = ()
-    looking: tuple[tuple[Policy, ...], ...] = ()
+    on_queries_keys: tuple[tuple[Policy, ...], ...] = ()
     watching: tuple[Watcher, ...] = ()
 
     @property
     def is_identity(self) -> bool:
         """Nothing happens in the attention of the main prompt."""
-        return not any(self.by_layer) and not any(self.measuring) and not self.pruning and not self.watching
+        return not any(self.by_layer) and not any(self.on_attention) and not self.pruning and not self.watching
 
     @property
     def acts(self) -> bool:

@@ -16,7 +16,7 @@ from vlmattn.errors import InputError
 from vlmattn.kernels import Rows
 from vlmattn.request.plan import Follows, Plan, RoleFinder
 from vlmattn.request.slots import Ledger, Slots
-from vlmattn.request.tokens import Kept, TokenMap
+from vlmattn.request.token_map import Kept, TokenMap
 
 _SLOTS = ("_ids", "_roles", "_turns", "_types", "_images", "_real")
 TEXT, IMAGE, VIDEO = 0, 1, 2  # types of tokens

@@ -26,15 +26,15 @@ from vlmattn.files import beside, copy_whole
 from vlmattn.models import Generic, find_family
 from vlmattn.recipe import FILE_NAME, Recipe
 from vlmattn.request import Plan
+from vlmattn.wrapping.branch_cache import forget_branches, merged_of
 from vlmattn.wrapping.branches import fan_of, setting_of
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.drafting import drafting_plan, is_drafting, refuse_drafts
 from vlmattn.wrapping.handle import WRAPPED, WRAPPING, Handle, handle_of
 from vlmattn.wrapping.hooks import install_hooks, step_of
 from vlmattn.wrapping.instead import Instead
-from vlmattn.wrapping.merged import forget_branches, merged_of
-from vlmattn.wrapping.reach import check_reached
-from vlmattn.wrapping.searching import refuse_ways, row_by_row, searching
+from vlmattn.wrapping.search import refuse_ways, row_by_row, searching
+from vlmattn.wrapping.self_check import check_reached
 
 __all__ = ["Handle", "applied", "borrowed", "handle_of", "install", "unwrap", "wrap"]
 

@@ -17,9 +17,9 @@ from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead, Noise
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import OF_IMAGES, OF_TOKENS, Family, find_family
 from vlmattn.request import TEXT, Plan
+from vlmattn.wrapping.branch_cache import REQUEST, BranchCache, ReadPrompt
 from vlmattn.wrapping.call import CALL, Call, TowerView
-from vlmattn.wrapping.dropping import speak_original
-from vlmattn.wrapping.merged import REQUEST, Merged, View
+from vlmattn.wrapping.pruning import report_original_lengths
 
 NOT_PASSED_ON = frozenset(
     (
@@ -29,7 +29,7 @@ NOT_PASSED_ON = frozenset(
 )
 
 
-class Fan:
+class Branches:
     """The branches of one generate() call.
 
     Attributes:
@@ -71,16 +71,16 @@ class Fan:
         given = inputs.get("attention_mask")
         mask = torch.ones_like(ids[:, :prompt]) if given is None else given[:, :prompt]
         kept = 1 + ids.shape[1] - prompt
-        main = View(self.cache, output.logits[:, -kept:], mask.bool(), positions[..., prompt - 1 : prompt])
+        main = ReadPrompt(self.cache, output.logits[:, -kept:], mask.bool(), positions[..., prompt - 1 : prompt])
         views = [main]
         for branch, plan in zip(self.contrast.branches, self.plans, strict=True):
             reader = _Reader(self, call, branch, plan, main, ids, positions, inputs.get("mm_encoder_outputs"))
             views.append(reader.beside() if branch.shares_prompt else reader.anew())
-        merged = Merged(self.contrast, views, call, len(ids) == len(self.inputs["input_ids"]))
+        merged = BranchCache(self.contrast, views, call, len(ids) == len(self.inputs["input_ids"]))
         merged.fill(self._target, views)
         if call.plan.drops:
             setattr(self._target, REQUEST, main.request)
-            speak_original(self._target)
+            report_original_lengths(self._target)
         t = torch.arange(1, kept + 1, device=ids.device)
         output.logits = merged.scores(call.model, [view.logits for view in views], early, t)
         compat.set_output_cache(output, self._target)
@@ -96,11 +96,11 @@ class _Reader:
         encoded: images as the main prompt saw them, where generate() encodes them first.
     """
 
-    fan: Fan
+    fan: Branches
     call: Call
     branch: Branch
     plan: Plan
-    main: View
+    main: ReadPrompt
     ids: Tensor
     positions: Tensor
     encoded: Any
@@ -114,7 +114,7 @@ class _Reader:
         """Rows for each prompt of the call."""
         return len(self.ids) // len(self.fan.inputs["input_ids"])
 
-    def beside(self) -> View:
+    def beside(self) -> ReadPrompt:
         """From the last prompt token on with hidden keys; everything before is the main prompt's."""
         prompt, drafts, hidden = self.prompt, self.ids.shape[1] - self.prompt, self._hidden()
         if 0 < self.call.handle.anatomy.window <= prompt:
@@ -136,9 +136,9 @@ class _Reader:
         mask = self.main.mask & ~hidden
         inputs = {"input_ids": self.ids[:, prompt - 1 :], "attention_mask": pad(mask.long(), (0, drafts), value=1)}
         logits = self._run(call, cache, inputs, self.positions[..., prompt - 1 :])
-        return View(cache, logits, mask, self.main.last)
+        return ReadPrompt(cache, logits, mask, self.main.last)
 
-    def anew(self) -> View:
+    def anew(self) -> ReadPrompt:
         """The whole prompt of the branch, once for each prompt of the call."""
         inputs = self._inputs()
         mask = inputs["attention_mask"].bool()
@@ -157,7 +157,7 @@ class _Reader:
         )  # fmt: skip
         cache = new_cache(self.call.model)
         logits = self._run(call, cache, inputs, positions)
-        return View(cache, logits, mask, last, self.branch.rope).repeated(self.times)
+        return ReadPrompt(cache, logits, mask, last, self.branch.rope).repeated(self.times)
 
     def _run(self, call: Call, cache: DynamicCache, inputs: dict[str, Any], positions: Tensor) -> Tensor:
         """Logits of the last prompt token, and of the drafts after it."""
@@ -203,7 +203,7 @@ class _Reader:
             and not given
             and self.encoded is not None
             and self.times == 1
-            and not self.plan.seeing
+            and not self.plan.on_image_features
         ):
             inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
             inputs["mm_encoder_outputs"] = self.encoded  # the vision tower need not run again
@@ -221,7 +221,7 @@ class _Reader:
             changed, first = before[name].clone(), 0
             for count in counts:
                 rows = slice(first, first + count)
-                own, first = (rows, *family.own(model, before, name, rows)), first + count
+                own, first = (rows, *family.unpadded(model, before, name, rows)), first + count
                 if count:
                     pixels = before[name][own]
                     after = change(pixels)
@@ -258,8 +258,8 @@ class _Reader:
         elif callable(branch.prompt):
             rows = [self._checked(branch.prompt(row)) for row in rows]
         if branch.image == "drop":
-            marks = torch.tensor(family.image_ids(model))
-            rows = [row[~torch.isin(row, marks)] for row in rows]
+            marker_ids = torch.tensor(family.image_ids(model))
+            rows = [row[~torch.isin(row, marker_ids)] for row in rows]
         elif before != [_images_in(family.token_types(model, row)) for row in rows]:
             after = [_images_in(family.token_types(model, row)) for row in rows]
             raise InputError(
@@ -288,7 +288,7 @@ def _check_prompts(
         raise InputError(f"branch '{branch.name}': the input_ids in branch_inputs have no image tokens")
 
 
-def fan_of(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Fan | None:
+def fan_of(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Branches | None:
     """The branches of a generate() call; None without a decoding rule.
 
     Raises:
@@ -326,7 +326,7 @@ def fan_of(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given:
                 f"the branch '{branch.name}' needs {', '.join(missing)} with every call:"
                 f" generate(..., branch_inputs={{'{branch.name}': {{'{missing[0]}': ...}}}})"
             )
-    return Fan(model, plan, inputs, given)
+    return Branches(model, plan, inputs, given)
 
 
 def setting_of(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:

@@ -13,7 +13,7 @@ from vlmattn.request import Ledger, Plan
 from vlmattn.wrapping.handle import Handle
 
 if TYPE_CHECKING:
-    from vlmattn.wrapping.branches import Fan
+    from vlmattn.wrapping.branches import Branches
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Call:
     plain_mask: bool
     direct: bool = False
     outer: Call | None = None
-    fan: Fan | None = None
+    fan: Branches | None = None
     blank: Tensor | None = None
     rope: float = 1.0
     token: object = field(default_factory=object)

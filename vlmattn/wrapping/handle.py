@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from vlmattn import attention
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, StateError
-from vlmattn.models import Anatomy, Family, Turns, marks_of
+from vlmattn.models import Family, Turns, marker_ids_of
 from vlmattn.recipe import Recipe
 from vlmattn.request import Ledger, Plan, Watcher
 from vlmattn.wrapping.instead import Instead
@@ -73,7 +74,7 @@ class InForce:
         return not known
 
 
-# What is in force on a model for this thread's block alone (``Handle.lent``): other threads go on as they were.
+# What is in force on a model for this thread's block alone (``Handle.temporarily``): other threads go on as they were.
 _LENT: ContextVar[Mapping[Handle, InForce]] = ContextVar("vlmattn_lent", default={})  # noqa: B039  never changed
 
 #: The handles of all wrapped models: models may share a config object, and the last one out restores its setting.
@@ -97,7 +98,7 @@ class Handle:
         self.anatomy, self._family, self._base = anatomy, family, base
         self._text, self._processor = text, processor  # the config that names the attention implementation
         self.turns: Turns | None = None
-        self._marks: dict[str, int] | None = None
+        self._marker_ids: dict[str, int] | None = None
         self._rotating = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._instead: list[Instead] = []
@@ -169,7 +170,7 @@ class Handle:
             self._standing = found
 
     @contextmanager
-    def lent(self, recipe: Any) -> Iterator[None]:
+    def temporarily(self, recipe: Any) -> Iterator[None]:
         """Another recipe in force for the block, in this thread; recipe, report and state of the model stay as they are."""
         chosen = Recipe.of(recipe)
         try:
@@ -239,16 +240,16 @@ class Handle:
             return self._plans.setdefault(recipe, plan)
 
     @property
-    def marks(self) -> dict[str, int]:
+    def marker_ids(self) -> dict[str, int]:
         """Ids of tokens that tell images apart, from the processor or from the tokenizer in the model's folder."""
-        if self._marks is None:
+        if self._marker_ids is None:
             known = (
                 self._processor
-                if self._processor is not None or not self._family.marks
+                if self._processor is not None or not self._family.marker_ids
                 else _tokenizer(self.anatomy.source)
             )
-            self._marks = marks_of(self._family, known)
-        return self._marks
+            self._marker_ids = marker_ids_of(self._family, known)
+        return self._marker_ids
 
     def rotary(self, module: Any, factor: float) -> nn.Module:
         """A module like the model's rotary embedding, with ``factor`` times its base."""

@@ -25,20 +25,20 @@ from vlmattn.request import (
     TEXT,
     VIDEO,
     Image,
+    ImageFeatures,
+    LayerContext,
     Plan,
-    Preparation,
+    Prefill,
     Request,
-    Scope,
-    Sight,
+    SideStream,
     Step,
     Steps,
-    Stream,
 )
+from vlmattn.wrapping.branch_cache import REQUEST, merged_of
 from vlmattn.wrapping.call import CALL, Call
-from vlmattn.wrapping.dropping import check_continuation, check_prompt, narrow
-from vlmattn.wrapping.evicting import after_layer, before_layer, check_cache
+from vlmattn.wrapping.eviction import after_layer, before_layer, check_cache
 from vlmattn.wrapping.handle import Handle, handle_of
-from vlmattn.wrapping.merged import REQUEST, merged_of
+from vlmattn.wrapping.pruning import check_continuation, check_prompt, pruned_inputs
 
 
 def install_hooks(handle: Handle, model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
@@ -165,7 +165,7 @@ def _make_step(handle: Handle, model: PreTrainedModel, call: Call, inputs: dict[
             types = _leading_types(handle.anatomy.leading, start, inputs)
         else:
             types = handle._family.types_of_call(model, inputs)
-        images = handle._family.image_numbers(model, inputs, types, handle.marks)
+        images = handle._family.image_numbers(model, inputs, types, handle.marker_ids)
         real, finder = None if mask is None else _real_keys(mask), handle.turns if call.plan.uses_turns else None
         request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"), finder)
         if call.plan.drops:
@@ -376,9 +376,9 @@ def _before_decoder(
         step.rotary = getattr(decoder, "rotary_emb", None)
     if step is not None and step.watch is None and step.is_prompt:
         plan = step.request.plan
-        if plan.seeing:
+        if plan.on_image_features:
             _show_images(step, step.start or 0, kwargs["inputs_embeds"])
-        if plan.preparing and step.start == 0 and step.request.has_images:
+        if plan.before_prefill and step.start == 0 and step.request.has_images:
             _prepare(step, family, decoder, kwargs)
     return args, kwargs
 
@@ -403,15 +403,15 @@ def _show_images(step: Step, start: int, embeds: Tensor) -> None:
         return
     if not step.sight.patches:
         raise InputError(
-            f"{', '.join(m.info.name for m in request.plan.seeing)} must see the vision tower at work; give pixel_values,"  # type: ignore[attr-defined]
+            f"{', '.join(m.info.name for m in request.plan.on_image_features)} must see the vision tower at work; give pixel_values,"
             " not features that were computed before"
         )
     order = step.order or _order_of_rows(request, start, types, len(next(iter(step.sight.patches.values()))))
     patches = {layer: _ordered(order, seen) for layer, seen in step.sight.patches.items()}
     images = _images(step, order, patches, types, embeds[:, : stop - start]) if request.plan.pruning else ()
-    sight = Sight(request, start, types, patches, images)
-    for method in request.plan.seeing:
-        method.encoded(sight)
+    sight = ImageFeatures(request, start, types, patches, images)
+    for method in request.plan.on_image_features:
+        method.on_image_features(sight)
     if (call := CALL.get()) is not None:
         call.sight.shown = True
 
@@ -422,7 +422,7 @@ def _ordered(order: Sequence[int], seen: Sequence[Any]) -> list[Any]:
 
 
 def _order_of_rows(request: Request, start: int, types: Tensor, encoded: int) -> list[int]:
-    """Which of ``encoded`` images each image of the prompt is, where every row may be there several times, one after another."""
+    """Which of ``on_image_features`` images each image of the prompt is, where every row may be there several times, one after another."""
     numbers = request.images(start + types.shape[1], types.device)[:, start:]
     counts = [
         [torch.unique(row[own]).numel() for row, own in zip(numbers, types == kind, strict=True)]
@@ -477,7 +477,7 @@ def _prepare(step: Step, family: Family, decoder: nn.Module, kwargs: dict[str, A
     def beside(
         method: Any, other: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
     ) -> None:
-        stream = Stream(method, layers, compare, other)
+        stream = SideStream(method, layers, compare, other)
         passing = Step(request, step.base, 0, watch=stream.watch)
         seen = family.text_mask(real)
         if seen.dtype == torch.bool and step.base == "eager":
@@ -487,7 +487,7 @@ def _prepare(step: Step, family: Family, decoder: nn.Module, kwargs: dict[str, A
         stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing, other, seen, positions))
         step.beside += (stream,)
 
-    preparation = Preparation(
+    prefill = Prefill(
         request=request,
         layers=len(request.plan.by_layer),
         embeds=embeds,
@@ -498,8 +498,8 @@ def _prepare(step: Step, family: Family, decoder: nn.Module, kwargs: dict[str, A
         beside=beside,
     )
     with torch.no_grad():
-        for method in request.plan.preparing:
-            method.prepare(preparation)
+        for method in request.plan.before_prefill:
+            method.before_prefill(prefill)
 
 
 def _cut(mask: Any, length: int) -> Any:
@@ -558,7 +558,7 @@ def _before_layer(
         step.early[index] = family.residual(hidden)
     first = step.parts[0][1]
     if first is not None and first.request.plan.drops and first.watch is None:  # never with branches
-        view, hidden, kwargs = narrow(first, layer, index, hidden, kwargs)
+        view, hidden, kwargs = pruned_inputs(first, layer, index, hidden, kwargs)
         before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
         _observe(view, index, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -572,20 +572,20 @@ def _observe(step: Step, index: int, hidden: Tensor) -> None:
     plan = step.request.plan
     for watcher in plan.watching:
         watcher.enter(step, index, hidden)
-    observers = plan.observing[index]
+    observers = plan.on_hidden_states[index]
     if len(observers) == 0 or not (
         step.is_prompt or index in plan.extending
     ):  # a tuple in "not" breaks compiled graphs
         return
     if step.start is None:  # one generated token
-        scope = Scope(step, index, 1, step.capacity, hidden.device)
+        context = LayerContext(step, index, 1, step.capacity, hidden.device)
     else:
         extended = index in plan.extending
         queries = hidden.shape[1] if extended else min(hidden.shape[1], step.request.prompt_length - step.start)
-        scope = Scope(step, index, queries, step.start + queries, hidden.device)
+        context = LayerContext(step, index, queries, step.start + queries, hidden.device)
     for method in observers:
-        if step.is_prompt or method.observes_generated:
-            method.observe(scope, hidden[:, : scope.queries])
+        if step.is_prompt or method.follows_hidden_states:
+            method.on_hidden_states(context, hidden[:, : context.queries])
 
 
 def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

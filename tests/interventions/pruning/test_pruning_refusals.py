@@ -15,8 +15,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import vlmattn
 from vlmattn import PAI, VAR, InputError, OptionError, Recipe, StateError, UnknownNameError, UnsupportedError
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.pruning import FastV, PyramidDrop
-from vlmattn.models import Anatomy
 
 no_grad = pytest.mark.usefixtures("no_grad")
 family_matrix = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -26,8 +26,8 @@ from vlmattn import OPERA, VCD, DeCo, DoLa, OptionError, Recipe
 from vlmattn.decoding import Decoding
 from vlmattn.decoding.search import Search
 from vlmattn.interventions.pruning import FastV, KVPolicy, Pruning, PyramidDrop
-from vlmattn.interventions.registry import find_method, make_method
 from vlmattn.models import find_family
+from vlmattn.registry import find_method, make_method
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:vlmattn:UserWarning")]
 family_matrix = pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,7 @@ from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
 from vlmattn.interventions import AVL, DuoAttention, FastV, HeadProfile, RazorAttention, Rounds
 from vlmattn.models import find_family
 from vlmattn.request import HeadSplit
-from vlmattn.wrapping.split import SplitLayer
+from vlmattn.wrapping.cache_layers import SplitLayer
 
 FAMILIES, NEW = ("llava", "qwen2_5_vl"), 7
 FULL = {(0, 0), (1, 1), (2, 0)}  # of 4 layers x 2 KV heads

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.interventions.pruning.policy import KVPolicy, best, find_slots, host_counts, image_tokens, slots_of
-from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Eviction, Scope, Slots, Weights
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import Eviction, LayerContext, Slots, Weights
 
 
 @register(
@@ -74,82 +76,84 @@ class AVL(KVPolicy):
         core = min(round(self.keep_core * images), held - text) + text
         return held, ((self.refresh - 1) * core + held) / self.refresh
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return self.active_layers(sizes)
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return self.active_layers(anatomy)
 
     @property
-    def measures_generated(self) -> bool:
+    def follows_attention(self) -> bool:
         return True
 
-    def _refreshes(self, scope: Scope) -> bool:
-        return not scope.step.is_prompt and (self.step(scope) + 1) % self.refresh == 0
+    def _refreshes(self, context: LayerContext) -> bool:
+        return not context.step.is_prompt and (self.step(context) + 1) % self.refresh == 0
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        if not (scope.step.is_prompt or self._refreshes(scope) or self.text_keep < 1):
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        if not (context.step.is_prompt or self._refreshes(context) or self.text_keep < 1):
             return
-        start = scope.step.start or 0
-        row = scope.request.prompt_length - 1 - start if scope.step.is_prompt else scope.queries - 1
-        seen = weights(row, row + 1)[:, :, 0, : scope.keys].mean(1)
-        paid: Slots = scope.state(self, "paid", lambda: Slots(0, torch.float32))
-        paid.write(0, seen + paid.read(scope.keys, scope.device) if paid.written else seen)
-        if self._refreshes(scope):
-            self._choose_core(scope, seen)
-        elif scope.step.is_prompt:
-            gaze: Slots = scope.state(self, "gaze", lambda: Slots(0, torch.float32))
+        start = context.step.start or 0
+        row = context.request.prompt_length - 1 - start if context.step.is_prompt else context.queries - 1
+        seen = weights(row, row + 1)[:, :, 0, : context.keys].mean(1)
+        paid: Slots = context.state(self, "paid", lambda: Slots(0, torch.float32))
+        paid.write(0, seen + paid.read(context.keys, context.device) if paid.written else seen)
+        if self._refreshes(context):
+            self._choose_core(context, seen)
+        elif context.step.is_prompt:
+            gaze: Slots = context.state(self, "gaze", lambda: Slots(0, torch.float32))
             gaze.write(0, seen)
 
-    def _choose_core(self, scope: Scope, seen: Tensor) -> None:
-        core: Slots = scope.state(self, "core", lambda: Slots(False, torch.bool))
-        core.write(0, best(seen, image_tokens(scope), scope.request.state[(self, scope.layer, "tiers")][1]))
+    def _choose_core(self, context: LayerContext, seen: Tensor) -> None:
+        core: Slots = context.state(self, "core", lambda: Slots(False, torch.bool))
+        core.write(0, best(seen, image_tokens(context), context.request.state[(self, context.layer, "tiers")][1]))
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        refreshes = self._refreshes(scope)
-        self.step(scope, advance=True)
-        core: Slots | None = scope.find(self, "core")
-        if scope.step.is_prompt or refreshes or core is None:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        refreshes = self._refreshes(context)
+        self.step(context, advance=True)
+        core: Slots | None = context.find(self, "core")
+        if context.step.is_prompt or refreshes or core is None:
             return AttentionEdit()
-        wanted = ~scope.visual | core.read(scope.keys, scope.device)
-        if (real := scope.real) is not None:
+        wanted = ~context.visual | core.read(context.keys, context.device)
+        if (real := context.real) is not None:
             wanted = wanted & real
-        secondary, read, others = scope.request.state[(self, scope.layer, "tiers")]
-        most = max(scope.keys - hold - pad + some for hold, some, pad in zip(secondary, read, others, strict=True))
+        secondary, read, others = context.request.state[(self, context.layer, "tiers")]
+        most = max(context.keys - hold - pad + some for hold, some, pad in zip(secondary, read, others, strict=True))
         return AttentionEdit(read=slots_of(wanted, most))
 
-    def evict(self, scope: Scope) -> Eviction | None:
-        request, key = scope.request, (self, scope.layer, "tiers")
-        if scope.step.is_prompt:
-            images, text = host_counts(request, scope.keys)
-            given = request.state.setdefault((self, scope.layer, "given"), list(images))
+    def evict(self, context: LayerContext) -> Eviction | None:
+        request, key = context.request, (self, context.layer, "tiers")
+        if context.step.is_prompt:
+            images, text = host_counts(request, context.keys)
+            given = request.state.setdefault((self, context.layer, "given"), list(images))
             secondary = [min(round(self.keep_secondary * n), left) for n, left in zip(given, images, strict=True)]
             read = [min(round(self.keep_core * n), hold) for n, hold in zip(given, secondary, strict=True)]
             counts = tuple(hold + words for hold, words in zip(secondary, text, strict=True))
-            request.state[key] = (secondary, read, self._others(scope, counts))
-            gaze = find_slots(self, scope, "gaze")
-            self._choose_core(scope, gaze)
-            visual = image_tokens(scope)
+            request.state[key] = (secondary, read, self._others(context, counts))
+            gaze = find_slots(self, context, "gaze")
+            self._choose_core(context, gaze)
+            visual = image_tokens(context)
             return Eviction(~visual | best(gaze, visual, secondary), counts)
-        if self.text_keep == 1 or self.step(scope) % self.text_every or scope.queries > 1:  # drafts may be taken back
+        if (
+            self.text_keep == 1 or self.step(context) % self.text_every or context.queries > 1
+        ):  # drafts may be taken back
             return None
-        return self._prune_text(scope)
+        return self._prune_text(context)
 
-    def _others(self, scope: Scope, counts: tuple[int, ...]) -> list[int]:
+    def _others(self, context: LayerContext, counts: tuple[int, ...]) -> list[int]:
         """Slots of each sequence that hold none of the ``counts`` tokens that stay."""
-        width = max(counts) if self.drops else scope.keys
+        width = max(counts) if self.drops else context.keys
         return [width - count for count in counts]
 
-    def _prune_text(self, scope: Scope) -> Eviction | None:
-        secondary, read, others = scope.request.state[(self, scope.layer, "tiers")]
-        words = [scope.keys - hold - pad for hold, pad in zip(secondary, others, strict=True)]
+    def _prune_text(self, context: LayerContext) -> Eviction | None:
+        secondary, read, others = context.request.state[(self, context.layer, "tiers")]
+        words = [context.keys - hold - pad for hold, pad in zip(secondary, others, strict=True)]
         stay = [min(max(round(self.text_keep * n), self.text_first), n) for n in words]
         if stay == words:
             return None
-        text = ~scope.visual if scope.real is None else ~scope.visual & scope.real
+        text = ~context.visual if context.real is None else ~context.visual & context.real
         number = text.cumsum(1)  # of each text token, from 1
-        limits = torch.tensor([words, stay], device=scope.device)[..., None]
+        limits = torch.tensor([words, stay], device=context.device)[..., None]
         recent = number > limits[0] - limits[1] // 2
         first = number <= self.text_first
-        paid = find_slots(self, scope, "paid")
+        paid = find_slots(self, context, "paid")
         scores = paid + 1e6 * first + 1e3 * recent
         counts = tuple(hold + n for hold, n in zip(secondary, stay, strict=True))
-        scope.request.state[(self, scope.layer, "tiers")] = (secondary, read, self._others(scope, counts))
-        return Eviction(scope.visual | best(scores, text, stay), counts)
+        context.request.state[(self, context.layer, "tiers")] = (secondary, read, self._others(context, counts))
+        return Eviction(context.visual | best(scores, text, stay), counts)

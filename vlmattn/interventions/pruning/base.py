@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, UnsupportedError
-from vlmattn.interventions.registry import MANY, Options, Sizes, option, parse_layers
-from vlmattn.request import Choice, Scope, Sight, Stage, Weights
+from vlmattn.options import MANY, Options, option, parse_layers
+from vlmattn.request import ImageFeatures, KeptTokens, LayerContext, PruningStage, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,9 @@ class Pruning(Options):
     """
 
     earliest: ClassVar[int] = 1  # the cache of layer 0 stays whole, but for methods that see to that
-    looks_ahead: ClassVar[bool] = False  # asks for ``Stage.weights``, which takes the layer's projections once more
+    looks_ahead: ClassVar[bool] = (
+        False  # asks for ``PruningStage.weights``, which takes the layer's projections once more
+    )
     mode: str = option("drop", about="drop the tokens, or only hide them (to compare)", choices=("drop", "mask"))
 
     #: How positions are kept, for methods that may count them anew.
@@ -36,7 +39,7 @@ class Pruning(Options):
         """Position ids are counted anew."""
         return False
 
-    def bind(self, sizes: Sizes) -> Pruning:
+    def bind(self, anatomy: Anatomy) -> Pruning:
         """This method for one model.
 
         Raises:
@@ -44,28 +47,28 @@ class Pruning(Options):
                 anew where a token has several.
             UnsupportedError: layers that see a sliding window.
         """
-        if sizes.window:
+        if anatomy.window:
             raise UnsupportedError(
                 f"'{self.info.name}' drops tokens, and this language model has sliding windows, which count them; use a model"
                 " with full attention in every layer"
             )
-        if self.compact and sizes.axes > 1:
+        if self.compact and anatomy.axes > 1:
             raise OptionError(
-                f"{self.info.name} counts positions anew, and tokens of this model have {sizes.axes} positions each; {self.keeping}"
+                f"{self.info.name} counts positions anew, and tokens of this model have {anatomy.axes} positions each; {self.keeping}"
             )
-        for layer in self.stages(sizes):
-            if not self.earliest <= layer < sizes.layers:
+        for layer in self.stages(anatomy):
+            if not self.earliest <= layer < anatomy.layers:
                 raise OptionError(
-                    f"{self.info.name}: tokens can be dropped before the layers {self.earliest}..{sizes.layers - 1} of this model, got {layer}"
+                    f"{self.info.name}: tokens can be dropped before the layers {self.earliest}..{anatomy.layers - 1} of this model, got {layer}"
                 )
-            if layer < sizes.deepstack:
+            if layer < anatomy.deepstack:
                 raise OptionError(
-                    f"{self.info.name}: this model adds image features after its first {sizes.deepstack} layers; drop tokens"
-                    f" before layer {sizes.deepstack} or later, got {layer}"
+                    f"{self.info.name}: this model adds image features after its first {anatomy.deepstack} layers; drop tokens"
+                    f" before layer {anatomy.deepstack} or later, got {layer}"
                 )
         return self
 
-    def stages(self, sizes: Sizes) -> tuple[int, ...]:
+    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
         """Layers that only the chosen rows reach, ascending."""
         raise NotImplementedError
 
@@ -77,33 +80,33 @@ class Pruning(Options):
         """
         raise NotImplementedError
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        """Layers whose attention ``measure`` looks at."""
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Layers whose attention ``on_attention`` looks at."""
         return ()
 
-    def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        """Layers of the vision tower that ``encoded`` looks at."""
+    def tower_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Layers of the vision tower that ``on_image_features`` looks at."""
         return ()
 
     @property
-    def measures_generated(self) -> bool:
+    def follows_attention(self) -> bool:
         return False
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
         """While the prompt is read: unedited attention of a measured layer."""
 
-    def encoded(self, sight: Sight) -> None:
+    def on_image_features(self, sight: ImageFeatures) -> None:
         """Once the images of new prompt tokens are encoded, before the decoder."""
 
-    def enter(self, stage: Stage) -> None:
+    def on_embeddings(self, stage: PruningStage) -> None:
         """Before the first layer: the rows of a part of the prompt that has images."""
 
-    def counts(self, stage: Stage) -> tuple[int, ...]:
+    def counts(self, stage: PruningStage) -> tuple[int, ...]:
         """Image tokens of each sequence that go on: never more than there are."""
         pairs = zip(stage.given, stage.counts, strict=True)
         return tuple(min(self.kept(stage.layer, given, left), left) for given, left in pairs)
 
-    def choose(self, stage: Stage) -> Choice:
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
         """Which rows go on."""
         raise NotImplementedError
 
@@ -130,20 +133,20 @@ class Staged(Pruning):
     def at(self, share: float) -> Staged:
         return replace(self, keep_ratios=scaled(self.keep_ratios, share))
 
-    def bind(self, sizes: Sizes) -> Staged:
-        bound = replace(self, layers=",".join(map(str, self.stages(sizes))))
-        Pruning.bind(bound, sizes)
+    def bind(self, anatomy: Anatomy) -> Staged:
+        bound = replace(self, layers=",".join(map(str, self.stages(anatomy))))
+        Pruning.bind(bound, anatomy)
         return bound
 
-    def stages(self, sizes: Sizes) -> tuple[int, ...]:
+    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
         """In a model of few layers shares of the depth move up, so that each stage has a layer of its own."""
         found: list[int] = []
         for part in self.layers.split(","):
-            (layer,) = parse_layers(part, sizes.layers, f"{self.info.name}.layers")
+            (layer,) = parse_layers(part, anatomy.layers, f"{self.info.name}.layers")
             lowest = found[-1] + 1 if found else 1
             found.append(max(layer, lowest) if "/" in part else layer)
         if any(a >= b for a, b in pairwise(found)):
-            raise OptionError(f"{self.info.name}.layers must ascend, got {found} in {sizes.layers} layers")
+            raise OptionError(f"{self.info.name}.layers must ascend, got {found} in {anatomy.layers} layers")
         return tuple(found)
 
     def ratio(self, layer: int) -> float:

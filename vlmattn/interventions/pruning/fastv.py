@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.pruning.base import Pruning, budget
-from vlmattn.interventions.registry import Sizes, option, register
-from vlmattn.request import Choice, Scope, Stage, Weights
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import KeptTokens, LayerContext, PruningStage, Weights
 
 
 @register(
@@ -49,21 +51,21 @@ class FastV(Pruning):
     def at(self, share: float) -> FastV:
         return replace(self, keep_ratio=share, keep_tokens=0)
 
-    def stages(self, sizes: Sizes) -> tuple[int, ...]:
+    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
         return (self.layer,)
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         return (self.layer - 1,)
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        start = scope.step.start or 0
-        row = scope.request.prompt_length - 1 - start
-        seen = weights(row, row + 1)[:, :, 0, start : start + scope.queries].mean(1)
-        scope.request.state[(self, "gaze")] = seen
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        start = context.step.start or 0
+        row = context.request.prompt_length - 1 - start
+        seen = weights(row, row + 1)[:, :, 0, start : start + context.queries].mean(1)
+        context.request.state[(self, "gaze")] = seen
 
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:
         return budget(self.keep_ratio, self.keep_tokens, sum(given))
 
-    def choose(self, stage: Stage) -> Choice:
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
         counts = self.counts(stage)
-        return Choice(stage.top(stage.request.state[(self, "gaze")], counts), counts)
+        return KeptTokens(stage.top(stage.request.state[(self, "gaze")], counts), counts)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.files import beside
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.interventions.pruning.policy import KVPolicy, host_counts
-from vlmattn.interventions.registry import Sizes, option, parse_heads
-from vlmattn.request import HeadSplit, Scope
+from vlmattn.options import option, parse_heads
+from vlmattn.request import HeadSplit, LayerContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,38 +46,38 @@ class HeadWise(KVPolicy):
         """Most recent tokens that the other heads keep of a prompt of so many tokens."""
         raise NotImplementedError
 
-    def bind(self, sizes: Sizes) -> HeadWise:
-        KVPolicy.bind(self, sizes)
-        if sizes.query_dim != sizes.head_dim:
+    def bind(self, anatomy: Anatomy) -> HeadWise:
+        KVPolicy.bind(self, anatomy)
+        if anatomy.query_dim != anatomy.head_dim:
             raise UnsupportedError(
-                f"'{self.info.name}' keeps heads apart in the cache, and {sizes.family} has latent attention, whose layers take the"
+                f"'{self.info.name}' keeps heads apart in the cache, and {anatomy.family} has latent attention, whose layers take the"
                 " cache's keys and values for one tensor; use a policy for all heads, like recycled"
             )
         chosen = list(parse_heads(self.heads, f"{self.info.name}.heads"))
         path = self.profile
         if not chosen:
-            path = path or str(beside(sizes.source, HeadProfile.FILE_NAME) or "")
+            path = path or str(beside(anatomy.source, HeadProfile.FILE_NAME) or "")
             if not path:
                 raise OptionError(
                     f"{self.info.name}: which heads keep everything? Give heads='12.3,14.7' (layer.KV head), or measure them:"
                     " find_heads(model, samples).save(folder of the model)"
                 )
-            chosen = self._best(path, sizes)
+            chosen = self._best(path, anatomy)
         for layer, head in chosen:
-            if layer >= sizes.layers or head >= sizes.kv_heads:
+            if layer >= anatomy.layers or head >= anatomy.kv_heads:
                 raise OptionError(
-                    f"{self.info.name}.heads names KV head {head} of layer {layer}, but the model has {sizes.layers} layers of"
-                    f" {sizes.kv_heads} KV heads"
+                    f"{self.info.name}.heads names KV head {head} of layer {layer}, but the model has {anatomy.layers} layers of"
+                    f" {anatomy.kv_heads} KV heads"
                 )
         return replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
 
-    def _best(self, path: str, sizes: Sizes) -> list[tuple[int, int]]:
+    def _best(self, path: str, anatomy: Anatomy) -> list[tuple[int, int]]:
         found = HeadProfile.load(path)
-        found.check(sizes, f"{self.info.name}.profile")
+        found.check(anatomy, f"{self.info.name}.profile")
         found.top(self.score, 1.0)  # says which scores there are
-        repeat, table = sizes.heads // sizes.kv_heads, found.scores[self.score]
+        repeat, table = anatomy.heads // anatomy.kv_heads, found.scores[self.score]
         ranked = sorted(
-            ((layer, head) for layer in self.active_layers(sizes) for head in range(sizes.kv_heads)),
+            ((layer, head) for layer in self.active_layers(anatomy) for head in range(anatomy.kv_heads)),
             key=lambda place: -max(table[place[0]][place[1] * repeat : (place[1] + 1) * repeat]),
         )
         return list(ranked[: max(1, round(self.share * len(ranked)))])
@@ -96,7 +97,7 @@ class HeadWise(KVPolicy):
         held = (full * tokens + (kv_heads - full) * near) / kv_heads
         return held, held
 
-    def split(self, scope: Scope) -> HeadSplit | None:
-        tokens = tuple(n + words for n, words in zip(*host_counts(scope.request, scope.keys), strict=True))
+    def split(self, context: LayerContext) -> HeadSplit | None:
+        tokens = tuple(n + words for n, words in zip(*host_counts(context.request, context.keys), strict=True))
         window = tuple(map(self.window, tokens))
-        return HeadSplit(self._full(scope.layer), self.sinks, window, tokens, self.compensate, self.late)
+        return HeadSplit(self._full(context.layer), self.sinks, window, tokens, self.compensate, self.late)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmattn.interventions.pruning.policy import HeadSlots, KVPolicy, host_counts, image_tokens, slots_of
-from vlmattn.interventions.registry import option, register
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Scope
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext
 
 
 @register(
@@ -56,16 +57,16 @@ class LongHeads(KVPolicy):
         read = min(max(round(self.keep * tiles), 2), tiles) * self.tile
         return images + text, min(read, images) + text
 
-    def look(self, scope: Scope, query: Tensor, key: Tensor) -> None:
-        if scope.step.is_prompt:
-            tiles = self._tiles(scope)
-            scope.keep(self, "tiles", HeadSlots(tiles))
-            scope.keep(self, "new", max(host_counts(scope.request, scope.keys)[1]) - scope.keys)
-            scope.keep(self, "centres", HeadSlots(_centres(key[:, :, : scope.keys], tiles)))
+    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
+        if context.step.is_prompt:
+            tiles = self._tiles(context)
+            context.keep(self, "tiles", HeadSlots(tiles))
+            context.keep(self, "new", max(host_counts(context.request, context.keys)[1]) - context.keys)
+            context.keep(self, "centres", HeadSlots(_centres(key[:, :, : context.keys], tiles)))
             return
-        tiles, centres = scope.kept(self, "tiles").values, scope.kept(self, "centres").values
+        tiles, centres = context.kept(self, "tiles").values, context.kept(self, "centres").values
         packed = query[:, :, -1].reshape(len(query), key.shape[1], -1, query.shape[-1]).float()
-        scope.keep(self, "read", self._nearest((packed @ centres.transpose(-1, -2)).amax(2), tiles))
+        context.keep(self, "read", self._nearest((packed @ centres.transpose(-1, -2)).amax(2), tiles))
 
     def _nearest(self, scores: Tensor, tiles: Tensor) -> Tensor:
         """Slots ``[batch, kv_heads, n]`` of the tiles that are read, -1 for none, from scores ``[batch, kv_heads, tiles]``."""
@@ -80,9 +81,9 @@ class LongHeads(KVPolicy):
         chosen = tiles[:, None].expand(-1, scores.shape[1], -1, -1).gather(2, best)
         return torch.where((number[:most] < wanted)[:, None, :, None], chosen, -1).flatten(2)
 
-    def _tiles(self, scope: Scope) -> Tensor:
+    def _tiles(self, context: LayerContext) -> Tensor:
         """Slots of each tile, int64 ``[batch, tiles, tile]``, -1 where a tile is shorter or there is none."""
-        visual, number = image_tokens(scope), scope.images.long()
+        visual, number = image_tokens(context), context.images.long()
         within = (visual.cumsum(1) - 1).clamp_min(0)
         starts = visual & (number != torch.nn.functional.pad(number, (1, 0), value=-2)[:, :-1])
         first = torch.where(starts, within, 0).cummax(1).values
@@ -90,19 +91,19 @@ class LongHeads(KVPolicy):
         opens = visual & (place % self.tile == 0)
         index = (opens.cumsum(1) - 1).clamp_min(0)
         count = int(opens.sum(1).max())  # one look per prompt and layer
-        slots = torch.arange(scope.keys, device=scope.device).expand_as(index)
-        flat = torch.full((len(index), max(count, 1) * self.tile + 1), -1, device=scope.device)
+        slots = torch.arange(context.keys, device=context.device).expand_as(index)
+        flat = torch.full((len(index), max(count, 1) * self.tile + 1), -1, device=context.device)
         where = torch.where(visual, index * self.tile + place % self.tile, flat.shape[1] - 1)
         flat.scatter_(1, where, slots)
         return flat[:, :-1].view(len(index), max(count, 1), self.tile)
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        if scope.step.is_prompt:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        if context.step.is_prompt:
             return AttentionEdit()
-        chosen: Tensor = scope.kept(self, "read")
-        text = ~scope.visual if scope.real is None else ~scope.visual & scope.real
-        words = slots_of(text, scope.kept(self, "new") + scope.keys)
-        scope.count("longheads", 1)
+        chosen: Tensor = context.kept(self, "read")
+        text = ~context.visual if context.real is None else ~context.visual & context.real
+        words = slots_of(text, context.kept(self, "new") + context.keys)
+        context.count("longheads", 1)
         return AttentionEdit(read=torch.cat([words.expand(-1, chosen.shape[1], -1), chosen], -1))
 
 

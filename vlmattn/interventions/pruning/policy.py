@@ -8,16 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import UnsupportedError
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.registry import Sizes, option
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import TEXT, Eviction, HeadSplit, Request, Scope, Slots
+from vlmattn.options import option
+from vlmattn.request import TEXT, Eviction, HeadSplit, LayerContext, Request, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVPolicy(Intervention):
-    """Base of policies. A selector scores slots of a layer (``measure``, ``look``); what it selects is evicted or read.
+    """Base of policies. A selector scores slots of a layer (``on_attention``, ``on_queries_keys``); what it selects is evicted or read.
 
     Evicted slots are gone, and their memory with them; what a step does not read stays where it is. ``mode`` "mask" hides
     what "drop" evicts: the same choice, to compare with.
@@ -30,13 +31,13 @@ class KVPolicy(Intervention):
     def drops(self) -> bool:
         return self.mode == "drop"
 
-    def bind(self, sizes: Sizes) -> KVPolicy:
-        if sizes.window:
+    def bind(self, anatomy: Anatomy) -> KVPolicy:
+        if anatomy.window:
             raise UnsupportedError(
                 f"'{self.info.name}' chooses cache slots, and this language model has sliding windows, which count them; use a"
                 " model with full attention in every layer"
             )
-        self.active_layers(sizes)
+        self.active_layers(anatomy)
         return self
 
     def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float] | None:
@@ -47,25 +48,25 @@ class KVPolicy(Intervention):
         """
         return None
 
-    def look(self, scope: Scope, query: Tensor, key: Tensor) -> None:
+    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
         """Queries ``[batch, heads, query, dim]`` and keys ``[batch, kv_heads, key, dim]`` of an active layer, before the edit."""
 
-    def evict(self, scope: Scope) -> Eviction | None:
+    def evict(self, context: LayerContext) -> Eviction | None:
         """Which slots of the layer's cache stay, once the layer has run; None = all."""
         return None
 
-    def split(self, scope: Scope) -> HeadSplit | None:
+    def split(self, context: LayerContext) -> HeadSplit | None:
         """Which KV heads of the layer keep everything from now on, once a prompt has run through it; None = all."""
         return None
 
-    def edit(self, scope: Scope) -> AttentionEdit:
+    def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()
 
-    def step(self, scope: Scope, advance: bool = False) -> int:
+    def step(self, context: LayerContext, advance: bool = False) -> int:
         """Forwards of this layer since the prompt was read, 0 for the first; ``advance`` counts this one."""
-        key = (self, scope.layer, "step")
-        count: int = 0 if scope.step.is_prompt else scope.request.state.get(key, 0)
-        scope.request.state[key] = 0 if scope.step.is_prompt else count + advance
+        key = (self, context.layer, "step")
+        count: int = 0 if context.step.is_prompt else context.request.state.get(key, 0)
+        context.request.state[key] = 0 if context.step.is_prompt else count + advance
         return count
 
 
@@ -82,16 +83,16 @@ class HeadSlots:
         return self if rows is None else HeadSlots(self.values[rows.to(self.values.device)])
 
 
-def image_tokens(scope: Scope) -> Tensor:
+def image_tokens(context: LayerContext) -> Tensor:
     """bool ``[batch, keys]``: real image tokens among the slots of a layer."""
-    real = scope.real
-    return scope.visual if real is None else scope.visual & real
+    real = context.real
+    return context.visual if real is None else context.visual & real
 
 
-def find_slots(policy: KVPolicy, scope: Scope, name: str) -> Tensor:
+def find_slots(policy: KVPolicy, context: LayerContext, name: str) -> Tensor:
     """What a policy keeps by slot under ``name``, ``[batch, keys]``."""
-    kept: Slots = scope.request.state[(policy, scope.layer, name)]
-    return kept.read(scope.keys, scope.device)
+    kept: Slots = context.request.state[(policy, context.layer, name)]
+    return kept.read(context.keys, context.device)
 
 
 def best(scores: Tensor, among: Tensor, counts: list[int]) -> Tensor:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmattn.interventions.pruning.base import Staged
-from vlmattn.interventions.registry import option, register
-from vlmattn.request import Choice, Stage
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import KeptTokens, PruningStage
 
 
 @register(
@@ -65,8 +66,8 @@ class PyramidDrop(Staged):
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:
         return int(self.ratio(layer) * sum(given))
 
-    def choose(self, stage: Stage) -> Choice:
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
         counts = self.counts(stage)
         row = stage.request.prompt_length - 1 - stage.start
         seen = stage.weights(row, row + 1)[:, :, 0].mean(1)
-        return Choice(stage.top(seen[:, stage.start : stage.start + stage.hidden.shape[1]], counts), counts)
+        return KeptTokens(stage.top(seen[:, stage.start : stage.start + stage.hidden.shape[1]], counts), counts)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmattn.interventions.pruning.headwise import HeadWise
-from vlmattn.interventions.registry import option, register
+from vlmattn.options import option
+from vlmattn.registry import register
 
 
 @register(

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.pruning.policy import HeadSlots, KVPolicy
-from vlmattn.interventions.registry import Sizes, option, register
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Scope, Weights
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import LayerContext, Weights
 
 
 @register(
@@ -59,66 +61,70 @@ class RecycledAttention(KVPolicy):
             else (held, ((self.stride - 1) * min(self.keys, held) + held) / self.stride)
         )
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return self.active_layers(sizes)
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return self.active_layers(anatomy)
 
     @property
-    def measures_generated(self) -> bool:
+    def follows_attention(self) -> bool:
         return True
 
-    def look(self, scope: Scope, query: Tensor, key: Tensor) -> None:
-        scope.keep(self, "kv_heads", key.shape[1])
-        if self.trigger == "stride" or scope.step.is_prompt:
-            full = scope.step.is_prompt or (self.step(scope) + 1) % self.stride == 0
-            scope.keep(self, "full", torch.full((len(query), 1), full, device=query.device))
-            scope.keep(self, "any", full)
-            scope.keep(self, "all", full)
+    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
+        context.keep(self, "kv_heads", key.shape[1])
+        if self.trigger == "stride" or context.step.is_prompt:
+            full = context.step.is_prompt or (self.step(context) + 1) % self.stride == 0
+            context.keep(self, "full", torch.full((len(query), 1), full, device=query.device))
+            context.keep(self, "any", full)
+            context.keep(self, "all", full)
         else:
-            then: Tensor = scope.kept(self, "query").values.to(query.device)
+            then: Tensor = context.kept(self, "query").values.to(query.device)
             likeness = torch.cosine_similarity(query[:, :, -1].float(), then, dim=-1).mean(1, keepdim=True)
             changed = likeness < self.similar
-            scope.keep(self, "full", changed)
+            context.keep(self, "full", changed)
             for name, found in zip(("any", "all"), torch.stack([changed.any(), changed.all()]).tolist(), strict=True):
-                scope.keep(self, name, found)
+                context.keep(self, name, found)
         if self.trigger == "similarity":
-            self._update(scope, "query", query[:, :, -1].float())
+            self._update(context, "query", query[:, :, -1].float())
 
-    def _update(self, scope: Scope, name: str, values: Tensor) -> None:
+    def _update(self, context: LayerContext, name: str, values: Tensor) -> None:
         """Keep ``[batch, heads, ...]`` of the sequences whose step is full."""
-        old: HeadSlots | None = scope.find(self, name)
-        if old is not None and not scope.kept(self, "all"):
-            full: Tensor = scope.kept(self, "full")
+        old: HeadSlots | None = context.find(self, name)
+        if old is not None and not context.kept(self, "all"):
+            full: Tensor = context.kept(self, "full")
             values = torch.where(full.view(-1, *(1,) * (values.ndim - 1)), values, old.values.to(values.device))
-        scope.keep(self, name, HeadSlots(values))
+        context.keep(self, name, HeadSlots(values))
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        if not scope.kept(self, "any"):
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        if not context.kept(self, "any"):
             return
-        row = scope.request.prompt_length - 1 - (scope.step.start or 0) if scope.step.is_prompt else scope.queries - 1
-        heads: int = scope.kept(self, "kv_heads")
-        per_head = weights(row, row + 1)[:, :, 0, : scope.keys]
-        seen = per_head.view(len(per_head), heads, -1, scope.keys).amax(2)
-        if scope.keys < self.keys:
-            seen = pad(seen, (0, self.keys - scope.keys))
+        row = (
+            context.request.prompt_length - 1 - (context.step.start or 0)
+            if context.step.is_prompt
+            else context.queries - 1
+        )
+        heads: int = context.kept(self, "kv_heads")
+        per_head = weights(row, row + 1)[:, :, 0, : context.keys]
+        seen = per_head.view(len(per_head), heads, -1, context.keys).amax(2)
+        if context.keys < self.keys:
+            seen = pad(seen, (0, self.keys - context.keys))
         found = seen.topk(self.keys, dim=-1)
-        self._update(scope, "next", torch.where(found.values > 0, found.indices, -1))
-        self._update(scope, "held", torch.full((len(seen), 1), scope.keys, device=seen.device))
-        if scope.kept(self, "all"):
-            scope.keep(self, "since", scope.keys)
+        self._update(context, "next", torch.where(found.values > 0, found.indices, -1))
+        self._update(context, "held", torch.full((len(seen), 1), context.keys, device=seen.device))
+        if context.kept(self, "all"):
+            context.keep(self, "since", context.keys)
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        self.step(scope, advance=True)
-        if scope.kept(self, "all"):
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        self.step(context, advance=True)
+        if context.kept(self, "all"):
             return AttentionEdit()
-        chosen, held = (scope.kept(self, name).values.to(scope.device) for name in ("next", "held"))
-        slots = torch.arange(scope.keys, device=scope.device)
-        new = slots[scope.kept(self, "since") :]
+        chosen, held = (context.kept(self, name).values.to(context.device) for name in ("next", "held"))
+        slots = torch.arange(context.keys, device=context.device)
+        new = slots[context.kept(self, "since") :]
         new = torch.where(new >= held, new, -1)
         read = torch.cat([chosen, new[:, None].expand(-1, chosen.shape[1], -1)], -1)
-        scope.count("recycled", 1)
-        if not scope.kept(self, "any"):
+        context.count("recycled", 1)
+        if not context.kept(self, "any"):
             return AttentionEdit(read=read)
-        width = max(scope.keys, read.shape[-1])
-        whole, read = pad(slots, (0, width - scope.keys), value=-1), pad(read, (0, width - read.shape[-1]), value=-1)
-        full: Tensor = scope.kept(self, "full")
+        width = max(context.keys, read.shape[-1])
+        whole, read = pad(slots, (0, width - context.keys), value=-1), pad(read, (0, width - read.shape[-1]), value=-1)
+        full: Tensor = context.kept(self, "full")
         return AttentionEdit(read=torch.where(full[..., None], whole, read))

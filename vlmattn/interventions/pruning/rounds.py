@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.interventions.pruning.policy import KVPolicy, host_counts, image_tokens, slots_of
-from vlmattn.interventions.registry import Sizes, option, parse_layers, register
 from vlmattn.kernels import AttentionEdit
-from vlmattn.request import Eviction, Scope, Weights
+from vlmattn.options import option, parse_layers
+from vlmattn.registry import register
+from vlmattn.request import Eviction, LayerContext, Weights
 
 
 @register(
@@ -50,51 +52,51 @@ class Rounds(KVPolicy):
         """``share`` is that of the gaze on images, not of the tokens."""
         return replace(self, keep_mass=share)
 
-    def bind(self, sizes: Sizes) -> Rounds:
-        found = parse_layers(self.watershed, sizes.layers, "rounds.watershed")
-        if len(found) != 1 or found[0] >= sizes.layers - 1:
+    def bind(self, anatomy: Anatomy) -> Rounds:
+        found = parse_layers(self.watershed, anatomy.layers, "rounds.watershed")
+        if len(found) != 1 or found[0] >= anatomy.layers - 1:
             raise OptionError(f"rounds.watershed must name one layer before the last, got '{self.watershed}'")
-        above = [layer for layer in self.active_layers(sizes) if layer > found[0]]
+        above = [layer for layer in self.active_layers(anatomy) if layer > found[0]]
         bound = replace(self, watershed=str(found[0]), layers=",".join(map(str, above)))
-        KVPolicy.bind(bound, sizes)
+        KVPolicy.bind(bound, anatomy)
         return bound
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         return (int(self.watershed),)
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        start = scope.step.start or 0
-        row = scope.request.prompt_length - 1 - start
-        seen = weights(row, row + 1)[:, :, 0, : scope.keys].mean(1)
-        visual, number = image_tokens(scope), scope.images.long()
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        start = context.step.start or 0
+        row = context.request.prompt_length - 1 - start
+        seen = weights(row, row + 1)[:, :, 0, : context.keys].mean(1)
+        visual, number = image_tokens(context), context.images.long()
         count = int(number.max()) + 1  # one look per prompt
         mass = torch.zeros(len(seen), count, device=seen.device).scatter_add_(1, number.clamp_min(0), seen * visual)
         ranked = mass.sort(dim=1, descending=True, stable=True)
         before = ranked.values.cumsum(1) - ranked.values
         stays = before < self.keep_mass * mass.sum(1, keepdim=True)
         stays[:, 0] = True
-        scope.request.state[(self, "images")] = torch.zeros_like(stays).scatter_(1, ranked.indices, stays)
+        context.request.state[(self, "images")] = torch.zeros_like(stays).scatter_(1, ranked.indices, stays)
 
-    def _stay(self, scope: Scope) -> torch.Tensor:
+    def _stay(self, context: LayerContext) -> torch.Tensor:
         """bool ``[batch, keys]``: slots that are no token of another image."""
-        chosen: torch.Tensor = scope.request.state[(self, "images")].to(scope.device)
-        return ~scope.visual | chosen.gather(1, scope.images.long().clamp_min(0))
+        chosen: torch.Tensor = context.request.state[(self, "images")].to(context.device)
+        return ~context.visual | chosen.gather(1, context.images.long().clamp_min(0))
 
-    def evict(self, scope: Scope) -> Eviction | None:
-        if not scope.step.is_prompt or self.memory == "read":
+    def evict(self, context: LayerContext) -> Eviction | None:
+        if not context.step.is_prompt or self.memory == "read":
             return None
-        stay = self._stay(scope)
-        _, text = host_counts(scope.request, scope.keys)
-        images = (stay & image_tokens(scope)).sum(1).tolist()
+        stay = self._stay(context)
+        _, text = host_counts(context.request, context.keys)
+        images = (stay & image_tokens(context)).sum(1).tolist()
         return Eviction(stay, tuple(n + words for n, words in zip(images, text, strict=True)))
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        if self.memory == "evict" or scope.step.is_prompt:
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        if self.memory == "evict" or context.step.is_prompt:
             return AttentionEdit()
-        stay, name = self._stay(scope), (self, scope.layer, "most")
-        if (real := scope.real) is not None:
+        stay, name = self._stay(context), (self, context.layer, "most")
+        if (real := context.real) is not None:
             stay = stay & real
-        if self.step(scope, advance=True) == 0:
-            scope.request.state[name] = int(stay.sum(1).max()) - scope.keys  # one look per layer and prompt
-        scope.count("rounds", 1)
-        return AttentionEdit(read=slots_of(stay, scope.request.state[name] + scope.keys))
+        if self.step(context, advance=True) == 0:
+            context.request.state[name] = int(stay.sum(1).max()) - context.keys  # one look per layer and prompt
+        context.count("rounds", 1)
+        return AttentionEdit(read=slots_of(stay, context.request.state[name] + context.keys))

@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.pruning.base import Staged
-from vlmattn.interventions.registry import Sizes, option, register
-from vlmattn.request import Choice, Scope, Slots, Stage, Weights
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import KeptTokens, LayerContext, PruningStage, Slots, Weights
 
 _ROWS = 64  # rater rows whose attention is looked at together
 
@@ -82,10 +84,10 @@ class SparseVLM(Staged):
     def compact(self) -> bool:
         return self.version == "1"
 
-    def measured_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        return tuple(layer - 1 for layer in self.stages(sizes))
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return tuple(layer - 1 for layer in self.stages(anatomy))
 
-    def enter(self, stage: Stage) -> None:
+    def on_embeddings(self, stage: PruningStage) -> None:
         """Find the raters."""
         after = stage.text & (stage.visual.cumsum(1) > 0)
         words = after.any(0).nonzero().flatten()
@@ -97,21 +99,21 @@ class SparseVLM(Staged):
         kept: Slots = stage.request.state.setdefault((self, "raters"), Slots(False, torch.bool))
         kept.write(stage.start, raters)
 
-    def measure(self, scope: Scope, weights: Weights) -> None:
-        start = scope.step.start or 0
-        raters = scope.request.read(scope.request.state[(self, "raters")], start + scope.queries, scope.device)[
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        start = context.step.start or 0
+        raters = context.request.read(context.request.state[(self, "raters")], start + context.queries, context.device)[
             :, start:
         ]
         rows = raters.any(0).nonzero().flatten()
         seen = []
         for few in torch.split(rows, _ROWS) if len(rows) else ():
             first, last = int(few[0]), int(few[-1]) + 1
-            found = weights(first, last)[..., start : start + scope.queries]
+            found = weights(first, last)[..., start : start + context.queries]
             seen.append(found[:, :, few - first] * raters[:, None, few, None])
-        empty = raters.new_zeros(len(raters), scope.heads, 0, scope.queries, dtype=torch.float32)
-        scope.request.state[(self, "gaze")] = (rows, raters[:, rows], torch.cat(seen, 2) if seen else empty)
+        empty = raters.new_zeros(len(raters), context.heads, 0, context.queries, dtype=torch.float32)
+        context.request.state[(self, "gaze")] = (rows, raters[:, rows], torch.cat(seen, 2) if seen else empty)
 
-    def scores(self, stage: Stage) -> Tensor:
+    def scores(self, stage: PruningStage) -> Tensor:
         """s, float32 ``[batch, rows]``."""
         rows, raters, seen = stage.request.state.pop((self, "gaze"))  # seen: [batch, heads, rater, rows]
         if self.version == "2":
@@ -139,12 +141,12 @@ class SparseVLM(Staged):
         merged = int(dropped * self.recycle) + 1
         return merged, int(merged / self.cluster_size) + 1
 
-    def choose(self, stage: Stage) -> Choice:
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
         scores, after = self.scores(stage), self.counts(stage)
         chosen = [self._chosen(stage.layer, *counts) for counts in zip(stage.given, stage.counts, strict=True)]
         keep = stage.top(scores, chosen)
         if chosen == list(after):
-            return Choice(keep, after)
+            return KeptTokens(keep, after)
         hidden = stage.hidden.clone()
         for row, (count, left) in enumerate(zip(chosen, stage.counts, strict=True)):
             taken, clusters = self._clusters(left - count)
@@ -156,7 +158,7 @@ class SparseVLM(Staged):
             places = torch.cat([mine, others[-clusters:]]).sort().values  # merged tokens follow the kept ones
             hidden[row, places] = content
             keep[row, places] = True
-        return Choice(keep, after, hidden)
+        return KeptTokens(keep, after, hidden)
 
 
 def cluster_means(tokens: Tensor, clusters: int) -> Tensor:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.interventions.base import check_tower
 from vlmattn.interventions.pruning.base import Pruning, scaled
-from vlmattn.interventions.registry import Sizes, option, register
-from vlmattn.request import Choice, Image, Sight, Stage
+from vlmattn.options import option
+from vlmattn.registry import register
+from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
 
 
 @register(
@@ -80,12 +82,12 @@ class VisionZip(Pruning):
         dominant, contextual = scaled((self.dominant + self.contextual, self.dominant, self.contextual), share)[1:]
         return replace(self, dominant=dominant, contextual=min(contextual, 1 - dominant))
 
-    def stages(self, sizes: Sizes) -> tuple[int, ...]:
+    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
         return (0,)
 
-    def tower_layers(self, sizes: Sizes) -> tuple[int, ...]:
-        check_tower("visionzip", sizes)
-        return (sizes.tower_layers - 2,)
+    def tower_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        check_tower("visionzip", anatomy)
+        return (anatomy.tower_layers - 2,)
 
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:
         return sum(sum(self._budget(count)) for count in given)
@@ -95,7 +97,7 @@ class VisionZip(Pruning):
         dominant = max(round(self.dominant * tokens), 1)
         return dominant, min(round(self.contextual * tokens), tokens - dominant)
 
-    def encoded(self, sight: Sight) -> None:
+    def on_image_features(self, sight: ImageFeatures) -> None:
         contents, stays = [], []
         for image in sight.images:
             content, stay = self._zip(image)
@@ -139,9 +141,9 @@ class VisionZip(Pruning):
         counts = torch.bincount(where, minlength=len(targets)).clamp_min(1)[:, None]
         return features[targets] + (sums / counts).to(features)
 
-    def choose(self, stage: Stage) -> Choice:
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
         content, stay = stage.request.state.pop((self, "zipped"))
         more = stage.hidden.shape[1] - stay.shape[1]  # tokens behind the prompt
         content, stay = pad(content, (0, 0, 0, more)), pad(stay, (0, more))
         hidden = torch.where(stay[..., None], content.to(stage.hidden), stage.hidden)
-        return Choice(stay & stage.visual, self.counts(stage), hidden)
+        return KeptTokens(stay & stage.visual, self.counts(stage), hidden)

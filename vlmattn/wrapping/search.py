@@ -20,9 +20,9 @@ from vlmattn.decoding.search import Hypothesis, LastLook, Process, Search
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import OF_TOKENS
 from vlmattn.request import TEXT, Request
+from vlmattn.wrapping.branch_cache import REQUEST
 from vlmattn.wrapping.branches import NOT_PASSED_ON, new_cache, run, setting_of, to_device
 from vlmattn.wrapping.call import CALL, Call, TowerView
-from vlmattn.wrapping.merged import REQUEST
 
 # Which prompt of the batch the logits processors work on, in this thread.
 _ROW: ContextVar[int | None] = ContextVar("vlmattn_row", default=None)

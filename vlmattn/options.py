@@ -1,66 +1,14 @@
-"""What all methods share: options that check themselves, layer ranges, and the registry of methods and presets."""
+"""Options of methods, which check themselves, and ranges of layers and heads."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar
 
-from vlmattn.errors import OptionError, UnknownNameError, quoted
-
-
-class Sizes(Protocol):
-    """What a method may know about a model (``models.Anatomy`` fits)."""
-
-    @property
-    def layers(self) -> int: ...
-
-    @property
-    def heads(self) -> int: ...
-
-    @property
-    def kv_heads(self) -> int: ...
-
-    @property
-    def head_dim(self) -> int: ...
-
-    @property
-    def query_dim(self) -> int: ...
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def tower_layers(self) -> int: ...
-
-    @property
-    def backbone(self) -> tuple[str, int, int, int]: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def deepstack(self) -> int: ...
-
-    @property
-    def window(self) -> int: ...
-
-    @property
-    def attending(self) -> tuple[int, ...] | None: ...
-
-    @property
-    def family(self) -> str: ...
-
-    @property
-    def refused(self) -> tuple[tuple[str, str], ...]: ...
-
-    @property
-    def axes(self) -> int: ...
+from vlmattn.errors import OptionError, quoted
 
 
 @dataclass(frozen=True)
@@ -194,52 +142,3 @@ def parse_heads(spec: str, name: str, what: str = "layer.head") -> tuple[tuple[i
     return tuple(
         (int(layer), int(head)) for layer, head in (pair.split(".") for pair in spec.split(",") if pair.strip())
     )
-
-
-_METHODS: dict[str, type[Options]] = {}
-_PRESETS: dict[str, PresetInfo] = {}
-_M = TypeVar("_M", bound=type[Options])
-
-
-def register(
-    name: str,
-    *,
-    paper: str,
-    code: str,
-    faithful: str,
-    parts: str,
-    cost: str,
-    presets: Mapping[str, tuple[str, dict[str, Any]]],
-) -> Callable[[_M], _M]:
-    """Class decorator: make a method known under ``name``, with presets given as name -> (about, options)."""
-
-    def add(cls: _M) -> _M:
-        if name in _METHODS:
-            raise OptionError(f"method '{name}' is registered twice: {_METHODS[name].__module__} and {cls.__module__}")
-        cls.info = MethodInfo(name, paper, code, faithful, parts, cost)
-        _METHODS[name] = cls
-        for preset, (about, options) in presets.items():
-            _PRESETS[preset] = PresetInfo(preset, name, about, options)
-        return cls
-
-    return add
-
-
-def find_method(name: str) -> type[Options]:
-    if name not in _METHODS:
-        raise UnknownNameError("method", name, _METHODS)
-    return _METHODS[name]
-
-
-def all_presets() -> dict[str, PresetInfo]:
-    return dict(sorted(_PRESETS.items()))
-
-
-def make_method(name: str, options: Mapping[str, Any]) -> Options:
-    """An instance from plain data; unknown options are an error that names the known ones."""
-    cls = find_method(name)
-    known = [spec.name for spec in dataclasses.fields(cls)]
-    for key in options:
-        if key not in known:
-            raise UnknownNameError(f"option of '{name}'", key, known)
-    return cls(**options)

@@ -45,11 +45,11 @@ class Kept:
             stay = keep if self.valid is None else keep & self.valid
             order = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
             return Kept(self.slots, stay, tuple(visual), compact), order
-        order, valid = closed_up(keep, self.valid, [v + t for v, t in zip(visual, text, strict=True)])
+        order, valid = compacted(keep, self.valid, [v + t for v, t in zip(visual, text, strict=True)])
         return Kept(self.slots.gather(1, order), valid, tuple(visual), compact), order
 
 
-def closed_up(keep: Tensor, valid: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+def compacted(keep: Tensor, valid: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Places ``[batch, max(counts)]`` of those that stay, ascending, and which of them are no fillers (None = all).
 
     Args:

@@ -10,9 +10,9 @@ from transformers import cache_utils
 
 from vlmattn import attention, compat
 from vlmattn.errors import UnsupportedError
-from vlmattn.request import Plan, Scope, Step, TokenMap, closed_up
-from vlmattn.wrapping.dropping import speak_original
-from vlmattn.wrapping.split import SplitLayer, picked
+from vlmattn.request import LayerContext, Plan, Step, TokenMap, compacted
+from vlmattn.wrapping.cache_layers import SplitLayer, picked
+from vlmattn.wrapping.pruning import report_original_lengths
 
 
 def check_cache(plan: Plan, cache: Any, used: bool) -> None:
@@ -57,20 +57,20 @@ def after_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
     if isinstance(layer, SplitLayer):
         return
     queries, keys = (args[0] if args else kwargs["hidden_states"]).shape[1], layer.keys.shape[-2]
-    scope = Scope(step, index, queries, keys, layer.keys.device)
-    split = policy.split(scope) if step.is_prompt else None
+    context = LayerContext(step, index, queries, keys, layer.keys.device)
+    split = policy.split(context) if step.is_prompt else None
     if split is not None and len(split.full) < layer.keys.shape[1]:
-        cache.layers[index] = apart = SplitLayer(layer, scope.real, split)
+        cache.layers[index] = apart = SplitLayer(layer, context.real, split)
         request.ledger.add(("fired", policy.info.name), apart.let_go)
-    found = policy.evict(scope)
+    found = policy.evict(context)
     if found is None:
         return
     if policy.drops:
-        order, valid = closed_up(found.keep, scope.real, found.counts)
+        order, valid = compacted(found.keep, context.real, found.counts)
         layer.keys, layer.values = (picked(states, order) for states in (layer.keys, layer.values))
     else:
-        order = torch.arange(keys, device=scope.device).expand(found.keep.shape)
-        valid = found.keep if scope.real is None else found.keep & scope.real
+        order = torch.arange(keys, device=context.device).expand(found.keep.shape)
+        valid = found.keep if context.real is None else found.keep & context.real
     request.evict(index, TokenMap.evicted(request.maps[index], order, valid, keys), order, keys)
     request.ledger.add(("fired", policy.info.name), sum(keys - count for count in found.counts))
-    speak_original(cache)
+    report_original_lengths(cache)

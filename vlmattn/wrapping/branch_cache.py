@@ -29,7 +29,7 @@ REQUEST = "_vlmattn_request"  # where a request rides on its cache
 
 
 @dataclass(eq=False)
-class View:
+class ReadPrompt:
     """A prompt that has been read, in ``n`` rows.
 
     Attributes:
@@ -50,7 +50,7 @@ class View:
         """What edits know of these rows; None = no edits."""
         return getattr(self.cache, REQUEST, None)
 
-    def repeated(self, times: int) -> View:
+    def repeated(self, times: int) -> ReadPrompt:
         """Every row ``times`` times, one after another, as generate() repeats its inputs for beams."""
         if times == 1:
             return self
@@ -59,7 +59,7 @@ class View:
         if request is not None:
             rows = torch.arange(len(self.mask)).repeat_interleave(times)
             setattr(self.cache, REQUEST, request.moved(rows))
-        return View(
+        return ReadPrompt(
             self.cache,
             self.logits.repeat_interleave(times, 0),
             self.mask.repeat_interleave(times, 0),
@@ -68,7 +68,7 @@ class View:
         )
 
 
-class Merged:
+class BranchCache:
     """The row groups of one call.
 
     Attributes:
@@ -78,7 +78,7 @@ class Merged:
         ropes: factors on the rotary base of each group.
     """
 
-    def __init__(self, contrast: ContrastiveDecoding, views: Sequence[View], call: Call, alone: bool) -> None:
+    def __init__(self, contrast: ContrastiveDecoding, views: Sequence[ReadPrompt], call: Call, alone: bool) -> None:
         self.contrast, self.call, self._base, self._name = contrast, call.token, call.handle._base, call.plan.name
         self._family: Any = call.handle._family
         self.rows, self.prompt = views[0].mask.shape
@@ -98,7 +98,7 @@ class Merged:
         self._window, self._attending = call.handle.anatomy.window, call.handle.anatomy.attending
         self._alone, self._ledger, self._rule = alone, call.ledger, call.plan.rule
 
-    def fill(self, cache: Any, views: Sequence[View]) -> None:
+    def fill(self, cache: Any, views: Sequence[ReadPrompt]) -> None:
         """Move the keys and values of all groups into the cache of the call."""
         grown = self.longest - self.prompt
         for number, parts in enumerate(zip(*(view.cache.layers for view in views), strict=True)):
@@ -228,7 +228,7 @@ def forget_branches(cache: Any) -> None:
         cache.__dict__.pop("reorder_cache", None)
 
 
-def merged_of(cache: Any) -> Merged | None:
+def merged_of(cache: Any) -> BranchCache | None:
     """The row groups on a cache, if it has some."""
     return getattr(cache, MERGED, None)
 
@@ -247,7 +247,7 @@ def _make_room(layer: Any, rows: int, grown: int) -> None:
 
 
 def _reorder_cache(self: Any, beams: Tensor) -> None:
-    merged: Merged = getattr(self, MERGED)
+    merged: BranchCache = getattr(self, MERGED)
     rows = torch.cat([beams + group * merged.rows for group in range(merged.groups)])
     type(self).reorder_cache(self, rows)
     for request in merged.requests:

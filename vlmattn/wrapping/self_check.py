@@ -14,7 +14,7 @@ from vlmattn import attention
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.models import Family, Generic
-from vlmattn.request import Plan, Request, Scope, Step
+from vlmattn.request import LayerContext, Plan, Request, Step
 
 _TOKENS = 6
 _CLOSE = 1e-2  # relative to the largest output: half precision has 3 digits
@@ -27,12 +27,12 @@ class _Nothing:
     reached: set[int]
 
     @property
-    def measures_generated(self) -> bool:
+    def follows_attention(self) -> bool:
         return False
 
-    def edit(self, scope: Scope) -> AttentionEdit:
-        self.reached.add(scope.layer)
-        return AttentionEdit(logit=(LogitPart(bias=torch.zeros(1, scope.keys, device=scope.device)),))
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        self.reached.add(context.layer)
+        return AttentionEdit(logit=(LogitPart(bias=torch.zeros(1, context.keys, device=context.device)),))
 
 
 def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
@@ -50,7 +50,7 @@ def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
     nothing: Any = _Nothing(set())
     each = tuple((nothing,) if layer in wanted else () for layer in range(anatomy.layers))
     none = ((),) * anatomy.layers
-    request = Request(Plan("check", by_layer=each, observing=none, measuring=none))
+    request = Request(Plan("check", by_layer=each, on_hidden_states=none, on_attention=none))
     types = torch.zeros(1, _TOKENS, dtype=torch.uint8)
     request.extend(0, types, torch.full((1, _TOKENS), -1), None, None)
     try:

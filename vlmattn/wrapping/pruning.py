@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from vlmattn import attention, compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit
-from vlmattn.request import TEXT, Choice, Request, Stage, Step, TokenMap, Weights
-from vlmattn.wrapping.merged import REQUEST
-from vlmattn.wrapping.split import SplitLayer
+from vlmattn.request import TEXT, KeptTokens, PruningStage, Request, Step, TokenMap, Weights
+from vlmattn.wrapping.branch_cache import REQUEST
+from vlmattn.wrapping.cache_layers import SplitLayer
 
 Inputs = tuple[Step, Tensor, dict[str, Any]]
 """A step, the residual stream and the keyword arguments of a layer."""
@@ -48,7 +48,7 @@ def check_continuation(request: Request, start: int) -> None:
         )
 
 
-def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
+def pruned_inputs(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
     """What the layer ``index`` gets, from what the library gives it."""
     request = step.request
     if step.is_prompt:
@@ -58,17 +58,17 @@ def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
         if index == 0 and given:
             for method in dict.fromkeys(request.plan.pruning):
                 if method is not None:
-                    method.enter(_stage(step, layer, index, hidden, kwargs))
+                    method.on_embeddings(_stage(step, layer, index, hidden, kwargs))
         pruner = request.plan.pruning[index] if request.plan.pruning else None
         if pruner is not None and given:
             stage = _stage(step, layer, index, hidden, kwargs)
-            choice = pruner.choose(stage)
+            choice = pruner.choose_tokens(stage)
             request.ledger.add(("fired", pruner.info.name), sum(stage.counts) - sum(choice.counts))
             hidden = _follow(step, choice, hidden, pruner.drops, pruner.compact)
         if (rows := step.rows) is not None:
             real = request.real(request.stop, hidden.device)
-            speak_original(compat.cache_of(kwargs))
-            request.maps[index] = step.once(
+            report_original_lengths(compat.cache_of(kwargs))
+            request.maps[index] = step.memo(
                 ("tokens", before, rows), lambda: TokenMap.of(before, rows, start, request.stop, real)
             )
         request.ledger.add(("image tokens", str(index)), given if rows is None else sum(rows.visual))
@@ -78,7 +78,7 @@ def narrow(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
     return _through(step, request.maps[index], index, hidden, kwargs)
 
 
-def _follow(step: Step, choice: Choice, hidden: Tensor, drop: bool, compact: bool) -> Tensor:
+def _follow(step: Step, choice: KeptTokens, hidden: Tensor, drop: bool, compact: bool) -> Tensor:
     """Let the chosen rows go on; returns their residual stream."""
     request, start = step.request, step.start or 0
     rows = step.rows or request.rows_of_prompt(start, request.stop, hidden.device)
@@ -98,7 +98,7 @@ def _visual(request: Request, slots: Tensor) -> Tensor:
     return visual if real is None else visual & real.gather(1, slots)
 
 
-def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Stage:
+def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> PruningStage:
     """The rows that are there now, for a method that chooses among them."""
     request, start = step.request, step.start or 0
     rows = step.rows or request.rows_of_prompt(start, request.stop, hidden.device)
@@ -117,7 +117,7 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
             raise attention.refusal_of_apart(step, index)
         return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last, edit)
 
-    return Stage(
+    return PruningStage(
         request=view.request,
         layer=index,
         hidden=hidden,
@@ -145,7 +145,7 @@ def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str,
     return probe.weights
 
 
-def speak_original(cache: Any) -> None:
+def report_original_lengths(cache: Any) -> None:
     """Lengths that the library asks a cache for are in original slots: it cuts its inputs and makes its masks by them."""
     if cache is not None and "get_seq_length" not in cache.__dict__:
         cache.get_seq_length = MethodType(_original_length, cache)  # bound, so that a deep copy asks itself
@@ -204,12 +204,12 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
                 f"'{step.request.plan.name}' counts positions anew, and this model's layers get none"
             )
         found["position_ids"] = positions = tokens.positions(ids, newest)
-        found["position_embeddings"] = view.once(("rotary", hidden.device), lambda: step.rotary(hidden, positions))  # type: ignore[misc]
+        found["position_embeddings"] = view.memo(("rotary", hidden.device), lambda: step.rotary(hidden, positions))  # type: ignore[misc]
     elif newest:
         if isinstance(ids, Tensor):
-            found["position_ids"] = view.once(("positions", ids.device), lambda: _rows_of(tokens, ids, 2))
+            found["position_ids"] = view.memo(("positions", ids.device), lambda: _rows_of(tokens, ids, 2))
         tables = kwargs["position_embeddings"]
-        found["position_embeddings"] = view.once(
+        found["position_embeddings"] = view.memo(
             ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
         )
     return view, hidden, found

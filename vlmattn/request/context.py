@@ -11,11 +11,11 @@ from torch import Tensor
 
 from vlmattn.errors import InputError
 from vlmattn.kernels import Mask, Rows, Visibility
-from vlmattn.request.beside import Stream
+from vlmattn.request.beside import SideStream
 from vlmattn.request.plan import Compare, Method, Watch, Weights
 from vlmattn.request.request import IMAGE, TEXT, VIDEO, Request
 from vlmattn.request.slots import Slots
-from vlmattn.request.tokens import Kept, TokenMap
+from vlmattn.request.token_map import Kept, TokenMap
 
 Parts = tuple[tuple[slice, "Step | None"], ...]
 """Row groups of one forward, each with its step; None = unedited."""
@@ -65,7 +65,7 @@ class Step:
     start: int | None
     plain_mask: bool = True
     watch: Watch | None = None
-    beside: tuple[Stream, ...] = ()
+    beside: tuple[SideStream, ...] = ()
     slot: int | Tensor | None = None
     capacity: int = 0
     sight: Any = None
@@ -113,10 +113,10 @@ class Step:
                 _memo={},
             )
 
-        step: Step = self.once(("through", tokens), make)
+        step: Step = self.memo(("through", tokens), make)
         return step
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A value that all layers of this step share."""
         if key not in self._memo:
             self._memo[key] = make()
@@ -124,10 +124,10 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Scope:
+class LayerContext:
     """One layer of one step: what a method is asked about.
 
-    ``queries`` are the last of ``keys`` slots; ``heads`` is 0 before the layer's attention (``observe``).
+    ``queries`` are the last of ``keys`` slots; ``heads`` is 0 before the layer's attention (``on_hidden_states``).
     """
 
     step: Step
@@ -144,40 +144,40 @@ class Scope:
     @property
     def visual(self) -> Tensor:
         """bool ``[batch, keys]``: image and video tokens."""
-        return self._once("visual", lambda keys, device: self.request.types(keys, device) != TEXT)
+        return self._memo_of("visual", lambda keys, device: self.request.types(keys, device) != TEXT)
 
     @property
     def images(self) -> Tensor:
         """int16 ``[batch, keys]``: number of the image within its row, -1 for text."""
-        return self._once("images", self.request.images)
+        return self._memo_of("images", self.request.images)
 
     @property
     def ids(self) -> Tensor:
         """int64 ``[batch, keys]``: token ids, -1 for generated tokens."""
-        return self._once("ids", self.request.ids)
+        return self._memo_of("ids", self.request.ids)
 
     @property
     def roles(self) -> Tensor:
         """uint8 ``[batch, keys]``: SYSTEM, USER, MARKER, ANSWER."""
-        return self._once("roles", self.request.roles)
+        return self._memo_of("roles", self.request.roles)
 
     @property
     def turns(self) -> Tensor:
         """int16 ``[batch, keys]``: number of the user's turn, -1 outside."""
-        return self._once("turns", self.request.turns)
+        return self._memo_of("turns", self.request.turns)
 
     @property
     def real(self) -> Tensor | None:
         """bool ``[batch, keys]``, False for padding; None when there is none."""
         return self.request.real(self.keys, self.device)
 
-    def _once(self, name: str, read: Callable[[int, torch.device], Tensor]) -> Tensor:
-        value: Tensor = self.step.once((name, self.keys, self.device), lambda: read(self.keys, self.device))
+    def _memo_of(self, name: str, read: Callable[[int, torch.device], Tensor]) -> Tensor:
+        value: Tensor = self.step.memo((name, self.keys, self.device), lambda: read(self.keys, self.device))
         return value
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """A value that all layers of this step on this device share."""
-        return self.step.once((key, self.keys, self.device), make)
+        return self.step.memo((key, self.keys, self.device), make)
 
     def first_token(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[batch, query, ...]`` of each row's first real token, float32, of a prompt read from its beginning."""
@@ -197,7 +197,7 @@ class Scope:
     def rows_after_image(self) -> Rows | None:
         """Text rows that follow an image; None: all rows."""
         if not self.step.is_prompt:  # the image may have left a sliding window
-            row: Rows | None = self.once("generated row", lambda: self.request.generated_row_after_image(self.device))
+            row: Rows | None = self.memo("generated row", lambda: self.request.generated_row_after_image(self.device))
             return row if row is None or self.queries == 1 else Rows(row.mask.expand(-1, self.queries))
         return self._rows(self.request.rows_after_image)
 
@@ -209,7 +209,7 @@ class Scope:
         start = self.step.start
         if start is None:
             return None
-        rows: Rows = self.step.once((make.__name__, self.device), lambda: make(start, self.queries, self.device))
+        rows: Rows = self.step.memo((make.__name__, self.device), lambda: make(start, self.queries, self.device))
         return rows
 
     def visibility(self, mask: Tensor | None) -> Visibility:
@@ -254,7 +254,7 @@ class Scope:
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class PruningStage:
     """The rows of a prompt that enter a layer, for a method that chooses which of them go on.
 
     Attributes:
@@ -288,7 +288,7 @@ class Stage:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class KeptTokens:
     """Rows that go on: ``visual`` bool ``[batch, rows]`` of the image tokens, ``counts`` of them in each sequence.
 
     ``hidden`` ``[batch, rows, hidden]`` replaces the residual stream, for methods that merge tokens.
@@ -346,7 +346,7 @@ class Image:
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class ImageFeatures:
     """The images that new prompt tokens stand for, as the vision tower saw them.
 
     Attributes:
@@ -383,7 +383,7 @@ class Sight:
 
 
 @dataclass(frozen=True, eq=False)
-class Preparation:
+class Prefill:
     """The decoder's inputs before a prompt is read, and two ways to have the decoder run on others.
 
     Attributes:
@@ -393,7 +393,7 @@ class Preparation:
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
         run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same tokens, which
             see what they see in the prompt; ``watch`` as in ``Step``.
-        beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``Stream`` of them go beside the prompt.
+        beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``SideStream`` of them go beside the prompt.
     """
 
     request: Request

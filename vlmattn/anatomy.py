@@ -1,0 +1,48 @@
+"""Sizes of a model, as far as methods need them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Sizes of a decoder that methods may need, and which pretrained language model it looks like.
+
+    ``backbone`` is (model type of the language model, hidden size, layers, MLP width): enough to recognise the
+    language models of the published sink tables, whatever vision tower is in front of them. ``tower_layers`` counts the
+    attention layers of the vision tower, ``source`` is the folder or hub name that the model came from. ``deepstack``
+    counts the first decoder layers after which visual features are added to the residual stream, ``window`` is the length
+    of the sliding window that some decoder layer sees (0 = none does), ``axes`` counts the position ids of a token (3 with
+    M-RoPE). ``attending`` are the layers with self-attention (None = all). ``causal`` False: image tokens may see tokens
+    behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids tell).
+    ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods (``KINDS``) that the family cannot have, and why.
+    """
+
+    family: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    backbone: tuple[str, int, int, int]
+    tower_layers: int = 0
+    source: str = ""
+    deepstack: int = 0
+    window: int = 0
+    axes: int = 1
+    attending: tuple[int, ...] | None = None
+    causal: bool = True
+    leading: int = 0
+    refused: tuple[tuple[str, str], ...] = ()
+    query_dim: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all sizes: profiles of heads, sinks and directions belong to models that share it."""
+        sizes = (self.backbone, self.heads, self.kv_heads, self.head_dim)
+        return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]

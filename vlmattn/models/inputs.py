@@ -1,0 +1,68 @@
+"""Inputs of a forward: which belong to tokens and which to images, and how many rows of them each sequence has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from vlmattn.errors import InputError
+
+#: Inputs of forward() that say what kind each token is.
+OF_TOKENS = ("mm_token_type_ids", "token_type_ids")
+
+
+#: Inputs of forward() that belong to images.
+OF_IMAGES = (
+    "pixel_values",
+    "pixel_values_images",
+    "pixel_values_videos",
+    "high_res_pixel_values",
+    "pixel_attention_mask",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "image_sizes",
+    "image_sizes_videos",
+    "batch_num_images",
+    "spatial_shapes",
+    "aspect_ratio_ids",
+    "aspect_ratio_mask",
+    "cross_attention_mask",
+)
+
+
+def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of each image, where generate() encoded the images before the first forward."""
+    encoded = inputs.get("mm_encoder_outputs") or {}
+    found = [encoded[kind].pooler_output for kind in ("image", "video") if encoded.get(kind) is not None]
+    return [len(features) for features in found[0]] if len(found) == 1 and found[0] is not None else None
+
+
+def even_lengths(model: PreTrainedModel, inputs: Mapping[str, Any], name: str = "pixel_values") -> list[int] | None:
+    """Tokens of each image of families whose images all have the same number of them; ``name``: of the pixels."""
+    pixels, ids = inputs.get(name), inputs.get("input_ids")
+    if (found := encoded_lengths(inputs)) is not None or pixels is None or ids is None:
+        return found
+    return [int((ids == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
+
+
+def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[int]:
+    """Pixel rows of each sequence, from its number of image tokens and (tokens, pixel rows) of each image in order.
+
+    Raises:
+        InputError: images that do not end where a sequence does.
+    """
+    counts, left = [], list(items)
+    for wanted in tokens:
+        rows = 0
+        while wanted > 0 and left:
+            size, pixels = left.pop(0)
+            wanted, rows = wanted - size, rows + pixels
+        counts.append(rows)
+        if wanted:
+            break
+    if left or len(counts) < len(tokens) or wanted:
+        raise InputError("the images do not fit the image tokens of the prompts; give each prompt the images it names")
+    return counts
