@@ -1,33 +1,17 @@
-"""What one generate() call knows: the request on its cache, the step in hand, and the scope that a method sees."""
+"""What one generate() call knows: the request on its cache, the step in hand, and what a method sees of a layer."""
 
-from vlmattn.request.beside import SideStream
-from vlmattn.request.context import (
-    Eviction,
-    HeadSplit,
-    Image,
-    ImageFeatures,
-    KeptTokens,
-    LayerContext,
-    Parts,
-    Prefill,
-    PruningStage,
-    Step,
-    Steps,
-)
-from vlmattn.request.plan import Compare, Looker, Method, Plan, Policy, RoleFinder, Watch, Watcher, Weights
-from vlmattn.request.request import (
-    ANSWER,
-    IMAGE,
-    MARKER,
-    SYSTEM,
-    TEXT,
-    USER,
-    VIDEO,
-    Request,
-    number_images,
-)
+from vlmattn.request.callbacks import Compare, Watch, Weights
+from vlmattn.request.layer_context import LayerContext
+from vlmattn.request.methods import Looker, Method, Policy, Watcher
+from vlmattn.request.plan import Plan
+from vlmattn.request.prefill import Prefill, SideStream
+from vlmattn.request.pruning import Eviction, HeadSplit, KeptTokens, PruningStage
+from vlmattn.request.request import ANSWER, IMAGE, MARKER, SYSTEM, TEXT, USER, VIDEO, Request, RoleFinder, number_images
 from vlmattn.request.slots import Ledger, Slots
+from vlmattn.request.step import Parts, Step, Steps
+from vlmattn.request.store import Store
 from vlmattn.request.token_map import Kept, TokenMap, compacted
+from vlmattn.request.vision import Image, ImageFeatures
 
 __all__ = [
     "ANSWER",
@@ -59,6 +43,7 @@ __all__ = [
     "Slots",
     "Step",
     "Steps",
+    "Store",
     "TokenMap",
     "Watch",
     "Watcher",

@@ -1,125 +1,11 @@
-"""A recipe bound to one model, and what the engine asks of its methods."""
+"""A recipe bound to one model: which methods act where."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
-from torch import Tensor
-
-from vlmattn.kernels import AttentionEdit
-
-if TYPE_CHECKING:
-    from vlmattn.request.context import (
-        Eviction,
-        HeadSplit,
-        ImageFeatures,
-        KeptTokens,
-        LayerContext,
-        Prefill,
-        PruningStage,
-        Step,
-    )
-
-
-class Weights(Protocol):
-    """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
-
-    def __call__(self, start: int, stop: int, /, edit: AttentionEdit = ...) -> Tensor:
-        """With ``edit``: as it would be under that edit (head gains aside)."""
-
-
-Watch = Callable[[int, Tensor, Weights], Tensor | None]
-"""``watch(layer, out, weights)`` sees head outputs ``[batch, query, heads, dim]`` and may return head gains ``[batch, heads]``."""
-
-Compare = Callable[[int, Tensor, Tensor], Tensor | None]
-"""``compare(layer, prompt, beside)`` sees head outputs ``[batch, query, heads, dim]`` of the prompt and of a stream beside it,
-both before any head gain, and may return head gains ``[batch, heads]`` for the stream."""
-
-
-class Looker(Protocol):
-    """Who looks at the vision tower and at unedited attention."""
-
-    @property
-    def follows_attention(self) -> bool: ...
-
-    def on_image_features(self, sight: ImageFeatures) -> None: ...
-
-    def on_attention(self, context: LayerContext, weights: Weights) -> None: ...
-
-
-class Method(Looker, Protocol):
-    """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
-
-    @property
-    def follows_hidden_states(self) -> bool: ...
-
-    def before_prefill(self, prefill: Prefill) -> None: ...
-
-    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None: ...
-
-    def edit(self, context: LayerContext) -> AttentionEdit: ...
-
-
-class Watcher(Protocol):
-    """Sees every layer at work and changes nothing; it belongs to no recipe (``Handle.watched``)."""
-
-    def enter(self, step: Step, layer: int, hidden: Tensor) -> None:
-        """The residual stream ``[batch, rows, hidden]`` that enters a layer."""
-
-    def attended(self, context: LayerContext, edit: AttentionEdit, weights: Weights) -> None:
-        """The edit that was in force in a layer, and attention with it (before head gains)."""
-
-
-class Pruner(Looker, Protocol):
-    """What the engine asks of a method that drops tokens; ``interventions.pruning.Pruning`` is the real thing."""
-
-    @property
-    def info(self) -> Any: ...
-
-    @property
-    def drops(self) -> bool: ...
-
-    @property
-    def compact(self) -> bool: ...
-
-    def on_embeddings(self, stage: PruningStage) -> None: ...
-
-    def choose_tokens(self, stage: PruningStage) -> KeptTokens: ...
-
-
-class Policy(Method, Protocol):
-    """What the engine asks of a method that evicts or reads a part; ``interventions.pruning.KVPolicy`` is the real thing."""
-
-    @property
-    def info(self) -> Any: ...
-
-    @property
-    def drops(self) -> bool: ...
-
-    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None: ...
-
-    def evict(self, context: LayerContext) -> Eviction | None: ...
-
-    def split(self, context: LayerContext) -> HeadSplit | None: ...
-
-
-@runtime_checkable
-class Follows(Protocol):
-    """State of a method that has one entry for each sequence."""
-
-    def reorder(self, rows: Tensor) -> None: ...
-
-    def moved(self, rows: Tensor | None = None, shift: int = 0) -> Any: ...
-
-
-class RoleFinder(Protocol):
-    """Finds the turns of a prompt (``models.Turns`` is the real thing)."""
-
-    def roles(self, ids: Tensor, types: Tensor, real: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def content(self, ids: Tensor, roles: Tensor) -> Tensor: ...
+from vlmattn.request.methods import Looker, Method, Policy, Pruner, Watcher
 
 
 @dataclass(frozen=True)
@@ -148,7 +34,7 @@ class Plan:
     before_prefill: tuple[Method, ...] = ()
     on_hidden_states: tuple[tuple[Method, ...], ...] = ()
     on_attention: tuple[tuple[Looker, ...], ...] = ()
-    on_image_features: tuple[Looker, ...] = ()
+    on_image_features: tuple[Method | Pruner, ...] = ()
     extending: frozenset[int] = frozenset()
     tower_layers: frozenset[int] = frozenset()
     turns: tuple[str, ...] = ()

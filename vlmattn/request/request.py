@@ -7,20 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vlmattn.errors import InputError
 from vlmattn.kernels import Rows
-from vlmattn.request.plan import Follows, Plan, RoleFinder
-from vlmattn.request.slots import Ledger, Slots
+from vlmattn.request.slots import Follows, Ledger, Slots
+from vlmattn.request.store import Store, of_rows
 from vlmattn.request.token_map import Kept, TokenMap
+
+if TYPE_CHECKING:
+    from vlmattn.request.plan import Plan
 
 _SLOTS = ("_ids", "_roles", "_turns", "_types", "_images", "_real")
 TEXT, IMAGE, VIDEO = 0, 1, 2  # types of tokens
 SYSTEM, USER, MARKER, ANSWER = range(4)  # roles: outside of turns, a user's turn, the text that ends it, the answer
+
+
+class RoleFinder(Protocol):
+    """Finds the turns of a prompt (``models.Turns`` is the real thing)."""
+
+    def roles(self, ids: Tensor, types: Tensor, real: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def content(self, ids: Tensor, roles: Tensor) -> Tensor: ...
 
 
 class Request:
@@ -49,6 +60,7 @@ class Request:
         self.prompt_length = 0
         self.has_padding = False
         self.state: dict[Hashable, Any] = {}
+        self._stores: dict[tuple[Hashable, int | None], Store] = {}
         self._ids = Slots(-1, torch.int64)
         self._roles = Slots(ANSWER, torch.uint8)
         self._turns = Slots(-1, torch.int16)
@@ -175,6 +187,16 @@ class Request:
                 self._picked[name].hide(~self.tokens.valid)
         return self._picked[name]
 
+    def store(self, method: Hashable, layer: int | None = None) -> Store:
+        """What ``method`` keeps about this prompt, or about one layer of it. A view shares it.
+
+        Slots of a layer's store are those of the layer's cache, slots of the prompt's are original ones (``read``, ``write``).
+        """
+        key = (method, layer)
+        if key not in self._stores:
+            self._stores[key] = Store()
+        return self._stores[key]
+
     def evict(self, layer: int, tokens: TokenMap, order: Tensor, keys: int) -> None:
         """A layer goes on with the slots ``order`` ``[batch, kept]`` of the ``keys`` it had, which ``tokens`` maps.
 
@@ -183,6 +205,9 @@ class Request:
         if (before := self.maps[layer]) is not None and before not in (*self.maps[:layer], *self.maps[layer + 1 :]):
             self._views[:] = [view for view in self._views if view.tokens is not before]
         self.maps[layer] = tokens
+        for (_, of), store in self._stores.items():
+            if of == layer:
+                store.evict(order, keys)
         for key, kept in self.state.items():
             if isinstance(kept, Slots) and isinstance(key, tuple) and len(key) == 3 and key[1] == layer:
                 self.state[key] = kept.picked(order, keys)
@@ -240,11 +265,12 @@ class Request:
         copy._runs = tuple((a + shift, b + shift, text, image) for a, b, text, image in self._runs)
         for name in _SLOTS:
             setattr(copy, name, getattr(self, name).moved(rows, shift))
+        copy._stores = {key: store.moved(rows, shift) for key, store in self._stores.items()}
         copy.state = {key: self._moved_state(kept, rows, shift) for key, kept in self.state.items()}
         if self._last_prompt_row is not None:
-            copy._last_prompt_row = _of_rows(self._last_prompt_row, rows) + shift
+            copy._last_prompt_row = of_rows(self._last_prompt_row, rows) + shift
         if self._with_image is not None:
-            copy._with_image = _of_rows(self._with_image, rows)
+            copy._with_image = of_rows(self._with_image, rows)
         copy._views, copy._window = [], None
         if rows is not None:
             copy.batch, copy.maps = len(rows), list(self.maps)
@@ -255,14 +281,14 @@ class Request:
             real = self._real.read(self.prompt_length, torch.device("cpu"))
             if hidden is not None:
                 real = real & ~hidden[:, : self.prompt_length].cpu()
-            copy._real.write(0, _of_rows(torch.nn.functional.pad(real, (shift, 0), value=False), rows))
+            copy._real.write(0, of_rows(torch.nn.functional.pad(real, (shift, 0), value=False), rows))
         return copy
 
     def _moved_state(self, kept: Any, rows: Tensor | None, shift: int) -> Any:
         if isinstance(kept, Follows):
             return kept.moved(rows, shift)
         if isinstance(kept, Tensor) and kept.ndim > 1 and kept.shape[0] == self.batch:  # one for each row
-            return _of_rows(kept, rows)
+            return of_rows(kept, rows)
         return kept
 
     def reorder(self, rows: Tensor) -> None:
@@ -270,6 +296,8 @@ class Request:
         for kept in self.state.values():
             if isinstance(kept, Follows):
                 kept.reorder(rows)
+        for store in self._stores.values():
+            store.reorder(rows)
         if self.plan.evicting:  # beams evict for themselves
             self._move_maps(rows)
 
@@ -346,10 +374,6 @@ class Request:
         """The last prompt row of each sequence and every row generated after it."""
         slots = torch.arange(start, start + queries, device=device)
         return Rows(slots >= self.last_prompt_row(device)[:, None], max(self.first_last_row - start, 0))
-
-
-def _of_rows(values: Tensor, rows: Tensor | None) -> Tensor:
-    return values if rows is None else values[rows.to(values.device)]
 
 
 def _column_runs(text: Tensor, image: Tensor) -> tuple[tuple[int, int, bool, bool], ...]:

@@ -1,15 +1,17 @@
-"""Other inputs that go through the decoder beside a prompt, layer by layer."""
+"""The decoder before a prompt is read: what methods may have it run on, at once or beside the prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmattn.request.plan import Compare, Method, Weights
+from vlmattn.request.callbacks import Compare, Watch, Weights
+from vlmattn.request.request import Request
 
 
 @dataclass(eq=False)
@@ -27,7 +29,7 @@ class SideStream:
         layer: index of the next layer.
     """
 
-    method: Method
+    method: Any
     layers: frozenset[int]
     compare: Compare
     hidden: Tensor
@@ -52,3 +54,27 @@ class SideStream:
         if layer not in self.layers or self._prompt is None:
             return None
         return self.compare(layer, self._prompt, out)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """The decoder's inputs before a prompt is read, and two ways to have the decoder run on others.
+
+    Attributes:
+        embeds: ``[batch, prompt, hidden]``, image features in place.
+        real: bool ``[batch, prompt]``.
+        visual: bool ``[batch, prompt]``.
+        positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
+        run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same tokens, which
+            see what they see in the prompt; ``watch`` as in ``Step``.
+        beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``SideStream`` of them go beside the prompt.
+    """
+
+    request: Request
+    layers: int
+    embeds: Tensor
+    real: Tensor
+    visual: Tensor
+    positions: Tensor | None
+    run: Callable[[Tensor, Tensor | None, Watch], None]
+    beside: Callable[[Any, Tensor, Tensor, Tensor | None, frozenset[int], Compare], None]

@@ -1,0 +1,86 @@
+"""What methods that drop tokens see and say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmattn.request.callbacks import Weights
+from vlmattn.request.request import Request
+
+
+@dataclass(frozen=True, eq=False)
+class PruningStage:
+    """The rows of a prompt that enter a layer, for a method that chooses which of them go on.
+
+    Attributes:
+        request: as the layer before had it; layer: the layer that only the chosen rows reach.
+        hidden: ``[batch, rows, hidden]``, the residual stream that enters it.
+        visual: bool ``[batch, rows]``, image tokens. ``text``: other tokens of the prompt. ``images``: int16, number of the
+            image within its row, -1 for text.
+        counts: image tokens among the rows of each sequence; ``given``: tokens of each image that it had.
+        weights: unedited attention that the layer would pay, see ``Weights``; rows count from the first of these.
+        start: slot of the first row among the keys of ``weights``.
+        tables: cosines and sines of the rows' positions, ``[batch or 1, rows, dim]``.
+    """
+
+    request: Request
+    layer: int
+    hidden: Tensor
+    visual: Tensor
+    text: Tensor
+    images: Tensor
+    counts: tuple[int, ...]
+    given: tuple[tuple[int, ...], ...]
+    weights: Weights
+    start: int
+    tables: tuple[Tensor, Tensor]
+
+    def top(self, scores: Tensor, counts: Sequence[int]) -> Tensor:
+        """The ``counts`` image tokens of each sequence with the highest scores ``[batch, rows]``: bool ``[batch, rows]``."""
+        order = scores.float().masked_fill(~self.visual, float("-inf")).argsort(dim=1, descending=True, stable=True)
+        wanted = torch.tensor(counts, device=scores.device)[:, None]
+        return (order.argsort(dim=1) < wanted) & self.visual
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """Rows that go on: ``visual`` bool ``[batch, rows]`` of the image tokens, ``counts`` of them in each sequence.
+
+    ``hidden`` ``[batch, rows, hidden]`` replaces the residual stream, for methods that merge tokens.
+    """
+
+    visual: Tensor
+    counts: tuple[int, ...]
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Eviction:
+    """Slots of a layer's cache that stay: ``keep`` bool ``[batch, keys]``, ``counts`` of them that are real in each sequence."""
+
+    keep: Tensor
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """KV heads of a layer in two stores.
+
+    Attributes:
+        full: KV heads that keep every token.
+        sinks, window: the others keep the first ``sinks`` real tokens of each sequence and its last ``window``.
+        tokens: real tokens of each sequence so far.
+        compensate: they also keep the mean of what they let go.
+        late: a new token sees the whole window that was kept, and itself; else the window that ends in it.
+    """
+
+    full: tuple[int, ...]
+    sinks: int
+    window: tuple[int, ...]
+    tokens: tuple[int, ...]
+    compensate: bool
+    late: bool
