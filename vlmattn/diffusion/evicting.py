@@ -134,7 +134,7 @@ class _State:
 
 def _state(cache: Any) -> _State | None:
     request: Request | None = getattr(cache, REQUEST, None)
-    return request.state.get(_STATE) if request is not None else None
+    return request.store(_STATE).shared.get(_STATE) if request is not None else None
 
 
 class _Eviction:
@@ -195,7 +195,7 @@ class _Eviction:
         cache = DynamicCache(config=self.text) if cache is None else cache
         prompt = self.survey(ids, kwargs.get("attention_mask"))
         request = Request(Plan("evicted", by_layer=((),) * self.layers))
-        request.state[_STATE] = _State(prompt)
+        request.store(_STATE).shared[_STATE] = _State(prompt)
         setattr(cache, REQUEST, request)
         return args, compat.with_cache(kwargs, cache, module) | ({_PROMPT: prompt} if any(prompt.given) else {})
 
