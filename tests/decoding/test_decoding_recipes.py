@@ -44,6 +44,7 @@ from vlmattn.embedded.scenes import make_scene
 from vlmattn.interventions import Intervention, Pruning
 from vlmattn.recipe import FILE_NAME
 from vlmattn.registry import find_method
+from vlmattn.wrapping import record_of
 from vlmattn.wrapping.call import CALL
 
 ROOT = Path(__file__).parents[2]
@@ -293,7 +294,7 @@ def test_a_model_wrapped_with_it_generates(also):
 @pytest.mark.usefixtures("no_grad")
 def test_a_model_lent_to_it_generates():
     model = wrapped("pai")
-    with model.vlmattn.temporarily(by_hand()):
+    with record_of(model).temporarily(by_hand()):
         generate(model, prompt("llava"))
 
 
@@ -432,12 +433,12 @@ def test_lent_rules_leave_nothing():
     model, inputs = wrapped("pai+vcd"), prompt("llava")
     wanted = generate(model, inputs)
     fired, recipe = model.vlmattn.report()["fired"], model.vlmattn.recipe
-    with model.vlmattn.temporarily("dola_low"):
+    with record_of(model).temporarily("dola_low"):
         assert torch.equal(generate(model, inputs), generate(wrapped("dola_low"), inputs))
         assert model.vlmattn.report()["fired"] == {"dola": 4}
     assert model.vlmattn.recipe is recipe
     assert model.vlmattn.report()["fired"] == fired
-    with pytest.raises(RuntimeError, match="boom"), model.vlmattn.temporarily("m3id"):
+    with pytest.raises(RuntimeError, match="boom"), record_of(model).temporarily("m3id"):
         raise RuntimeError("boom")
     assert torch.equal(generate(model, inputs), wanted)
 
@@ -555,7 +556,7 @@ def test_plans_of_calls_do_not_pile_up():
     model, inputs = wrapped("none"), prompt("llava")
     for _ in range(3):
         generate(model, inputs, new=1, preset="vcd")
-    assert len(model.vlmattn._plans) == 2
+    assert len(record_of(model)._plans) == 2
 
 
 # Fresh interpreters and the command line
