@@ -372,7 +372,8 @@ def test_a_second_turn_of_var_equals_recomputing(family):
     del second["past_key_values"]
     again, _, _ = turn(model, {**inputs, **second}, use_cache=False)
     (method,) = record_of(model).plan_of(model.vlmattn.recipe).by_layer[0]
-    groups = cache._vlmattn_request.state[(method, 0, "groups")].read(second["input_ids"].shape[1], torch.device("cpu"))
+    kept = cache._vlmattn_request.store(method, 0).slots["groups"]
+    groups = kept.read(second["input_ids"].shape[1], torch.device("cpu"))
     fresh = model.get_input_embeddings()(sequences[:, -3:])
     assert (groups % 2).any(), "the premise: sinks in the prompt"
     assert not (sink_values(fresh, (3, 17)) > 2.0).any(), "the premise: none among what was generated"

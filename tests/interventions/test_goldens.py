@@ -160,7 +160,7 @@ def test_var_finds_the_released_sinks(case):
     golden = load("var", case)
     request = make_request(case, method_of(case), golden["hidden_states"])
     (method,) = plan_of(request).by_layer[LAYER]
-    groups = request.state[(method, LAYER, "groups")].read(case["K"], torch.device("cpu"))[0]
+    groups = request.store(method, LAYER).slots["groups"].read(case["K"], torch.device("cpu"))[0]
     assert (groups % 2 == 1).nonzero().flatten().tolist() == sorted(golden["sink_indices"].tolist())
     image = (groups >= 2).nonzero().flatten().tolist()
     assert image == list(range(*case["image_span"]))

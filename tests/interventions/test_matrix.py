@@ -18,6 +18,7 @@ from choices import Choices
 from methods import BETWEEN_IMAGES, IDENTITIES, SETTINGS, STOP, Speech, dialogue, dialogues, fitted, inputs_of
 from methods import picture as _picture
 from numerics import TINY_MODEL, bound
+from stores import kept
 from tiny import FAMILIES, build, left_padded
 from tiny import generate as unrestricted
 from torch import Tensor, nn
@@ -443,8 +444,7 @@ def test_gift_follows_the_question_of_the_second_turn(name):
     first, cache = dialogue("llava", seed=3), DynamicCache()
 
     def gaze() -> Tensor:
-        (found,) = [value for key, value in cache._vlmattn_request.state.items() if key[-1] == "weight"]
-        return found.read(first["input_ids"].shape[1], torch.device("cpu"))
+        return kept(cache, "weight")[None].read(first["input_ids"].shape[1], torch.device("cpu")).clone()
 
     with wrapped("llava", name) as model:
         model(**first, past_key_values=cache)

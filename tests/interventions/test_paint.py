@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine import plan_of, request_of
 from numerics import near
+from stores import kept
 from test_goldens import LAYER, TOLERANCE, attention_map, cases, causal, load, parametrize, run
 from tiny import FAMILIES, IMAGE_TOKEN, build, generate, left_padded, prompt
 from tiny import TEXT as TEXT_CONFIG
@@ -91,8 +92,7 @@ def test_the_released_rows_and_weights(case):
 @paint_cases
 def test_the_released_strengths(case):
     step, golden = step_of(case), load("paint", case)
-    (lift,) = (kept for (_, name), kept in step.request.state.items() if name == "lift")
-    lift = lift.read(case["K"], torch.device("cpu"))[0]
+    lift = kept(step.request, "lift")[None].read(case["K"], torch.device("cpu"))[0]
     expected = torch.zeros(case["K"])
     expected[golden["local_tokens"] + case["image_span"][0]] = case["alpha"]
     expected[golden["summary_tokens"] + case["image_span"][0]] = case["beta"]
@@ -193,8 +193,7 @@ METHOD = PAINT(alpha=0.6, beta=0.25, layers="1:")
 
 
 def lift_found(cache, length: int) -> Tensor:
-    (kept,) = (kept for key, kept in cache._vlmattn_request.state.items() if key[-1] == "lift")
-    return kept.read(length, torch.device("cpu"))
+    return kept(cache, "lift")[None].read(length, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("images", [1, 3])

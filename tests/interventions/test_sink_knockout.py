@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stores import kept
 from test_masks import Token, batch_of, inputs_of
 from test_var_options import DIMS, MASSIVE, OPPOSITE, check, family_matrix, planted, sinks_by_hand, talk
 from torch import Tensor
@@ -88,8 +89,7 @@ def test_as_many_are_hidden_as_there_are_sinks(hide):
     assert len(sinks) == len(image) // 4
     vlmattn.wrap(model, SinkKnockout(dims=DIMS, tau=tau, layers="2", hide=hide))
     cache = model(**inputs, use_cache=True).past_key_values
-    (kept,) = (kept for key, kept in cache._vlmattn_request.state.items() if key[-1] == "hidden")
-    hidden = set(kept.read(len(tokens), torch.device("cpu"))[0].nonzero().flatten().tolist())
+    hidden = set(kept(cache, "hidden")[2].read(len(tokens), torch.device("cpu"))[0].nonzero().flatten().tolist())
     assert len(hidden) == len(sinks)
     assert hidden <= image
     assert hidden == drawn(tokens, sinks, SinkKnockout(hide=hide))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import TINY_MODEL, bound
+from stores import kept
 from test_masks import Token, batch_of, inputs_of, write
 from tiny import FAMILIES, build, generate, prompt
 from torch import Tensor
@@ -194,8 +195,7 @@ def test_the_kinds_of_sinks_differ(sinks):
     assert {like, opposite, first} <= found if sinks != "phi" else not {like, opposite} & found
     vlmattn.wrap(model, VAR(**OPTIONS, layers="2", sinks=sinks))
     cache = model(**inputs, use_cache=True).past_key_values
-    (groups,) = (kept for key, kept in cache._vlmattn_request.state.items() if key[-1] == "groups")
-    flags = groups.read(len(tokens), torch.device("cpu"))[0] % 2 == 1
+    flags = kept(cache, "groups")[2].read(len(tokens), torch.device("cpu"))[0] % 2 == 1
     assert set(flags.nonzero().flatten().tolist()) == found
     assert model.vlmattn.report()["fired"] == {"var": len(found)}
     assert not torch.equal(model(**inputs).logits, bare)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from methods import directions
 from numerics import near
 from safetensors.torch import load_file
+from stores import kept
 from tiny import FAMILIES, IMAGE_TOKEN, TEXT, build, left_padded, prompt, shifted_queries
 from torch import Tensor
 from transformers import LlavaConfig
@@ -109,8 +110,7 @@ def expected(model, inputs, method, layers=range(4), others=nullcontext):
 
 def chosen(out):
     """The gains that a forward has left on its cache, by layer."""
-    state = out.past_key_values._vlmattn_request.state
-    return {key[1]: gain for key, gain in state.items() if isinstance(key[0], VHR)}
+    return kept(out.past_key_values, "gain")
 
 
 def close(a, b):

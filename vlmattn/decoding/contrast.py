@@ -203,12 +203,12 @@ class Gaze:
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
         row = context.request.prompt_length - 1
-        context.request.state[("gaze", context.layer)] = weights(row, row + 1)[:, :, 0].mean(1)
+        context.store(Gaze).rows["gaze"] = weights(row, row + 1)[:, :, 0].mean(1)
 
     @staticmethod
     def read(request: Request, layers: tuple[int, ...]) -> Tensor:
         """Mean attention over heads, float32 ``[layer, batch, key]``."""
-        seen = [request.state[("gaze", layer)] for layer in layers]
+        seen = [request.store(Gaze, layer).rows["gaze"] for layer in layers]
         return torch.stack([one.to(seen[0].device) for one in seen])
 
     def before_prefill(self, prefill: Prefill) -> None: ...

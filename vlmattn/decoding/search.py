@@ -78,12 +78,12 @@ class LastLook:
     follows_attention = True
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        context.request.state["last look"] = weights(context.queries - 1, context.queries)[:, :, 0].amax(1)
+        context.request.store(LastLook).rows["gaze"] = weights(context.queries - 1, context.queries)[:, :, 0].amax(1)
 
     @staticmethod
     def read(request: Request) -> Tensor:
         """float32 ``[row, key]``."""
-        seen: Tensor = request.state["last look"]
+        seen: Tensor = request.store(LastLook).rows["gaze"]
         return seen
 
     def before_prefill(self, prefill: Prefill) -> None: ...

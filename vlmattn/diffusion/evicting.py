@@ -133,7 +133,7 @@ class _State:
 
 def _state(cache: Any) -> _State | None:
     request = request_on(cache)
-    return request.state.get(_STATE) if request is not None else None
+    return request.store(_STATE).shared.get(_STATE) if request is not None else None
 
 
 def _request(cache: Any) -> Request:
@@ -200,7 +200,7 @@ class _Eviction:
         cache = DynamicCache(config=self.text) if cache is None else cache
         prompt = self.survey(ids, kwargs.get("attention_mask"))
         request = Request(self.layers)
-        request.state[_STATE] = _State(prompt)
+        request.store(_STATE).shared[_STATE] = _State(prompt)
         ride(cache, request, NO_PLAN)
         return args, compat.with_cache(kwargs, cache, module) | ({_PROMPT: prompt} if any(prompt.given) else {})
 

@@ -94,7 +94,7 @@ class FocusDirections(Intervention):
         def shift() -> Tensor:
             return self.alpha * _load(self.file)[0][context.layer].to(context.device)
 
-        return AttentionEdit(shift=context.state(self, "shift", shift))
+        return AttentionEdit(shift=context.store(self).once("shift", shift))
 
 
 def save_directions(query: Mapping[int, Tensor], path: str | os.PathLike[str], anatomy: Anatomy) -> Path:

@@ -13,7 +13,7 @@ from vlmattn.interventions.base import Intervention
 from vlmattn.kernels import AttentionEdit, BoostPlan, GainPart
 from vlmattn.options import option, parse_layers
 from vlmattn.registry import register
-from vlmattn.request import TEXT, USER, LayerContext, Prefill, Request, Slots, Weights
+from vlmattn.request import TEXT, USER, LayerContext, Prefill, Request, Weights
 
 _ROWS = 64  # question rows looked at together
 
@@ -117,10 +117,9 @@ class GIFT(Intervention):
         asked = question.any(1)
         weight = torch.where(asked[:, None] & visual, torch.exp(self.alpha * _scaled(saliency, visual)), 1.0)
         groups = torch.where(visual, 1, torch.where(question, 2, 0)).to(torch.uint8)
-        kept = (Slots(1.0, torch.float32), Slots(0, torch.uint8))  # keys that come later weigh 1 and belong to the rest
-        for name, slots, values in zip(("weight", "groups"), kept, (weight, groups), strict=True):
-            request.write(slots, values)
-            request.state[(self, name)] = slots
+        kept = request.store(self)  # keys that come later weigh 1 and belong to the rest
+        request.write(kept.by_slot("weight", 1.0, torch.float32), weight)
+        request.write(kept.by_slot("groups", 0, torch.uint8), groups)
         request.ledger.add(("fired", "gift"), asked.sum())
 
     def _shift(self, attended: Tensor, from_start: bool) -> Tensor:
@@ -135,12 +134,14 @@ class GIFT(Intervention):
                 f"gift follows the gaze in layer {self.saliency} before it edits layer {self.layers.split(',')[0]}, so it must"
                 " see the whole prompt at once; give the whole conversation without a cache, or edit later layers only"
             )
-        kept: list[Slots] = [context.request.state.get((self, name)) for name in ("weight", "groups")]  # type: ignore[misc]
-        if None in kept or not self.alpha:
+        kept = context.request.store(self).slots
+        if not kept or not self.alpha:
             return AttentionEdit()
-        weight, groups = context.memo(
-            ("gift", self), lambda: [context.request.read(slots, context.keys, context.device) for slots in kept]
-        )
+
+        def read() -> list[Tensor]:
+            return [context.request.read(kept[name], context.keys, context.device) for name in ("weight", "groups")]
+
+        weight, groups = context.memo(("gift", self), read)
         return AttentionEdit(gain=(GainPart(groups, BoostPlan(), context.rows_that_predict(), weight=weight),))
 
 

@@ -135,7 +135,7 @@ class Heads(Intervention):
             means = torch.tensor(_load(self.profile).means[context.layer], device=context.device)[None]
             return gain, means * (gain == 0)[..., None]
 
-        gain, offset = context.state(self, "gain", make)
+        gain, offset = context.store(self).once("gain", make)
         return HeadPart(gain, rows, offset)
 
     def _cut(self, context: LayerContext, mine: list[int], rows: Rows | None) -> MaskPart:
@@ -146,7 +146,7 @@ class Heads(Intervention):
 
         ids = torch.where(context.visual, 0, -1)
         inside = context.of_rows(~context.visual, True) if rows is None else rows.mask
-        return MaskPart(torch.where(inside, 0, -1), ids, 0.0, heads=context.state(self, "heads", make))
+        return MaskPart(torch.where(inside, 0, -1), ids, 0.0, heads=context.store(self).once("heads", make))
 
 
 def _load(path: str) -> HeadProfile:

@@ -12,7 +12,7 @@ from vlmattn.interventions.base import Intervention, check_tower
 from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.options import option
 from vlmattn.registry import register
-from vlmattn.request import ImageFeatures, LayerContext, Slots
+from vlmattn.request import ImageFeatures, LayerContext
 
 
 @register(
@@ -60,8 +60,7 @@ class PAINT(Intervention):
             lifts.append(self.alpha * is_local.float() + self.beta * is_summary.float())
         lift = sight.place(lifts)
         sight.request.ledger.add(("fired", "paint"), (lift > 0).sum())
-        kept: Slots = sight.request.state.setdefault((self, "lift"), Slots(0, torch.float32))
-        kept.write(sight.start, lift)
+        sight.request.store(self).by_slot("lift", 0, torch.float32).write(sight.start, lift)
 
     def select(self, local: Tensor, summary: Tensor) -> tuple[Tensor, Tensor]:
         """LOC and SUM, bool ``[tokens]``, from the CLS attention of the first and the last but one layer."""
@@ -72,7 +71,7 @@ class PAINT(Intervention):
         return is_local & ~is_summary, is_summary
 
     def edit(self, context: LayerContext) -> AttentionEdit:
-        kept: Slots | None = context.request.state.get((self, "lift"))
+        kept = context.request.store(self).slots.get("lift")
         if kept is None or not (self.alpha or self.beta):
             return AttentionEdit()
         lift: Tensor = context.memo(("paint", self), lambda: context.request.read(kept, context.keys, context.device))

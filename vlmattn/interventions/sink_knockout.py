@@ -64,8 +64,7 @@ class SinkKnockout(SinkTest):
         if self.hide != "sinks":
             chosen = self._as_many(context, chosen, pool & ~chosen if self.hide == "others" else pool)
         context.count("sink_knockout", chosen.sum())
-        slots: Slots = context.state(self, "hidden", lambda: Slots(False, torch.bool))
-        slots.write(start, chosen)
+        context.store(self).by_slot("hidden", False, torch.bool).write(start, chosen)
 
     def _as_many(self, context: LayerContext, sinks: Tensor, pool: Tensor) -> Tensor:
         """In each image as many tokens of the pool as it has sinks: bool ``[batch, query]``."""
@@ -96,7 +95,7 @@ class SinkKnockout(SinkTest):
         return drawn.to(context.device)[slots.clamp_min(0)]
 
     def edit(self, context: LayerContext) -> AttentionEdit:
-        found: Slots | None = context.find(self, "hidden")
+        found = context.store(self).slots.get("hidden")
         if found is None:
             return AttentionEdit()
         rows = context.of_rows(~context.visual, True)

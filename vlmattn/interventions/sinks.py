@@ -132,8 +132,9 @@ class SinkTest(Intervention):
         if self.sinks != "cos":
             sink = sink_values(hidden, self.dims) > self.tau
         if self.sinks != "phi":
-            first: Tensor = context.state(self, "first", lambda: context.first_token(hidden))
-            sink = sink | (
-                torch.cosine_similarity(hidden.float(), first[:, None].to(hidden.device), dim=-1).abs() > LIKE_FIRST
-            )
+            rows = context.store(self).rows
+            if "first" not in rows:
+                rows["first"] = context.first_token(hidden)
+            first = rows["first"][:, None].to(hidden.device)
+            sink = sink | (torch.cosine_similarity(hidden.float(), first, dim=-1).abs() > LIKE_FIRST)
         return sink

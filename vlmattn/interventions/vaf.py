@@ -61,13 +61,13 @@ class VAF(Intervention):
         mass = (row * context.visual[:, None]).sum(-1)
         count = max(1, round(self.heads * mass.shape[1]))
         chosen = torch.zeros_like(mass).scatter(1, mass.topk(count, dim=1).indices, 1.0)
-        context.request.state[(self, context.layer, "heads")] = chosen
+        context.store(self).rows["heads"] = chosen
 
     def edit(self, context: LayerContext) -> AttentionEdit:
         if self.enhance == self.suppress == 1:
             return AttentionEdit()
         scale: Tensor = context.memo(("vaf", self), lambda: self._scale(context))
-        chosen: Tensor | None = context.find(self, "heads")
+        chosen: Tensor | None = context.store(self).rows.get("heads")
         if chosen is not None:
             scale = 1 + chosen[:, :, None].to(context.device) * (scale - 1)[:, None]
         context.count("vaf", 1)

@@ -11,7 +11,7 @@ from vlmattn.interventions.sinks import SinkTest
 from vlmattn.kernels import AttentionEdit, GainPart, GainPlan, MassGate
 from vlmattn.options import option
 from vlmattn.registry import register
-from vlmattn.request import LayerContext, Slots
+from vlmattn.request import LayerContext
 
 TEXT, TEXT_SINK, VISUAL, VISUAL_SINK = range(4)
 
@@ -77,7 +77,7 @@ class VAR(SinkTest):
 
     def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None:
         sink = self.is_sink(context, hidden)
-        groups: Slots = context.state(self, "groups", lambda: Slots(TEXT, torch.uint8))
+        groups = context.store(self).by_slot("groups", TEXT, torch.uint8)
         context.count("var", sink.sum())
         if context.step.start is None:  # one generated token, which is text
             assert context.step.slot is not None
@@ -88,14 +88,12 @@ class VAR(SinkTest):
         groups.write(start, (VISUAL * visual + sink).to(torch.uint8))
 
     def edit(self, context: LayerContext) -> AttentionEdit:
-        groups: Slots | None = context.find(self, "groups")
+        groups = context.store(self).slots.get("groups")
         if groups is None or self.keep == 1:
             return AttentionEdit()
         runs = context.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
-        plans, key = context.request.state, (self, "plan")
-        if key not in plans:  # one for all layers and tokens: it keeps its tables on the device
-            plans[key] = self._plan()
-        part = GainPart(context.read(groups), plans[key], context.rows_after_image(), runs)
+        plan = context.request.store(self).once("plan", self._plan)  # it keeps its tables on the device
+        part = GainPart(context.read(groups), plan, context.rows_after_image(), runs)
         return AttentionEdit(gain=(part,))
 
     def _plan(self) -> GainPlan:

@@ -64,7 +64,7 @@ class VHR(Intervention):
             seeing = prompt[torch.arange(len(prompt), device=prompt.device), last]
             found = self.gains(seeing.float(), beside[:, -1].float())
             gain = torch.where(compared.to(found.device), found, 1.0)
-            request.state[(self, layer, "gain")] = gain
+            request.store(self, layer).rows["gain"] = gain
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
             return gain
 
@@ -82,7 +82,7 @@ class VHR(Intervention):
         return torch.where(chosen, self.alpha, 1.0)
 
     def edit(self, context: LayerContext) -> AttentionEdit:
-        gain: Tensor | None = context.find(self, "gain")
+        gain: Tensor | None = context.store(self).rows.get("gain")
         if gain is None:
             return AttentionEdit()
         return AttentionEdit(head_gain=(HeadPart(gain.to(context.device)),))

@@ -121,25 +121,6 @@ class LayerContext:
         """What ``method`` keeps about this layer of the prompt."""
         return self.request.store(method, self.layer)
 
-    def state(self, method: Hashable, name: str, make: Callable[[], Any]) -> Any:
-        """What ``method`` keeps under ``name`` for this layer and request; made by ``make`` at first."""
-        key = (method, self.layer, name)
-        if key not in self.request.state:
-            self.request.state[key] = make()
-        return self.request.state[key]
-
-    def keep(self, method: Hashable, name: str, value: Any) -> None:
-        """Let ``method`` keep a value under ``name`` for this layer."""
-        self.request.state[(method, self.layer, name)] = value
-
-    def kept(self, method: Hashable, name: str) -> Any:
-        """What ``method`` has kept under ``name`` for this layer, and must have."""
-        return self.request.state[(method, self.layer, name)]
-
-    def find(self, method: Hashable, name: str) -> Any | None:
-        """What ``method`` has kept under ``name`` for this layer, or None."""
-        return self.request.state.get((method, self.layer, name))
-
     def read(self, kept: Slots) -> Tensor:
         """What a method has kept about the slots of this layer, ``[batch, keys]``."""
         passed = self.step.passed

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vlmattn.errors import InputError
 from vlmattn.kernels import Rows
-from vlmattn.request.slots import Follows, Ledger, Slots
+from vlmattn.request.slots import Ledger, Slots
 from vlmattn.request.store import Store, of_rows
 from vlmattn.request.token_map import Kept, TokenMap
 
@@ -43,7 +43,6 @@ class Request:
         ledger: where counts go; that of the model the request runs on.
         call: stands for the generate() call that read the prompt, if one did.
         batch: sequences in the prompt; None before it is read.
-        state: what methods keep, by (method, layer, name).
         maps: for each layer which tokens it goes on with; None = all.
         newest: real tokens of the last part of the prompt in each sequence: (those of each image, others).
         first_last_row: the lowest slot of a last prompt token in the batch.
@@ -57,7 +56,6 @@ class Request:
         self.batch: int | None = None
         self.prompt_length = 0
         self.has_padding = False
-        self.state: dict[Hashable, Any] = {}
         self._stores: dict[tuple[Hashable, int | None], Store] = {}
         self._ids = Slots(-1, torch.int64)
         self._roles = Slots(ANSWER, torch.uint8)
@@ -199,9 +197,6 @@ class Request:
         for (_, of), store in self._stores.items():
             if of == layer:
                 store.evict(order, keys)
-        for key, kept in self.state.items():
-            if isinstance(kept, Slots) and isinstance(key, tuple) and len(key) == 3 and key[1] == layer:
-                self.state[key] = kept.picked(order, keys)
 
     def of_layer(self, layer: int) -> Request:
         """The request in the slots of a layer."""
@@ -262,7 +257,6 @@ class Request:
         for name in _SLOTS:
             setattr(copy, name, getattr(self, name).moved(rows, shift))
         copy._stores = {key: store.moved(rows, shift) for key, store in self._stores.items()}
-        copy.state = {key: self._moved_state(kept, rows, shift) for key, kept in self.state.items()}
         if self._last_prompt_row is not None:
             copy._last_prompt_row = of_rows(self._last_prompt_row, rows) + shift
         if self._with_image is not None:
@@ -280,18 +274,8 @@ class Request:
             copy._real.write(0, of_rows(torch.nn.functional.pad(real, (shift, 0), value=False), rows))
         return copy
 
-    def _moved_state(self, kept: Any, rows: Tensor | None, shift: int) -> Any:
-        if isinstance(kept, Follows):
-            return kept.moved(rows, shift)
-        if isinstance(kept, Tensor) and kept.ndim > 1 and kept.shape[0] == self.batch:  # one for each row
-            return of_rows(kept, rows)
-        return kept
-
     def reorder(self, rows: Tensor) -> None:
         """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); prompts of beams are the same."""
-        for kept in self.state.values():
-            if isinstance(kept, Follows):
-                kept.reorder(rows)
         for store in self._stores.values():
             store.reorder(rows)
         if any(tokens is not None and tokens.by_eviction for tokens in self.maps):  # beams evict for themselves

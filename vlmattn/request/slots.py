@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
-
 import torch
 from torch import Tensor
 
@@ -98,12 +96,3 @@ class Slots:
         if self._values is None:
             raise InputError("slots were read before anything was written")
         return self._grow(length, self._values.shape[0], self._values.device)[:, :length].to(device)
-
-
-@runtime_checkable
-class Follows(Protocol):
-    """State of a method that has one entry for each sequence."""
-
-    def reorder(self, rows: Tensor) -> None: ...
-
-    def moved(self, rows: Tensor | None = None, shift: int = 0) -> Any: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,12 @@ class Store:
         if name not in self.slots:
             self.slots[name] = Slots(fill, dtype)
         return self.slots[name]
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is shared under ``name``; made at first."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
 
     def reorder(self, rows: Tensor) -> None:
         """Let every sequence's values become those of sequence ``rows`` ``[batch]``."""

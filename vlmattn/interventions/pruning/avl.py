@@ -9,11 +9,11 @@ from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
-from vlmattn.interventions.pruning.policy import KVPolicy, best, find_slots, host_counts, image_tokens, slots_of
+from vlmattn.interventions.pruning.policy import KVPolicy, best, host_counts, image_tokens, last_row, slots_of
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option
 from vlmattn.registry import register
-from vlmattn.request import Eviction, LayerContext, Slots, Weights
+from vlmattn.request import Eviction, LayerContext, Weights
 
 
 @register(
@@ -84,55 +84,50 @@ class AVL(KVPolicy):
         return True
 
     def _refreshes(self, context: LayerContext) -> bool:
-        return not context.step.is_prompt and (self.step(context) + 1) % self.refresh == 0
+        return not context.step.is_prompt and self.generated(context) % self.refresh == 0
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        self.refuse_cropped(context)
         if not (context.step.is_prompt or self._refreshes(context) or self.text_keep < 1):
             return
-        start = context.step.start or 0
-        row = context.request.prompt_length - 1 - start if context.step.is_prompt else context.queries - 1
-        seen = weights(row, row + 1)[:, :, 0, : context.keys].mean(1)
-        paid: Slots = context.state(self, "paid", lambda: Slots(0, torch.float32))
+        self.advance(context)
+        kept, seen = context.store(self), last_row(context, weights).mean(1)
+        paid = kept.by_slot("paid", 0, torch.float32)
         paid.write(0, seen + paid.read(context.keys, context.device) if paid.written else seen)
         if self._refreshes(context):
             self._choose_core(context, seen)
         elif context.step.is_prompt:
-            gaze: Slots = context.state(self, "gaze", lambda: Slots(0, torch.float32))
-            gaze.write(0, seen)
+            kept.by_slot("gaze", 0, torch.float32).write(0, seen)
 
     def _choose_core(self, context: LayerContext, seen: Tensor) -> None:
-        core: Slots = context.state(self, "core", lambda: Slots(False, torch.bool))
-        core.write(0, best(seen, image_tokens(context), context.request.state[(self, context.layer, "tiers")][1]))
+        kept = context.store(self)
+        kept.by_slot("core", False, torch.bool).write(0, best(seen, image_tokens(context), kept.rows["core"]))
 
     def edit(self, context: LayerContext) -> AttentionEdit:
-        refreshes = self._refreshes(context)
-        self.step(context, advance=True)
-        core: Slots | None = context.find(self, "core")
-        if context.step.is_prompt or refreshes or core is None:
+        if context.step.is_prompt or self._refreshes(context):
             return AttentionEdit()
-        wanted = ~context.visual | core.read(context.keys, context.device)
+        kept = context.store(self)
+        wanted = ~context.visual | kept.slots["core"].read(context.keys, context.device)
         if (real := context.real) is not None:
             wanted = wanted & real
-        secondary, read, others = context.request.state[(self, context.layer, "tiers")]
-        most = max(context.keys - hold - pad + some for hold, some, pad in zip(secondary, read, others, strict=True))
+        tiers = zip(kept.rows["secondary"], kept.rows["core"], kept.rows["others"], strict=True)
+        most = max(context.keys - hold - pad + read for hold, read, pad in tiers)
         return AttentionEdit(read=slots_of(wanted, most))
 
     def evict(self, context: LayerContext) -> Eviction | None:
-        request, key = context.request, (self, context.layer, "tiers")
+        kept = context.store(self)
         if context.step.is_prompt:
-            images, text = host_counts(request, context.keys)
-            given = request.state.setdefault((self, context.layer, "given"), list(images))
+            images, text = host_counts(context.request, context.keys)
+            given = kept.rows.setdefault("given", images)
             secondary = [min(round(self.keep_secondary * n), left) for n, left in zip(given, images, strict=True)]
-            read = [min(round(self.keep_core * n), hold) for n, hold in zip(given, secondary, strict=True)]
+            core = [min(round(self.keep_core * n), hold) for n, hold in zip(given, secondary, strict=True)]
             counts = tuple(hold + words for hold, words in zip(secondary, text, strict=True))
-            request.state[key] = (secondary, read, self._others(context, counts))
-            gaze = find_slots(self, context, "gaze")
+            kept.rows |= {"secondary": secondary, "core": core, "others": self._others(context, counts)}
+            gaze = kept.slots["gaze"].read(context.keys, context.device)
             self._choose_core(context, gaze)
             visual = image_tokens(context)
             return Eviction(~visual | best(gaze, visual, secondary), counts)
-        if (
-            self.text_keep == 1 or self.step(context) % self.text_every or context.queries > 1
-        ):  # drafts may be taken back
+        if self.text_keep == 1 or self.generated(context) % self.text_every or context.queries > 1:
             return None
         return self._prune_text(context)
 
@@ -142,7 +137,8 @@ class AVL(KVPolicy):
         return [width - count for count in counts]
 
     def _prune_text(self, context: LayerContext) -> Eviction | None:
-        secondary, read, others = context.request.state[(self, context.layer, "tiers")]
+        kept = context.store(self)
+        secondary, others = kept.rows["secondary"], kept.rows["others"]
         words = [context.keys - hold - pad for hold, pad in zip(secondary, others, strict=True)]
         stay = [min(max(round(self.text_keep * n), self.text_first), n) for n in words]
         if stay == words:
@@ -152,8 +148,7 @@ class AVL(KVPolicy):
         limits = torch.tensor([words, stay], device=context.device)[..., None]
         recent = number > limits[0] - limits[1] // 2
         first = number <= self.text_first
-        paid = find_slots(self, context, "paid")
-        scores = paid + 1e6 * first + 1e3 * recent
+        scores = kept.slots["paid"].read(context.keys, context.device) + 1e6 * first + 1e3 * recent
         counts = tuple(hold + n for hold, n in zip(secondary, stay, strict=True))
-        context.request.state[(self, context.layer, "tiers")] = (secondary, read, self._others(context, counts))
+        kept.rows["others"] = self._others(context, counts)
         return Eviction(context.visual | best(scores, text, stay), counts)

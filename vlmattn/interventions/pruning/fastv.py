@@ -61,11 +61,11 @@ class FastV(Pruning):
         start = context.step.start or 0
         row = context.request.prompt_length - 1 - start
         seen = weights(row, row + 1)[:, :, 0, start : start + context.queries].mean(1)
-        context.request.state[(self, "gaze")] = seen
+        context.request.store(self).rows["gaze"] = seen
 
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:
         return budget(self.keep_ratio, self.keep_tokens, sum(given))
 
     def choose_tokens(self, stage: PruningStage) -> KeptTokens:
         counts = self.counts(stage)
-        return KeptTokens(stage.top(stage.request.state[(self, "gaze")], counts), counts)
+        return KeptTokens(stage.top(stage.request.store(self).rows["gaze"], counts), counts)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.pruning.policy import HeadSlots, KVPolicy, host_counts, image_tokens, slots_of
+from vlmattn.interventions.pruning.policy import KVPolicy, host_counts, image_tokens, slots_of
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option
 from vlmattn.registry import register
@@ -58,15 +58,15 @@ class LongHeads(KVPolicy):
         return images + text, min(read, images) + text
 
     def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
+        kept = context.store(self)
         if context.step.is_prompt:
             tiles = self._tiles(context)
-            context.keep(self, "tiles", HeadSlots(tiles))
-            context.keep(self, "new", max(host_counts(context.request, context.keys)[1]) - context.keys)
-            context.keep(self, "centres", HeadSlots(_centres(key[:, :, : context.keys], tiles)))
+            kept.rows |= {"tiles": tiles, "centres": _centres(key[:, :, : context.keys], tiles)}
+            kept.shared["most words"] = max(host_counts(context.request, context.keys)[1]) - context.keys
             return
-        tiles, centres = context.kept(self, "tiles").values, context.kept(self, "centres").values
         packed = query[:, :, -1].reshape(len(query), key.shape[1], -1, query.shape[-1]).float()
-        context.keep(self, "read", self._nearest((packed @ centres.transpose(-1, -2)).amax(2), tiles))
+        scores = (packed @ kept.rows["centres"].transpose(-1, -2)).amax(2)
+        kept.rows["read"] = self._nearest(scores, kept.rows["tiles"])
 
     def _nearest(self, scores: Tensor, tiles: Tensor) -> Tensor:
         """Slots ``[batch, kv_heads, n]`` of the tiles that are read, -1 for none, from scores ``[batch, kv_heads, tiles]``."""
@@ -100,9 +100,10 @@ class LongHeads(KVPolicy):
     def edit(self, context: LayerContext) -> AttentionEdit:
         if context.step.is_prompt:
             return AttentionEdit()
-        chosen: Tensor = context.kept(self, "read")
+        kept = context.store(self)
+        chosen: Tensor = kept.rows["read"]
         text = ~context.visual if context.real is None else ~context.visual & context.real
-        words = slots_of(text, context.kept(self, "new") + context.keys)
+        words = slots_of(text, kept.shared["most words"] + context.keys)
         context.count("longheads", 1)
         return AttentionEdit(read=torch.cat([words.expand(-1, chosen.shape[1], -1), chosen], -1))
 

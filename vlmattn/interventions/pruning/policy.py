@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
-from vlmattn.errors import UnsupportedError
+from vlmattn.errors import StateError, UnsupportedError
 from vlmattn.interventions.base import Intervention
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option
-from vlmattn.request import TEXT, Eviction, HeadSplit, LayerContext, Request, Slots
+from vlmattn.request import TEXT, Eviction, HeadSplit, LayerContext, Request, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,37 +62,41 @@ class KVPolicy(Intervention):
     def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()
 
-    def step(self, context: LayerContext, advance: bool = False) -> int:
-        """Forwards of this layer since the prompt was read, 0 for the first; ``advance`` counts this one."""
-        key = (self, context.layer, "step")
-        count: int = 0 if context.step.is_prompt else context.request.state.get(key, 0)
-        context.request.state[key] = 0 if context.step.is_prompt else count + advance
-        return count
+    def generated(self, context: LayerContext) -> int:
+        """Generated tokens that the layer has read, with this one; 0 while a prompt is read."""
+        return 0 if context.step.is_prompt else context.keys - context.request.prompt_length
+
+    def advance(self, context: LayerContext) -> None:
+        """Note that what the policy keeps depends on the tokens up to this one.
+
+        Raises:
+            StateError: some of these were taken back.
+        """
+        shared, count = context.store(self).shared, self.generated(context)
+        self.refuse_cropped(context)
+        shared["advanced"] = count
+
+    def refuse_cropped(self, context: LayerContext) -> None:
+        """Raise ``StateError`` if tokens were taken back that what the policy keeps depends on (``advance``)."""
+        before, count = context.store(self).shared.get("advanced", 0), self.generated(context)
+        if 0 < count <= before:
+            raise StateError(
+                f"this cache was cropped to {count - 1} generated tokens, and what '{self.info.name}' keeps comes from {before};"
+                " start a new generate()"
+            )
 
 
-class HeadSlots:
-    """What a policy keeps for each sequence and head, ``[batch, heads, ...]``; follows its sequence through beam search."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def reorder(self, rows: Tensor) -> None:
-        self.values = self.values[rows.to(self.values.device)]
-
-    def moved(self, rows: Tensor | None = None, shift: int = 0) -> HeadSlots:
-        return self if rows is None else HeadSlots(self.values[rows.to(self.values.device)])
+def last_row(context: LayerContext, weights: Weights) -> Tensor:
+    """Unedited attention of the last row, prompt or not, float32 ``[batch, heads, keys]``."""
+    start = context.step.start or 0
+    row = context.request.prompt_length - 1 - start if context.step.is_prompt else context.queries - 1
+    return weights(row, row + 1)[:, :, 0, : context.keys]
 
 
 def image_tokens(context: LayerContext) -> Tensor:
     """bool ``[batch, keys]``: real image tokens among the slots of a layer."""
     real = context.real
     return context.visual if real is None else context.visual & real
-
-
-def find_slots(policy: KVPolicy, context: LayerContext, name: str) -> Tensor:
-    """What a policy keeps by slot under ``name``, ``[batch, keys]``."""
-    kept: Slots = context.request.state[(policy, context.layer, name)]
-    return kept.read(context.keys, context.device)
 
 
 def best(scores: Tensor, among: Tensor, counts: list[int]) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmattn.anatomy import Anatomy
-from vlmattn.interventions.pruning.policy import HeadSlots, KVPolicy
+from vlmattn.interventions.pruning.policy import KVPolicy, last_row
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option
 from vlmattn.registry import register
-from vlmattn.request import LayerContext, Weights
+from vlmattn.request import LayerContext, Store, Weights
 
 
 @register(
@@ -69,62 +69,55 @@ class RecycledAttention(KVPolicy):
         return True
 
     def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
-        context.keep(self, "kv_heads", key.shape[1])
+        self.refuse_cropped(context)
+        kept = context.store(self)
         if self.trigger == "stride" or context.step.is_prompt:
-            full = context.step.is_prompt or (self.step(context) + 1) % self.stride == 0
-            context.keep(self, "full", torch.full((len(query), 1), full, device=query.device))
-            context.keep(self, "any", full)
-            context.keep(self, "all", full)
+            full = self.generated(context) % self.stride == 0
+            changed, some, every = torch.full((len(query), 1), full, device=query.device), full, full
         else:
-            then: Tensor = context.kept(self, "query").values.to(query.device)
+            then = kept.rows["query"].to(query.device)
             likeness = torch.cosine_similarity(query[:, :, -1].float(), then, dim=-1).mean(1, keepdim=True)
             changed = likeness < self.similar
-            context.keep(self, "full", changed)
-            for name, found in zip(("any", "all"), torch.stack([changed.any(), changed.all()]).tolist(), strict=True):
-                context.keep(self, name, found)
+            some, every = torch.stack([changed.any(), changed.all()]).tolist()
+        kept.rows["full"] = changed
+        kept.shared |= {"kv_heads": key.shape[1], "any": some, "all": every}
         if self.trigger == "similarity":
-            self._update(context, "query", query[:, :, -1].float())
+            self._update(kept, "query", query[:, :, -1].float())
 
-    def _update(self, context: LayerContext, name: str, values: Tensor) -> None:
+    def _update(self, kept: Store, name: str, values: Tensor) -> None:
         """Keep ``[batch, heads, ...]`` of the sequences whose step is full."""
-        old: HeadSlots | None = context.find(self, name)
-        if old is not None and not context.kept(self, "all"):
-            full: Tensor = context.kept(self, "full")
-            values = torch.where(full.view(-1, *(1,) * (values.ndim - 1)), values, old.values.to(values.device))
-        context.keep(self, name, HeadSlots(values))
+        if name in kept.rows and not kept.shared["all"]:
+            full = kept.rows["full"].view(-1, *(1,) * (values.ndim - 1))
+            values = torch.where(full, values, kept.rows[name].to(values.device))
+        kept.rows[name] = values
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        if not context.kept(self, "any"):
+        kept = context.store(self)
+        if not kept.shared["any"]:
             return
-        row = (
-            context.request.prompt_length - 1 - (context.step.start or 0)
-            if context.step.is_prompt
-            else context.queries - 1
-        )
-        heads: int = context.kept(self, "kv_heads")
-        per_head = weights(row, row + 1)[:, :, 0, : context.keys]
-        seen = per_head.view(len(per_head), heads, -1, context.keys).amax(2)
+        self.advance(context)
+        per_head = last_row(context, weights)
+        seen = per_head.view(len(per_head), kept.shared["kv_heads"], -1, context.keys).amax(2)
         if context.keys < self.keys:
             seen = pad(seen, (0, self.keys - context.keys))
         found = seen.topk(self.keys, dim=-1)
-        self._update(context, "next", torch.where(found.values > 0, found.indices, -1))
-        self._update(context, "held", torch.full((len(seen), 1), context.keys, device=seen.device))
-        if context.kept(self, "all"):
-            context.keep(self, "since", context.keys)
+        self._update(kept, "next", torch.where(found.values > 0, found.indices, -1))
+        self._update(kept, "held", torch.full((len(seen), 1), context.keys, device=seen.device))
+        if kept.shared["all"]:
+            kept.shared["since"] = context.keys
 
     def edit(self, context: LayerContext) -> AttentionEdit:
-        self.step(context, advance=True)
-        if context.kept(self, "all"):
+        kept = context.store(self)
+        if kept.shared["all"]:
             return AttentionEdit()
-        chosen, held = (context.kept(self, name).values.to(context.device) for name in ("next", "held"))
+        chosen, held = (kept.rows[name].to(context.device) for name in ("next", "held"))
         slots = torch.arange(context.keys, device=context.device)
-        new = slots[context.kept(self, "since") :]
+        new = slots[kept.shared["since"] :]
         new = torch.where(new >= held, new, -1)
         read = torch.cat([chosen, new[:, None].expand(-1, chosen.shape[1], -1)], -1)
         context.count("recycled", 1)
-        if not context.kept(self, "any"):
+        if not kept.shared["any"]:
             return AttentionEdit(read=read)
         width = max(context.keys, read.shape[-1])
         whole, read = pad(slots, (0, width - context.keys), value=-1), pad(read, (0, width - read.shape[-1]), value=-1)
-        full: Tensor = context.kept(self, "full")
-        return AttentionEdit(read=torch.where(full[..., None], whole, read))
+        return AttentionEdit(read=torch.where(kept.rows["full"][..., None], whole, read))

@@ -8,7 +8,7 @@ import torch
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
-from vlmattn.interventions.pruning.policy import KVPolicy, host_counts, image_tokens, slots_of
+from vlmattn.interventions.pruning.policy import KVPolicy, host_counts, image_tokens, last_row, slots_of
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option, parse_layers
 from vlmattn.registry import register
@@ -65,9 +65,7 @@ class Rounds(KVPolicy):
         return (int(self.watershed),)
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        start = context.step.start or 0
-        row = context.request.prompt_length - 1 - start
-        seen = weights(row, row + 1)[:, :, 0, : context.keys].mean(1)
+        seen = last_row(context, weights).mean(1)
         visual, number = image_tokens(context), context.images.long()
         count = int(number.max()) + 1  # one look per prompt
         mass = torch.zeros(len(seen), count, device=seen.device).scatter_add_(1, number.clamp_min(0), seen * visual)
@@ -75,17 +73,21 @@ class Rounds(KVPolicy):
         before = ranked.values.cumsum(1) - ranked.values
         stays = before < self.keep_mass * mass.sum(1, keepdim=True)
         stays[:, 0] = True
-        context.request.state[(self, "images")] = torch.zeros_like(stays).scatter_(1, ranked.indices, stays)
+        context.request.store(self).rows["images"] = torch.zeros_like(stays).scatter_(1, ranked.indices, stays)
 
     def _stay(self, context: LayerContext) -> torch.Tensor:
         """bool ``[batch, keys]``: slots that are no token of another image."""
-        chosen: torch.Tensor = context.request.state[(self, "images")].to(context.device)
+        chosen: torch.Tensor = context.request.store(self).rows["images"].to(context.device)
         return ~context.visual | chosen.gather(1, context.images.long().clamp_min(0))
 
     def evict(self, context: LayerContext) -> Eviction | None:
-        if not context.step.is_prompt or self.memory == "read":
+        if not context.step.is_prompt:
             return None
         stay = self._stay(context)
+        if self.memory == "read":
+            held = stay if context.real is None else stay & context.real
+            context.store(self).shared["most"] = int(held.sum(1).max()) - context.keys  # one look per layer and prompt
+            return None
         _, text = host_counts(context.request, context.keys)
         images = (stay & image_tokens(context)).sum(1).tolist()
         return Eviction(stay, tuple(n + words for n, words in zip(images, text, strict=True)))
@@ -93,10 +95,8 @@ class Rounds(KVPolicy):
     def edit(self, context: LayerContext) -> AttentionEdit:
         if self.memory == "evict" or context.step.is_prompt:
             return AttentionEdit()
-        stay, name = self._stay(context), (self, context.layer, "most")
+        stay = self._stay(context)
         if (real := context.real) is not None:
             stay = stay & real
-        if self.step(context, advance=True) == 0:
-            context.request.state[name] = int(stay.sum(1).max()) - context.keys  # one look per layer and prompt
         context.count("rounds", 1)
-        return AttentionEdit(read=slots_of(stay, context.request.state[name] + context.keys))
+        return AttentionEdit(read=slots_of(stay, context.store(self).shared["most"] + context.keys))

@@ -13,7 +13,7 @@ from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.pruning.base import Staged
 from vlmattn.options import option
 from vlmattn.registry import register
-from vlmattn.request import KeptTokens, LayerContext, PruningStage, Slots, Weights
+from vlmattn.request import KeptTokens, LayerContext, PruningStage, Weights
 
 _ROWS = 64  # rater rows whose attention is looked at together
 
@@ -96,14 +96,12 @@ class SparseVLM(Staged):
         share = (share * stage.visual[..., None]).sum(1) / stage.visual.sum(1, keepdim=True).clamp_min(1)
         mean = share.sum(1, keepdim=True) / after.sum(1, keepdim=True).clamp_min(1)
         raters = torch.zeros_like(after).index_copy_(1, words, after[:, words] & (share > mean))
-        kept: Slots = stage.request.state.setdefault((self, "raters"), Slots(False, torch.bool))
-        kept.write(stage.start, raters)
+        stage.request.store(self).by_slot("raters", False, torch.bool).write(stage.start, raters)
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
         start = context.step.start or 0
-        raters = context.request.read(context.request.state[(self, "raters")], start + context.queries, context.device)[
-            :, start:
-        ]
+        kept = context.request.store(self)
+        raters = context.request.read(kept.slots["raters"], start + context.queries, context.device)[:, start:]
         rows = raters.any(0).nonzero().flatten()
         seen = []
         for few in torch.split(rows, _ROWS) if len(rows) else ():
@@ -111,11 +109,14 @@ class SparseVLM(Staged):
             found = weights(first, last)[..., start : start + context.queries]
             seen.append(found[:, :, few - first] * raters[:, None, few, None])
         empty = raters.new_zeros(len(raters), context.heads, 0, context.queries, dtype=torch.float32)
-        context.request.state[(self, "gaze")] = (rows, raters[:, rows], torch.cat(seen, 2) if seen else empty)
+        kept.shared["rows"] = rows
+        kept.rows |= {"raters": raters[:, rows], "gaze": torch.cat(seen, 2) if seen else empty}
 
     def scores(self, stage: PruningStage) -> Tensor:
         """s, float32 ``[batch, rows]``."""
-        rows, raters, seen = stage.request.state.pop((self, "gaze"))  # seen: [batch, heads, rater, rows]
+        kept = stage.request.store(self)
+        rows, raters = kept.shared.pop("rows"), kept.rows.pop("raters")
+        seen = kept.rows.pop("gaze")  # [batch, heads, rater, rows]
         if self.version == "2":
             bias = _rotation_alone(*stage.tables)
             seen = seen / bias[:, None, rows.to(bias.device)]

@@ -103,7 +103,7 @@ class VisionZip(Pruning):
             content, stay = self._zip(image)
             contents.append(content)
             stays.append(stay)
-        sight.request.state[(self, "zipped")] = (sight.place(contents), sight.place(stays))
+        sight.request.store(self).rows |= {"content": sight.place(contents), "stay": sight.place(stays)}
 
     def _zip(self, image: Image) -> tuple[Tensor, Tensor]:
         """What the image's slots hold ``[tokens, width]`` and which of them stay, bool ``[tokens]``."""
@@ -142,7 +142,8 @@ class VisionZip(Pruning):
         return features[targets] + (sums / counts).to(features)
 
     def choose_tokens(self, stage: PruningStage) -> KeptTokens:
-        content, stay = stage.request.state.pop((self, "zipped"))
+        rows = stage.request.store(self).rows
+        content, stay = rows.pop("content"), rows.pop("stay")
         more = stage.hidden.shape[1] - stay.shape[1]  # tokens behind the prompt
         content, stay = pad(content, (0, 0, 0, more)), pad(stay, (0, more))
         hidden = torch.where(stay[..., None], content.to(stage.hidden), stage.hidden)
