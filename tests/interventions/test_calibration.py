@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 import vlmattn
 from vlmattn import Calibration, InputError, OptionError, Recipe, attention
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.request import IMAGE, TEXT, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -209,7 +210,7 @@ def test_masses_of_the_pooling_row(strength, backend, monkeypatch):
     key = torch.randn(1, 4, length, length, generator=generator)
     sizes = Anatomy("llava", LAYER + 2, 4, 4, length, 32, ("llama", 32, LAYER + 2, 64))
     method = Calibration(strength=strength, basket=basket, layers="0:")
-    request = Request(Recipe.of(method).bind(sizes), Ledger())
+    request = Request(bind(Recipe.of(method), sizes), Ledger())
     types = torch.tensor([[IMAGE if 3 <= n < 9 else TEXT for n in range(length)]], dtype=torch.uint8)
     request.extend(0, types, number_images(types, None), None, None)
     attention.register()

@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 from vlmattn import PAI, VAR, Recipe, UnsupportedError, attention
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.interventions.sinks import sink_values
 from vlmattn.request import IMAGE, TEXT, LayerContext, Ledger, Request, Step, number_images
 
@@ -66,7 +67,7 @@ def make_request(case: dict, method: VAR | PAI, hidden: Tensor | None, batch: in
     sizes = Anatomy(
         "llava", LAYER + 2, case.get("H", 8), case.get("H_kv", 8), case.get("head_dim", 4), 32, ("llama", 32, 9, 64)
     )
-    request = Request(Recipe.of(method).bind(sizes), Ledger())
+    request = Request(bind(Recipe.of(method), sizes), Ledger())
     prompt = case["K"] - 1 if case["Q"] == 1 else case["K"]
     types = torch.full((batch, prompt), TEXT, dtype=torch.uint8)
     types[:, slice(*case["image_span"])] = IMAGE

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 import vlmattn
 from vlmattn import MMA, Bidirectional, Isolation, Knockout, OptionError, Recipe, SoFA, attention
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.request import IMAGE, TEXT, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -529,7 +530,7 @@ def test_sofa_mixes_two_softmaxes(sigma, backend, monkeypatch):
     query = 2 * torch.randn(2, 4, len(images), 8, generator=generator)
     key, value = (2 * torch.randn(2, 2, len(images), 8, generator=generator) for _ in range(2))
     sizes = Anatomy("llava", LAYER + 2, 4, 2, 8, 32, ("llama", 32, LAYER + 2, 64))
-    request = Request(Recipe.of(SoFA(sigma=sigma, mode="mix", layers="0:")).bind(sizes), Ledger())
+    request = Request(bind(Recipe.of(SoFA(sigma=sigma, mode="mix", layers="0:")), sizes), Ledger())
     types = torch.tensor([[IMAGE if n >= 0 else TEXT for n in images]] * 2, dtype=torch.uint8)
     mask = torch.ones(2, len(images), dtype=torch.long)
     mask[1, :2] = 0

@@ -19,6 +19,7 @@ from transformers import LlavaConfig, PreTrainedModel
 import vlmattn
 from vlmattn import PAI, PAINT, InputError, OptionError, Recipe, UnsupportedError
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.request import IMAGE, TEXT, ImageFeatures, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -46,7 +47,7 @@ def step_of(case: dict) -> Step:
     """The request after the tower was looked at: the sight has the golden's CLS rows."""
     method = PAINT(alpha=case["alpha"], beta=case["beta"])
     sizes = Anatomy("llava", LAYER + 2, 8, 8, 4, 32, ("llama", 32, LAYER + 2, 64), tower_layers=5)
-    request = Request(Recipe.of(method).bind(sizes), Ledger())
+    request = Request(bind(Recipe.of(method), sizes), Ledger())
     length = case["K"] - 1 if case["Q"] == 1 else case["K"]
     types = torch.full((1, length), TEXT, dtype=torch.uint8)
     types[:, slice(*case["image_span"])] = IMAGE

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 import vlmattn
 from vlmattn import VAF, HeadsGuided, OptionError, Recipe, attention, embedded
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.request import IMAGE, TEXT, LayerContext, Ledger, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -42,7 +43,7 @@ def layout(rows: list[str]) -> tuple[Tensor, Tensor]:
 def begun(method, rows: list[str], made: int = 0) -> Request:
     """A request whose prompt was ``rows`` but the last ``made`` tokens, which were generated."""
     sizes = Anatomy("llava", LAYER + 2, HEADS, KV_HEADS, DIM, 32, ("llama", 32, LAYER + 2, 64))
-    request = Request(Recipe.of(method).bind(sizes), Ledger())
+    request = Request(bind(Recipe.of(method), sizes), Ledger())
     types, real = (part[:, : len(rows[0]) - made] for part in layout(rows))
     request.extend(0, types, number_images(types, None), real, None)
     return request
