@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.attention import FORWARD
+from vlmattn.binding import bind
 from vlmattn.recipe import Recipe
 from vlmattn.request import Forward, Ledger, Part, Plan, Request, Step
 from vlmattn.wrapping.registration import register
@@ -19,7 +20,7 @@ _PLANS: WeakKeyDictionary[Request, Plan] = WeakKeyDictionary()
 
 def request_of(recipe: Any, anatomy: Anatomy) -> Request:
     """A request for a recipe on a model of these sizes."""
-    plan = Recipe.of(recipe).bind(anatomy)
+    plan = bind(Recipe.of(recipe), anatomy)
     request = Request(len(plan.by_layer), Ledger(), plan.drops)
     _PLANS[request] = plan
     return request

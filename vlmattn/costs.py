@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vlmattn import compat
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.errors import InputError, OptionError, UnsupportedError
 from vlmattn.interventions.pruning import Pruning
 from vlmattn.models import Family, find_family
@@ -162,7 +163,7 @@ def cost(
     family, handle = find_family(model), handle_of(model)
     chosen = Recipe.of(recipe if recipe is not None else handle.recipe if handle is not None else "none")
     anatomy = family.anatomy(model)
-    plan = chosen.bind(anatomy)
+    plan = bind(chosen, anatomy)
     _refuse(chosen.name, plan, anatomy)
     request = _read(family, model, inputs, plan)
     sizes = _Sizes.of(family, model, anatomy, request.batch or 1, new_tokens)

@@ -40,6 +40,7 @@ from vlmattn import (
     cli,
 )
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.embedded.scenes import make_scene
 from vlmattn.interventions import Intervention, Pruning
 from vlmattn.recipe import FILE_NAME
@@ -108,8 +109,8 @@ def test_round_trips(spec, tmp_path):
 @pytest.mark.parametrize("spec", [name for name in RULES if name not in ("icd", "opera", "opera_fast")])
 def test_what_comes_back_binds_to_the_same_rule(spec):
     recipe = Recipe.of(spec)
-    again = Recipe.from_text(recipe.to_yaml()).bind(SIZES)
-    plan = recipe.bind(SIZES)
+    again = bind(Recipe.from_text(recipe.to_yaml()), SIZES)
+    plan = bind(recipe, SIZES)
     assert again.decoding == plan.decoding
     assert plan.rule == recipe.decoding.info.name
     assert [branch.name for branch in plan.branches] == [f"{spec}/{b.name}" for b in plan.decoding.branches]
@@ -266,7 +267,7 @@ def test_a_rule_made_by_hand_is_a_recipe():
     assert Recipe.of([rule, PAI()]).interventions == (PAI(),)
     assert Recipe.of([PAI(), rule]).decoding is rule
     assert Recipe.of([PAI(), rule]).name == "pai+contrast"
-    assert Recipe.of(rule).bind(SIZES).rule == "contrast"
+    assert bind(Recipe.of(rule), SIZES).rule == "contrast"
     with pytest.raises(OptionError, match="need a recipe of one method"):
         Recipe.of(rule, alpha=1)
 

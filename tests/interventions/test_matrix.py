@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import vlmattn
-from vlmattn import Recipe, UnsupportedError
-from vlmattn.interventions import Intervention, KVPolicy, Pruning, registry
+from vlmattn import Recipe, UnsupportedError, registry
+from vlmattn.interventions import Intervention, KVPolicy, Pruning
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:vlmattn:UserWarning")]
 family_matrix = pytest.mark.parametrize("family", FAMILIES)

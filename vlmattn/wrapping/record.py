@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.errors import OptionError, StateError
 from vlmattn.models import Family, Turns, marker_ids_of
 from vlmattn.recipe import Recipe
@@ -229,7 +230,7 @@ class Record:
         plan = self._plans.get(recipe)
         if plan is not None:
             return plan
-        plan = recipe.bind(self.anatomy)
+        plan = bind(recipe, self.anatomy)
         with self.lock:
             if plan.uses_turns and self.turns is None:
                 self.turns = _turns(self._processor, self.anatomy.source, plan.turns)
