@@ -20,7 +20,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProc
 import vlmattn
 from vlmattn import PAI, VAR, VHR, InputError, OptionError, Recipe, StateError, UnknownNameError, UnsupportedError
 from vlmattn.interventions.sinks import sink_values
-from vlmattn.request import IMAGE, TEXT, VIDEO, Ledger, Plan, Request, number_images
+from vlmattn.request import IMAGE, TEXT, VIDEO, Request, number_images
+from vlmattn.wrapping import record_of
 
 no_grad = pytest.mark.usefixtures("no_grad")
 family_matrix = pytest.mark.parametrize("family", FAMILIES)
@@ -370,7 +371,7 @@ def test_a_second_turn_of_var_equals_recomputing(family):
     logits, _, _ = turn(model, second)
     del second["past_key_values"]
     again, _, _ = turn(model, {**inputs, **second}, use_cache=False)
-    (method,) = model.vlmattn.plan_of(model.vlmattn.recipe).by_layer[0]
+    (method,) = record_of(model).plan_of(model.vlmattn.recipe).by_layer[0]
     kept = cache._vlmattn_request.store(method, 0).slots["groups"]
     groups = kept.read(second["input_ids"].shape[1], torch.device("cpu"))
     fresh = model.get_input_embeddings()(sequences[:, -3:])
@@ -740,7 +741,7 @@ def test_prefill_never_holds_query_times_key_weights(family, name, monkeypatch):
     def spy(*args):
         with Largest() as mode:
             out = run(*args)
-        shares.append(mode.numel / (args[3].shape[0] * heads * length**2))
+        shares.append(mode.numel / (args[0].query.shape[0] * heads * length**2))
         return out
 
     monkeypatch.setattr("vlmattn.attention._run", spy)
@@ -856,7 +857,7 @@ def test_rows_and_runs_are_what_loops_find(layout, data):
     real = [row + [True] * (drafted + generated) for row in real]
     stop, keys, cpu = length + drafted, length + drafted + generated, torch.device("cpu")
     kinds, mask = torch.tensor(types, dtype=torch.uint8), torch.tensor(real).long()
-    request = Request(Plan("none"), Ledger())
+    request = Request()
     for first, last in ((0, cut), (cut, stop)):
         if first < last:
             tokens = kinds[:, first:last]

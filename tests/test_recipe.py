@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import vlmattn
 from vlmattn import PAI, VAR, VHR, InputError, OptionError, Recipe, UnknownNameError, VlmattnError
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.options import parse_layers
 from vlmattn.recipe import FILE_NAME
 from vlmattn.registry import find_method, make_method
@@ -48,7 +49,7 @@ def test_names_compose_in_order():
     assert Recipe.of("vhr+none").interventions == (VHR(),)
     assert Recipe.of([VHR(), PAI(alpha=0.1)]) == Recipe("vhr+pai", (VHR(), PAI(alpha=0.1)))
     assert Recipe.of("none").interventions == Recipe.of([]).interventions == ()
-    assert Recipe.of("none").bind(SIZES).is_identity
+    assert bind(Recipe.of("none"), SIZES).is_identity
 
 
 def test_a_folder_named_like_a_preset_does_not_hide_it(tmp_path, monkeypatch):
@@ -129,9 +130,9 @@ def test_presets_are_inside_their_own_ranges(name):
     assert info.about
     if name in MEASURED:  # these act on what was measured on a model
         with pytest.raises(OptionError, match=MEASURED[name]):
-            Recipe.of(name).bind(SIZES)
+            bind(Recipe.of(name), SIZES)
     else:
-        plan = Recipe.of(name).bind(SIZES)
+        plan = bind(Recipe.of(name), SIZES)
         acts = any(plan.by_layer) or any(plan.pruning) or plan.decoding is not None or plan.search is not None
         assert acts, "in a 7B model"
 
@@ -301,7 +302,7 @@ def test_other_texts_are_no_layers(text):
 
 
 def test_binding_puts_methods_into_their_layers():
-    plan = Recipe.of([PAI(layers="0,-1"), VHR(layers="1:3")]).bind(SIZES)
+    plan = bind(Recipe.of([PAI(layers="0,-1"), VHR(layers="1:3")]), SIZES)
     assert [tuple(m.info.name for m in methods) for methods in plan.by_layer] == [
         ("pai",),
         ("vhr",),
@@ -311,6 +312,6 @@ def test_binding_puts_methods_into_their_layers():
     ]
     assert [m.info.name for m in plan.before_prefill] == ["vhr"]
     assert not any(plan.on_hidden_states)
-    var = Recipe.of("var").bind(SIZES)
+    var = bind(Recipe.of("var"), SIZES)
     assert [bool(methods) for methods in var.on_hidden_states] == [2 <= layer < 31 for layer in range(32)]
     assert var.by_layer[2][0].dims == (1415, 2533), "looked up by the language model"

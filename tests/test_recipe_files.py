@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import vlmattn
 from vlmattn import PAI, VHR, InputError, OptionError, Recipe, VlmattnError
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile, load_profile
 from vlmattn.registry import find_method
 
@@ -75,7 +76,7 @@ def test_a_recipe_or_one_line(data, form):
     for again in (Recipe.from_text(recipe.to_json()), Recipe.from_text(recipe.to_yaml())):
         assert again == recipe
     try:
-        recipe.bind(SIZES)
+        bind(recipe, SIZES)
     except VlmattnError as error:
         assert said_in_a_line(error)  # noqa: PT017
 

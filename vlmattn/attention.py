@@ -1,285 +1,264 @@
 """The attention function that transformers calls in the decoder of a wrapped model.
 
 It asks the active methods for their edits and hands them to a kernel; with nothing to do it calls the implementation
-that the model had, with the very same arguments. The names below are registered once per process and stay: what they
-do for a given call is decided by the ``Step`` that the model's pre-hook passes along, never by global state.
+that the model had, with the very same arguments. What it does for a given call is decided by the ``Forward`` that the
+model's pre-hook passes along, never by global state.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from typing import Any, cast
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
+from vlmattn import compat
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
-from vlmattn.request import LayerContext, Looker, Parts, SideStream, Step, Steps, Weights
+from vlmattn.request import BARE, Forward, LayerContext, Looker, Part, Plan, SideStream, Step, Weights
 
-STEP = "vlmattn_step"  # the keyword argument on which a step travels through the decoder
-
-#: Implementation a model may have when it is wrapped, and the name it has while wrapped. The names must not contain
-#: "flash", "sdpa" or "flex": transformers tests for those words.
-NAMES = {"sdpa": "vlmattn", "eager": "vlmattn_eager"}
+FORWARD = "vlmattn_forward"  # the keyword argument on which a forward travels through the decoder
 
 #: Stands for weights that a layer cannot tell: transformers leaves None out, and those of later layers would move up.
 NO_WEIGHTS = torch.empty(0)
 
 Output = tuple[Tensor, Tensor | None]
-
-
-@dataclass(eq=False)
-class Probe:
-    """Stands for a step where only the attention weights of a layer are asked for, before the layer runs.
-
-    Attributes:
-        past: keys ``[batch, kv_heads, key, dim]`` that the layer has from before; None = none.
-        weights: what is found; None before.
-    """
-
-    past: Tensor | None
-    weights: Weights | None = None
-    parts: Parts = ((slice(None), None),)
-
-
 Labelled = tuple[Tensor, Tensor | None, str]
 """Head outputs ``[batch, query, heads, dim]``, weights if there are some, and what ``report()`` calls who computed them."""
 
 
-def _base(name: str, module: nn.Module) -> Callable[..., Output]:
-    if name == "sdpa":
-        return cast("Callable[..., Output]", sdpa_attention_forward)
-    return cast("Callable[..., Output]", sys.modules[type(module).__module__].eager_attention_forward)
+@dataclass(eq=False)
+class _Layer:
+    """What transformers gives the attention of one layer: states ``[batch, heads, query or key, dim]``.
+
+    Attributes:
+        base: the implementation that the model had.
+    """
+
+    base: Callable[..., Output]
+    module: nn.Module
+    query: Tensor
+    key: Any
+    value: Any
+    mask: Tensor | None
+    kwargs: dict[str, Any]
+
+    @property
+    def index(self) -> int:
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
+
+    @property
+    def phase(self) -> str:
+        return "decode" if self.query.shape[2] == 1 else "prefill"
+
+    @property
+    def scale(self) -> float:
+        return float(self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5)
+
+    @property
+    def score(self) -> dict[str, Any]:
+        """What the model does to its scores."""
+        return dict(softcap=self.kwargs.get("softcap"), sinks=self.kwargs.get("s_aux"))
+
+    def bare(self) -> Output:
+        """As the model does without us."""
+        return self.base(self.module, self.query, self.key, self.value, self.mask, **self.kwargs)
+
+    def of(self, rows: slice) -> _Layer:
+        """Some rows of the batch."""
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[rows]
+        return replace(self, query=self.query[rows], key=self.key[rows], value=self.value[rows], mask=mask)
+
+    def weights(self, see: Visibility, edit: AttentionEdit = NO_EDIT) -> Weights:
+        """Attention of a few query rows, computed when somebody asks."""
+        query, key, scale, score = self.query, self.key, self.scale, self.score
+
+        def weights(start: int, stop: int, edit: AttentionEdit = edit) -> Tensor:
+            return attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+
+        return weights
+
+    def seen(self, context: LayerContext) -> Visibility:
+        """What the unedited model sees; the mask of a window that is shorter than the prompt is not just causal."""
+        see, window = context.visibility(self.mask), self.kwargs.get("sliding_window")
+        if window is None or context.keys <= window or context.queries == 1:
+            return see
+        return replace(see, plain=False, window=window)
+
+    def wants_weights(self, step: Step | None) -> bool:
+        """Whether the caller of the model asked for attention weights."""
+        if step is not None and step.wants_weights:
+            return True
+        asked = self.kwargs.get("output_attentions")
+        return bool(
+            getattr(getattr(self.module, "config", None), "output_attentions", False) if asked is None else asked
+        )
 
 
-def _registered(base_name: str) -> Callable[..., Output]:
+def function_in_place_of(name: str) -> Callable[..., Output]:
+    """The attention function of models that had the implementation ``name`` ("sdpa" or "eager")."""
+
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Output:
-        step: Step | Steps | Probe | None = kwargs.pop(STEP, None)
-        if isinstance(step, Probe):
-            key = key if step.past is None else torch.cat([step.past, key], 2)
-            step.weights = _weights_of(Visibility(attention_mask), query, key, kwargs)
-            batch, heads, queries, _ = query.shape
-            return query.new_zeros(batch, queries, heads, value.shape[-1]), None  # latent attention has short values
-        base = _base(base_name, module)
-        if isinstance(key, SplitStates) and isinstance(value, SplitStates):
-            return _run_apart(base, step, module, query, key, value, attention_mask, kwargs)
-        if step is None:
-            return base(module, query, key, value, attention_mask, **kwargs)
-        if isinstance(step, Step):
-            return _run(base, step, module, query, key, value, attention_mask, kwargs)
-        return _run_parts(base, step, module, query, key, value, attention_mask, kwargs)
+        passing: Forward = kwargs.pop(FORWARD, None) or BARE
+        layer = _Layer(compat.attention_function(name, module), module, query, key, value, attention_mask, kwargs)
+        if passing.ahead is not None:
+            return _look_ahead(layer, passing)
+        if isinstance(key, SplitStates):
+            return _run_apart(layer, passing.main, name == "eager")
+        if len(passing.parts) == 1:
+            return _run(layer, passing.main)
+        if all(part.step is None for part in passing.parts):
+            return layer.bare()
+        outs, attended = zip(*(_run(layer.of(part.rows), part) for part in passing.parts), strict=True)
+        whole = all(found is not None for found in attended)
+        return torch.cat(outs), torch.cat(attended) if whole else None
 
     return forward
 
 
-def _run_apart(
-    base: Callable[..., Output],
-    step: Step | Steps | None,
-    module: nn.Module,
-    query: Tensor,
-    key: SplitStates,
-    value: SplitStates,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Output:
-    """Attention of a layer whose KV heads keep different tokens: those that keep all, then the others."""
-    batch, _, queries, dim = query.shape
-    if isinstance(step, Step):
-        _refuse_measuring_apart(step, int(module.layer_idx))  # type: ignore[arg-type]
-    packed, outs = query.reshape(batch, key.kv_heads, -1, queries, dim), []
-    eager = base is not _base("sdpa", module)
-    near_mask = key.near_mask(queries, query, eager)
-    for heads, keys, values, seen in (
-        (key.full_heads, key.full, value.full, mask),
-        (key.near_heads, key.near, value.near, near_mask),
-    ):
-        if len(heads):
-            out, _ = base(module, packed[:, heads].flatten(1, 2), keys, values, seen, **kwargs)
-            outs.append(out.view(batch, queries, len(heads), -1, out.shape[-1]))
-    if isinstance(step, Step):
-        phase = "decode" if queries == 1 else "prefill"
-        step.request.ledger.add(("calls", phase, "split", str(module.layer_idx)))
-    attended = NO_WEIGHTS if eager and _wants_weights(step, module, kwargs) else None
-    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), attended
+def _look_ahead(layer: _Layer, passing: Forward) -> Output:
+    """Only tell the weights that the layer would have; it has not run, so its older keys come along."""
+    assert passing.ahead is not None
+    if passing.past is not None:
+        layer = replace(layer, key=torch.cat([passing.past, layer.key], 2))
+    passing.ahead(layer.weights(Visibility(layer.mask)))
+    batch, heads, queries, _ = layer.query.shape
+    return layer.query.new_zeros(batch, queries, heads, layer.value.shape[-1]), None  # latent attention: short values
 
 
-def _wants_weights(step: Step | Steps | None, module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller of the model asked for attention weights."""
-    if isinstance(step, Step) and step.wants_weights:
-        return True
-    asked = kwargs.get("output_attentions")
-    return bool(getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked)
-
-
-def _refuse_measuring_apart(step: Step, layer: int) -> None:
-    """Raise if a method wants to know what rows look at, where some heads have let tokens go."""
-    plan = step.request.plan
-    if plan.watching:
-        raise UnsupportedError(
-            f"attention under '{plan.name}' cannot be shown: heads of layer {layer} are kept apart, with different tokens"
-        )
-    if any(_measures(method, step) for method in plan.on_attention[layer]):
-        raise refusal_of_apart(step, layer)
-
-
-def refusal_of_apart(step: Step, layer: int) -> UnsupportedError:
-    """Why a further prompt cannot go through a layer whose heads are kept apart."""
-    return UnsupportedError(
-        f"'{step.request.plan.name}' must measure attention to all tokens in layer {layer}, where some heads have let tokens of"
-        " the prompts before go; give the whole conversation as one prompt"
-    )
-
-
-def _run_parts(
-    base: Callable[..., Output],
-    steps: Steps,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Output:
-    """Row groups one after another, each with its own edit; without any, all rows at once."""
-    if all(step is None for _, step in steps.parts):
-        return base(module, query, key, value, mask, **kwargs)
-    outs = []
-    for rows, step in steps.parts:
-        inputs = query[rows], key[rows], value[rows], mask if mask is None or len(mask) == 1 else mask[rows]
-        outs.append(base(module, *inputs, **kwargs) if step is None else _run(base, step, module, *inputs, kwargs))
-    attended = [found for _, found in outs]
-    whole = all(found is not None for found in attended)
-    return torch.cat([out for out, _ in outs]), torch.cat(attended) if whole else None  # type: ignore[arg-type]
-
-
-def _run(
-    base: Callable[..., Output],
-    step: Step,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Output:
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if step.watch is not None:
-        out, attended = base(module, query, key, value, mask, **kwargs)
-        gain = step.watch(layer, out, _weights_of(Visibility(mask), query, key, kwargs))
+def _run(layer: _Layer, part: Part) -> Output:
+    """Attention of the rows of one request."""
+    if part.step is None:
+        return layer.bare()
+    if part.watch is not None:
+        out, attended = layer.bare()
+        gain = part.watch(layer.index, out, layer.weights(Visibility(layer.mask)))
         return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), attended
-    plan = step.request.plan
-    step = _in_window(step, query, key.shape[2])
-    context = LayerContext(step, layer, query.shape[2], key.shape[2], query.device, query.shape[1])
-    edit = AttentionEdit()
-    for policy in plan.on_queries_keys[layer] if plan.on_queries_keys else ():
-        policy.on_queries_keys(context, query, key)
-    measuring = [method for method in plan.on_attention[layer] if _measures(method, step)]
-    if measuring:
-        look = _weights_of(_seen(context, mask, kwargs), query, key, kwargs)
-        for method in measuring:
-            method.on_attention(context, look)
-    attend_with = partial(_attend, base, context, module, query, key, value, mask, kwargs)
-    streams = [stream for stream in step.beside if stream.waits_at(layer)]
+    query, plan, index = layer.query, part.plan, layer.index
+    step = _in_window(part.step, query, layer.key.shape[2])
+    context = LayerContext(step, index, query.shape[2], layer.key.shape[2], query.device, query.shape[1])
+    for policy in plan.on_queries_keys[index] if plan.on_queries_keys else ():
+        policy.on_queries_keys(context, query, layer.key)
+    looking = [method for method in plan.on_attention[index] if _looks(method, plan, step)]
+    if looking:
+        weights = layer.weights(layer.seen(context))
+        for method in looking:
+            method.on_attention(context, weights)
+    streams = [stream for stream in part.streams if stream.waits_at(index)]
     if len(streams) > 0:
-        out, attended, label, edit = _attend_beside(attend_with, context, streams)
+        out, attended, label, edit = _attend_beside(layer, context, plan, streams)
     else:
-        for method in plan.by_layer[layer]:
+        edit = AttentionEdit()
+        for method in plan.by_layer[index]:
             edit = edit.then(method.edit(context))
-        out, attended, label = attend_with(edit)
+        out, attended, label = _attend(layer, context, edit)
     for watcher in plan.watching:
-        watcher.attended(context, edit, _weights_of(_seen(context, mask, kwargs), query, key, kwargs, edit))
-    step.request.ledger.add(("calls", "decode" if query.shape[2] == 1 else "prefill", label, str(layer)))
+        watcher.attended(context, edit, layer.weights(layer.seen(context), edit))
+    step.request.ledger.add(("calls", layer.phase, label, str(index)))
     return out, attended
 
 
-def _measures(method: Looker, step: Step) -> bool:
+def _looks(method: Looker, plan: Plan, step: Step) -> bool:
     """Whether a method wants to know what rows of this step look at: one that drops image tokens, of prompts that have some."""
-    if step.is_prompt and method in step.request.plan.pruning:
+    if step.is_prompt and method in plan.pruning:
         return any(images for images, _ in step.request.newest)
     return step.is_prompt or method.follows_attention
 
 
 def _attend_beside(
-    attend_with: Callable[[AttentionEdit], Labelled], context: LayerContext, streams: Sequence[SideStream]
+    layer: _Layer, context: LayerContext, plan: Plan, streams: Sequence[SideStream]
 ) -> tuple[Tensor, Tensor | None, str, AttentionEdit]:
     """Attention of a prompt that streams accompany, with its edit: they run before the head gains, which some methods only
     know then."""
-    methods = context.request.plan.by_layer[context.layer]
+    methods = plan.by_layer[context.layer]
     comparing = [stream.method for stream in streams if context.layer in stream.layers]
     edits = {method: method.edit(context) for method in methods if method not in comparing}
-    out, attended, label = attend_with(replace(_composed(edits.values()), head_gain=()))
+    out, attended, label = _attend(layer, context, replace(_composed(edits.values()), head_gain=()))
     for stream in streams:
         stream.follow(out)
     edit = _composed(edits[method] if method in edits else method.edit(context) for method in methods)
     if not edit.head_gain:
         return out, attended, label, edit
-    out = scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous()
-    return out, attended, label + "+head_gain" if label.startswith("base:") else label, edit
+    label = label + "+head_gain" if label.startswith("base:") else label
+    return _scaled(out, edit), attended, label, edit
 
 
 def _composed(edits: Iterable[AttentionEdit]) -> AttentionEdit:
     return reduce(AttentionEdit.then, edits, AttentionEdit())
 
 
-def _attend(
-    base: Callable[..., Output],
-    context: LayerContext,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-    edit: AttentionEdit,
-) -> Labelled:
+def _scaled(out: Tensor, edit: AttentionEdit) -> Tensor:
+    """Head outputs ``[batch, query, heads, dim]`` with the edit's head gains."""
+    return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous()
+
+
+def _attend(layer: _Layer, context: LayerContext, edit: AttentionEdit) -> Labelled:
     """Attention with an edit."""
     label = base_label(context.step.base)
     if edit.shift is not None:
-        query, edit = edit.shifted(query)
-        label = f"{label}+shift"
+        query, edit = edit.shifted(layer.query)
+        layer, label = replace(layer, query=query), f"{label}+shift"
     if edit.is_identity:
-        return *base(module, query, key, value, mask, **kwargs), label
+        return *layer.bare(), label
     if edit.only_head_gain:
-        out, attended = base(module, query, key, value, mask, **kwargs)
-        return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), attended, f"{label}+head_gain"
+        out, attended = layer.bare()
+        return _scaled(out, edit), attended, f"{label}+head_gain"
+    query, key = layer.query, layer.key
     if edit.read is not None and edit.read.shape[1] != key.shape[1]:  # all KV heads alike
         edit = replace(edit, read=edit.read.expand(-1, key.shape[1], -1))
-    see, dropout = _seen(context, mask, kwargs), kwargs.get("dropout", 0.0)
-    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
-    out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), dropout, **score)
+    see, dropout = layer.seen(context), layer.kwargs.get("dropout", 0.0)
+    out, backend = attend(query, key, layer.value, see, edit, layer.scale, dropout, **layer.score)
     attended = None
-    if context.step.base == "eager" and _wants_weights(
-        context.step, module, kwargs
-    ):  # as the bare model: sdpa has none to give
-        attended = _weights_of(see, query, key, kwargs, edit)(0, query.shape[2]).to(query.dtype)
+    if context.step.base == "eager" and layer.wants_weights(context.step):  # as the bare model: sdpa has none to give
+        attended = layer.weights(see, edit)(0, query.shape[2]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), attended, backend
 
 
-def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
-    return float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
+def _run_apart(layer: _Layer, part: Part, eager: bool) -> Output:
+    """Attention of a layer whose KV heads keep different tokens: those that keep all, then the others."""
+    query, key, value = layer.query, layer.key, layer.value
+    batch, _, queries, dim = query.shape
+    step = part.acting
+    if step is not None:
+        _refuse_looking_apart(part, step, layer.index)
+    packed, outs = query.reshape(batch, key.kv_heads, -1, queries, dim), []
+    near_mask = key.near_mask(queries, query, eager)
+    for heads, keys, values, seen in (
+        (key.full_heads, key.full, value.full, layer.mask),
+        (key.near_heads, key.near, value.near, near_mask),
+    ):
+        if len(heads):
+            own = replace(layer, query=packed[:, heads].flatten(1, 2), key=keys, value=values, mask=seen)
+            out, _ = own.bare()
+            outs.append(out.view(batch, queries, len(heads), -1, out.shape[-1]))
+    if step is not None:
+        step.request.ledger.add(("calls", layer.phase, "split", str(layer.index)))
+    attended = NO_WEIGHTS if eager and layer.wants_weights(step) else None
+    return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), attended
 
 
-def _weights_of(
-    see: Visibility, query: Tensor, key: Tensor, kwargs: dict[str, Any], edit: AttentionEdit = NO_EDIT
-) -> Weights:
-    """Attention of a few query rows, computed when somebody asks."""
-    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
-    scale = _scale(query, kwargs)
+def _refuse_looking_apart(part: Part, step: Step, layer: int) -> None:
+    """Raise if a method wants to know what rows look at, where some heads have let tokens go."""
+    if part.plan.watching:
+        raise UnsupportedError(
+            f"attention under '{part.plan.name}' cannot be shown: heads of layer {layer} are kept apart, with different tokens"
+        )
+    if any(_looks(method, part.plan, step) for method in part.plan.on_attention[layer]):
+        raise refusal_of_apart(step, layer)
 
-    def weights(start: int, stop: int, edit: AttentionEdit = edit) -> Tensor:
-        return attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
 
-    return weights
+def refusal_of_apart(step: Step, layer: int) -> UnsupportedError:
+    """Why a further prompt cannot go through a layer whose heads are kept apart."""
+    return UnsupportedError(
+        f"'{step.recipe}' must measure attention to all tokens in layer {layer}, where some heads have let tokens of"
+        " the prompts before go; give the whole conversation as one prompt"
+    )
 
 
 def base_label(name: str) -> str:
@@ -298,20 +277,3 @@ def _in_window(step: Step, query: Tensor, keys: int) -> Step:
     view = step.through(step.request.windowed(passed, query.device))
     view.passed = passed
     return view
-
-
-def _seen(context: LayerContext, mask: Tensor | None, kwargs: dict[str, Any]) -> Visibility:
-    """What the unedited model sees; the mask of a window that is shorter than the prompt is not just causal."""
-    see, window = context.visibility(mask), kwargs.get("sliding_window")
-    if window is None or context.keys <= window or context.queries == 1:
-        return see
-    return replace(see, plain=False, window=window)
-
-
-def register() -> None:
-    """Make the names known to transformers (idempotent; they stay registered)."""
-    AttentionInterface.register(NAMES["sdpa"], _registered("sdpa"))
-    AttentionInterface.register(NAMES["eager"], _registered("eager"))
-    # Without a mask function of the same name transformers drops every mask silently.
-    AttentionMaskInterface.register(NAMES["sdpa"], sdpa_mask)
-    AttentionMaskInterface.register(NAMES["eager"], eager_mask)

@@ -1,4 +1,6 @@
-"""Every difference between versions of transformers, one function each; nothing else knows a version.
+"""What we know of the inside of transformers, and every difference between its versions, one function each.
+
+Nothing else in the engine imports from its submodules, knows a private name of it, or a version.
 
 From 5.24 on the key-value cache is called ``cache`` where it was ``past_key_values``: as an argument of models, decoders and
 layers, and in their outputs. The old name is still taken at the door, and code that is not transformers' own goes on with it.
@@ -8,13 +10,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from torch import nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel, cache_utils
 from transformers import __version__ as INSTALLED
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput as SearchOutput
 from transformers.generation.utils import GenerationMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+__all__ = ["DynamicLayer", "DynamicSlidingWindowLayer", "SearchOutput"]
 
 TESTED = ("5.17", "5.24")  # the oldest and the newest release that the suite is run on
 _NAMES = ("cache", "past_key_values")
@@ -90,3 +100,92 @@ def warn_if_untested() -> None:
     """Say once in a process that transformers is newer than any that was tested."""
     if (text := untested()) is not None:
         warnings.warn(f"vlmattn: {text}", stacklevel=4)
+
+
+def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function of implementation "sdpa", or the "eager" one beside a module's class."""
+    if name == "sdpa":
+        return cast("Callable[..., Any]", sdpa_attention_forward)
+    return cast("Callable[..., Any]", sys.modules[type(module).__module__].eager_attention_forward)
+
+
+def register_attention(name: str, base: str, function: Callable[..., Any]) -> None:
+    """Make an attention function known under ``name``, with the masks of ``base`` ("sdpa" or "eager").
+
+    Without a mask function of the same name transformers drops every mask silently.
+    """
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask if base == "sdpa" else eager_mask)
+
+
+def attention_name(config: Any) -> str | None:
+    """The attention implementation that a text config names."""
+    found: str | None = config._attn_implementation
+    return found
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty dynamic cache for the text decoder."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def capacity(cache: Any) -> int:
+    """Slots that a cache has room for; -1 for one that grows."""
+    found: int = (getattr(cache, "get_max_length", None) or cache.get_max_cache_shape)()
+    return found
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a cache has slots of a fixed number, and does not tell on the host how many are filled."""
+    return any(hasattr(layer, "max_cache_len") for layer in cache.layers)
+
+
+def keeps_elsewhere(cache: Any) -> bool:
+    """Whether keys and values are quantized or offloaded, so that no slots can be taken out."""
+    quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+    return bool(getattr(cache, "offloading", False)) or any(isinstance(layer, quantized) for layer in cache.layers)
+
+
+def rings(cache: Any, window: int) -> bool:
+    """Whether some layer is a full ring of slots in which the newest token takes the place of the oldest."""
+    layers = getattr(cache, "layers", ())
+    return any(getattr(layer, "is_sliding", False) and getattr(layer, "max_cache_len", 0) >= window for layer in layers)
+
+
+def encoded_images(inputs: Mapping[str, Any]) -> list[Any]:
+    """Features of images and of videos, where generate() encoded them before the first forward; None in a place without."""
+    encoded = inputs.get("mm_encoder_outputs") or {}
+    return [getattr(encoded.get(kind), "pooler_output", None) for kind in ("image", "video")]
+
+
+def setting_of(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A generation setting as generate() will see it: of the call, its config, or the model's."""
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in found if value is not None), None)
+
+
+def end_tokens(config: Any) -> frozenset[int]:
+    """Ids that end an answer, of a generation config that generate() has prepared."""
+    found = config._eos_token_tensor
+    return frozenset(() if found is None else found.flatten().tolist())
+
+
+def padding_token(config: Any) -> int:
+    """The id behind answers that are over, of a generation config that generate() has prepared."""
+    found = config._pad_token_tensor
+    return 0 if found is None else int(found)
+
+
+def is_drafting(kwargs: Mapping[str, Any]) -> bool:
+    """Whether this generate() call is made by the loop of assisted decoding, for drafts that another model checks."""
+    return bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
+
+
+def drafts_asked(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> list[str]:
+    """Arguments and settings of a generate() call that ask for drafts."""
+    asked = ["assistant_model"] if kwargs.get("assistant_model") is not None else []
+    return asked + [name for name in _DRAFTING if setting_of(model, kwargs, name)]
+
+
+_DRAFTING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

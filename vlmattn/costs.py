@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vlmattn import compat
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.errors import InputError, OptionError, UnsupportedError
 from vlmattn.interventions.pruning import Pruning
 from vlmattn.models import Family, find_family
@@ -162,12 +163,12 @@ def cost(
     family, handle = find_family(model), handle_of(model)
     chosen = Recipe.of(recipe if recipe is not None else handle.recipe if handle is not None else "none")
     anatomy = family.anatomy(model)
-    plan = chosen.bind(anatomy)
+    plan = bind(chosen, anatomy)
     _refuse(chosen.name, plan, anatomy)
-    request = _read(family, model, inputs, replace(plan, pruning=plan.pruning or (None,) * anatomy.layers))
+    request = _read(family, model, inputs, plan)
     sizes = _Sizes.of(family, model, anatomy, request.batch or 1, new_tokens)
     bare = sizes.load(request, (None,) * anatomy.layers, ())
-    edited = sizes.load(request, request.plan.pruning, plan.policies)
+    edited = sizes.load(request, plan.pruning or (None,) * anatomy.layers, plan.policies)
     if measure:
         bare = _measured(family, model, inputs, Recipe.of("none"), bare)
         edited = bare if chosen.is_none else _measured(family, model, inputs, chosen, edited)
@@ -195,7 +196,7 @@ def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], pla
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != types.shape):
         raise InputError(f"attention_mask must be of shape [batch, tokens] = {list(types.shape)}; give the processor's")
     images = family.image_numbers(model, inputs, types)
-    request = Request(plan)
+    request = Request(len(plan.by_layer), counts=True)
     request.extend(0, types, images, None if mask is None else mask != 0, None, inputs.get("input_ids"))
     if any(plan.pruning):
         if not request.has_images:
@@ -203,7 +204,7 @@ def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], pla
                 f"no image tokens in the prompt, and '{plan.name}' drops some; put the image placeholder into it"
                 " (processor.apply_chat_template does)"
             )
-        check_prompt(request)
+        check_prompt(request, plan.name)
     return request
 
 

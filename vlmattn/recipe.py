@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from vlmattn.anatomy import Anatomy
-from vlmattn.decoding import Branch, ContrastiveDecoding, Decoding, Gaze, Instead
-from vlmattn.decoding.search import LastLook, Search
-from vlmattn.errors import InputError, OptionError, UnknownNameError, UnsupportedError, VlmattnError, quoted
+from vlmattn.decoding import ContrastiveDecoding, Decoding, Search
+from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError, quoted
 from vlmattn.files import copy_whole, make_folder, path_text, write_whole
 from vlmattn.interventions import Intervention
-from vlmattn.interventions.pruning import KVPolicy, Pruning
+from vlmattn.interventions.pruning import Pruning
 from vlmattn.options import Options
 from vlmattn.registry import all_presets, make_method
-from vlmattn.request import Plan
 from vlmattn.texts import parse_data, read_text
 
 FILE_NAME = "vlmattn_config.json"
@@ -52,7 +48,7 @@ class Recipe:
     @property
     def names(self) -> tuple[str, ...]:
         """What the report calls the methods."""
-        return tuple(map(_name, self._parts))
+        return tuple(map(method_name, self._parts))
 
     @property
     def _parts(self) -> tuple[Any, ...]:
@@ -75,7 +71,7 @@ class Recipe:
         methods = tuple(methods)
         rules = [method for method in methods if not isinstance(method, (Intervention, Pruning))]
         if len(rules) > 1:
-            names = " and ".join(_name(rule) for rule in rules)
+            names = " and ".join(method_name(rule) for rule in rules)
             raise OptionError(f"decoding rules {names} conflict: a recipe has at most one; use one of them")
         edits = tuple(method for method in methods if isinstance(method, Intervention))
         pruning = tuple(method for method in methods if isinstance(method, Pruning))
@@ -107,7 +103,7 @@ class Recipe:
         if isinstance(spec, Recipe):
             return spec
         if isinstance(spec, _METHODS):
-            return cls._with(_name(spec), [spec])
+            return cls._with(method_name(spec), [spec])
         if isinstance(spec, str) and not any(mark in spec for mark in (os.sep, ".yaml", ".yml", ".json")):
             if not spec.strip():
                 raise OptionError("a recipe needs a name, and this one is empty; 'none' is the bare model")
@@ -139,186 +135,6 @@ class Recipe:
             method = make_method(presets[name].method, presets[name].options)
             methods.append(method.at(_share(share)) if mark else method)
         return cls._with(text, methods)
-
-    def bind(self, anatomy: Anatomy) -> Plan:
-        """The recipe for one model: which method acts in which layer.
-
-        Raises:
-            OptionError: what does not fit the model; methods that conflict in some layer (named, with the reason).
-            UnsupportedError: a method that the model's family cannot have.
-        """
-        contrast = self._contrast(anatomy)
-        search = self.decoding if isinstance(self.decoding, Search) else None
-        looks = frozenset({anatomy.layers - 1}) if search else _watched(contrast, anatomy)
-        self._refuse(anatomy, search is not None or contrast is not None, bool(looks), contrast)
-        if search is not None and anatomy.window:
-            raise UnsupportedError(
-                f"a search needs full attention in every layer, and {anatomy.family} has a sliding window of {anatomy.window} tokens in"
-                f" some; use another decoding rule than '{_name(search)}', or num_beams=5"
-            )
-        bound = [method.bind(anatomy) for method in self.interventions]
-        pruning = self._pruning(anatomy, contrast)
-        pruners = [found for found in dict.fromkeys(pruning) if found is not None]
-        active = [frozenset(method.active_layers(anatomy)) for method in bound]
-        for (one, first), (other, second) in combinations(zip(bound, active, strict=True), 2):
-            if first & second:
-                _refuse_conflict(one, other)
-
-        def at(step: str | None, places: Sequence[Iterable[int]]) -> tuple[tuple[Intervention, ...], ...]:
-            """For each layer the methods that are there and implement the step."""
-            return tuple(
-                tuple(
-                    m
-                    for m, layers in zip(bound, places, strict=True)
-                    if layer in layers and (not step or _has(m, step))
-                )
-                for layer in range(anatomy.layers)
-            )
-
-        extending = [layers for m, layers in zip(bound, active, strict=True) if m.follows_hidden_states]
-        policies = [m for m in bound if isinstance(m, KVPolicy)]
-        preparing, observing = tuple(m for m in bound if _has(m, "before_prefill")), at("on_hidden_states", active)
-        evicting = self._evicting(policies, anatomy)
-        if policies and (search or (contrast is not None and (contrast.branches or evicting))):
-            raise OptionError(
-                f"'{_name(policies[0])}' and '{_name(self.decoding)}' conflict: the decoding rule needs whole caches; use one of them"
-            )
-        seeing: list[Intervention | Pruning] = [m for m in bound if _has(m, "on_image_features")]
-        seeing += [m for m in pruners if _has(m, "on_image_features")]
-        measured = at("on_attention", [m.attention_layers(anatomy) for m in bound])
-        return Plan(
-            self.name,
-            by_layer=at(None, active),
-            before_prefill=preparing,
-            on_hidden_states=observing,
-            on_attention=tuple(
-                (
-                    *methods,
-                    *(pruner for pruner in pruners if layer in pruner.attention_layers(anatomy)),
-                    *((LastLook() if search else Gaze(),) if layer in looks else ()),
-                )
-                for layer, methods in enumerate(measured)
-            ),
-            pruning=pruning,
-            evicting=evicting,
-            policies=tuple(policies),
-            on_queries_keys=tuple(
-                tuple(m for m in policies if _has(m, "on_queries_keys") and layer in m.active_layers(anatomy))
-                for layer in range(anatomy.layers)
-            )
-            if any(_has(m, "on_queries_keys") for m in policies)
-            else (),
-            on_image_features=tuple(seeing),
-            extending=frozenset().union(*extending),
-            tower_layers=frozenset(layer for m in seeing for layer in m.tower_layers(anatomy)),
-            turns=(*(m.info.name for m in bound if m.turns == "needed"), *self._instead(contrast)),
-            uses_turns=any(m.turns != "unused" for m in bound) or any(self._instead(contrast)),
-            text_first=not preparing and not policies and not any(m.opens_text for m in bound),
-            edits_text=bool(
-                preparing or policies or any(observing) or any(measured) or any(m.edits_text for m in bound)
-            ),
-            texts=not any(m.needs_images for m in bound) and not pruners and not self.is_none,
-            decoding=contrast,
-            search=search,
-            rule=_name(self.decoding) if self.decoding is not None else "",
-            branch_names=self._branch_names(anatomy),
-            branches=tuple(self._of_branch(branch).bind(anatomy) for branch in contrast.branches) if contrast else (),
-        )
-
-    def _refuse(self, anatomy: Anatomy, deciding: bool, looking: bool, contrast: ContrastiveDecoding | None) -> None:
-        """Raise ``UnsupportedError`` if the model's family cannot have one of the methods."""
-        reasons = dict(anatomy.refused)
-        for method in (*self.interventions, *self.pruning):
-            opening = isinstance(method, Intervention) and bool(method.opens())
-            asking = isinstance(method, Intervention) and method.turns == "needed"
-            reason = (
-                reasons.get(kind_of(method))
-                or (reasons.get("opening") if opening else None)
-                or (reasons.get("turns") if asking else None)
-            )
-            if reason is not None:
-                raise UnsupportedError(f"'{method.info.name}' does not run on {anatomy.family}: {reason}")
-        branches = contrast.branches if contrast is not None else ()
-        asked = {
-            "decoding": deciding,
-            "looking": looking,
-            "rotating": any(branch.rope != 1 for branch in branches),
-            "dropping": any(branch.image == "drop" for branch in branches),
-        }
-        reason = next((reasons[kind] for kind, wanted in asked.items() if wanted and kind in reasons), None)
-        if reason is not None:
-            raise UnsupportedError(f"'{_name(self.decoding)}' does not run on {anatomy.family}: {reason}")
-
-    def _pruning(self, anatomy: Anatomy, contrast: ContrastiveDecoding | None) -> tuple[Pruning | None, ...]:
-        """For each layer the method that chooses which rows reach it; empty if no method does.
-
-        Raises:
-            OptionError: two methods that choose before the same layer; a decoding rule that must see all tokens.
-        """
-        if not self.pruning:
-            return ()
-        if isinstance(self.decoding, Search) or (contrast is not None and contrast.branches):
-            raise OptionError(
-                f"'{_name(self.pruning[0])}' and '{_name(self.decoding)}' conflict: the decoding rule needs all image tokens in"
-                " every layer; use one of them"
-            )
-        found: list[Pruning | None] = [None] * anatomy.layers
-        for method in (method.bind(anatomy) for method in self.pruning):
-            for layer in method.stages(anatomy):
-                if (other := found[layer]) is not None:
-                    raise OptionError(
-                        f"'{other.info.name}' and '{method.info.name}' conflict: both choose tokens before layer {layer}; use one of them"
-                    )
-                found[layer] = method
-        return tuple(found)
-
-    def _evicting(self, policies: Sequence[KVPolicy], anatomy: Anatomy) -> tuple[KVPolicy | None, ...]:
-        """For each layer the policy that takes slots out of its cache; empty if none does.
-
-        Raises:
-            OptionError: two policies evict in the same layer.
-        """
-        found: list[KVPolicy | None] = [None] * anatomy.layers
-        for policy in (policy for policy in policies if _has(policy, "evict") or _has(policy, "split")):
-            for layer in policy.active_layers(anatomy):
-                if (other := found[layer]) is not None:
-                    raise OptionError(
-                        f"'{_name(other)}' and '{_name(policy)}' conflict: both evict in layer {layer}; use one of them, or layer"
-                        " ranges that do not meet"
-                    )
-                found[layer] = policy
-        return tuple(found) if any(found) else ()
-
-    def _contrast(self, anatomy: Anatomy) -> ContrastiveDecoding | None:
-        """Branches and rule for a model; None if there are none or they change nothing."""
-        if self.decoding is None or isinstance(self.decoding, Search):
-            return None
-        rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(anatomy)
-        rule = rule.without_idle()
-        for layer in rule.layers:
-            if not 0 <= layer < anatomy.layers:
-                raise OptionError(f"the decoding rule names layer {layer}, but the decoder has 0..{anatomy.layers - 1}")
-        return None if rule.is_identity else rule
-
-    def _branch_names(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """Branches that calls may bring inputs for, also those that weigh nothing."""
-        if self.decoding is None or isinstance(self.decoding, Search):
-            return ()
-        rule = self.decoding if isinstance(self.decoding, ContrastiveDecoding) else self.decoding.contrast(anatomy)
-        return tuple(branch.name for branch in rule.branches)
-
-    def _of_branch(self, branch: Branch) -> Recipe:
-        """The edits that act in a branch."""
-        name = f"{self.name}/{branch.name}"
-        edits = self.interventions if branch.edits == "inherit" else branch.edits
-        if edits == "off":
-            return Recipe(name)
-        return Recipe(name, tuple(edit for edit in edits if branch.image != "drop" or not edit.needs_images))
-
-    def _instead(self, contrast: ContrastiveDecoding | None) -> tuple[str, ...]:
-        """Who needs the chat template to write another prompt."""
-        prompts = [branch.prompt for branch in contrast.branches] if contrast else []
-        return (_name(self.decoding),) if any(isinstance(prompt, Instead) for prompt in prompts) else ()
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data.
@@ -446,14 +262,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _METHODS = (Intervention, Pruning, Decoding, Search, ContrastiveDecoding)
 
 
-def kind_of(method: Options) -> str:
-    """Which kind of method this is, as families support or refuse them (``models.KINDS``)."""
-    if isinstance(method, (Pruning, KVPolicy)):
-        return "pruning"
-    return "masks" if isinstance(method, Intervention) and method.opens() | method.hides() else "edits"
-
-
-def _name(method: Any) -> str:
+def method_name(method: Any) -> str:
+    """What reports and errors call a method of any kind."""
     return str(method.info.name) if isinstance(method, Options) else "contrast"
 
 
@@ -466,44 +276,3 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise OptionError(f"'@{text}' must name a share of the image tokens within 0..1, as in fastv@0.5")
     return share
-
-
-def _watched(contrast: ContrastiveDecoding | None, anatomy: Anatomy) -> frozenset[int]:
-    """Layers whose attention chooses the image tokens of branches."""
-    watched: set[int] = set()
-    for branch in contrast.branches if contrast else ():
-        if branch.tokens is not None:
-            layers = tuple(branch.tokens.layers(anatomy))
-            if not layers or not set(layers) <= set(range(anatomy.layers)):
-                raise OptionError(
-                    f"branch '{branch.name}': its tokens look at the layers {layers}, but the decoder has 0..{anatomy.layers - 1}"
-                )
-            watched |= set(layers)
-    return frozenset(watched)
-
-
-def _has(method: Intervention | Pruning, step: str) -> bool:
-    """Whether a method implements an optional step."""
-    base = next(base for base in (Pruning, KVPolicy, Intervention) if isinstance(method, base))
-    return getattr(type(method), step) is not getattr(base, step)
-
-
-def _refuse_conflict(one: Intervention, other: Intervention) -> None:
-    """Raise if two methods that act in the same layer undo each other."""
-    names = f"'{one.info.name}' and '{other.info.name}' conflict"
-    if type(one) is type(other):
-        raise OptionError(
-            f"'{one.info.name}' is in the recipe twice for the same layers; use one of them, or layer ranges that do not meet"
-        )
-    for policy, other_one in ((one, other), (other, one)):
-        if isinstance(policy, KVPolicy) and _has(policy, "split"):
-            raise OptionError(
-                f"{names}: '{policy.info.name}' keeps the heads of a layer apart, where '{other_one.info.name}' cannot act; use"
-                " one of them, or layer ranges that do not meet"
-            )
-    for opening, hiding in ((one, other), (other, one)):
-        if shared := sorted(opening.opens() & hiding.hides()):
-            raise OptionError(
-                f"{names}: '{opening.info.name}' opens edges that '{hiding.info.name}' hides ({', '.join(shared)}); use one of"
-                " them, or layer ranges that do not meet"
-            )

@@ -40,10 +40,12 @@ from vlmattn import (
     cli,
 )
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.embedded.scenes import make_scene
 from vlmattn.interventions import Intervention, Pruning
 from vlmattn.recipe import FILE_NAME
 from vlmattn.registry import find_method
+from vlmattn.wrapping import record_of
 from vlmattn.wrapping.call import CALL
 
 ROOT = Path(__file__).parents[2]
@@ -107,8 +109,8 @@ def test_round_trips(spec, tmp_path):
 @pytest.mark.parametrize("spec", [name for name in RULES if name not in ("icd", "opera", "opera_fast")])
 def test_what_comes_back_binds_to_the_same_rule(spec):
     recipe = Recipe.of(spec)
-    again = Recipe.from_text(recipe.to_yaml()).bind(SIZES)
-    plan = recipe.bind(SIZES)
+    again = bind(Recipe.from_text(recipe.to_yaml()), SIZES)
+    plan = bind(recipe, SIZES)
     assert again.decoding == plan.decoding
     assert plan.rule == recipe.decoding.info.name
     assert [branch.name for branch in plan.branches] == [f"{spec}/{b.name}" for b in plan.decoding.branches]
@@ -265,7 +267,7 @@ def test_a_rule_made_by_hand_is_a_recipe():
     assert Recipe.of([rule, PAI()]).interventions == (PAI(),)
     assert Recipe.of([PAI(), rule]).decoding is rule
     assert Recipe.of([PAI(), rule]).name == "pai+contrast"
-    assert Recipe.of(rule).bind(SIZES).rule == "contrast"
+    assert bind(Recipe.of(rule), SIZES).rule == "contrast"
     with pytest.raises(OptionError, match="need a recipe of one method"):
         Recipe.of(rule, alpha=1)
 
@@ -293,7 +295,7 @@ def test_a_model_wrapped_with_it_generates(also):
 @pytest.mark.usefixtures("no_grad")
 def test_a_model_lent_to_it_generates():
     model = wrapped("pai")
-    with model.vlmattn.temporarily(by_hand()):
+    with record_of(model).temporarily(by_hand()):
         generate(model, prompt("llava"))
 
 
@@ -432,12 +434,12 @@ def test_lent_rules_leave_nothing():
     model, inputs = wrapped("pai+vcd"), prompt("llava")
     wanted = generate(model, inputs)
     fired, recipe = model.vlmattn.report()["fired"], model.vlmattn.recipe
-    with model.vlmattn.temporarily("dola_low"):
+    with record_of(model).temporarily("dola_low"):
         assert torch.equal(generate(model, inputs), generate(wrapped("dola_low"), inputs))
         assert model.vlmattn.report()["fired"] == {"dola": 4}
     assert model.vlmattn.recipe is recipe
     assert model.vlmattn.report()["fired"] == fired
-    with pytest.raises(RuntimeError, match="boom"), model.vlmattn.temporarily("m3id"):
+    with pytest.raises(RuntimeError, match="boom"), record_of(model).temporarily("m3id"):
         raise RuntimeError("boom")
     assert torch.equal(generate(model, inputs), wanted)
 
@@ -555,7 +557,7 @@ def test_plans_of_calls_do_not_pile_up():
     model, inputs = wrapped("none"), prompt("llava")
     for _ in range(3):
         generate(model, inputs, new=1, preset="vcd")
-    assert len(model.vlmattn._plans) == 2
+    assert len(record_of(model)._plans) == 2
 
 
 # Fresh interpreters and the command line

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from engine import registered, request_of
 from numerics import TINY_MODEL, bound, near
 from test_goldens import LAYER, Layer, causal
 from test_masks import PAD, SEPARATOR, Token, batch_of, inputs_of, write
@@ -15,9 +16,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import vlmattn
-from vlmattn import Calibration, InputError, OptionError, Recipe, attention
+from vlmattn import Calibration, InputError, OptionError
 from vlmattn.anatomy import Anatomy
-from vlmattn.request import IMAGE, TEXT, Ledger, Request, Step, number_images
+from vlmattn.request import IMAGE, TEXT, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -209,15 +210,12 @@ def test_masses_of_the_pooling_row(strength, backend, monkeypatch):
     key = torch.randn(1, 4, length, length, generator=generator)
     sizes = Anatomy("llava", LAYER + 2, 4, 4, length, 32, ("llama", 32, LAYER + 2, 64))
     method = Calibration(strength=strength, basket=basket, layers="0:")
-    request = Request(Recipe.of(method).bind(sizes), Ledger())
+    request = request_of(method, sizes)
     types = torch.tensor([[IMAGE if 3 <= n < 9 else TEXT for n in range(length)]], dtype=torch.uint8)
     request.extend(0, types, number_images(types, None), None, None)
-    attention.register()
     value = torch.eye(length).expand(1, 4, length, length)
-    step = {attention.STEP: Step(request, "sdpa", 0)}
-    out, _ = AttentionInterface()["vlmattn"](
-        Layer(1), query, key, value, causal(length, length), scaling=0.5, dropout=0.0, **step
-    )
+    step, mask = Step(request, "sdpa", 0), causal(length, length)
+    out = registered(step, Layer(1), query, key, value, mask, scaling=0.5, dropout=0.0)
     weights = out.transpose(1, 2)[0]
     plain = (query @ key.transpose(-1, -2) * 0.5 + causal(length, length)).softmax(-1)[0]
     near(weights[:, :-1], plain[:, :-1])

@@ -17,6 +17,7 @@ from torch import nn
 
 import vlmattn
 from vlmattn import InputError, OptionError, Recipe, UnknownNameError
+from vlmattn.binding import bind
 from vlmattn.interventions import (
     GIFT,
     MMA,
@@ -71,7 +72,7 @@ def test_pairs_agree_with_the_oracle(family, pair, batch, images, seed, layers):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            Recipe.of(methods).bind(anatomy(family))
+            bind(Recipe.of(methods), anatomy(family))
         except OptionError:
             assume(False)
         prompts = [

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine import plan_of, registered, request_of
 from numerics import bound
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from vlmattn import PAI, VAR, Recipe, UnsupportedError, attention
+from vlmattn import PAI, VAR, UnsupportedError
 from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.sinks import sink_values
-from vlmattn.request import IMAGE, TEXT, LayerContext, Ledger, Request, Step, number_images
+from vlmattn.request import IMAGE, TEXT, LayerContext, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -66,7 +66,7 @@ def make_request(case: dict, method: VAR | PAI, hidden: Tensor | None, batch: in
     sizes = Anatomy(
         "llava", LAYER + 2, case.get("H", 8), case.get("H_kv", 8), case.get("head_dim", 4), 32, ("llama", 32, 9, 64)
     )
-    request = Request(Recipe.of(method).bind(sizes), Ledger())
+    request = request_of(method, sizes)
     prompt = case["K"] - 1 if case["Q"] == 1 else case["K"]
     types = torch.full((batch, prompt), TEXT, dtype=torch.uint8)
     types[:, slice(*case["image_span"])] = IMAGE
@@ -79,22 +79,18 @@ def make_request(case: dict, method: VAR | PAI, hidden: Tensor | None, batch: in
             continue
         request.extend(first, types[:, first:last], images[:, first:last], mask[:, :last], None)
         context = LayerContext(Step(request, "sdpa", first), LAYER, last - first, last, torch.device("cpu"))
-        for method in request.plan.on_hidden_states[LAYER]:
+        for method in plan_of(request).on_hidden_states[LAYER]:
             method.on_hidden_states(context, hidden[:, first:last])
     return request
 
 
 def run(golden: dict[str, Tensor], scale: float, step: Step | None, value: Tensor | None = None) -> Tensor:
     """Head outputs ``[batch, heads, query, dim]`` of the registered attention function."""
-    attention.register()
     query, key = golden["q"], golden["k"]
     mask = golden.get("mask", causal(query.shape[2], key.shape[2]))
-    kwargs = {} if step is None else {attention.STEP: step}
-    function = AttentionInterface()["vlmattn"]
     value = golden["v"] if value is None else value
-    out, _ = function(
-        Layer(query.shape[1] // key.shape[1]), query, key, value, mask, scaling=scale, dropout=0.0, **kwargs
-    )
+    layer = Layer(query.shape[1] // key.shape[1])
+    out = registered(step, layer, query, key, value, mask, scaling=scale, dropout=0.0)
     return out.transpose(1, 2)
 
 
@@ -163,7 +159,7 @@ def test_var_edits_the_released_rows_and_weights(case, monkeypatch):
 def test_var_finds_the_released_sinks(case):
     golden = load("var", case)
     request = make_request(case, method_of(case), golden["hidden_states"])
-    (method,) = request.plan.by_layer[LAYER]
+    (method,) = plan_of(request).by_layer[LAYER]
     groups = request.store(method, LAYER).slots["groups"].read(case["K"], torch.device("cpu"))[0]
     assert (groups % 2 == 1).nonzero().flatten().tolist() == sorted(golden["sink_indices"].tolist())
     image = (groups >= 2).nonzero().flatten().tolist()

@@ -19,6 +19,7 @@ import vlmattn
 from vlmattn import PAI, FocusDirections, HeadProfile, Heads, InputError, OptionError
 from vlmattn.interventions.focus import save_directions
 from vlmattn.models import find_family
+from vlmattn.wrapping import record_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -266,13 +267,13 @@ def test_a_lent_recipe_leaves_nothing_behind():
         assert handle.report()["fired"]["heads"]
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), handle.temporarily(Heads(heads=NAMES)):
+    with pytest.raises(ZeroDivisionError), record_of(model).temporarily(Heads(heads=NAMES)):
         use_and_fail()
     assert not handle.enabled
     handle.enable()
     assert handle.report() == before
     assert torch.equal(model(**inputs).logits, expected)
-    assert list(handle._plans) == [handle.recipe]
+    assert list(record_of(model)._plans) == [handle.recipe]
 
 
 def test_head_profiles_are_checked(tmp_path):

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from engine import registered, request_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import TINY_MODEL, bound, near
 from test_goldens import LAYER, Layer, causal
 from tiny import FAMILIES, IMAGE_TOKEN, TOKENS_PER_IMAGE, build, generate
 from torch import Tensor
-from transformers import AttentionInterface
 
 import vlmattn
-from vlmattn import MMA, Bidirectional, Isolation, Knockout, OptionError, Recipe, SoFA, attention
+from vlmattn import MMA, Bidirectional, Isolation, Knockout, OptionError, SoFA
 from vlmattn.anatomy import Anatomy
-from vlmattn.request import IMAGE, TEXT, Ledger, Request, Step, number_images
+from vlmattn.request import IMAGE, TEXT, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -529,17 +529,15 @@ def test_sofa_mixes_two_softmaxes(sigma, backend, monkeypatch):
     query = 2 * torch.randn(2, 4, len(images), 8, generator=generator)
     key, value = (2 * torch.randn(2, 2, len(images), 8, generator=generator) for _ in range(2))
     sizes = Anatomy("llava", LAYER + 2, 4, 2, 8, 32, ("llama", 32, LAYER + 2, 64))
-    request = Request(Recipe.of(SoFA(sigma=sigma, mode="mix", layers="0:")).bind(sizes), Ledger())
+    request = request_of(SoFA(sigma=sigma, mode="mix", layers="0:"), sizes)
     types = torch.tensor([[IMAGE if n >= 0 else TEXT for n in images]] * 2, dtype=torch.uint8)
     mask = torch.ones(2, len(images), dtype=torch.long)
     mask[1, :2] = 0
     numbers = number_images(types, [3, 3, 2] * 2)
     assert numbers[0].tolist() == images
     request.extend(0, types, numbers, mask, None)
-    attention.register()
     additive = causal(len(images), len(images)).expand(2, -1, -1, -1).masked_fill(mask[:, None, None] == 0, HIDDEN)
-    step = {attention.STEP: Step(request, "sdpa", 0)}
-    out, _ = AttentionInterface()["vlmattn"](Layer(2), query, key, value, additive, scaling=0.3, dropout=0.0, **step)
+    out = registered(Step(request, "sdpa", 0), Layer(2), query, key, value, additive, scaling=0.3, dropout=0.0)
     expected = mixture(query, key, value, images, sigma, 2, 0.3)
     got = out.transpose(1, 2).double()
     for b, first in ((0, 0), (1, 2)):

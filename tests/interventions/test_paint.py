@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from engine import plan_of, request_of
 from numerics import near
 from stores import kept
 from test_goldens import LAYER, TOLERANCE, attention_map, cases, causal, load, parametrize, run
@@ -18,9 +19,9 @@ from torch import Tensor
 from transformers import LlavaConfig, PreTrainedModel
 
 import vlmattn
-from vlmattn import PAI, PAINT, InputError, OptionError, Recipe, UnsupportedError
+from vlmattn import PAI, PAINT, InputError, OptionError, UnsupportedError
 from vlmattn.anatomy import Anatomy
-from vlmattn.request import IMAGE, TEXT, ImageFeatures, Ledger, Request, Step, number_images
+from vlmattn.request import IMAGE, TEXT, ImageFeatures, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -47,7 +48,7 @@ def step_of(case: dict) -> Step:
     """The request after the tower was looked at: the sight has the golden's CLS rows."""
     method = PAINT(alpha=case["alpha"], beta=case["beta"])
     sizes = Anatomy("llava", LAYER + 2, 8, 8, 4, 32, ("llama", 32, LAYER + 2, 64), tower_layers=5)
-    request = Request(Recipe.of(method).bind(sizes), Ledger())
+    request = request_of(method, sizes)
     length = case["K"] - 1 if case["Q"] == 1 else case["K"]
     types = torch.full((1, length), TEXT, dtype=torch.uint8)
     types[:, slice(*case["image_span"])] = IMAGE
@@ -60,8 +61,8 @@ def step_of(case: dict) -> Step:
         request.extend(first, types[:, first:last], images[:, first:last], None, None)
         if first <= case["image_span"][0] < last:
             # The golden's several rows begin before the image ends: the sight is told of the whole prompt at once.
-            (method,) = request.plan.on_image_features
-            request.plan.on_image_features[0].on_image_features(ImageFeatures(request, 0, types, rows))
+            (method,) = plan_of(request).on_image_features
+            method.on_image_features(ImageFeatures(request, 0, types, rows))
     return Step(request, "sdpa", None if case["Q"] == 1 else cut)
 
 

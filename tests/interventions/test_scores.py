@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine import registered, request_of
 from numerics import TINY_MODEL, bound, near
 from test_goldens import LAYER, Layer
 from test_masks import ANSWER_MARK, USER_MARK, Processor, Token, batch_of, inputs_of, write
@@ -13,9 +14,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import vlmattn
-from vlmattn import VAF, HeadsGuided, OptionError, Recipe, attention, embedded
+from vlmattn import VAF, HeadsGuided, OptionError, embedded
 from vlmattn.anatomy import Anatomy
-from vlmattn.request import IMAGE, TEXT, LayerContext, Ledger, Request, Step, number_images
+from vlmattn.request import IMAGE, TEXT, LayerContext, Request, Step, number_images
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -42,7 +43,7 @@ def layout(rows: list[str]) -> tuple[Tensor, Tensor]:
 def begun(method, rows: list[str], made: int = 0) -> Request:
     """A request whose prompt was ``rows`` but the last ``made`` tokens, which were generated."""
     sizes = Anatomy("llava", LAYER + 2, HEADS, KV_HEADS, DIM, 32, ("llama", 32, LAYER + 2, 64))
-    request = Request(Recipe.of(method).bind(sizes), Ledger())
+    request = request_of(method, sizes)
     types, real = (part[:, : len(rows[0]) - made] for part in layout(rows))
     request.extend(0, types, number_images(types, None), real, None)
     return request
@@ -63,12 +64,9 @@ def tensors(rows: list[str], queries: int, seed: int = 0) -> dict[str, Tensor]:
     )
 
 
-def registered(given: dict[str, Tensor], request: Request, start: int | None) -> Tensor:
-    attention.register()
-    step = {attention.STEP: Step(request, "sdpa", start)}
-    function = AttentionInterface()["vlmattn"]
-    out, _ = function(Layer(2), given["q"], given["k"], given["v"], given["mask"], scaling=SCALE, dropout=0.0, **step)
-    return out.transpose(1, 2)
+def head_outputs(given: dict[str, Tensor], request: Request, start: int | None) -> Tensor:
+    step, states = Step(request, "sdpa", start), (given[name] for name in ("q", "k", "v", "mask"))
+    return registered(step, Layer(2), *states, scaling=SCALE, dropout=0.0).transpose(1, 2)
 
 
 def dense(given: dict[str, Tensor], rows: list[str], change) -> Tensor:
@@ -146,12 +144,12 @@ def test_vaf_scales_scores_of_text_rows_after_the_image(name, backend, monkeypat
     rows, method = LAYOUTS[name], VAF(enhance=1.8, suppress=0.4, layers="0:")
     length = len(rows[0])
     given = tensors(rows, length)
-    compare(registered(given, begun(method, rows), 0), given, rows, scaled(rows, method))
+    compare(head_outputs(given, begun(method, rows), 0), given, rows, scaled(rows, method))
     for start in (None, length - 1):  # decoding: the host may not know where
         given = tensors(rows, 1, seed=2)
-        compare(registered(given, begun(method, rows, made=1), start), given, rows, scaled(rows, method))
+        compare(head_outputs(given, begun(method, rows, made=1), start), given, rows, scaled(rows, method))
     given = tensors(rows, 3, seed=3)  # drafts
-    compare(registered(given, begun(method, rows, made=3), length - 3), given, rows, scaled(rows, method))
+    compare(head_outputs(given, begun(method, rows, made=3), length - 3), given, rows, scaled(rows, method))
 
 
 def test_vaf_is_linear_and_lowers_negative_scores():
@@ -161,7 +159,7 @@ def test_vaf_is_linear_and_lowers_negative_scores():
     given["q"][:], given["k"][:] = 1.0, 0.0
     given["k"][0, :, 2], given["k"][0, :, 3] = -1.0, 1.0
     given["v"] = torch.eye(5)[None, None].expand(1, 2, 5, 5)
-    weights = registered(given, begun(VAF(enhance=2.0, suppress=1.0, layers="0:"), rows), 0)[0, 0, 4]
+    weights = head_outputs(given, begun(VAF(enhance=2.0, suppress=1.0, layers="0:"), rows), 0)[0, 0, 4]
     plain = torch.softmax(torch.tensor([0.0, 0, -8 * SCALE, 8 * SCALE, 0]), 0)
     edited = torch.softmax(torch.tensor([0.0, 0, -16 * SCALE, 16 * SCALE, 0]), 0)
     near(weights, edited)
@@ -184,10 +182,10 @@ def test_vaf_takes_the_heads_that_look_most(name, share, count):
             weights = torch.softmax((given["k"][b, h // 2, seen] @ given["q"][b, h, -1]) * SCALE, 0).tolist()
             mass.append(sum(w for w, j in zip(weights, seen, strict=True) if row[j].isdigit()))
         chosen.append(set(sorted(range(HEADS), key=lambda h: -mass[h])[:count]))
-    compare(registered(given, request, 0), given, rows, scaled(rows, method, chosen))
+    compare(head_outputs(given, request, 0), given, rows, scaled(rows, method, chosen))
     more = [row + "t" for row in rows]
     given = tensors(more, 1, seed=7)
-    compare(registered(given, request, None), given, more, scaled(more, method, chosen))
+    compare(head_outputs(given, request, None), given, more, scaled(more, method, chosen))
 
 
 @every_backend
@@ -198,14 +196,14 @@ def test_heads_guided_adds_the_mean_over_heads(name, backend, monkeypatch):
     rows, method = LAYOUTS[name], HeadsGuided(alpha=0.8, layers="0:")
     length = len(rows[0])
     given = tensors(rows, length)
-    compare(registered(given, begun(method, rows), 0), given, rows, guided(rows, 0.8, [length - 1] * len(rows)))
+    compare(head_outputs(given, begun(method, rows), 0), given, rows, guided(rows, 0.8, [length - 1] * len(rows)))
     given = tensors(rows, 1, seed=2)
     compare(
-        registered(given, begun(method, rows, made=1), None), given, rows, guided(rows, 0.8, [length - 2] * len(rows))
+        head_outputs(given, begun(method, rows, made=1), None), given, rows, guided(rows, 0.8, [length - 2] * len(rows))
     )
     given = tensors(rows, 3, seed=3)
     compare(
-        registered(given, begun(method, rows, made=3), length - 3),
+        head_outputs(given, begun(method, rows, made=3), length - 3),
         given,
         rows,
         guided(rows, 0.8, [length - 4] * len(rows)),
@@ -215,7 +213,7 @@ def test_heads_guided_adds_the_mean_over_heads(name, backend, monkeypatch):
 def test_heads_guided_in_a_right_padded_row_edits_the_last_real_one():
     rows = ["tt000tttt", "tt00tttpp"]
     given, method = tensors(rows, 9), HeadsGuided(alpha=0.8, layers="0:")
-    compare(registered(given, begun(method, rows), 0), given, rows, guided(rows, 0.8, [8, 6]))
+    compare(head_outputs(given, begun(method, rows), 0), given, rows, guided(rows, 0.8, [8, 6]))
 
 
 # --- Whole models
@@ -323,7 +321,7 @@ def test_the_released_constant_of_35_tokens():
     vlmattn.wrap(model, VAF(suppress=0.5, layers="0:"), processor=Processor())
     cache = model(**inputs_of(model, [tokens]), use_cache=True).past_key_values
     request = cache._vlmattn_request
-    (method,) = request.plan.by_layer[0]
+    (method,) = cache._vlmattn_plan.by_layer[0]
     context = LayerContext(Step(request, "sdpa", 0), 0, len(tokens), len(tokens), torch.device("cpu"), 4)
     (part,) = method.edit(context).logit
     assert part.scale[0].tolist()[:before] == [0.5] * before

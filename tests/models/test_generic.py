@@ -11,8 +11,8 @@ from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration
 from zoo import ZOO
 
 import vlmattn
-from vlmattn import PAI, UnsupportedError
-from vlmattn.models import base, find_family
+from vlmattn import PAI, UnsupportedError, compat
+from vlmattn.models import find_family, registry
 from vlmattn.models.llava import Llava
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -22,7 +22,7 @@ EDIT = PAI(alpha=0.9, layers="0:")
 @pytest.fixture
 def unknown(monkeypatch):
     """A LLaVA that no family knows."""
-    monkeypatch.setattr(base, "_FAMILIES", {name: f for name, f in base._FAMILIES.items() if name != "llava"})
+    monkeypatch.setattr(registry, "_FAMILIES", {name: f for name, f in registry._FAMILIES.items() if name != "llava"})
     return build("llava")
 
 
@@ -68,13 +68,13 @@ def test_attention_that_does_not_come_to_us(unknown, code, monkeypatch):
 
 def test_attention_that_is_no_softmax(unknown, monkeypatch):
     """Scores that the base implementation changes by itself."""
-    original = vlmattn.attention._base
+    original = compat.attention_function
 
     def doubled(name, module):
         found = original(name, module)
         return lambda module, query, *args, **kwargs: found(module, query * 2, *args, **kwargs)
 
-    monkeypatch.setattr(vlmattn.attention, "_base", doubled)
+    monkeypatch.setattr(compat, "attention_function", doubled)
     with pytest.raises(UnsupportedError, match="not a plain softmax over keys"):
         vlmattn.wrap(unknown, EDIT)
 

@@ -16,6 +16,7 @@ import vlmattn
 from vlmattn import GIFT, MMA, InputError, OptionError, embedded
 from vlmattn.models import Turns
 from vlmattn.request import ANSWER, IMAGE, MARKER, SYSTEM, TEXT, USER
+from vlmattn.wrapping import record_of
 
 # --- Templates as the checkpoints have them (Llama 3 shortened: without tools and dates)
 
@@ -405,7 +406,7 @@ def test_embeddings_alone_do_not_tell_the_turns(bundled):
 def test_the_processor_is_found_beside_the_model_or_asked_for(bundled, tmp_path):
     model, processor = bundled
     with vlmattn.applied(model, MMA()):
-        assert model.vlmattn.turns == Turns.of(processor)
+        assert record_of(model).turns == Turns.of(processor)
     model.save_pretrained(tmp_path)
     other = type(model).from_pretrained(tmp_path)
     with pytest.raises(OptionError, match="processor=processor"):

@@ -25,14 +25,14 @@ import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 import vlmattn
-from vlmattn import attention
 from vlmattn.interventions.base import Intervention
 from vlmattn.kernels import AttentionEdit, HeadPart, LogitPart
 from vlmattn.models import find_family
 from vlmattn.options import option
 from vlmattn.registry import register
 from vlmattn.request import LayerContext
-from vlmattn.wrapping import handle_of
+from vlmattn.wrapping import record_of
+from vlmattn.wrapping.registration import NAMES
 
 WAYS = ("pass", "gain", "kernel")
 _HOME = str(Path(vlmattn.__file__).parent)
@@ -69,7 +69,7 @@ class Wrapper:
         self.begin()
 
     def begin(self) -> None:
-        self.handles: list[Any] = []
+        self.records: list[Any] = []
         self.refused: Counter[str] = Counter()
         self.rewrapped = 0
 
@@ -79,21 +79,21 @@ class Wrapper:
             return
         try:
             with self.apart():
-                if handle_of(model) is not None:  # a class that goes on after the constructor of its parent
+                if record_of(model) is not None:  # a class that goes on after the constructor of its parent
                     vlmattn.unwrap(model)
                 find_family(model)
                 vlmattn.wrap(model, self.recipe)
         except vlmattn.UnsupportedError as error:
             self.refused[str(error)] += 1
             return
-        self.handles.append(handle_of(model))
+        self.records.append(record_of(model))
         self.models.add(model)
 
     def rewrap(self) -> None:
         """What the error says: after another attention implementation was set, unwrap the model and wrap it again."""
         for model in list(self.models):
             found = model.config.get_text_config()._attn_implementation
-            if handle_of(model) is not None and found not in attention.NAMES.values():
+            if record_of(model) is not None and found not in NAMES.values():
                 self.rewrapped += 1
                 self.wrap(model)
 
@@ -156,9 +156,9 @@ class Wrapper:
 
     def facts(self) -> dict[str, Any]:
         """How many models were wrapped (again), attention calls that the engine answered, why models were left bare."""
-        calls = sum(sum(handle.now.ledger.read("calls").values()) for handle in self.handles)
+        calls = sum(sum(record.now.ledger.read("calls").values()) for record in self.records)
         refused = dict(self.refused)
-        return {"wrapped": len(self.handles), "rewrapped": self.rewrapped, "calls": calls, "refused": refused}
+        return {"wrapped": len(self.records), "rewrapped": self.rewrapped, "calls": calls, "refused": refused}
 
 
 def _first_line(report: Any) -> tuple[str, str]:

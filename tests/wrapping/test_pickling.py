@@ -17,7 +17,7 @@ from tiny import build, prompt
 import vlmattn
 from vlmattn import StateError
 from vlmattn.decoding import Branch, Contrast, ContrastiveDecoding
-from vlmattn.wrapping.handle import WRAPPED
+from vlmattn.wrapping.record import WRAPPED
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:va[rf]|vlmattn:UserWarning")]
 

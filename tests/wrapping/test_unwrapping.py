@@ -12,7 +12,7 @@ from zoo import ZOO
 
 import vlmattn
 from vlmattn import UnsupportedError
-from vlmattn.wrapping.handle import WRAPPED
+from vlmattn.wrapping.record import WRAPPED
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:va[rf]|vlmattn:UserWarning")]
 

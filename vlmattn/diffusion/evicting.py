@@ -18,10 +18,9 @@ from vlmattn import compat
 from vlmattn.diffusion.gaze import gaze, rotated
 from vlmattn.diffusion.schedules import Constant, Schedule, counts_of, share_of
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError, quoted
-from vlmattn.request import Plan, Request, TokenMap, compacted
-from vlmattn.wrapping.branch_cache import REQUEST
+from vlmattn.request import NO_PLAN, Request, TokenMap, compacted
 from vlmattn.wrapping.cache_layers import picked
-from vlmattn.wrapping.pruning import report_original_lengths
+from vlmattn.wrapping.on_cache import report_original_lengths, request_on, ride
 
 _PROMPT = "_vlmattn_prompt"  # where a prompt rides on the arguments of the encoder's layers
 _STATE = "evicted"  # where a ``_State`` lies in a request
@@ -133,8 +132,14 @@ class _State:
 
 
 def _state(cache: Any) -> _State | None:
-    request: Request | None = getattr(cache, REQUEST, None)
+    request = request_on(cache)
     return request.store(_STATE).shared.get(_STATE) if request is not None else None
+
+
+def _request(cache: Any) -> Request:
+    request = request_on(cache)
+    assert request is not None
+    return request
 
 
 class _Eviction:
@@ -194,9 +199,9 @@ class _Eviction:
         self.check(cache)
         cache = DynamicCache(config=self.text) if cache is None else cache
         prompt = self.survey(ids, kwargs.get("attention_mask"))
-        request = Request(Plan("evicted", by_layer=((),) * self.layers))
+        request = Request(self.layers)
         request.store(_STATE).shared[_STATE] = _State(prompt)
-        setattr(cache, REQUEST, request)
+        ride(cache, request, NO_PLAN)
         return args, compat.with_cache(kwargs, cache, module) | ({_PROMPT: prompt} if any(prompt.given) else {})
 
     def check(self, cache: Any) -> None:
@@ -257,7 +262,7 @@ class _Eviction:
             if self.drop:
                 layer.keys, layer.values = picked(layer.keys, places), picked(layer.values, places)
             tokens = TokenMap.evicted(None, places, valid, keep.shape[1])
-            getattr(cache, REQUEST).maps[index] = tokens
+            _request(cache).maps[index] = tokens
             rank = rank.gather(1, places)
         state.layers[index] = _Held(rank, valid, counts)
         prompt.slots.append(layer.keys.shape[-2])
@@ -296,7 +301,7 @@ class _Eviction:
         state = _state(cache)
         if state is None or index not in state.layers or _PROMPT in kwargs:
             return None
-        tokens: TokenMap | None = getattr(cache, REQUEST).maps[index]
+        tokens: TokenMap | None = _request(cache).maps[index]
         seen: Any = cache
         if reads:
             seen, tokens = self.seen(index, state, cache, tokens)

@@ -43,7 +43,7 @@ from vlmattn.evals.timing import peak_bytes
 from vlmattn.files import write_whole
 from vlmattn.recipe import Recipe
 from vlmattn.texts import read_json
-from vlmattn.wrapping import handle_of
+from vlmattn.wrapping import handle_of, record_of
 
 ON_ERROR = ("stop", "skip")
 _Work = Sequence[tuple[int, Sequence[Sample]]]  # batches with their numbers
@@ -116,8 +116,8 @@ def evaluate(
         for recipe in recipes.values():  # what does not fit the model is an error now, not hours later
             with _applied(model, recipe, processor):
                 refuse_missing(model, recipe.name)
-                if (handle := handle_of(model)) is not None:
-                    files |= files_of(recipe, handle.anatomy)
+                if (record := record_of(model)) is not None:
+                    files |= files_of(recipe, record.anatomy)
     settings = {
         "model": model_name,
         "weights": fingerprint(model),
@@ -284,8 +284,8 @@ def _applied(model: Any, recipe: Recipe, processor: Any) -> AbstractContextManag
 
 def refuse_missing(model: Any, preset: str) -> None:
     """Raise if a recipe needs inputs of its own with every call."""
-    handle = handle_of(model)
-    rule = handle.active_plan.decoding if handle is not None else None
+    record = record_of(model)
+    rule = record.now.acting.decoding if record is not None else None
     for branch in rule.branches if rule is not None else ():
         if branch.needs:
             raise OptionError(

@@ -18,7 +18,7 @@ from vlmattn.inspection.named import Named
 from vlmattn.inspection.recorder import head_gains
 from vlmattn.kernels import AttentionEdit
 from vlmattn.request import LayerContext, Step, Weights, number_images
-from vlmattn.wrapping import handle_of
+from vlmattn.wrapping import record_of
 
 _CHUNK = 2**22  # scores held at once: 16 MB
 _EDGES = 500_000  # of a flow graph: 0.5 GB and 10 s to build, 1 to 3 s for each key
@@ -198,7 +198,7 @@ class _Mixed:
         tokens = self._tokens
         if context.queries != tokens or context.keys != tokens:
             raise UnsupportedError(
-                f"'{context.request.plan.name}' drops tokens before layer {context.layer}, and attention cannot be followed"
+                f"'{context.step.recipe}' drops tokens before layer {context.layer}, and attention cannot be followed"
                 " through rows that are gone; look shows the rows that are left"
             )
         size = max(1, _CHUNK // (context.heads * tokens))
@@ -226,8 +226,8 @@ def _each_layer(model: PreTrainedModel, inputs: Inputs, recipe: Any, residual: f
         )
     positions = family.positions(model, given)  # given, so that the model notes none
     with torch.no_grad(), watched(model, processor, recipe, _Mixed(types.shape[1], residual, use)) as name:
-        handle = handle_of(model)
-        if handle is not None and handle.active_plan.policies:
+        record = record_of(model)
+        if record is not None and record.now.acting.policies:
             raise UnsupportedError(
                 f"'{name}' changes what an answer sees of the cache, and attention is followed in the prompt; leave it out"
             )

@@ -158,11 +158,11 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
 @contextmanager
 def watched(model: PreTrainedModel, processor: Any, recipe: Any, watcher: Watcher) -> Iterator[str]:
     """A recipe in force and a watcher at work in this thread; the model is as before, all along for others. The recipe's name."""
-    with borrowed(model, processor) as handle, ExitStack() as stack:
-        if recipe is not None or not handle.enabled:
-            stack.enter_context(handle.temporarily("none" if recipe is None else recipe))
-        stack.enter_context(handle.watched(watcher))
-        yield handle.recipe.name
+    with borrowed(model, processor) as record, ExitStack() as stack:
+        if recipe is not None or not record.now.enabled:
+            stack.enter_context(record.temporarily("none" if recipe is None else recipe))
+        stack.enter_context(record.watched(watcher))
+        yield record.now.recipe.name
 
 
 def _answered(

@@ -18,7 +18,7 @@ from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import MethodInfo
 from vlmattn.request import LayerContext
-from vlmattn.wrapping import borrowed, handle_of
+from vlmattn.wrapping import borrowed, record_of
 
 Inputs = Mapping[str, Any]
 """What a processor returns with ``return_tensors="pt"``: one prompt, or a padded batch of prompts."""
@@ -42,15 +42,15 @@ class Measure(Intervention):
 @contextmanager
 def bare(model: PreTrainedModel) -> Iterator[None]:
     """No edit acts within the block and this thread, whether the model is wrapped or not."""
-    handle = handle_of(model)
-    with nullcontext() if handle is None else handle.temporarily("none"):
+    record = record_of(model)
+    with nullcontext() if record is None else record.temporarily("none"):
         yield
 
 
 @contextmanager
 def only(model: PreTrainedModel, *methods: Intervention) -> Iterator[None]:
     """Nothing but ``methods`` acts within the block and this thread; recipe and report of the model stay."""
-    with borrowed(model) as handle, handle.temporarily(methods):
+    with borrowed(model) as record, record.temporarily(methods):
         yield
 
 

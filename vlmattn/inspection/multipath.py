@@ -16,7 +16,7 @@ from vlmattn import compat
 from vlmattn.errors import OptionError, UnsupportedError, quoted
 from vlmattn.inspection.sorting import chat_inputs
 from vlmattn.models import Family, find_family
-from vlmattn.wrapping import handle_of
+from vlmattn.wrapping import record_of
 
 #: Requests for captions from three sides: from the details up, from the whole down, and as usual (in our words).
 VIEWS = (
@@ -180,10 +180,10 @@ def _check(
 
 def _refuse_rules(model: PreTrainedModel) -> None:
     """Rules and searches act in generate() only: captions would have them and paths would not."""
-    handle = handle_of(model)
-    if handle is not None and handle.active_plan.rule:
+    record = record_of(model)
+    if record is not None and record.now.acting.rule:
         raise UnsupportedError(
-            f"multi_path draws its tokens itself, so '{handle.active_plan.rule}' of '{handle.recipe.name}' cannot act in it;"
+            f"multi_path draws its tokens itself, so '{record.now.acting.rule}' of '{record.now.recipe.name}' cannot act in it;"
             " use a recipe of attention methods, or model.vlmattn.disable()"
         )
 

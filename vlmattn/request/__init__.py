@@ -1,28 +1,32 @@
 """What one generate() call knows: the request on its cache, the step in hand, and what a method sees of a layer."""
 
 from vlmattn.request.callbacks import Compare, Watch, Weights
+from vlmattn.request.forward import BARE, Forward, Part
 from vlmattn.request.layer_context import LayerContext
 from vlmattn.request.methods import Looker, Method, Policy, Watcher
-from vlmattn.request.plan import Plan
+from vlmattn.request.plan import NO_PLAN, Plan
 from vlmattn.request.prefill import Prefill, SideStream
 from vlmattn.request.pruning import Eviction, HeadSplit, KeptTokens, PruningStage
 from vlmattn.request.request import ANSWER, IMAGE, MARKER, SYSTEM, TEXT, USER, VIDEO, Request, RoleFinder, number_images
 from vlmattn.request.slots import Ledger, Slots
-from vlmattn.request.step import Parts, Step, Steps
+from vlmattn.request.step import Step
 from vlmattn.request.store import Store
 from vlmattn.request.token_map import Kept, TokenMap, compacted
 from vlmattn.request.vision import Image, ImageFeatures
 
 __all__ = [
     "ANSWER",
+    "BARE",
     "IMAGE",
     "MARKER",
+    "NO_PLAN",
     "SYSTEM",
     "TEXT",
     "USER",
     "VIDEO",
     "Compare",
     "Eviction",
+    "Forward",
     "HeadSplit",
     "Image",
     "ImageFeatures",
@@ -32,7 +36,7 @@ __all__ = [
     "Ledger",
     "Looker",
     "Method",
-    "Parts",
+    "Part",
     "Plan",
     "Policy",
     "Prefill",
@@ -42,7 +46,6 @@ __all__ = [
     "SideStream",
     "Slots",
     "Step",
-    "Steps",
     "Store",
     "TokenMap",
     "Watch",

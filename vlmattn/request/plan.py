@@ -67,3 +67,7 @@ class Plan:
     def drops(self) -> bool:
         """Layers may go on with fewer tokens than the prompt has."""
         return bool(self.pruning or self.evicting)
+
+
+#: The bare model answers.
+NO_PLAN = Plan("none")

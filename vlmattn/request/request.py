@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from vlmattn.kernels import Rows
 from vlmattn.request.slots import Ledger, Slots
 from vlmattn.request.store import Store, of_rows
 from vlmattn.request.token_map import Kept, TokenMap
-
-if TYPE_CHECKING:
-    from vlmattn.request.plan import Plan
 
 _SLOTS = ("_ids", "_roles", "_turns", "_types", "_images", "_real")
 TEXT, IMAGE, VIDEO = 0, 1, 2  # types of tokens
@@ -38,7 +35,8 @@ class Request:
     """The prompt of one generate() call and what the methods keep about it.
 
     Attributes:
-        plan: the bound recipe that this request was born with.
+        layers: of the decoder.
+        counts: how many tokens each image has is known on the host, for methods that drop some.
         prompt_length: slots of the prompt (padding included); rows from there on are generated.
         ids_known: the prompt came as token ids.
         turns_known: roles and turns of the prompt were found.
@@ -52,8 +50,8 @@ class Request:
         tokens: the map of a view (``at``); None for the request itself.
     """
 
-    def __init__(self, plan: Plan, ledger: Ledger | None = None) -> None:
-        self.plan, self.ledger = plan, ledger or Ledger()
+    def __init__(self, layers: int = 0, ledger: Ledger | None = None, counts: bool = False) -> None:
+        self.ledger, self.counts = ledger or Ledger(), counts
         self.call: object = None
         self.batch: int | None = None
         self.prompt_length = 0
@@ -72,7 +70,7 @@ class Request:
         self._first_row_after_image = 0
         self._with_image: Tensor | None = None
         self.first_last_row = self.stop = 0
-        self.maps: list[TokenMap | None] = [None] * len(plan.by_layer)
+        self.maps: list[TokenMap | None] = [None] * layers
         self.newest: tuple[tuple[tuple[int, ...], int], ...] = ()
         self.tokens: TokenMap | None = None
         self._window: TokenMap | None = None
@@ -88,7 +86,6 @@ class Request:
         real: Tensor | None,
         prompt_length: int | None,
         ids: Tensor | None = None,
-        finder: RoleFinder | None = None,
     ) -> None:
         """Read new prompt tokens that enter the cache at slot ``start``.
 
@@ -98,10 +95,6 @@ class Request:
             real: bool ``[batch, start + new or more]``, False for padding; None = no padding.
             prompt_length: slots of the whole prompt when generate() said so, else all tokens given so far.
             ids: token ids ``[batch, new]``; None when the model got embeddings.
-            finder: finds the turns, for plans that need them.
-
-        Raises:
-            InputError: turns are needed and there are no token ids, or a row without a user's turn.
         """
         self.batch, stop = types.shape[0], start + types.shape[1]
         self.prompt_length = min(prompt_length or stop, stop)
@@ -115,7 +108,7 @@ class Request:
         if real is not None:
             self._real.write(0, real[:, :stop])
         types, real = self._survey(stop)
-        if self.plan.drops:
+        if self.counts:
             new = slice(start, stop)
             visual = ((types != TEXT) & real)[:, new]
             numbers = self._images.read(stop, visual.device)[:, new]
@@ -128,8 +121,6 @@ class Request:
             self._views = []
         self._ids.write(start, images.new_full(images.shape, -1) if ids is None else ids.masked_fill(generated, -1))
         self.ids_known = ids is not None
-        if finder is not None and (self.has_images or self.plan.texts):
-            self._find_roles(finder, types, real, ids is not None)
 
     def _survey(self, stop: int) -> tuple[Tensor, Tensor]:
         """One look from the host per prompt, at types and reality of its slots: what it finds decides shapes."""
@@ -154,7 +145,7 @@ class Request:
         """
         view = next((view for view in self._views if view.tokens is tokens), None)
         if view is None:
-            view = Request(self.plan, self.ledger)
+            view = Request(len(self.maps), self.ledger, self.counts)
             view.__dict__.update(self.__dict__)  # shares what methods keep
             view.prompt_length, view.tokens, view._picked = self.prompt_length - tokens.removed, tokens, {}
             view.has_padding, view._surveyed = self.has_padding or tokens.valid is not None, False
@@ -226,16 +217,21 @@ class Request:
         real = self.real(stop, device)
         return Kept(slots, None if real is None else real[:, start:], tuple(sum(images) for images, _ in self.newest))
 
-    def _find_roles(self, finder: RoleFinder, types: Tensor, real: Tensor, has_ids: bool) -> None:
-        needed_by = ", ".join(self.plan.turns)
-        if not has_ids:
+    def find_turns(self, finder: RoleFinder, needed_by: str = "") -> None:
+        """Find the user's turns in what was read so far; ``needed_by`` names methods that cannot do without.
+
+        Raises:
+            InputError: turns are needed and there are no token ids, or a row without a user's turn.
+        """
+        if not self.ids_known:
             if not needed_by:
                 return
             raise InputError(
                 f"{needed_by} must know the user's turns, which need input_ids; the model got inputs_embeds"
             )
-        stop = types.shape[1]
-        roles, turns = finder.roles(self._ids.read(stop, torch.device("cpu")), types, real)
+        stop, host = self.stop, torch.device("cpu")
+        ids, types, real = (slots.read(stop, host) for slots in (self._ids, self._types, self._real))
+        roles, turns = finder.roles(ids, types, real)
         lost = (~(turns >= 0).any(1)).nonzero().flatten().tolist()
         if lost and needed_by:
             raise InputError(
@@ -252,7 +248,7 @@ class Request:
 
         The slots before count as padding, and so does ``hidden``, bool ``[batch, slots]``, in slots of this request.
         """
-        copy = Request(self.plan, self.ledger)
+        copy = Request(len(self.maps), self.ledger, self.counts)
         copy.__dict__.update(self.__dict__)
         copy.prompt_length += shift
         copy._first_row_after_image += shift
@@ -282,7 +278,7 @@ class Request:
         """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); prompts of beams are the same."""
         for store in self._stores.values():
             store.reorder(rows)
-        if self.plan.evicting:  # beams evict for themselves
+        if any(tokens is not None and tokens.by_eviction for tokens in self.maps):  # beams evict for themselves
             self._move_maps(rows)
 
     def _move_maps(self, rows: Tensor) -> None:
@@ -293,11 +289,6 @@ class Request:
     @property
     def has_images(self) -> bool:
         return any(image for _, _, _, image in self._runs)
-
-    @property
-    def untouched(self) -> bool:
-        """Nothing was read but text, as the bare model reads it."""
-        return not self.has_images and not self.plan.edits_text and bool(self.plan.by_layer)
 
     def types(self, keys: int, device: torch.device) -> Tensor:
         """uint8 ``[batch, keys]``: TEXT, IMAGE or VIDEO; generated tokens are TEXT."""

@@ -1,4 +1,4 @@
-"""One forward of the model for a request."""
+"""One forward of the model for one request."""
 
 from __future__ import annotations
 
@@ -6,34 +6,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlmattn.kernels import Visibility
-from vlmattn.request.callbacks import Watch
-from vlmattn.request.prefill import SideStream
 from vlmattn.request.request import Request
 from vlmattn.request.token_map import Kept, TokenMap
-
-Parts = tuple[tuple[slice, "Step | None"], ...]
-"""Row groups of one forward, each with its step; None = unedited."""
-
-
-@dataclass(eq=False)
-class Steps:
-    """One forward over row groups that have requests of their own: the main prompt and its branches.
-
-    Attributes:
-        parts: the groups in order.
-        early: layer -> the residual stream that enters it, noted for layers that are keys here.
-        blank: bool ``[batch, query]``, tokens whose embeddings are zeroed.
-        merged: what the groups' logits become; None while a prompt is read.
-    """
-
-    parts: Parts
-    early: dict[int, Tensor | None] = field(default_factory=dict)
-    blank: Tensor | None = None
-    merged: Any = None
 
 
 @dataclass(eq=False)
@@ -44,13 +21,12 @@ class Step:
         base: name of the attention implementation the model had before it was wrapped.
         start: cache slot of the first query row; None in single-token decoding, where nothing needs it.
         plain_mask: the mask can only be causal and padding (no mask from the user).
-        watch: for preparation passes and streams beside a prompt, where no edit runs.
-        beside: streams that accompany this prompt.
+        recipe: its name, for messages.
         slot, capacity: where the one new token goes (a tensor with a static cache of that many slots), for methods that
-            observe generated tokens too.
-        sight: what was seen of each encoded image in the vision tower.
-        seen: what one query row sees of so many keys, as the last layer had it.
+            follow generated tokens too.
+        tower: what was seen of each encoded image in the vision tower.
         order: which encoded image each image of the prompt is (beams repeat them); None = by the rows they are in.
+        seen: what one query row sees of so many keys, as the last layer had it.
         rows: prompt rows that are still there; None = all.
         rotary: makes cosines and sines, for methods that count positions anew.
         masks: the mask in original slots as the last layer had it, and in the slots of this view.
@@ -62,11 +38,10 @@ class Step:
     base: str
     start: int | None
     plain_mask: bool = True
-    watch: Watch | None = None
-    beside: tuple[SideStream, ...] = ()
+    recipe: str = ""
     slot: int | Tensor | None = None
     capacity: int = 0
-    sight: Any = None
+    tower: Any = None
     order: list[int] | None = None
     seen: tuple[int, Visibility] | None = None
     rows: Kept | None = None
@@ -75,18 +50,6 @@ class Step:
     passed: int = 0
     wants_weights: bool = False
     _memo: dict[Hashable, Any] = field(default_factory=dict)
-
-    def at(self, cache: Any) -> None:
-        """Note where the one new token goes, for methods that observe generated tokens too."""
-        slot = cache.get_seq_length()
-        self.slot = slot.clone() if isinstance(slot, torch.Tensor) else slot  # a static cache counts on in place
-        length = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape  # by version of transformers
-        self.capacity = length()
-
-    @property
-    def parts(self) -> Parts:
-        """All rows belong to this step."""
-        return ((slice(None), self),)
 
     @property
     def is_prompt(self) -> bool:
@@ -101,15 +64,8 @@ class Step:
         def make() -> Step:
             start = None if self.start is None else tokens.slot(self.start)
             slot = None if self.slot is None else self.slot - tokens.removed
-            return replace(
-                self,
-                request=self.request.at(tokens, self.is_prompt),
-                start=start,
-                slot=slot,
-                seen=None,
-                masks=None,
-                _memo={},
-            )
+            request = self.request.at(tokens, self.is_prompt)
+            return replace(self, request=request, start=start, slot=slot, seen=None, masks=None, _memo={})
 
         step: Step = self.memo(("through", tokens), make)
         return step

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+_NEVER = -1  # in place of where the newest tokens begin: no forward begins there
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -122,7 +124,7 @@ class TokenMap:
         if before is not None:
             length = keys + before.removed
             old = torch.cat([before.slots, old[:, before.kept :] + before.removed], 1)
-        return cls(old.gather(1, order), valid, length, -1, -1, None if before is None else before.lost)
+        return cls(old.gather(1, order), valid, length, _NEVER, _NEVER, None if before is None else before.lost)
 
     @classmethod
     def window(cls, batch: int, first: int, stop: int, device: torch.device) -> TokenMap:
@@ -139,6 +141,11 @@ class TokenMap:
     @property
     def kept(self) -> int:
         return self.slots.shape[1]
+
+    @property
+    def by_eviction(self) -> bool:
+        """A policy took the slots out, for each row by itself; else rows of a prompt were dropped, alike in all its beams."""
+        return self.begin == self.at == _NEVER
 
     @property
     def removed(self) -> int:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from vlmattn.compat import DynamicLayer, DynamicSlidingWindowLayer
 from vlmattn.decoding import ContrastiveDecoding
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import OF_TOKENS
-from vlmattn.request import Request, Step, Steps
+from vlmattn.request import NO_PLAN, Forward, Part, Plan, Request, Step
+from vlmattn.wrapping.cache_layers import RoomyLayer
 from vlmattn.wrapping.call import Call
-from vlmattn.wrapping.room import RoomyLayer
+from vlmattn.wrapping.on_cache import place, plan_on, request_on, ride
 
-MERGED = "_vlmattn_merged"  # where the row groups of a call ride on its cache
-REQUEST = "_vlmattn_request"  # where a request rides on its cache
+BRANCHES = "_vlmattn_branches"  # where the row groups of a call ride on its cache
 
 
 @dataclass(eq=False)
@@ -48,17 +48,22 @@ class ReadPrompt:
     @property
     def request(self) -> Request | None:
         """What edits know of these rows; None = no edits."""
-        return getattr(self.cache, REQUEST, None)
+        return request_on(self.cache)
+
+    @property
+    def plan(self) -> Plan:
+        """Whose edits these are."""
+        return plan_on(self.cache)
 
     def repeated(self, times: int) -> ReadPrompt:
         """Every row ``times`` times, one after another, as generate() repeats its inputs for beams."""
         if times == 1:
             return self
-        request = self.request
+        request, plan = self.request, self.plan
         self.cache.batch_repeat_interleave(times)
         if request is not None:
             rows = torch.arange(len(self.mask)).repeat_interleave(times)
-            setattr(self.cache, REQUEST, request.moved(rows))
+            ride(self.cache, request.moved(rows), plan)
         return ReadPrompt(
             self.cache,
             self.logits.repeat_interleave(times, 0),
@@ -79,8 +84,8 @@ class BranchCache:
     """
 
     def __init__(self, contrast: ContrastiveDecoding, views: Sequence[ReadPrompt], call: Call, alone: bool) -> None:
-        self.contrast, self.call, self._base, self._name = contrast, call.token, call.handle._base, call.plan.name
-        self._family: Any = call.handle._family
+        self.contrast, self.call, self._base, self._name = contrast, call.token, call.record.base, call.plan.name
+        self._family: Any = call.record.family
         self.rows, self.prompt = views[0].mask.shape
         self.groups, self.ropes = len(views), tuple(view.rope for view in views)
         self.longest = max(view.mask.shape[1] for view in views)
@@ -92,10 +97,11 @@ class BranchCache:
             view.request.moved(shift=shift) if view.request is not None and shift else view.request
             for view, shift in zip(views, shifts, strict=True)
         ]
+        self._plans = [NO_PLAN if view.request is None else view.plan for view in views]
         for request in self.requests:
             if request is not None:
                 request.call = call.token
-        self._window, self._attending = call.handle.anatomy.window, call.handle.anatomy.attending
+        self._window, self._attending = call.record.anatomy.window, call.record.anatomy.attending
         self._alone, self._ledger, self._rule = alone, call.ledger, call.plan.rule
 
     def fill(self, cache: Any, views: Sequence[ReadPrompt]) -> None:
@@ -139,7 +145,7 @@ class BranchCache:
             if layer is not None:
                 _make_room(layer, len(keys), grown)
             cache.update(keys, values, number)
-        setattr(cache, MERGED, self)
+        setattr(cache, BRANCHES, self)
         if not self._alone:
             cache.reorder_cache = MethodType(_reorder_cache, cache)  # bound, so that a deep copy reorders itself
 
@@ -171,20 +177,20 @@ class BranchCache:
                 found[name] = found[name].repeat(self.groups, *(1,) * (found[name].ndim - 1))
         return input_ids.repeat(self.groups, 1), found
 
-    def steps(self, cache: Any, tokens: int) -> Steps:
+    def forward(self, cache: Any, tokens: int) -> Forward:
         """What the decoder has to know of a forward of ``tokens`` new tokens."""
         start = None if tokens == 1 else int(cache.get_seq_length())
-        parts: list[tuple[slice, Step | None]] = []
-        for number, request in enumerate(self.requests):
+        parts: list[Part] = []
+        for number, (request, plan) in enumerate(zip(self.requests, self._plans, strict=True)):
             rows = slice(number * self.rows, (number + 1) * self.rows)
-            if request is None and parts and parts[-1][1] is None:
-                parts[-1] = (slice(parts[-1][0].start, rows.stop), None)
+            if request is None and parts and parts[-1].step is None:
+                parts[-1] = Part(slice(parts[-1].rows.start, rows.stop))
                 continue
-            step = None if request is None else Step(request, self._base, start)
-            if step is not None and start is None and (step.request.plan.extending or self._window):
-                step.at(cache)
-            parts.append((rows, step))
-        return Steps(tuple(parts), dict.fromkeys(self.contrast.layers), merged=self)
+            step = None if request is None else Step(request, self._base, start, recipe=plan.name)
+            if step is not None and start is None and (plan.extending or self._window):
+                place(step, cache)
+            parts.append(Part(rows, step, plan))
+        return Forward(tuple(parts), dict.fromkeys(self.contrast.layers), branches=self)
 
     def scores(
         self, model: nn.Module, groups: Sequence[Tensor], early: Mapping[int, Tensor | None], t: Tensor
@@ -223,14 +229,14 @@ class BranchCache:
 
 def forget_branches(cache: Any) -> None:
     """A cache that was reset is like a new one."""
-    if merged_of(cache) is not None and int(cache.get_seq_length()) == 0:
-        delattr(cache, MERGED)
+    if branches_on(cache) is not None and int(cache.get_seq_length()) == 0:
+        delattr(cache, BRANCHES)
         cache.__dict__.pop("reorder_cache", None)
 
 
-def merged_of(cache: Any) -> BranchCache | None:
+def branches_on(cache: Any) -> BranchCache | None:
     """The row groups on a cache, if it has some."""
-    return getattr(cache, MERGED, None)
+    return getattr(cache, BRANCHES, None)
 
 
 def _make_room(layer: Any, rows: int, grown: int) -> None:
@@ -247,9 +253,9 @@ def _make_room(layer: Any, rows: int, grown: int) -> None:
 
 
 def _reorder_cache(self: Any, beams: Tensor) -> None:
-    merged: BranchCache = getattr(self, MERGED)
-    rows = torch.cat([beams + group * merged.rows for group in range(merged.groups)])
+    branches: BranchCache = getattr(self, BRANCHES)
+    rows = torch.cat([beams + group * branches.rows for group in range(branches.groups)])
     type(self).reorder_cache(self, rows)
-    for request in merged.requests:
+    for request in branches.requests:
         if request is not None:
             request.reorder(beams)

@@ -17,9 +17,9 @@ from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead, Noise
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import OF_IMAGES, OF_TOKENS, Family, find_family
 from vlmattn.request import TEXT, Plan
-from vlmattn.wrapping.branch_cache import REQUEST, BranchCache, ReadPrompt
+from vlmattn.wrapping.branch_cache import BranchCache, ReadPrompt
 from vlmattn.wrapping.call import CALL, Call, TowerView
-from vlmattn.wrapping.pruning import report_original_lengths
+from vlmattn.wrapping.on_cache import report_original_lengths, ride
 
 NOT_PASSED_ON = frozenset(
     (
@@ -54,7 +54,7 @@ class Branches:
             return None
         if target is None:
             raise UnsupportedError("a decoding rule needs a cache; leave use_cache at True")
-        self._target, self.cache = target, new_cache(model)
+        self._target, self.cache = target, compat.new_cache(model)
         return self.cache
 
     def spread(self, call: Call, inputs: Mapping[str, Any], output: Any, early: Mapping[int, Tensor | None]) -> None:
@@ -76,15 +76,16 @@ class Branches:
         for branch, plan in zip(self.contrast.branches, self.plans, strict=True):
             reader = _Reader(self, call, branch, plan, main, ids, positions, inputs.get("mm_encoder_outputs"))
             views.append(reader.beside() if branch.shares_prompt else reader.anew())
-        merged = BranchCache(self.contrast, views, call, len(ids) == len(self.inputs["input_ids"]))
-        merged.fill(self._target, views)
+        on_cache = BranchCache(self.contrast, views, call, len(ids) == len(self.inputs["input_ids"]))
+        on_cache.fill(self._target, views)
         if call.plan.drops:
-            setattr(self._target, REQUEST, main.request)
+            assert main.request is not None
+            ride(self._target, main.request, main.plan)
             report_original_lengths(self._target)
         t = torch.arange(1, kept + 1, device=ids.device)
-        output.logits = merged.scores(call.model, [view.logits for view in views], early, t)
+        output.logits = on_cache.scores(call.model, [view.logits for view in views], early, t)
         compat.set_output_cache(output, self._target)
-        self.cache, self.ropes = None, merged.ropes
+        self.cache, self.ropes = None, on_cache.ropes
 
 
 @dataclass(eq=False)
@@ -96,7 +97,7 @@ class _Reader:
         encoded: images as the main prompt saw them, where generate() encodes them first.
     """
 
-    fan: Branches
+    branches: Branches
     call: Call
     branch: Branch
     plan: Plan
@@ -112,27 +113,27 @@ class _Reader:
     @property
     def times(self) -> int:
         """Rows for each prompt of the call."""
-        return len(self.ids) // len(self.fan.inputs["input_ids"])
+        return len(self.ids) // len(self.branches.inputs["input_ids"])
 
     def beside(self) -> ReadPrompt:
         """From the last prompt token on with hidden keys; everything before is the main prompt's."""
         prompt, drafts, hidden = self.prompt, self.ids.shape[1] - self.prompt, self._hidden()
-        if 0 < self.call.handle.anatomy.window <= prompt:
+        if 0 < self.call.record.anatomy.window <= prompt:
             raise UnsupportedError(
                 f"branch '{self.branch.name}' goes on from the main prompt, of which the sliding window of"
-                f" {self.call.handle.anatomy.window} tokens has left a part behind; use shorter prompts, or a rule with other branches"
+                f" {self.call.record.anatomy.window} tokens has left a part behind; use shorter prompts, or a rule with other branches"
             )
-        cache = new_cache(self.call.model)
+        cache = compat.new_cache(self.call.model)
         for number, layer in enumerate(self.main.cache.layers):
             if layer.keys is None:  # a layer that reads the keys of another
                 continue
             cache.update(layer.keys[..., : prompt - 1, :], layer.values[..., : prompt - 1, :], number)
-        call = replace(self.call, plan=self.plan, prompt_length=prompt - 1, fan=None, token=object())
+        call = replace(self.call, plan=self.plan, prompt_length=prompt - 1, branches=None, token=object())
         if not self.plan.is_identity:
             assert self.main.request is not None
             request = self.main.request.moved(hidden=hidden)
-            request.plan, request.call, request.prompt_length = self.plan, call.token, prompt - 1
-            setattr(cache, REQUEST, request)
+            request.call, request.prompt_length = call.token, prompt - 1
+            ride(cache, request, self.plan)
         mask = self.main.mask & ~hidden
         inputs = {"input_ids": self.ids[:, prompt - 1 :], "attention_mask": pad(mask.long(), (0, drafts), value=1)}
         logits = self._run(call, cache, inputs, self.positions[..., prompt - 1 :])
@@ -142,7 +143,7 @@ class _Reader:
         """The whole prompt of the branch, once for each prompt of the call."""
         inputs = self._inputs()
         mask = inputs["attention_mask"].bool()
-        positions = self.call.handle._family.positions(self.call.model, inputs)
+        positions = self.call.record.family.positions(self.call.model, inputs)
         last, drafts = positions[..., -1:], self.ids[:: self.times, self.prompt :]
         if count := drafts.shape[1]:
             inputs["input_ids"] = torch.cat([inputs["input_ids"], drafts], 1)
@@ -152,10 +153,10 @@ class _Reader:
                 inputs[name] = pad(inputs[name], (0, count))
         blank = None if self.branch.tokens is None else pad(self._hidden()[:: self.times], (0, count))
         call = replace(
-            self.call, plan=self.plan, prompt_length=mask.shape[1], plain_mask=True, fan=None, blank=blank,
-            rope=self.branch.rope, token=object(), sight=TowerView(),
+            self.call, plan=self.plan, prompt_length=mask.shape[1], plain_mask=True, branches=None, blank=blank,
+            rope=self.branch.rope, token=object(), tower=TowerView(),
         )  # fmt: skip
-        cache = new_cache(self.call.model)
+        cache = compat.new_cache(self.call.model)
         logits = self._run(call, cache, inputs, positions)
         return ReadPrompt(cache, logits, mask, last, self.branch.rope).repeated(self.times)
 
@@ -168,7 +169,7 @@ class _Reader:
 
     def _hidden(self) -> Tensor:
         """bool ``[n, prompt]``: image tokens that the branch does not see."""
-        tokens, request, sizes = self.branch.tokens, self.main.request, self.call.handle.anatomy
+        tokens, request, sizes = self.branch.tokens, self.main.request, self.call.record.anatomy
         assert tokens is not None
         assert request is not None
         attention = Gaze.read(request, tokens.layers(sizes))[..., : self.prompt]
@@ -184,12 +185,14 @@ class _Reader:
     def _inputs(self) -> dict[str, Any]:
         """What the branch gives the model, on the device of the main prompt."""
         branch, device = self.branch, self.ids.device
-        inputs = {name: to_device(value, device) for name, value in self.fan.inputs.items()}
+        inputs = {name: to_device(value, device) for name, value in self.branches.inputs.items()}
         inputs["attention_mask"] = self.main.mask[:: self.times].long()
-        given = self.fan.given.get(branch.name, {})
+        given = self.branches.given.get(branch.name, {})
         inputs |= {name: to_device(value, device) for name, value in given.items()}
         if given:
-            _check_prompts(self.call.handle._family, self.call.model, branch, inputs, len(self.fan.inputs["input_ids"]))
+            _check_prompts(
+                self.call.record.family, self.call.model, branch, inputs, len(self.branches.inputs["input_ids"])
+            )
         if callable(branch.image):
             self._change_images(branch.image, inputs)
         elif branch.image == "blank":
@@ -211,12 +214,12 @@ class _Reader:
 
     def _change_images(self, change: Noise | Callable[[Tensor], Tensor], inputs: dict[str, Any]) -> None:
         """Let a function see the pixels of one row of the batch at a time."""
-        found = self.call.handle._family.pixels(self.call.model, inputs)
+        found = self.call.record.family.pixels(self.call.model, inputs)
         if not found:
             raise InputError(
                 f"the branch '{self.branch.name}' changes the image; give pixel_values, not encoded features"
             )
-        family, model, before = self.call.handle._family, self.call.model, dict(inputs)
+        family, model, before = self.call.record.family, self.call.model, dict(inputs)
         for name, counts in found.items():
             changed, first = before[name].clone(), 0
             for count in counts:
@@ -247,12 +250,12 @@ class _Reader:
 
     def _change_prompt(self, inputs: dict[str, Any]) -> None:
         """Other token ids, row by row, as a left-padded batch."""
-        family, model, branch = self.call.handle._family, self.call.model, self.branch
+        family, model, branch = self.call.record.family, self.call.model, self.branch
         real, device = inputs["attention_mask"].bool(), self.ids.device
         rows = [ids[seen].cpu() for ids, seen in zip(inputs["input_ids"], real, strict=True)]
         before = [_images_in(family.token_types(model, row)) for row in rows]
         if isinstance(branch.prompt, Instead):
-            turns = self.call.handle.turns
+            turns = self.call.record.turns
             assert turns is not None
             rows = [turns.under(branch.prompt.system, row, family.token_types(model, row)) for row in rows]
         elif callable(branch.prompt):
@@ -288,7 +291,9 @@ def _check_prompts(
         raise InputError(f"branch '{branch.name}': the input_ids in branch_inputs have no image tokens")
 
 
-def fan_of(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given: Mapping[str, Any]) -> Branches | None:
+def branches_of(
+    model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given: Mapping[str, Any]
+) -> Branches | None:
     """The branches of a generate() call; None without a decoding rule.
 
     Raises:
@@ -329,13 +334,6 @@ def fan_of(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given:
     return Branches(model, plan, inputs, given)
 
 
-def setting_of(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A generation setting as generate() will see it: of the call, its config, or the model's."""
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in found if value is not None), None)
-
-
 def _check_given(model: PreTrainedModel, plan: Plan, given: Mapping[str, Any]) -> None:
     """Inputs of branches that nobody would read are an error."""
     names = plan.branch_names
@@ -363,9 +361,9 @@ def _check_given(model: PreTrainedModel, plan: Plan, given: Mapping[str, Any]) -
 
 def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
     """Ways of generating that a decoding rule cannot have."""
-    if setting_of(model, kwargs, "use_cache") is False:
+    if compat.setting_of(model, kwargs, "use_cache") is False:
         raise UnsupportedError("a decoding rule needs a cache, where its branches live; leave use_cache at True")
-    if setting_of(model, kwargs, "cache_implementation") == "paged":
+    if compat.setting_of(model, kwargs, "cache_implementation") == "paged":
         raise UnsupportedError(
             "continuous batching (paged) runs every request by itself, without branches; use generate()"
         )
@@ -378,7 +376,7 @@ def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             "a decoding rule gives every branch positions of its own, and cannot take position_ids; leave them out"
         )
-    scale = setting_of(model, kwargs, "guidance_scale")
+    scale = compat.setting_of(model, kwargs, "guidance_scale")
     if scale not in (None, 1, 1.0):
         raise UnsupportedError(
             "guidance_scale is a decoding rule of its own and conflicts with the recipe's; use one of them"
@@ -392,11 +390,6 @@ def run(call: Call, cache: DynamicCache, **inputs: Any) -> Any:
         return call.model(**compat.with_cache(inputs, cache, call.model), use_cache=True, return_dict=True)
     finally:
         CALL.reset(token)
-
-
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache for the text decoder."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.request import Ledger, Plan
-from vlmattn.wrapping.handle import Handle
-
-if TYPE_CHECKING:
-    from vlmattn.wrapping.branches import Branches
+from vlmattn.wrapping.record import Record
 
 
 @dataclass
@@ -36,35 +33,35 @@ class Call:
     """One generate() call in progress: its recipe, the length of its prompt, and whether its mask is only padding.
 
     ``ledger``: where its counts go, whatever recipe is set meanwhile.
-    ``token`` is what a request remembers of it (never the handle or the model). ``direct`` marks a forward outside of
+    ``token`` is what a request remembers of it (never the record or the model). ``direct`` marks a forward outside of
     generate(), which is only noted while the vision tower is looked at; ``outer`` is the call it may lie in.
 
     ``ids`` int64 ``[batch, tokens]`` are the tokens that the caller gave, those of a cache from before included.
     ``given_cache``: the caller gave the cache, and may go on from it.
 
-    With a decoding rule ``fan`` has the branches. While one of them reads its prompt a call of its own is in progress:
+    With a decoding rule ``branches`` are there. While one of them reads its prompt a call of its own is in progress:
     ``blank`` bool ``[batch, prompt]`` are image tokens whose features are zeroed, ``rope`` the factor on the rotary base.
     """
 
-    handle: Handle
+    record: Record
     model: PreTrainedModel
     plan: Plan
     prompt_length: int | None
     plain_mask: bool
     direct: bool = False
     outer: Call | None = None
-    fan: Branches | None = None
+    branches: Any = None  # ``branches.Branches``
     blank: Tensor | None = None
     rope: float = 1.0
     token: object = field(default_factory=object)
-    sight: TowerView = field(default_factory=TowerView)
+    tower: TowerView = field(default_factory=TowerView)
     ids: Tensor | None = None
     given_cache: bool = False
     ledger: Ledger = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.ledger is None:
-            object.__setattr__(self, "ledger", self.handle.now.ledger)
+            object.__setattr__(self, "ledger", self.record.now.ledger)
 
 
 # Which generate() call of which model runs in this thread. Only the model's hooks read it, to hand the plan and the

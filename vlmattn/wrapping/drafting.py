@@ -7,16 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.errors import UnsupportedError
-from vlmattn.request import Plan
-from vlmattn.wrapping.branches import setting_of
-
-_SETTINGS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-
-
-def is_drafting(kwargs: Mapping[str, Any]) -> bool:
-    """Whether this generate() call is made by the loop of assisted decoding, for drafts that another model checks."""
-    return bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
+from vlmattn.request import NO_PLAN, Plan
 
 
 def drafting_plan(plan: Plan) -> Plan:
@@ -25,16 +18,14 @@ def drafting_plan(plan: Plan) -> Plan:
     Drafts are checked, so they decide how fast the answer comes and not what it is.
     """
     own = plan.decoding is not None or plan.search is not None or plan.policies or plan.drops
-    return Plan("none") if own else plan
+    return NO_PLAN if own else plan
 
 
 def refuse_drafts(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any]) -> None:
     """Raise ``UnsupportedError`` for policies: they choose slots token by token, and never take a token back."""
     if not plan.policies:
         return
-    asked = ["assistant_model"] if kwargs.get("assistant_model") is not None else []
-    asked += [name for name in _SETTINGS if setting_of(model, kwargs, name)]
-    if asked:
+    if asked := compat.drafts_asked(model, kwargs):
         names = ", ".join(dict.fromkeys(policy.info.name for policy in plan.policies))
         raise UnsupportedError(
             f"{names} chooses cache slots token by token, and drafts of assisted decoding come several at once and are taken"

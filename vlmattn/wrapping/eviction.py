@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import cache_utils
 
-from vlmattn import attention, compat
+from vlmattn import compat
+from vlmattn.attention import FORWARD
 from vlmattn.errors import UnsupportedError
-from vlmattn.request import LayerContext, Plan, Step, TokenMap, compacted
+from vlmattn.request import Forward, LayerContext, Plan, Step, TokenMap, compacted
 from vlmattn.wrapping.cache_layers import SplitLayer, picked
-from vlmattn.wrapping.pruning import report_original_lengths
+from vlmattn.wrapping.on_cache import report_original_lengths
 
 
 def check_cache(plan: Plan, cache: Any, used: bool) -> None:
@@ -20,20 +20,15 @@ def check_cache(plan: Plan, cache: Any, used: bool) -> None:
     names = ", ".join(dict.fromkeys(policy.info.name for policy in plan.policies))
     if not used:
         raise UnsupportedError(f"{names} works on cached keys and values; leave use_cache on")
-    if cache is not None and any(hasattr(layer, "max_cache_len") for layer in cache.layers):
+    if cache is not None and compat.is_static(cache):
         raise UnsupportedError(
             f"{names} must know how far a cache is filled, and a static one does not tell; use a dynamic cache"
         )
-    if cache is not None and plan.evicting and _keeps_elsewhere(cache):
+    if cache is not None and plan.evicting and compat.keeps_elsewhere(cache):
         raise UnsupportedError(
             f"{names} takes keys and values out of the cache, which a quantized or an offloaded one keeps elsewhere; use a"
             " plain dynamic cache"
         )
-
-
-def _keeps_elsewhere(cache: Any) -> bool:
-    quantized = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
-    return bool(getattr(cache, "offloading", False)) or any(isinstance(layer, quantized) for layer in cache.layers)
 
 
 def before_layer(step: Step, index: int, rows: int, cache: Any) -> None:
@@ -46,11 +41,11 @@ def before_layer(step: Step, index: int, rows: int, cache: Any) -> None:
 
 def after_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of a decoder layer."""
-    step: Step | None = kwargs.get(attention.STEP)
-    if not isinstance(step, Step) or step.watch is not None or len(step.request.plan.evicting) == 0:
+    passing: Forward | None = kwargs.get(FORWARD)
+    if passing is None or len(passing.main.plan.evicting) == 0:
         return
-    policy = step.request.plan.evicting[index]
-    if policy is None:
+    step, policy = passing.main.acting, passing.main.plan.evicting[index]
+    if step is None or policy is None:
         return
     cache = compat.cache_of(kwargs)
     layer, request = cache.layers[index], step.request

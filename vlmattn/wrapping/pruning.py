@@ -6,60 +6,60 @@ The library goes on in original slots: it gives every layer the masks, position 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmattn import attention, compat
+from vlmattn import compat
+from vlmattn.attention import FORWARD, refusal_of_apart
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit
-from vlmattn.request import TEXT, KeptTokens, PruningStage, Request, Step, TokenMap, Weights
-from vlmattn.wrapping.branch_cache import REQUEST
+from vlmattn.request import TEXT, Forward, KeptTokens, PruningStage, Request, Step, TokenMap, Weights
 from vlmattn.wrapping.cache_layers import SplitLayer
+from vlmattn.wrapping.on_cache import report_original_lengths
 
 Inputs = tuple[Step, Tensor, dict[str, Any]]
 """A step, the residual stream and the keyword arguments of a layer."""
 
 
-def check_prompt(request: Request) -> None:
-    """Raise for prompts whose tokens cannot be dropped."""
+def check_prompt(request: Request, recipe: str) -> None:
+    """Raise for prompts whose tokens the recipe of that name cannot drop."""
     if not any(images for images, _ in request.newest):
         return
     if request.first_last_row < request.prompt_length - 1:
         raise InputError(
-            f"'{request.plan.name}' drops tokens, which needs prompts that are padded on the left; set"
+            f"'{recipe}' drops tokens, which needs prompts that are padded on the left; set"
             " processor.tokenizer.padding_side = 'left'"
         )
     if bool((request.types(request.prompt_length, torch.device("cpu"))[:, -1] != TEXT).any()):
-        raise InputError(
-            f"'{request.plan.name}' drops image tokens, and a prompt ends in one; put the question behind the image"
-        )
+        raise InputError(f"'{recipe}' drops image tokens, and a prompt ends in one; put the question behind the image")
 
 
-def check_continuation(request: Request, start: int) -> None:
+def check_continuation(request: Request, recipe: str, start: int) -> None:
     """Raise if a cache was cropped within a prompt whose tokens are partly gone."""
     dropped = max((tokens.length for tokens in request.maps if tokens is not None), default=0)
     if start < min(request.prompt_length, dropped):  # a map may also speak of drafts behind the prompt
         raise StateError(
-            f"this cache was cropped to {start} tokens, within a prompt that '{request.plan.name}' has dropped tokens of; start"
+            f"this cache was cropped to {start} tokens, within a prompt that '{recipe}' has dropped tokens of; start"
             " a new generate()"
         )
 
 
-def pruned_inputs(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
+def pruned_inputs(passing: Forward, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
     """What the layer ``index`` gets, from what the library gives it."""
+    step, plan = passing.main.step, passing.main.plan
+    assert step is not None
     request = step.request
     if step.is_prompt:
         if layer.training:
-            raise UnsupportedError(f"'{request.plan.name}' drops tokens, which is for inference; call model.eval()")
+            raise UnsupportedError(f"'{plan.name}' drops tokens, which is for inference; call model.eval()")
         start, before, given = step.start or 0, request.maps[index], sum(sum(images) for images, _ in request.newest)
         if index == 0 and given:
-            for method in dict.fromkeys(request.plan.pruning):
+            for method in dict.fromkeys(plan.pruning):
                 if method is not None:
                     method.on_embeddings(_stage(step, layer, index, hidden, kwargs))
-        pruner = request.plan.pruning[index] if request.plan.pruning else None
+        pruner = plan.pruning[index] if plan.pruning else None
         if pruner is not None and given:
             stage = _stage(step, layer, index, hidden, kwargs)
             choice = pruner.choose_tokens(stage)
@@ -75,7 +75,8 @@ def pruned_inputs(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwar
         if index == 0:
             request.ledger.add(("prompts with images",), sum(bool(images) for images, _ in request.newest))
             request.ledger.add(("image tokens", "prompt"), given)
-    return _through(step, request.maps[index], index, hidden, kwargs)
+    view, hidden, kwargs = _through(step, request.maps[index], index, hidden, kwargs)
+    return view, hidden, kwargs if view is step else {**kwargs, FORWARD: passing.at(view)}
 
 
 def _follow(step: Step, choice: KeptTokens, hidden: Tensor, drop: bool, compact: bool) -> Tensor:
@@ -114,7 +115,7 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
 
     def weights(first: int, last: int, edit: AttentionEdit = NO_EDIT) -> Tensor:
         if view.start and isinstance(compat.cache_of(kwargs).layers[index], SplitLayer):
-            raise attention.refusal_of_apart(step, index)
+            raise refusal_of_apart(step, index)
         return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last, edit)
 
     return PruningStage(
@@ -135,46 +136,13 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
 def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str, Any], start: int) -> Weights:
     """Unedited attention of a layer that has not run yet."""
     past = compat.cache_of(kwargs).layers[index].keys[:, :, :start] if start else None
-    probe = attention.Probe(past)
+    found: list[Weights] = []
     with torch.no_grad():
         layer.self_attn(
             **compat.with_cache(kwargs, None, layer.self_attn)
-            | {"hidden_states": layer.input_layernorm(hidden), attention.STEP: probe}
+            | {"hidden_states": layer.input_layernorm(hidden), FORWARD: Forward(ahead=found.append, past=past)}
         )
-    assert probe.weights is not None
-    return probe.weights
-
-
-def report_original_lengths(cache: Any) -> None:
-    """Lengths that the library asks a cache for are in original slots: it cuts its inputs and makes its masks by them."""
-    if cache is not None and "get_seq_length" not in cache.__dict__:
-        cache.get_seq_length = MethodType(_original_length, cache)  # bound, so that a deep copy asks itself
-        cache.get_mask_sizes = MethodType(_original_sizes, cache)
-        cache.reset = MethodType(_reset, cache)
-
-
-def _original_length(self: Any, layer_idx: int = 0) -> Any:
-    length, removed = type(self).get_seq_length(self, layer_idx), _removed(self, layer_idx)
-    return length + removed * (length > 0)  # nothing before the first layer has run
-
-
-def _reset(self: Any) -> None:
-    """A cache that was reset may serve a prompt whose tokens all stay, also of a model that is not wrapped."""
-    for name in ("get_seq_length", "get_mask_sizes", "reset"):
-        self.__dict__.pop(name, None)
-    self.reset()
-
-
-def _original_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[int, int]:
-    length, offset = type(self).get_mask_sizes(self, query_length, layer_idx)
-    static = layer_idx < len(self.layers) and hasattr(self.layers[layer_idx], "max_cache_len")
-    return (length if static else length + _removed(self, layer_idx)), offset
-
-
-def _removed(cache: Any, layer: int) -> int:
-    request: Request | None = getattr(cache, REQUEST, None)
-    tokens = request.maps[layer] if request is not None else None
-    return 0 if tokens is None else tokens.removed
+    return found[0]
 
 
 def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
@@ -196,13 +164,11 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
         start = step.start if step.start is not None else width + tokens.removed - queries
         additive = hidden.dtype if step.base == "eager" else None
         view.masks = known = (given, tokens.mask(given, start, queries, width, additive))
-    found = {**kwargs, attention.STEP: view, "attention_mask": known[1]}
+    found = {**kwargs, "attention_mask": known[1]}
     ids = kwargs.get("position_ids")
     if tokens.lost is not None:
         if not isinstance(ids, Tensor) or step.rotary is None:
-            raise UnsupportedError(
-                f"'{step.request.plan.name}' counts positions anew, and this model's layers get none"
-            )
+            raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
         found["position_ids"] = positions = tokens.positions(ids, newest)
         found["position_embeddings"] = view.memo(("rotary", hidden.device), lambda: step.rotary(hidden, positions))  # type: ignore[misc]
     elif newest:

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from vlmattn import compat
+from vlmattn.compat import SearchOutput
 from vlmattn.decoding.search import Hypothesis, LastLook, Process, Search
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models import OF_TOKENS
 from vlmattn.request import TEXT, Request
-from vlmattn.wrapping.branch_cache import REQUEST
-from vlmattn.wrapping.branches import NOT_PASSED_ON, new_cache, run, setting_of, to_device
+from vlmattn.wrapping.branches import NOT_PASSED_ON, run, to_device
 from vlmattn.wrapping.call import CALL, Call, TowerView
+from vlmattn.wrapping.on_cache import request_on, ride
 
 # Which prompt of the batch the logits processors work on, in this thread.
 _ROW: ContextVar[int | None] = ContextVar("vlmattn_row", default=None)
@@ -41,7 +41,7 @@ def refuse_ways(model: PreTrainedModel, rule: str, kwargs: Mapping[str, Any]) ->
         UnsupportedError: one of them.
     """
     for name, neutral in _NEUTRAL.items():
-        if setting_of(model, kwargs, name) not in (None, neutral):
+        if compat.setting_of(model, kwargs, name) not in (None, neutral):
             raise UnsupportedError(f"'{rule}' {_CHOOSES}; leave {name} at {neutral}")
     for name in ("do_sample", "stopping_criteria", "assistant_model", "custom_generate"):
         if kwargs.get(name):
@@ -66,18 +66,16 @@ def searching(search: Search, inputs: Mapping[str, Any]) -> Callable[..., Any]:
 
     def decode(
         model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, generation_config: Any, **_: Any
-    ) -> Tensor | GenerateBeamDecoderOnlyOutput:
+    ) -> Tensor | SearchOutput:
         call = CALL.get()
         assert call is not None
         new = generation_config.max_length - input_ids.shape[1]
-        eos = generation_config._eos_token_tensor
-        ends = frozenset(() if eos is None else eos.flatten().tolist())
+        ends = compat.end_tokens(generation_config)
         answers = [
             search.search(_Rows(call, one), ends, new, _process(logits_processor, input_ids, row))
             for row, one in enumerate(_apart(call, inputs, input_ids))
         ]
-        padding = generation_config._pad_token_tensor
-        value = 0 if padding is None else int(padding)
+        value = compat.padding_token(generation_config)
         tokens = pad_sequence([answer.tokens for answer in answers], batch_first=True, padding_value=value)
         found = torch.cat([input_ids, tokens.to(input_ids)], 1)
         if not generation_config.return_dict_in_generate:
@@ -131,11 +129,11 @@ class _Told:
     def new(self) -> int:
         return max(len(answer.tokens) for answer in self.answers)
 
-    def output(self, config: Any) -> GenerateBeamDecoderOnlyOutput:
+    def output(self, config: Any) -> SearchOutput:
         device = self.sequences.device
         lengths = torch.tensor([[len(answer.tokens)] for answer in self.answers], device=device)
         rows = torch.arange(len(self.answers), dtype=torch.int32, device=device)[:, None]
-        found = GenerateBeamDecoderOnlyOutput(
+        found = SearchOutput(
             sequences=self.sequences,
             beam_indices=rows.where(torch.arange(self.new, device=device) < lengths, -1),
         )
@@ -158,7 +156,7 @@ class _Told:
             rows.append(torch.cat([scores, behind]))
         return torch.stack(rows, 1).to(self.sequences.device).unbind()
 
-    def _read(self, found: GenerateBeamDecoderOnlyOutput, config: Any) -> None:
+    def _read(self, found: SearchOutput, config: Any) -> None:
         """Let the model read the prompts and then their answers once more, for what it has to say of them."""
         model, device, new = self.call.model, self.sequences.device, self.new - 1
         prompts, answers = self.sequences[:, : self.prompt], self.sequences[:, self.prompt : -1]
@@ -167,15 +165,15 @@ class _Told:
         names = set(inspect.signature(type(model).forward).parameters) - NOT_PASSED_ON
         inputs = {name: to_device(value, device) for name, value in self.inputs.items() if name in names}
         inputs |= {"input_ids": prompts, "attention_mask": mask}
-        positions = self.call.handle._family.positions(model, inputs)
+        positions = self.call.record.family.positions(model, inputs)
         steps = [{**inputs, "position_ids": positions, "logits_to_keep": 1}]
         if new:
             later = positions[..., -1:] + torch.arange(1, new + 1, device=device)
             longer = pad(mask, (0, new), value=1)
             steps.append({"input_ids": answers, "attention_mask": longer, "position_ids": later, "logits_to_keep": new})
-        cache = new_cache(model)
+        cache = compat.new_cache(model)
         kept = {name: getattr(config, name) for name in ("output_attentions", "output_hidden_states")}
-        call = replace(self.call, prompt_length=self.prompt, plain_mask=True, token=object(), sight=TowerView())
+        call = replace(self.call, prompt_length=self.prompt, plain_mask=True, token=object(), tower=TowerView())
         outs = [run(call, cache, **step | kept) for step in steps]
         if config.use_cache is not False:
             compat.set_output_cache(found, cache)
@@ -201,7 +199,7 @@ class _Told:
 
 def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str, Any]]:
     """The inputs of each row by itself, without padding."""
-    family = call.handle._family
+    family = call.record.family
     mask = inputs.get("attention_mask")
     real = torch.ones_like(ids) if mask is None else mask.to(ids.device)
     if empty := (~real.bool().any(1)).nonzero().flatten().tolist():
@@ -239,17 +237,19 @@ class _Rows:
     def __init__(self, call: Call, inputs: dict[str, Any]) -> None:
         ids = inputs["input_ids"]
         self._inputs, self.prompt_length = inputs, ids.shape[1]
-        self.visual = (call.handle._family.token_types(call.model, ids)[0] != TEXT).to(ids.device)
-        self._call = replace(call, prompt_length=self.prompt_length, plain_mask=True, token=object(), sight=TowerView())
-        self._positions = call.handle._family.positions(call.model, inputs)
+        self.visual = (call.record.family.token_types(call.model, ids)[0] != TEXT).to(ids.device)
+        self._call = replace(call, prompt_length=self.prompt_length, plain_mask=True, token=object(), tower=TowerView())
+        self._positions = call.record.family.positions(call.model, inputs)
         self._generated = 0
 
     def start(self) -> tuple[Tensor, Tensor]:
-        cache = new_cache(self._call.model)
+        cache = compat.new_cache(self._call.model)
         logits = self._forward(cache, **self._inputs, position_ids=self._positions)
         if any(getattr(layer, "is_sliding", False) or not hasattr(layer, "keys") for layer in cache.layers):
             raise UnsupportedError("a search needs full attention in every layer, and this model's cache forgets")
-        self._now = _Now(cache, getattr(cache, REQUEST))
+        request = request_on(cache)
+        assert request is not None
+        self._now = _Now(cache, request)
         self._prompt = [(layer.keys, layer.values) for layer in cache.layers], self._now.request, logits
         return logits, LastLook.read(self._now.request)
 
@@ -265,7 +265,7 @@ class _Rows:
     def rewind(self, generated: Tensor) -> Tensor:
         layers, request, logits = self._prompt
         rows = generated.new_zeros(len(generated))
-        cache = new_cache(self._call.model)
+        cache = compat.new_cache(self._call.model)
         for number, (keys, values) in enumerate(layers):
             cache.update(keys[rows], values[rows], number)
         self._set(cache, request.moved(rows))
@@ -274,7 +274,7 @@ class _Rows:
 
     def _set(self, cache: DynamicCache, request: Request) -> None:
         self._now = _Now(cache, request)
-        setattr(cache, REQUEST, request)
+        ride(cache, request, self._call.plan)
 
     def _append(self, tokens: Tensor) -> Tensor:
         """Logits ``[rows, vocabulary]`` after tokens ``[rows, new]`` behind what there is."""

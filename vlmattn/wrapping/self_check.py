@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn import attention
+from vlmattn.attention import FORWARD
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.models import Family, Generic
-from vlmattn.request import LayerContext, Plan, Request, Step
+from vlmattn.request import BARE, Forward, LayerContext, Part, Plan, Request, Step
 
 _TOKENS = 6
 _CLOSE = 1e-2  # relative to the largest output: half precision has 3 digits
@@ -50,13 +50,13 @@ def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
     nothing: Any = _Nothing(set())
     each = tuple((nothing,) if layer in wanted else () for layer in range(anatomy.layers))
     none = ((),) * anatomy.layers
-    request = Request(Plan("check", by_layer=each, on_hidden_states=none, on_attention=none))
+    plan, request = Plan("check", by_layer=each, on_hidden_states=none, on_attention=none), Request(anatomy.layers)
     types = torch.zeros(1, _TOKENS, dtype=torch.uint8)
     request.extend(0, types, torch.full((1, _TOKENS), -1), None, None)
     try:
         with torch.no_grad():
-            bare = _run(decoder, embeds, None)
-            edited = _run(decoder, embeds, Step(request, base, 0))
+            bare = _run(decoder, embeds, BARE)
+            edited = _run(decoder, embeds, Forward((Part(step=Step(request, base, 0), plan=plan),)))
     except Exception as error:
         raise UnsupportedError(
             f"{name}: its decoder does not run by itself ({type(error).__name__}: {error}); {_REMEDY}"
@@ -83,7 +83,7 @@ def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
 _REMEDY = "use a model that transformers itself implements, or register a family for it (vlmattn.register_family)"
 
 
-def _run(decoder: Any, embeds: Tensor, step: Step | None) -> Tensor:
-    out = decoder(inputs_embeds=embeds, use_cache=False, **({} if step is None else {attention.STEP: step}))
+def _run(decoder: Any, embeds: Tensor, passing: Forward) -> Tensor:
+    out = decoder(inputs_embeds=embeds, use_cache=False, **{FORWARD: passing})
     found: Tensor = out.last_hidden_state.float()
     return found

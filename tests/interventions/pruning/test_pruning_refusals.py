@@ -16,6 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 import vlmattn
 from vlmattn import PAI, VAR, InputError, OptionError, Recipe, StateError, UnknownNameError, UnsupportedError
 from vlmattn.anatomy import Anatomy
+from vlmattn.binding import bind
 from vlmattn.interventions.pruning import FastV, PyramidDrop
 
 no_grad = pytest.mark.usefixtures("no_grad")
@@ -101,20 +102,20 @@ def test_image_features_that_come_in_later(layer, works):
     sizes = replace(SIZES, deepstack=3)
     for method in (FastV(layer=layer), PyramidDrop(layers=f"{layer},8,16", positions="original")):
         if works:
-            Recipe.of(method).bind(sizes)
+            bind(Recipe.of(method), sizes)
             continue
         with pytest.raises(
             OptionError, match=rf"image features after its first 3 layers; drop .* or later, got {layer}"
         ):
-            Recipe.of(method).bind(sizes)
-    Recipe.of(FastV(layer=layer)).bind(SIZES)
+            bind(Recipe.of(method), sizes)
+    bind(Recipe.of(FastV(layer=layer)), SIZES)
 
 
 def test_sliding_windows():
     with pytest.raises(
         UnsupportedError, match=r"'fastv' drops tokens, .* sliding windows, .*full attention in every layer"
     ):
-        Recipe.of("fastv").bind(replace(SIZES, window=28))
+        bind(Recipe.of("fastv"), replace(SIZES, window=28))
     vision = build("llava").config.vision_config
     text = dict(model_type="mistral", head_dim=8, sliding_window=28, **TEXT)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, image_seq_length=16)
@@ -265,7 +266,7 @@ def test_names_and_options():
     assert Recipe.of("pyramiddrop", keep_ratios=[0.5, 0.5, 0.0]).pruning == (PyramidDrop(keep_ratios=(0.5, 0.5, 0.0)),)
     assert not both.is_none
     assert not Recipe.of(FastV()).is_none
-    assert not Recipe.of("fastv").bind(SIZES).is_identity
+    assert not bind(Recipe.of("fastv"), SIZES).is_identity
     with pytest.raises(OptionError, match="need a recipe of one method; 'fastv\\+var' has 2"):
         Recipe.of("fastv+var", layer=3)
     with pytest.raises(UnknownNameError, match="unknown option of 'fastv' 'keep_rato'; did you mean keep_ratio"):

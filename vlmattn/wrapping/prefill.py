@@ -1,0 +1,104 @@
+"""Lets methods have the decoder run on other inputs, before a prompt is read or beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmattn.attention import FORWARD
+from vlmattn.models import Family
+from vlmattn.request import Forward, Part, Prefill, SideStream, Step
+
+
+def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Ask the methods of a part, whose prompt the decoder is going to read with ``kwargs``."""
+    step, plan = part.step, part.plan
+    assert step is not None
+    request, length = step.request, step.request.prompt_length
+    embeds, positions, given = (
+        kwargs["inputs_embeds"][:, :length],
+        kwargs.get("position_ids"),
+        kwargs.get("attention_mask"),
+    )
+    types, real = request.types(length, embeds.device), request.real(length, embeds.device)
+    later = {name: kwargs[name] for name in family.also_given if kwargs.get(name) is not None}
+    # without a cache there are generated tokens behind the prompt; what is a list has rows for images alone
+    later |= {name: value[:, :length] for name, value in later.items() if isinstance(value, Tensor)}
+    mask = _cut(given, length) if given is not None else torch.ones_like(types, dtype=torch.long)
+
+    def passing(watch: Any) -> Forward:
+        return Forward((Part(step=Step(request, step.base, 0, recipe=plan.name), plan=plan, watch=watch),))
+
+    def run(other: Tensor, positions: Tensor | None, watch: Any) -> None:
+        decoder(**_inputs(passing(watch), other, mask, positions), **later)
+
+    def beside(
+        method: Any, other: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
+    ) -> None:
+        stream = SideStream(method, layers, compare, other)
+        seen = family.text_mask(real)
+        if seen.dtype == torch.bool and step.base == "eager":
+            seen = torch.zeros(seen.shape, dtype=other.dtype, device=seen.device).masked_fill(
+                ~seen, torch.finfo(other.dtype).min
+            )
+        stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing(stream.watch), other, seen, positions))
+        part.streams += (stream,)
+
+    prefill = Prefill(
+        request=request,
+        layers=len(plan.by_layer),
+        embeds=embeds,
+        real=torch.ones_like(types, dtype=torch.bool) if real is None else real,
+        visual=types != 0,
+        positions=None if positions is None else positions[..., :length],
+        run=run,
+        beside=beside,
+    )
+    with torch.no_grad():
+        for method in plan.before_prefill:
+            method.before_prefill(prefill)
+
+
+def _cut(mask: Any, length: int) -> Any:
+    """A mask, or one for each kind of layer, of the first tokens of a prompt."""
+    if isinstance(mask, dict):
+        return {kind: None if part is None else _cut(part, length) for kind, part in mask.items()}
+    return mask[:, :length] if mask.ndim == 2 else mask[..., :length, :length]
+
+
+def _inputs(passing: Forward, embeds: Tensor, mask: Any, positions: Tensor | None) -> dict[str, Any]:
+    """What the decoder gets to run on ``embeds`` ``[batch, tokens, hidden]`` without a cache."""
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "use_cache": False,
+        FORWARD: passing,
+    }
+
+
+class _Noting(nn.Module):
+    """Stands in the place of a decoder layer and notes what the decoder gives it."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.args, self.kwargs = hidden, args, kwargs
+        return hidden
+
+    def call(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The layer with all that it was given beside the residual stream."""
+        return lambda hidden: layer(hidden, *self.args, **self.kwargs)  # type: ignore[no-any-return]
+
+
+def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...]]:
+    """What enters the first layer, and every layer with the masks and rotary tables that the decoder itself makes for it."""
+    layers: Any = decoder.layers
+    noting = [_Noting() for _ in layers]
+    double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
+    double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
+    type(decoder).forward(double, **inputs)
+    calls = tuple(noted.call(layer) for layer, noted in zip(layers, noting, strict=True))
+    return noting[0].hidden, calls

@@ -1,0 +1,240 @@
+"""Makes a ``Forward`` of every forward of a wrapped model: whose rows they are, and what acts on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmattn import compat
+from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.request import IMAGE, TEXT, Forward, Part, Plan, Request, Step
+from vlmattn.wrapping.branch_cache import branches_on
+from vlmattn.wrapping.call import Call
+from vlmattn.wrapping.eviction import check_cache
+from vlmattn.wrapping.on_cache import follow_beams, get_off, place, plan_on, repeated, request_on, ride
+from vlmattn.wrapping.pruning import check_continuation, check_prompt
+from vlmattn.wrapping.record import Record
+from vlmattn.wrapping.registration import check_registration
+
+
+def forward_of(record: Record, model: PreTrainedModel, call: Call | None, inputs: dict[str, Any]) -> Forward | None:
+    """What the decoder has to know of this forward; None when there is nothing to do in it."""
+    cache = compat.cache_of(inputs)
+    if (branches := branches_on(cache)) is not None:
+        branches.check(call)
+        return branches.forward(cache, inputs["input_ids"].shape[1])
+    assert call is not None
+    part = _part(record, model, call, inputs)
+    early = call.branches.contrast.layers if call.branches is not None and call.branches.cache is not None else ()
+    if part.step is None and not early and call.blank is None:
+        return None
+    return Forward((part,), dict.fromkeys(early), call.blank)
+
+
+def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Part:
+    """The rows of this forward, with the step in which the methods act on them."""
+    cache, plan = compat.cache_of(inputs), call.plan
+    request = request_on(cache)
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if request is not None and _untouched(request, plan_on(cache), plan):
+        request = None  # a text that no method has changed: as if the bare model had read it
+        get_off(cache)
+    if tokens is None or (plan.is_identity and request is None):
+        return Part()
+    if request is not None and request.batch != len(tokens):
+        request = repeated(request, cache, len(tokens))
+    decoding = None
+    if request is not None and tokens.shape[1] == 1:
+        decoding = Part(step=_decode_step(record, request, plan, cache), plan=plan)
+        if request.call is call.token:  # one token after another in generate(): nothing here may wait for the device
+            return decoding
+    start = int(cache.get_seq_length()) if cache is not None else 0
+    before = plan_on(cache)
+    if start == 0:
+        if plan.is_identity:
+            get_off(cache)  # of a prompt before the cache was reset
+            return Part()
+        request, before = _new_request(plan), plan
+    elif request is None:
+        request = _read_before(record, model, call, start, len(tokens), inputs.get("attention_mask"))
+        before = plan
+    _check_request(request, before, plan, len(tokens))
+    check_registration(record.text, record.base)
+    if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
+        return decoding
+    return Part(step=_prompt_step(record, model, call, inputs, request, start), plan=plan)
+
+
+def _decode_step(record: Record, request: Request, plan: Plan, cache: Any) -> Step:
+    """The step of one new token."""
+    step = Step(request, record.base, None, recipe=plan.name)
+    if cache is not None and (plan.extending or record.anatomy.window):
+        place(step, cache)
+    return step
+
+
+def _prompt_step(
+    record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, Any], request: Request, start: int
+) -> Step:
+    """The step of tokens of a prompt, or of drafts behind it; the request reads them."""
+    plan, cache, mask = call.plan, compat.cache_of(inputs), inputs.get("attention_mask")
+    refuse_packing(inputs)
+    if plan.drops:
+        if inputs.get("labels") is not None:
+            raise UnsupportedError(
+                f"'{plan.name}' drops tokens, so there is no loss over all of them; leave labels out"
+            )
+        check_continuation(request, plan.name, start or request.prompt_length)
+    request.ledger, request.call = call.ledger, call.token
+    if isinstance(mask, dict):  # one per kind of layer
+        mask = mask.get("full_attention")
+    if start == 0 or call.prompt_length is None or start < call.prompt_length:  # not the draft of assisted decoding
+        _read(record, model, call, inputs, request, start, mask)
+    if not request.has_images and not plan.texts and not (plan.text_first and call.given_cache):
+        raise _no_images(plan)
+    if plan.policies:
+        check_cache(plan, cache, cache is not None or _uses_cache(model, inputs))
+    if cache is not None:
+        ride(cache, request, plan)
+        if plan.extending or plan.policies:
+            follow_beams(cache)
+    if record.anatomy.window and compat.rings(cache, record.anatomy.window):
+        raise UnsupportedError(
+            f"a static cache outgrows the sliding window of {record.anatomy.window} tokens; use a dynamic cache, or fewer"
+            " tokens"  # which tokens a full ring of slots holds is not known on the host
+        )
+    plain = record.anatomy.causal and (mask is None or mask.ndim == 2 or call.plain_mask)
+    return Step(request, record.base, start, plain, plan.name, tower=call.tower, order=_image_order(inputs))
+
+
+def _new_request(plan: Plan) -> Request:
+    return Request(len(plan.by_layer), counts=plan.drops)
+
+
+def _read(
+    record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, Any], request: Request, start: int, mask: Any
+) -> None:
+    """Let the request read the new tokens of a prompt."""
+    plan = call.plan
+    if record.anatomy.leading:
+        types = _leading_types(record.anatomy.leading, start, inputs)
+    else:
+        types = record.family.types_of_call(model, inputs)
+    images = record.family.image_numbers(model, inputs, types, record.marker_ids)
+    real = None if mask is None else _real_keys(mask)
+    request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"))
+    if plan.uses_turns and record.turns is not None and (request.has_images or plan.texts):
+        request.find_turns(record.turns, ", ".join(plan.turns))
+    if plan.drops:
+        check_prompt(request, plan.name)
+
+
+def _read_before(
+    record: Record, model: PreTrainedModel, call: Call, start: int, rows: int, mask: Tensor | None
+) -> Request:
+    """The request of a cache that was filled without the recipe, where that makes no difference: with text.
+
+    Raises:
+        StateError: there is more in it, or nobody knows; the recipe looks at every token as it is read.
+    """
+    ids, filled = call.ids, "this cache was filled without vlmattn"
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start or record.anatomy.leading:
+        raise StateError(
+            f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache"
+        )
+    ids = ids[:, :start].repeat_interleave(rows // len(ids), 0)
+    types = record.family.token_types(model, ids)
+    if bool((types != TEXT).any()):
+        raise StateError(f"{filled}, with images; start a new generate() with the whole conversation, and a new cache")
+    if call.plan.edits_text:
+        raise StateError(
+            f"{filled}, and '{call.plan.name}' must see every token as it is read; start a new generate() with the whole"
+            " conversation, and a new cache"
+        )
+    request = _new_request(call.plan)
+    real = None if mask is None else _real_keys(mask)[:, :start]
+    request.extend(0, types, torch.full_like(types, -1, dtype=torch.int16), real, None, ids)
+    return request
+
+
+def _untouched(request: Request, before: Plan, plan: Plan) -> bool:
+    """Nothing was read, under another plan than this one, but text, as the bare model reads it."""
+    if before is plan or before == plan:
+        return False
+    return not request.has_images and not before.edits_text and bool(before.by_layer)
+
+
+def _check_request(request: Request, before: Plan, plan: Plan, batch: int) -> None:
+    """A cache belongs to the recipe and the batch that filled it."""
+    if request.batch not in (None, batch):
+        raise StateError(
+            f"this cache was filled by a batch of {request.batch} and now meets {batch}; start a new generate()"
+        )
+    if before != plan:
+        raise StateError(
+            f"this cache was filled with recipe '{before.name}' and cannot go on with '{plan.name}'; start a new generate()"
+        )
+
+
+def _no_images(plan: Plan) -> InputError:
+    if plan.text_first:
+        later = f"if images follow later, give this prompt a cache to go on from: {compat.cache_name()}=DynamicCache()"
+    else:
+        later = f"'{plan.name}' cannot go on from their cache: when images follow, give the whole conversation as one prompt"
+    return InputError(
+        "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
+        f" call model.vlmattn.disable() for prompts without images; {later}"
+    )
+
+
+def _uses_cache(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    """Whether the decoder is going to make a cache itself."""
+    wanted = inputs.get("use_cache")
+    return bool(model.config.get_text_config().use_cache if wanted is None else wanted)
+
+
+def _leading_types(count: int, start: int, inputs: dict[str, Any]) -> Tensor:
+    """Types of tokens of which the first ``count`` real ones stand for the image."""
+    embeds = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"][..., None]
+    mask, types = inputs.get("attention_mask"), torch.full(embeds.shape[:2], TEXT, dtype=torch.uint8)
+    types = types.to(embeds.device)
+    if start == 0:
+        real = torch.ones_like(types) if mask is None else mask[:, : types.shape[1]].long()
+        types[(real.cumsum(1) <= count) & (real != 0)] = IMAGE
+    return types
+
+
+def _image_order(inputs: dict[str, Any]) -> list[int] | None:
+    """Which encoded image each image of the prompt is: beams get the same tensors again. None = by the rows they are in."""
+    seen: dict[int, int] = {}
+    every = []
+    for found in compat.encoded_images(inputs):
+        if isinstance(found, Tensor):  # of equal images: repeated ones are copies
+            return None
+        every += [] if found is None else list(found)
+    for features in every:
+        seen.setdefault(features.data_ptr(), len(seen))
+    return [seen[features.data_ptr()] for features in every] or None
+
+
+def _real_keys(mask: Tensor) -> Tensor:
+    """bool ``[batch, keys]``: which keys are not padding, from a 2D mask or one that is already 4D (static cache)."""
+    if mask.ndim == 2:
+        return mask != 0
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.any(dim=(1, 2))
+
+
+def refuse_packing(inputs: dict[str, Any]) -> None:
+    """Raise for several sequences in one row, which would be edited as if they were one."""
+    if compat.paged(inputs):
+        raise UnsupportedError("continuous batching cannot be edited; use generate()")
+    positions = inputs.get("position_ids")
+    alone = inputs.get("attention_mask") is None and compat.cache_of(inputs) is None
+    if alone and isinstance(positions, Tensor) and positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
+        raise UnsupportedError(
+            "packed sequences (position_ids that start anew) cannot be edited; give them as a padded batch"
+        )
