@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from vlmattn.errors import OptionError, UnknownNameError
@@ -22,14 +23,18 @@ _M = TypeVar("_M", bound=type[Options])
 def register(
     name: str,
     *,
-    paper: str,
-    code: str,
-    faithful: str,
-    parts: str,
-    cost: str,
-    presets: Mapping[str, tuple[str, dict[str, Any]]],
+    paper: str = "",
+    code: str = "",
+    faithful: str = "experimental",
+    parts: str = "",
+    cost: str = "",
+    presets: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType({}),
 ) -> Callable[[_M], _M]:
-    """Class decorator: make a method known under ``name``, with presets given as name -> (about, options)."""
+    """Class decorator: make a method known under ``name``, with presets given as name -> (about, options).
+
+    Without presets ``name`` is one, of all defaults.
+    """
+    presets = presets or {name: ("its defaults", {})}
 
     def add(cls: _M) -> _M:
         if name in _METHODS:
