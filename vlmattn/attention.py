@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from vlmattn.errors import UnsupportedError
-from vlmattn.kernels import NO_EDIT, AttentionEdit, SplitStates, Visibility, attend, scale_heads
+from vlmattn.kernels import NO_EDIT, AttentionEdit, Problem, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
 from vlmattn.request import LayerContext, Looker, Parts, SideStream, Step, Steps, Weights
 
@@ -67,7 +67,7 @@ def _registered(base_name: str) -> Callable[..., Output]:
         step: Step | Steps | Probe | None = kwargs.pop(STEP, None)
         if isinstance(step, Probe):
             key = key if step.past is None else torch.cat([step.past, key], 2)
-            step.weights = _weights_of(Visibility(attention_mask), query, key, kwargs)
+            step.weights = _weights_of(_problem(Visibility(attention_mask), query, key, value, kwargs))
             batch, heads, queries, _ = query.shape
             return query.new_zeros(batch, queries, heads, value.shape[-1]), None  # latent attention has short values
         base = _base(base_name, module)
@@ -175,7 +175,7 @@ def _run(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if step.watch is not None:
         out, attended = base(module, query, key, value, mask, **kwargs)
-        gain = step.watch(layer, out, _weights_of(Visibility(mask), query, key, kwargs))
+        gain = step.watch(layer, out, _weights_of(_problem(Visibility(mask), query, key, value, kwargs)))
         return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), attended
     plan = step.request.plan
     step = _in_window(step, query, key.shape[2])
@@ -185,7 +185,7 @@ def _run(
         policy.on_queries_keys(context, query, key)
     measuring = [method for method in plan.on_attention[layer] if _measures(method, step)]
     if measuring:
-        look = _weights_of(_seen(context, mask, kwargs), query, key, kwargs)
+        look = _weights_of(_problem(_seen(context, mask, kwargs), query, key, value, kwargs))
         for method in measuring:
             method.on_attention(context, look)
     attend_with = partial(_attend, base, context, module, query, key, value, mask, kwargs)
@@ -197,7 +197,8 @@ def _run(
             edit = edit.then(method.edit(context))
         out, attended, label = attend_with(edit)
     for watcher in plan.watching:
-        watcher.attended(context, edit, _weights_of(_seen(context, mask, kwargs), query, key, kwargs, edit))
+        problem = _problem(_seen(context, mask, kwargs), query, key, value, kwargs, edit)
+        watcher.attended(context, edit, _weights_of(problem))
     step.request.ledger.add(("calls", "decode" if query.shape[2] == 1 else "prefill", label, str(layer)))
     return out, attended
 
@@ -254,30 +255,31 @@ def _attend(
         return scale_heads(edit, out.transpose(1, 2)).transpose(1, 2).contiguous(), attended, f"{label}+head_gain"
     if edit.read is not None and edit.read.shape[1] != key.shape[1]:  # all KV heads alike
         edit = replace(edit, read=edit.read.expand(-1, key.shape[1], -1))
-    see, dropout = _seen(context, mask, kwargs), kwargs.get("dropout", 0.0)
-    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
-    out, backend = attend(query, key, value, see, edit, _scale(query, kwargs), dropout, **score)
+    problem = _problem(_seen(context, mask, kwargs), query, key, value, kwargs, edit)
+    out, backend = attend(problem)
     attended = None
     if context.step.base == "eager" and _wants_weights(
         context.step, module, kwargs
     ):  # as the bare model: sdpa has none to give
-        attended = _weights_of(see, query, key, kwargs, edit)(0, query.shape[2]).to(query.dtype)
+        attended = attention_weights(problem, 0, problem.rows).to(query.dtype)
     return out.transpose(1, 2).contiguous(), attended, backend
 
 
-def _scale(query: Tensor, kwargs: dict[str, Any]) -> float:
-    return float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
+def _problem(
+    see: Visibility, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any], edit: AttentionEdit = NO_EDIT
+) -> Problem:
+    """The call as kernels take it."""
+    scale = float(kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    return Problem(
+        query, key, value, see, scale, edit, kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("dropout", 0.0)
+    )
 
 
-def _weights_of(
-    see: Visibility, query: Tensor, key: Tensor, kwargs: dict[str, Any], edit: AttentionEdit = NO_EDIT
-) -> Weights:
+def _weights_of(problem: Problem) -> Weights:
     """Attention of a few query rows, computed when somebody asks."""
-    score = dict(softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"))
-    scale = _scale(query, kwargs)
 
-    def weights(start: int, stop: int, edit: AttentionEdit = edit) -> Tensor:
-        return attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+    def weights(start: int, stop: int, edit: AttentionEdit = problem.edit) -> Tensor:
+        return attention_weights(replace(problem, edit=edit), start, stop)
 
     return weights
 

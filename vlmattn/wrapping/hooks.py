@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from vlmattn import attention, compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.kernels import additive, visible
 from vlmattn.models import Family
 from vlmattn.request import (
     IMAGE,
@@ -286,8 +287,7 @@ def _real_keys(mask: Tensor) -> Tensor:
     """bool ``[batch, keys]``: which keys are not padding, from a 2D mask or one that is already 4D (static cache)."""
     if mask.ndim == 2:
         return mask != 0
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=(1, 2))
+    return visible(mask).any(dim=(1, 2))
 
 
 def _refuse_packing(inputs: dict[str, Any]) -> None:
@@ -481,9 +481,7 @@ def _prepare(step: Step, family: Family, decoder: nn.Module, kwargs: dict[str, A
         passing = Step(request, step.base, 0, watch=stream.watch)
         seen = family.text_mask(real)
         if seen.dtype == torch.bool and step.base == "eager":
-            seen = torch.zeros(seen.shape, dtype=other.dtype, device=seen.device).masked_fill(
-                ~seen, torch.finfo(other.dtype).min
-            )
+            seen = additive(seen, other.dtype)
         stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing, other, seen, positions))
         step.beside += (stream,)
 
