@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from vlmattn import compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.kernels import visible
 from vlmattn.request import IMAGE, TEXT, Forward, Part, Plan, Request, Step
 from vlmattn.wrapping.branch_cache import branches_on
 from vlmattn.wrapping.call import Call
@@ -224,8 +225,7 @@ def _real_keys(mask: Tensor) -> Tensor:
     """bool ``[batch, keys]``: which keys are not padding, from a 2D mask or one that is already 4D (static cache)."""
     if mask.ndim == 2:
         return mask != 0
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=(1, 2))
+    return visible(mask).any(dim=(1, 2))
 
 
 def refuse_packing(inputs: dict[str, Any]) -> None:
