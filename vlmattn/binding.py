@@ -84,7 +84,8 @@ class _Bound:
     @cached_property
     def seeing(self) -> tuple[Intervention | Pruning, ...]:
         """Methods that look at the images' features."""
-        return tuple(m for m in (*self.methods, *self.pruners) if _has(m, "on_image_features"))
+        methods: tuple[Intervention | Pruning, ...] = (*self.methods, *self.pruners)
+        return tuple(m for m in methods if _has(m, "on_image_features"))
 
     @cached_property
     def preparing(self) -> tuple[Intervention, ...]:
@@ -193,10 +194,10 @@ def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecodi
         if reason is not None:
             raise UnsupportedError(f"'{method_name(who)}' does not run on {anatomy.family}: {reason}")
 
-    for method in (*recipe.interventions, *recipe.pruning):
-        edits = isinstance(method, Intervention)
-        opening, asking = edits and bool(method.opens()), edits and method.turns == "needed"
-        refuse(method, {kind_of(method): True, "opening": opening, "turns": asking})
+    for method in recipe.interventions:
+        refuse(method, {kind_of(method): True, "opening": bool(method.opens()), "turns": method.turns == "needed"})
+    for pruner in recipe.pruning:
+        refuse(pruner, {"pruning": True})
     branches = contrast.branches if contrast is not None else ()
     asked = {
         "decoding": contrast is not None or isinstance(recipe.decoding, Search),

@@ -454,7 +454,7 @@ def test_an_adapter_of_ones_own():
     try:
         assert type(find_adapter(model)) is Mine
     finally:
-        base._known.remove(Mine)
+        del base._ADAPTERS[Mine.name]
 
 
 @pytest.mark.parametrize(

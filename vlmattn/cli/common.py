@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from typing import Annotated
@@ -33,8 +34,23 @@ LoadIn = Annotated[
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="MODULE", help="A module that registers methods, families, suites, ...; may repeat."
+        ),
+    ] = None,
+) -> None:
     del debug  # read from sys.argv by main(), so that it also covers errors of the parser
+    from vlmattn.registry import import_plugin, load_plugins
+
+    load_plugins()
+    if modules:
+        sys.path.append(os.getcwd())
+    for module in modules or ():
+        import_plugin(module)
 
 
 def plain(text: str, style: str | None = None) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from vlmattn.cli.common import errors
 from vlmattn.embedded import BUNDLED
-from vlmattn.errors import InputError, OptionError, UnknownNameError
+from vlmattn.errors import InputError, OptionError
 
 if TYPE_CHECKING:
     from vlmattn.evals.suites import Suite
@@ -152,6 +152,7 @@ class Files:
 def paths_of(given: list[str] | None) -> dict[str, Path]:
     """Paths by the names of suites."""
     from vlmattn.evals.suites.published import PUBLISHED
+    from vlmattn.registry import look_up
 
     found: dict[str, Path] = {}
     for text in given or ():
@@ -160,8 +161,7 @@ def paths_of(given: list[str] | None) -> dict[str, Path]:
             raise OptionError(f"--data is NAME=PATH, for example mme=MME_Benchmark; got '{text}'")
         if name in found:
             raise OptionError(f"--data {name} is given twice")
-        if name not in PUBLISHED:
-            raise UnknownNameError("suite of published data", name, PUBLISHED)
+        look_up("suite of published data", name, PUBLISHED)
         found[name] = Path(path)
     return found
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from vlmattn.errors import UnknownNameError
 from vlmattn.evals.suites.amber_scenes import AmberSceneCaptions, AmberSceneQuestions
 from vlmattn.evals.suites.base import Suite
 from vlmattn.evals.suites.chair import Chair
@@ -14,8 +13,9 @@ from vlmattn.evals.suites.pope import Pope
 from vlmattn.evals.suites.pqa import PQA, SIZES
 from vlmattn.evals.suites.which import Which
 from vlmattn.evals.suites.world import World
+from vlmattn.registry import look_up
 
-GENERATED: Mapping[str, Callable[[Sequence[World], Sequence[int] | None], Suite]] = {
+GENERATED: dict[str, Callable[[Sequence[World], Sequence[int] | None], Suite]] = {
     "pope": lambda worlds, counts: Pope.on_scenes(worlds),
     "chair": lambda worlds, counts: Chair.on_scenes(worlds),
     "which": lambda worlds, counts: Which(worlds[-1], counts or (2, 3, 4)),
@@ -37,6 +37,4 @@ def make_generated(name: str, worlds: Sequence[World], counts: Sequence[int] | N
         UnknownNameError: no such suite.
         OptionError: more images than scenes, or a number below 2.
     """
-    if name not in GENERATED:
-        raise UnknownNameError("suite", name, GENERATED)
-    return GENERATED[name](worlds, counts)
+    return look_up("suite", name, GENERATED)(worlds, counts)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmattn.errors import InputError, UnknownNameError
+from vlmattn.errors import InputError
 from vlmattn.evals.judges import Judge
 from vlmattn.evals.suites.amber import AmberCaptions, AmberQuestions
 from vlmattn.evals.suites.base import Suite
@@ -19,6 +19,7 @@ from vlmattn.evals.suites.mmhal import MMHal
 from vlmattn.evals.suites.pope import Pope
 from vlmattn.evals.suites.tables import Table, is_table, load_table
 from vlmattn.evals.suites.vqa import VQA
+from vlmattn.registry import look_up
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Published:
     table: Callable[[Table, int | None], Suite] | None = None
 
 
-PUBLISHED: Mapping[str, Published] = {
+PUBLISHED: dict[str, Published] = {
     "pope": Published(
         lambda given: Pope.on_files([given.path], given.images, given.limit, given.allow_outside),
         "a POPE question file, or the table lmms-lab/POPE",
@@ -130,9 +131,7 @@ def make_published(
         UnknownNameError: no such suite.
         InputError: it needs a folder of images, or its data are not there or in another form.
     """
-    if name not in PUBLISHED:
-        raise UnknownNameError("suite of published data", name, PUBLISHED)
-    kind = PUBLISHED[name]
+    kind = look_up("suite of published data", name, PUBLISHED)
     if kind.table is not None and is_table(path):
         return kind.table(load_table(name, path, allow_outside), limit)
     if not path.exists():
