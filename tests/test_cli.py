@@ -20,9 +20,9 @@ from vlmattn.embedded.scenes import make_scene
 from vlmattn.errors import InputError
 from vlmattn.evals.loading import quantisation
 from vlmattn.evals.suites.world import EVAL_SEED
-from vlmattn.evals.survey import checked_against, paper_id
 from vlmattn.evals.tune import TUNE_SEED
 from vlmattn.interventions import find_method
+from vlmattn.interventions.registry import checked_against, paper_id
 
 TUNE = ["tune", "--out", "{tmp}/o"]
 

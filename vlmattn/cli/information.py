@@ -49,8 +49,8 @@ def presets(
 
 def _list_presets(known: dict[str, PresetInfo]) -> None:
     """One line per preset for other programs; on a terminal a table that fits, with what its method costs said once."""
-    from vlmattn.evals.survey import checked_against, paper_id
     from vlmattn.interventions import find_method
+    from vlmattn.interventions.registry import checked_against, paper_id
 
     terminal = console.is_terminal
     table = Table(box=SIMPLE_HEAD if terminal else None, padding=(0, 1 if terminal else 2, 0, 0), pad_edge=False)

@@ -230,25 +230,6 @@ def make_scene(
     return scene, render(scene, rng)
 
 
-def patch_labels(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Category and colour of every image patch, ``[49]`` each: 0 is background, 1.. index ``CATEGORIES`` / ``COLOURS``.
-
-    A patch belongs to a thing that covers a quarter of it (or that lies in it with a quarter of its own area).
-    """
-    side = IMAGE_SIZE // PATCH_SIZE
-    starts = np.arange(side) * PATCH_SIZE
-    category = np.zeros((side, side), np.int64)
-    colour = np.zeros((side, side), np.int64)
-    for thing in scene.things:
-        x, y = thing.corner
-        wide = np.clip(np.minimum(x + thing.size, starts + PATCH_SIZE) - np.maximum(x, starts), 0, None)
-        high = np.clip(np.minimum(y + thing.size, starts + PATCH_SIZE) - np.maximum(y, starts), 0, None)
-        covered = np.outer(high, wide) >= 0.25 * min(PATCH_SIZE**2, thing.size**2)
-        category[covered] = CATEGORIES.index(thing.category) + 1
-        colour[covered] = list(COLOURS).index(thing.colour) + 1
-    return category.ravel(), colour.ravel()
-
-
 # Sprites are vector drawings on a 72 x 72 canvas: (shape, coordinates, paint, line width).
 # Paints: the thing's colour, a dark and a light tint of it, ink, glass, or fixed colours.
 _CANVAS = 72

@@ -243,3 +243,14 @@ def make_method(name: str, options: Mapping[str, Any]) -> Options:
         if key not in known:
             raise UnknownNameError(f"option of '{name}'", key, known)
     return cls(**options)
+
+
+def checked_against(about: str, faithful: str) -> str:
+    """What a preset was checked against, in short: golden, paper text, ..., or experimental where nothing vouches."""
+    return "experimental" if "experimental" in (about + faithful).lower() else re.split(r"[(,;]", faithful)[0].strip()
+
+
+def paper_id(paper: str) -> str:
+    """The arXiv number of a citation, or the citation."""
+    found = re.search(r"\d{4}\.\d{4,5}", paper)
+    return found[0] if found else paper

@@ -96,9 +96,9 @@ def _write(source: Path, target: Path, adapter: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from vlmattn.embedded.saving import save
     from vlmattn.embedded.smol.build import build_llava, load_adapter, load_language_model
     from vlmattn.embedded.smol.text import IMAGE_TOKEN, build_processor
+    from vlmattn.embedded.tower import save
 
     # Progress bars of what is read and written; and the model's random start must not move the caller's seed.
     with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
