@@ -45,4 +45,4 @@ def test_tracking_is_loaded_when_it_is_used():
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("Tracker") == ["vlmattn.tracking"]
-    assert found == dict.fromkeys(["import", "--help", "track --help", "presets var", "generate"], [])
+    assert found == {what: [] for what in ("import", "--help", "track --help", "presets var", "generate")}

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vlmattn.errors import InputError
 from vlmattn.files import make_folder, write_whole
 from vlmattn.texts import lines_of, read_text
+from vlmattn.tracking import gauge
 from vlmattn.tracking.metrics import FARTHEST, Array, checked_poses, numbers_of
 
 
@@ -106,15 +108,7 @@ def rotations(turns: Any) -> Array:
     if q.ndim != 2 or q.shape[1] != 4 or not q.any(1).all():
         raise InputError(f"quaternions must be [n, 4] and none of them 0, got {list(q.shape)}")
     q = q / np.abs(q).max(1, keepdims=True)  # first, so that no square is 0 or infinite
-    x, y, z, w = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
-    return np.stack(
-        [
-            np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)], -1),
-            np.stack([2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)], -1),
-            np.stack([2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], -1),
-        ],
-        -2,
-    )
+    return np.asarray(gauge.rotations(torch.from_numpy(q / np.linalg.norm(q, axis=1, keepdims=True))).numpy())
 
 
 def write_ply(path: str | Path, points: Any, colours: Any) -> None:
