@@ -91,13 +91,15 @@ def quaternions(poses: Any) -> Array:
     """
     r = checked_poses(poses)[:, :3, :3]
     xx, yy, zz = r[:, 0, 0], r[:, 1, 1], r[:, 2, 2]
-    matrix = np.empty((len(r), 4, 4))
-    matrix[:, 0] = np.stack(
-        [xx - yy - zz, r[:, 1, 0] + r[:, 0, 1], r[:, 2, 0] + r[:, 0, 2], r[:, 2, 1] - r[:, 1, 2]], -1
-    )
-    matrix[:, 1] = np.stack([matrix[:, 0, 1], yy - xx - zz, r[:, 2, 1] + r[:, 1, 2], r[:, 0, 2] - r[:, 2, 0]], -1)
-    matrix[:, 2] = np.stack([matrix[:, 0, 2], matrix[:, 1, 2], zz - xx - yy, r[:, 1, 0] - r[:, 0, 1]], -1)
-    matrix[:, 3] = np.stack([matrix[:, 0, 3], matrix[:, 1, 3], matrix[:, 2, 3], xx + yy + zz], -1)
+    yx, zx, zy = r[:, 1, 0] + r[:, 0, 1], r[:, 2, 0] + r[:, 0, 2], r[:, 2, 1] + r[:, 1, 2]
+    wx, wy, wz = r[:, 2, 1] - r[:, 1, 2], r[:, 0, 2] - r[:, 2, 0], r[:, 1, 0] - r[:, 0, 1]
+    rows = [
+        [xx - yy - zz, yx, zx, wx],
+        [yx, yy - xx - zz, zy, wy],
+        [zx, zy, zz - xx - yy, wz],
+        [wx, wy, wz, xx + yy + zz],
+    ]
+    matrix = np.moveaxis(np.array(rows), -1, 0)
     largest = np.linalg.eigh(matrix)[1][:, :, -1]
     return np.asarray(largest * np.where(largest[:, 3:] < 0, -1.0, 1.0), dtype=np.float64)
 

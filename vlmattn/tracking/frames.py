@@ -59,7 +59,11 @@ def to_tensor(image: Any) -> Tensor:
         return torch.stack(frames)
     if isinstance(image, _PICTURE):
         image = np.array(upright(image) if isinstance(image, Image.Image) else open_picture(image))
-    x = _tensor(image, f"a frame is {_FRAME}")
+    return _scaled(_tensor(image, f"a frame is {_FRAME}"))
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Numbers of a frame in [0, 1], channels first."""
     if x.dtype == torch.uint8 and x.dim() > 2 and x.shape[-1] == 3:
         return x.movedim(-1, -3).float() / 255
     if not x.is_floating_point() or x.dim() < 3 or x.shape[-3] != 3:

@@ -129,9 +129,7 @@ class Tracker:
     def reset(self) -> None:
         """Forget map and trajectory."""
         self._map: Map | None = None
-        self._first: tuple[Tensor, Tensor | None] | None = (
-            None  # images and masks of one keyframe, which waits for the second
-        )
+        self._first: tuple[Tensor, Tensor | None] | None = None  # images and masks of one keyframe that waits
         self._forget_path()
 
     def _forget_path(self) -> None:
@@ -259,7 +257,8 @@ class Tracker:
         found = Track(pose, sure, points, lost, using.version)
         if frame.dim() == 4:
             return found
-        return replace(found, **{name: x[0] for name, x in vars(found).items() if isinstance(x, Tensor)})
+        first = {name: x[0] for name, x in vars(found).items() if isinstance(x, Tensor)}
+        return replace(found, **first)  # type: ignore[arg-type]
 
     def _note_size(self, frame: Tensor, using: Map) -> None:
         """Warn once of frames of another size than the keyframes'."""
@@ -297,22 +296,29 @@ class Tracker:
             raise InputError(f"follow takes one frame, got a batch of {len(found.pose)}; call it for each")
         self._since += 1
         if bool(found.lost):
-            if self._last is not None:
-                found = replace(found, pose=self._last.pose)
-            elif not bool(found.pose.isfinite().all()):
-                found = replace(found, pose=self._map.poses[0])
-        elif begins:
-            found = replace(found, pose=self._map.poses[0], keyframe=True)
+            found = self._held(found)
+        elif begins or self._joins(found, image, mask):
+            found = replace(found, pose=self._map.poses[-1], keyframe=True, map_version=self._map.version)
             self._since = 0
-        elif self.keyframes < self.max_keyframes and self._since >= self.min_gap:
-            sight = Sight(found.pose, self._map.poses, self._map.centre, self._map.depth, self._since)
-            if self.rule.wants(sight) and self.add_keyframe(image, mask).accepted:
-                found = replace(found, pose=self._map.poses[-1], keyframe=True, map_version=self._map.version)
-                self._since = 0
         self._last = found
         self._times.append(seconds)
         self._poses.append(found.pose)
         return found
+
+    def _held(self, found: Track) -> Track:
+        """A lost frame, with the last pose."""
+        if self._last is not None:
+            return replace(found, pose=self._last.pose)
+        assert self._map is not None
+        return found if bool(found.pose.isfinite().all()) else replace(found, pose=self._map.poses[0])
+
+    def _joins(self, found: Track, image: Any, mask: Any) -> bool:
+        """Whether the rule asks for this frame, and the map takes it."""
+        if self.keyframes >= self.max_keyframes or self._since < self.min_gap:
+            return False
+        assert self._map is not None
+        sight = Sight(found.pose, self._map.poses, self._map.centre, self._map.depth, self._since)
+        return self.rule.wants(sight) and self.add_keyframe(image, mask).accepted
 
     def _seconds(self, time: Any) -> float:
         """The time of the next frame of ``follow``."""

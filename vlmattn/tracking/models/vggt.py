@@ -23,7 +23,6 @@ class VGGTAdapter(Adapter):
     """``VGGT`` of github.com/facebookresearch/vggt: ``aggregator`` with frame and global blocks, ``camera_head`` with a trunk."""
 
     name = "vggt"
-    reference_free = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
