@@ -21,7 +21,6 @@ from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-MADE = (".git", ".venv*", "__pycache__", "*.egg-info", "build", "dist", "runs", ".*_cache", ".hypothesis", "shared")
 SOURCES = {"figures.json", "natural.json", "training_log.json"}  # of model cards
 
 
@@ -41,21 +40,26 @@ def build(kind, folder, out):
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A copy of the checkout, without what is made in it."""
+def wanted():
+    """The files of the checkout that are under version control."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is no checkout: nothing says which files are the project's")
+    return {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+
+
+@pytest.fixture(scope="module")
+def checkout(wanted, tmp_path_factory):
+    """A copy of them."""
     folder = tmp_path_factory.mktemp("checkout") / "vlmattn"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*MADE))
+    for name in wanted:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
 @pytest.fixture(scope="module")
-def wanted(checkout):
-    """All files of the checkout."""
-    return {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def sdist(checkout, wanted, tmp_path_factory):
+def sdist(checkout, tmp_path_factory):
     return build("sdist", checkout, tmp_path_factory.mktemp("sdist"))
 
 
@@ -66,6 +70,14 @@ def wheel(sdist, tmp_path_factory):
         archive.extractall(folder, filter="data")
     (source,) = folder.iterdir()
     return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_package_knows_nothing_of_its_workshop():
+    """It imports neither tools nor benchmarks nor tests, and names none of their commands."""
+    beside = re.compile(r"^\s*(from|import) (tools|benchmarks|tests)\b|python -m (tools|benchmarks)\b", re.MULTILINE)
+    files = list((ROOT / "vlmattn").rglob("*.py"))
+    assert len(files) > 100
+    assert [path.name for path in files if beside.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_the_sdist_is_the_checkout(sdist, wanted):
