@@ -20,8 +20,8 @@ from vlmattn.embedded.scenes import make_scene
 from vlmattn.errors import InputError
 from vlmattn.evals.loading import quantisation
 from vlmattn.evals.suites.world import EVAL_SEED
-from vlmattn.evals.survey import checked_against, paper_id
 from vlmattn.evals.tune import TUNE_SEED
+from vlmattn.options import checked_against, paper_id
 from vlmattn.registry import find_method
 
 TUNE = ["tune", "--out", "{tmp}/o"]

@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from vlmattn.embedded import FOLDER
 from vlmattn.embedded.scenes import _COUNT_P, COLOURS, PREFERRED_COLOUR, Scene, make_scene
-from vlmattn.embedded.text import build_tokenizer
 from vlmattn.errors import OptionError, UnknownNameError
 from vlmattn.evals.suites import World, make_generated
 from vlmattn.evals.suites.base import Sample, Suite
@@ -100,7 +101,7 @@ def test_samples_are_functions_of_seed_and_index(suites, name):
 
 @pytest.mark.parametrize("name", NEW)
 def test_the_bundled_model_knows_every_word(suites, name):
-    tokenizer = build_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     for prompt in {sample.prompt for sample in suites[name].samples()}:
         assert tokenizer.unk_token_id not in tokenizer(prompt)["input_ids"], prompt
 

@@ -49,7 +49,7 @@ def presets(
 
 def _list_presets(known: dict[str, PresetInfo]) -> None:
     """One line per preset for other programs; on a terminal a table that fits, with what its method costs said once."""
-    from vlmattn.evals.survey import checked_against, paper_id
+    from vlmattn.options import checked_against, paper_id
     from vlmattn.registry import find_method
 
     terminal = console.is_terminal

@@ -203,6 +203,9 @@ class Thinning:
             raise UnsupportedError(
                 f"the layers get {', '.join(unknown)}, of which nobody knows the rows; known: {', '.join(known)}"
             )
+        self._check_positions(hidden, kwargs)
+
+    def _check_positions(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
         tables = kwargs.get("position_embeddings")
         placed = [kwargs.get("position_ids"), *((tables,) if tables is None or isinstance(tables, Tensor) else tables)]
         placed = [values for values in placed if values is not None]

@@ -40,7 +40,6 @@ class Adapter(ABC):
     name: ClassVar[str]
     multiple: int  # pixels: sides of a frame are whole multiples of this (the patch size)
     lead: int  # tokens of a frame before those of its patches
-    reference_free: ClassVar[bool]  # the order of keyframes does not matter
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
