@@ -15,7 +15,7 @@ from rich.console import Console
 import vlmattn
 from vlmattn.errors import StateError
 from vlmattn.evals.journal import Journal
-from vlmattn.evals.page import html_report
+from vlmattn.evals.report.page import html_report
 from vlmattn.evals.processes import Processes
 from vlmattn.evals.report import markdown_tables, notes, terminal_tables
 from vlmattn.evals.runner import evaluate

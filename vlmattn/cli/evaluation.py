@@ -203,7 +203,7 @@ def tune(
 
     Example: [bold]vlmattn tune --preset sofa --grid sigma=0:1:.1 --suite which --shots 32 --out runs/tune[/bold]
     """
-    from vlmattn.evals.page import html_report
+    from vlmattn.evals.report.page import html_report
     from vlmattn.evals.processes import Processes
     from vlmattn.evals.report import terminal_tables
     from vlmattn.evals.suites.world import EVAL_SEED
@@ -357,9 +357,9 @@ def _evaluate(
     processes: int = 1,
     **running: Any,
 ) -> None:
-    from vlmattn.evals.gallery import attention_of
+    from vlmattn.evals.report.gallery import attention_of
     from vlmattn.evals.lock import refuse_if_used
-    from vlmattn.evals.page import html_report
+    from vlmattn.evals.report.page import html_report
     from vlmattn.evals.report import markdown_tables, terminal_tables
     from vlmattn.evals.runner import evaluate
     from vlmattn.files import write_whole

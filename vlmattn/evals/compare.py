@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.evals.report import verdict
+from vlmattn.evals.report.tables import verdict
 from vlmattn.evals.scoring import SEED
 from vlmattn.evals.stats import Bootstrap, Interval, Metric, mcnemar
 from vlmattn.evals.suites.captions import CorpusBleu
