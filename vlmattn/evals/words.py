@@ -180,7 +180,7 @@ class ObjectWords:
         try:
             lines = lines_of(read_text(path))
         except InputError as error:
-            raise InputError(f"{error}; leave --synonyms out to use the bundled list") from None
+            raise InputError(f"{error}; leave chair.synonyms out to use the bundled list") from None
         words = ReferenceWords({}, compounds=())
         for number, line in enumerate(lines, start=1):
             if not line.strip():
