@@ -141,9 +141,9 @@ def test_a_described_suite_on_the_command_line(tmp_path):
         ("0", "A cup?\nYes or no?", True, "a.png", "cups")
     ]
     own = described(tmp_path, {**CUPS, "files": "q.jsonl", "images": "."}, *rows, name="own.yml")
-    one, two = SuiteOptions(scenes=2).make([str(own), "pope"], "embedded")  # each on its own
+    one, two = SuiteOptions(scenes=4).make([str(own), "which"], "embedded")  # each on its own
     assert [s.truth for s in one.samples()] == [True, False]
-    assert two.name == "pope"
+    assert two.name == "which"
     assert one.metrics[0].name == "accuracy"
     assert one.records({"0": "Yes", "1": "yes"})["1"] == {"right": 0, "wrong": 1, "yes": 1}
 
@@ -160,14 +160,14 @@ def test_described_choices(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"kind": "essay"}, OptionError, "kind must be yes_no or choice, got 'essay'"),
+        ({"kind": "essay"}, InputError, "kind must be yes_no or choice, got 'essay'"),
         ({"titel": "x"}, UnknownNameError, "did you mean title"),
         ({"columns": {"question": "ask", "images": "photo"}}, InputError, "columns.answer is missing"),
         ({"columns": {**CUPS["columns"], "ansver": "x"}}, UnknownNameError, "did you mean answer"),
-        ({"columns": {**CUPS["columns"], "id": 3}}, InputError, "columns.id must be the name of a column"),
+        ({"columns": {**CUPS["columns"], "id": 3}}, InputError, r"columns\.id must be the name of a column"),
         ({"columns": []}, InputError, "columns must be a mapping"),
         ({"max_new_tokens": 0}, InputError, "max_new_tokens must be a whole number above 0"),
-        ({"answers": {"yes": ["1"]}}, InputError, "answers must have the keys yes and no"),
+        ({"answers": {"yes": ["1"]}}, InputError, "answers must be a mapping with the keys yes and no"),
         ({"groups": [{"name": "x"}]}, InputError, "groups must be a list of mappings with name, field, of"),
         ({"tables": [{"name": "x", "needs": ["a"], "need": []}]}, UnknownNameError, "did you mean needs"),
         ({"files": 3}, InputError, "files must be a file name"),

@@ -160,9 +160,7 @@ _PACKAGES = (
 
 
 @app.command()
-def families(
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False,
-) -> None:
+def families(as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False) -> None:
     """List the model families, and which kinds of methods run on each.
 
     Example: [bold]vlmattn families[/bold]

@@ -86,12 +86,7 @@ class AmberCaptions(Suite):
 
     @classmethod
     def on_files(
-        cls,
-        data: Path,
-        images: Path,
-        limit: int | None = None,
-        max_new_tokens: int = 512,
-        allow_outside: bool = False,
+        cls, data: Path, images: Path, limit: int | None = None, max_new_tokens: int = 512, allow_outside: bool = False
     ) -> AmberCaptions:
         """The published files.
 

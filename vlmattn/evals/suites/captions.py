@@ -84,12 +84,7 @@ class Captions(Suite):
 
     @classmethod
     def on_files(
-        cls,
-        data: Path,
-        images: Path,
-        limit: int | None = None,
-        max_new_tokens: int = 64,
-        allow_outside: bool = False,
+        cls, data: Path, images: Path, limit: int | None = None, max_new_tokens: int = 64, allow_outside: bool = False
     ) -> Captions:
         """A file like ``captions_val2014.json``.
 

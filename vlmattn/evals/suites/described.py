@@ -1,20 +1,4 @@
-"""Suites that differ in columns only: a YAML file says which column holds what, one class reads answers by yes and no, one by letters.
-
-Keys of such a file (those with * have to be there):
-
-- ``name``*, ``kind``* (``yes_no`` or ``choice``), ``title``*, ``about``, ``data`` (what its files are, in words), ``source``
-  (paper), ``item`` (a question in words, for errors), ``condition``, ``max_new_tokens``, ``ending`` (a line after each question).
-- ``columns``*: where a question has its ``question``*, ``answer``*, ``images``* (a file name or a list of them), ``options``* (of
-  choices), ``id`` (else its number), ``cluster`` (what the bootstrap draws together, else the images), ``split``; of choices
-  also ``prompt`` (asked in place of question and options) and ``twin`` (the id of a question about the same images). A column
-  is a name, a list of which the first one that is there counts, or a text with names in braces.
-- ``answers``: the values that mean yes and no (else these words); ``accuracy``: the name of that metric; ``groups``: metrics of
-  questions that must all be right, each with ``name``, ``field``, ``of`` (a column) and ``about``.
-- ``without_image``: ``leave out`` questions whose image is empty; otherwise they are an error.
-- ``tables``: forms of its tables on the hub, each with ``name``, ``needs``, ``pictures`` and ``more``;
-  ``all_configs``: whether all configurations of a table are read, not one.
-- ``files`` and ``images``: its own question files and their folder, beside the YAML file.
-"""
+"""Suites that a YAML file describes (description.py): one class for questions of yes and no, one for questions with options."""
 
 from __future__ import annotations
 
@@ -26,56 +10,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from vlmattn.errors import InputError, OptionError, UnknownNameError, quoted
+from vlmattn.errors import InputError, quoted
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
+from vlmattn.evals.suites.description import Column, Description, names_in, read_description
 from vlmattn.evals.suites.files import ImageFolder, Item, first_of_each, read_items
 from vlmattn.evals.suites.letters import LETTERS, read_letter
 from vlmattn.evals.suites.registry import Form, SuiteInfo, register
 from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
-from vlmattn.texts import parse_data, read_text
-
-Column: TypeAlias = "str | list[str]"  # a name, names of which the first counts, or a text with names in braces
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a file says of a suite; see the module."""
-
-    name: str
-    kind: str
-    title: str
-    columns: Mapping[str, Column]
-    about: str = ""
-    data: str = "a file of questions"
-    source: str = ""
-    item: str = "a question"
-    condition: str = ""
-    max_new_tokens: int = 16
-    ending: str = ""
-    answers: Mapping[str, Sequence[str]] | None = None
-    accuracy: str = "accuracy"
-    groups: Sequence[Mapping[str, str]] = ()
-    without_image: str = ""
-    tables: Sequence[Mapping[str, Any]] = ()
-    all_configs: bool = False
-    files: Sequence[str] = ()
-    images: str = ""
-
-    def needs(self, tables: bool = False) -> list[str]:
-        """The columns that every question has, with or without those of its images."""
-        plain = [column for role, column in self.columns.items() if role not in _OPTIONAL and isinstance(column, str)]
-        shown = self.columns["images"] if tables else None
-        names = [name for column in plain if column != shown for name in _names(column)]
-        return list(dict.fromkeys(names))
-
-
-_REQUIRED = {"yes_no": ("question", "answer", "images"), "choice": ("question", "answer", "images", "options")}
-_OPTIONAL = ("prompt", "twin")
-_ROLES = ("id", "cluster", "split", "question", "answer", "images", "options", *_OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -91,7 +36,7 @@ class _Asked:
         """What stands in a column, None if nothing does."""
         if isinstance(column, str) and "{" in column:
             return re.sub(r"\{(\w+)\}", lambda found: self.item.key(found[1]), column)
-        there = (name for name in _names(column or ()) if self.item.values.get(name) is not None)
+        there = (name for name in names_in(column or ()) if self.item.values.get(name) is not None)
         return next((self.item.key(name) for name in there), None)
 
     def text(self, column: Column) -> str:
@@ -100,14 +45,8 @@ class _Asked:
         Raises:
             InputError: there is none, or something else.
         """
-        names = _names(column)
+        names = names_in(column)
         return self.item.text(next((name for name in names if self.item.values.get(name) is not None), names[0]))
-
-
-def _names(column: Column | tuple[()]) -> list[str]:
-    if isinstance(column, str):
-        return re.findall(r"\{(\w+)\}", column) or [column]
-    return list(column)
 
 
 class Described(Suite):
@@ -161,6 +100,9 @@ class Described(Suite):
         asked = (_Asked(row, row.pictures, row.count) for row in table)
         return cls(about, table.name, asked, table.settings, limit)
 
+    def _split(self, about: Description, asked: _Asked) -> str:
+        return asked.value(about.columns.get("split")) or "all"
+
     @abstractmethod
     def _limited(self, about: Description, asked: Iterator[_Asked], limit: int | None) -> Iterator[_Asked]:
         """The questions that are used."""
@@ -193,12 +135,12 @@ class DescribedYesNo(Described, YesNo):
         )
         if truth is None:
             words = " or ".join(itertools.chain(*answers.values()))
-            raise InputError(f"{asked.item.where}: {' or '.join(_names(column))} must be {words}, got {quoted(said)}")
+            raise InputError(f"{asked.item.where}: {' or '.join(names_in(column))} must be {words}, got {quoted(said)}")
         return Sample(
             id=key,
             image_id=asked.value(about.columns.get("cluster")) or asked.images or key,
             condition=about.condition or about.name,
-            splits=(asked.value(about.columns.get("split")) or "all",),
+            splits=(self._split(about, asked),),
             prompt="\n".join(filter(None, (asked.text(about.columns["question"]), about.ending))),
             images=asked.pictures,
             truth=truth == "yes",
@@ -222,33 +164,21 @@ class DescribedChoice(Described):
     )
 
     def _limited(self, about: Description, asked: Iterator[_Asked], limit: int | None) -> Iterator[_Asked]:
-        return first_of_each(asked, lambda one: one.value(about.columns.get("split")) or "all", limit)
+        return first_of_each(asked, functools.partial(self._split, about), limit)
 
     def _sample(self, about: Description, key: str, asked: _Asked) -> Sample:
-        columns, item = about.columns, asked.item
-        names = _names(columns["options"])
-        listed = next((name for name in names if item.values.get(name) is not None), names[-1])
-        options = item.texts(listed) if isinstance(item.values.get(listed), list) else []
-        if not 2 <= len(options) <= len(LETTERS):
-            raise InputError(f"{item.where}: {_or(names)} must be a list of 2 to {len(LETTERS)} answers")
-        letter = asked.text(columns["answer"]).strip().strip("()").upper()
-        if len(letter) != 1 or letter not in LETTERS[: len(options)]:
-            last = LETTERS[len(options) - 1]
-            raise InputError(f"{item.where}: answer must be a letter from A to {last}, got {quoted(letter)}")
-        prompt = asked.value(columns.get("prompt"))
+        columns = about.columns
+        options, letter = _options(columns, asked)
+        prompt, twin = asked.value(columns.get("prompt")), asked.value(columns.get("twin"))
         question, *options = _numbered([prompt or asked.text(columns["question"]), *options])
         lines = [] if prompt else [f"{name}. {option}" for name, option in zip(LETTERS, options, strict=False)]
-        twin = asked.value(columns.get("twin"))
-        cluster = asked.value(columns.get("cluster")) or (key if "cluster" in columns else asked.images) or key
+        cluster = asked.value(columns.get("cluster")) or (key if "cluster" in columns else asked.images or key)
         return Sample(
             id=key,
             image_id=cluster if twin is None else "+".join(sorted((cluster, twin))),
             condition=about.condition or about.name,
-            splits=(
-                asked.value(columns.get("split")) or "all",
-                f"{asked.count} images" if asked.count > 1 else "1 image",
-            ),
-            prompt="\n".join([question.strip(), *lines, *filter(None, [about.ending])]),
+            splits=(self._split(about, asked), f"{asked.count} images" if asked.count > 1 else "1 image"),
+            prompt="\n".join(filter(None, [question.strip(), *lines, about.ending])),
             images=asked.pictures,
             truth=(letter, options),
             image_count=asked.count,
@@ -264,6 +194,20 @@ class DescribedChoice(Described):
         return f"{letter}. {options[LETTERS.index(letter)]}"
 
 
+def _options(columns: Mapping[str, Column], asked: _Asked) -> tuple[list[str], str]:
+    """The options of a question, and the letter of the right one."""
+    item, names = asked.item, names_in(columns["options"])
+    listed = next((name for name in names if item.values.get(name) is not None), names[-1])
+    options = item.texts(listed) if isinstance(item.values.get(listed), list) else []
+    if not 2 <= len(options) <= len(LETTERS):
+        raise InputError(f"{item.where}: {_or(names)} must be a list of 2 to {len(LETTERS)} answers")
+    letter = asked.text(columns["answer"]).strip().strip("()").upper()
+    if len(letter) != 1 or letter not in LETTERS[: len(options)]:
+        last = LETTERS[len(options) - 1]
+        raise InputError(f"{item.where}: answer must be a letter from A to {last}, got {quoted(letter)}")
+    return options, letter
+
+
 _KINDS: Mapping[str, type[Described]] = {"yes_no": DescribedYesNo, "choice": DescribedChoice}
 
 
@@ -273,7 +217,7 @@ def _or(names: Sequence[str]) -> str:
 
 def _on_disk(item: Item, about: Description, folder: ImageFolder) -> _Asked:
     """A question of a file with its pictures; without any where its image is empty."""
-    names = _names(about.columns["images"])
+    names = names_in(about.columns["images"])
     value = next((item.values[name] for name in names if item.values.get(name) is not None), None)
     shown = [value] if isinstance(value, str) and value else value
     if shown in (None, "") and about.without_image:
@@ -298,24 +242,16 @@ def _numbered(texts: Iterable[str]) -> list[str]:
 
 
 def read_suite(path: Path) -> SuiteInfo:
-    """The suite that a file describes.
-
-    Raises:
-        InputError: it cannot be read, lacks a key, or has a value of another kind.
-        UnknownNameError: a key or a column's role that there is none of.
-        OptionError: another kind than yes_no and choice.
-    """
-    told = parse_data(read_text(path), str(path))
-    about = _description(told, path)
+    """The suite that a file describes; raises as ``read_description``."""
+    about = read_description(path)
     kind = _KINDS[about.kind]
-    forms = [_form(one, path) for one in about.tables]
-    usual = Form(about.name, tuple(about.needs(tables=True)), tuple(_names(about.columns["images"])))
+    usual = Form(about.name, tuple(about.needs(tables=True)), tuple(names_in(about.columns["images"])))
     return SuiteInfo(
         name=about.name,
         about=about.about or about.title,
         data=about.data,
         source=about.source,
-        forms=tuple(forms) or (usual,),
+        forms=tuple(about.tables) or (usual,),
         doors={door: functools.partial(getattr(kind, f"on_{door}"), about) for door in ("files", "table")},
         all_configs=about.all_configs,
         own_data=tuple(path.parent / name for name in about.files),
@@ -323,77 +259,9 @@ def read_suite(path: Path) -> SuiteInfo:
     )
 
 
-def _form(told: Mapping[str, Any], path: Path) -> Form:
-    known = [spec.name for spec in dataclasses.fields(Form)]
-    for key, value in told.items():
-        if key not in known:
-            raise UnknownNameError(f"key of a table in {path}", str(key), known)
-        if not (isinstance(value, str) if key == "name" else _texts(value)):
-            raise InputError(f"{path}: {key} of a table must be {'a text' if key == 'name' else 'a list of columns'}")
-    return Form(
-        told["name"],
-        *(tuple(told.get(key, usual)) for key, usual in (("needs", ()), ("pictures", ("image",)), ("more", ()))),
-    )
-
-
 def register_suite(path: Path) -> None:
     """Make the suite that a file describes known by its name: for packages that bring one."""
     register(read_suite(path))
-
-
-def _description(told: Any, path: Path) -> Description:
-    if not isinstance(told, dict):
-        raise InputError(f"{path}: a suite is described by keys and values")
-    known = {spec.name: spec for spec in dataclasses.fields(Description)}
-    for key in told:
-        if key not in known:
-            raise UnknownNameError(f"key in {path}", str(key), known)
-    if missing := [name for name in ("name", "kind", "title", "columns") if name not in told]:
-        raise InputError(f"{path}: {missing[0]} is missing; a suite needs name, kind, title and columns")
-    for key, value in told.items():
-        _check(path, key, value, str(known[key].type))
-    if told["kind"] not in _KINDS:
-        raise OptionError(f"{path}: kind must be {' or '.join(_KINDS)}, got {quoted(told['kind'])}")
-    for role, column in told["columns"].items():
-        if role not in _ROLES:
-            raise UnknownNameError(f"column in {path}", str(role), _ROLES)
-        if not ((isinstance(column, str) and column) or _texts(column)):
-            raise InputError(f"{path}: columns.{role} must be the name of a column, or a list of names")
-    for role in _REQUIRED[told["kind"]]:
-        if role not in told["columns"]:
-            raise InputError(f"{path}: columns.{role} is missing; it says which column holds the {role}")
-    if "answers" in told:  # YAML takes the words yes and no for truth values
-        words = {{True: "yes", False: "no"}.get(key, key): value for key, value in told["answers"].items()}
-        if set(words) != {"yes", "no"} or not all(map(_texts, words.values())):
-            raise InputError(f"{path}: answers must have the keys yes and no, each with a list of texts")
-        told = {**told, "answers": words}
-    if isinstance(told.get("files"), str):
-        told = {**told, "files": [told["files"]]}
-    return Description(**told)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
-
-
-def _check(path: Path, key: str, value: Any, kind: str) -> None:
-    """Raise for a value of another kind than the description's field has."""
-    if key == "files":
-        right, words = isinstance(value, str) or _texts(value), "a file name or a list of them"
-    elif kind == "str":
-        right, words = isinstance(value, str), "a text"
-    elif kind == "int":
-        right, words = isinstance(value, int) and not isinstance(value, bool) and value > 0, "a whole number above 0"
-    elif kind == "bool":
-        right, words = isinstance(value, bool), "true or false"
-    elif key in ("columns", "answers"):
-        right, words = isinstance(value, dict), "a mapping"
-    else:
-        needed = {"groups": ("name", "field", "of"), "tables": ("name", "needs")}[key]
-        right = isinstance(value, list) and all(isinstance(one, dict) and set(needed) <= one.keys() for one in value)
-        words = f"a list of mappings with {', '.join(needed)}"
-    if not right:
-        raise InputError(f"{path}: {key} must be {words}, got {quoted(value)}")
 
 
 for _path in sorted(Path(__file__).parent.glob("*.yaml")):

@@ -75,12 +75,7 @@ class Pope(Suite):
 
     @classmethod
     def on_files(
-        cls,
-        data: Sequence[Path],
-        images: Path,
-        limit: int | None = None,
-        allow_outside: bool = False,
-        suffix: str = "",
+        cls, data: Sequence[Path], images: Path, limit: int | None = None, allow_outside: bool = False, suffix: str = ""
     ) -> Pope:
         """Published question files (JSON lines or a JSON array); each file is a column, named by ``columns_of``.
 
