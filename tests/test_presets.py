@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from vlmattn.interventions.registry import checked_against, paper_id
 
 import vlmattn
 from vlmattn.evals.prompts import encode
 from vlmattn.evals.suites import World
+from vlmattn.options import checked_against, paper_id
 
 # What these look for does not occur here: sinks as large as tau, prompts longer than a window.
 IDLE = {

@@ -14,7 +14,7 @@ import torch
 
 import vlmattn
 from vlmattn import UnknownNameError, UnsupportedError, registry
-from vlmattn.evals.suites import make_generated
+from vlmattn.evals.suites import find_suite
 from vlmattn.recipe import Recipe
 from vlmattn.tracking.models import find_adapter
 
@@ -47,7 +47,7 @@ import importlib.metadata as metadata
 scan, scanned = metadata.entry_points, []
 metadata.entry_points = lambda **given: (scanned.append(given), scan(**given))[1]
 import torch, vlmattn
-from vlmattn.evals.suites import World, make_generated
+from vlmattn.evals.suites import World, make_suite
 from vlmattn.tracking.models import find_adapter
 from tiny import build, generate, prompt
 from vlmattn.models import find_family
@@ -75,7 +75,7 @@ with warnings.catch_warnings():
 assert isinstance(find_family(mine), GlanceFamily) and "glance_vlm" in vlmattn.supported_families()
 assert torch.equal(generate(mine, inputs), generate(vlmattn.wrap(model, "vcd"), inputs))
 
-assert type(make_generated("glance", [World("faint", 0.5, 2, 1)])).__module__ == "glance.suite"
+assert type(make_suite("glance", [World("faint", 0.5, 2, 1)])).__module__ == "glance.suite"
 GlanceNetwork = type("GlanceNetwork", (torch.nn.Module,), {})
 for adapter in ("glance", "auto"):
     assert type(find_adapter(GlanceNetwork(), adapter)).__module__ == "glance.adapter"
@@ -173,7 +173,7 @@ def test_a_broken_plugin_is_one_line(run, unloaded, tmp_path):
     [
         lambda: vlmattn.Recipe.of("nobody's"),
         lambda: registry.find_method("nobody's"),
-        lambda: make_generated("nobody's", []),
+        lambda: find_suite("nobody's"),
         lambda: find_adapter(torch.nn.Linear(1, 1), "nobody's"),
         lambda: find_adapter(torch.nn.Linear(1, 1)),
     ],

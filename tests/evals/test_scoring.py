@@ -13,8 +13,8 @@ from PIL import Image
 import vlmattn
 from vlmattn.evals import runner
 from vlmattn.evals.compare import compare
-from vlmattn.evals.page import html_report
 from vlmattn.evals.report import change, markdown_tables, notes, spread, verdict, whiskers
+from vlmattn.evals.report.page import html_report
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.scoring import Scored
 from vlmattn.evals.suites import Pope

@@ -1,12 +1,12 @@
 from vlmattn.evals.stats import Metric
-from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.generated import GENERATED
+from vlmattn.evals.suites import Sample, Suite, suite
 
 
+@suite("glance", "a word about each scene; any answer is right")
 class GlanceSuite(Suite):
     """One question about each scene; any answer is right."""
 
-    name, title, fields = "glance", "A glance", ("said", "asked")
+    title, fields = "A glance", ("said", "asked")
     metrics = (Metric("answers", {"said": 1}, {"asked": 1}, "share of answers with a word"),)
 
     def __init__(self, worlds):
@@ -28,11 +28,3 @@ class GlanceSuite(Suite):
 
     def expected(self, sample):
         return sample.truth
-
-
-def known():
-    """Make the suite known."""
-    GENERATED["glance"] = lambda worlds, counts: GlanceSuite(worlds)
-
-
-known()

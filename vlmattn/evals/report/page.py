@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from vlmattn import pages
 from vlmattn.evals.environment import decoding_in_words
-from vlmattn.evals.gallery import gallery
-from vlmattn.evals.report import bounds, by_suite, change, notes, p_value, spread, verdict, whiskers
+from vlmattn.evals.report.gallery import gallery
+from vlmattn.evals.report.tables import bounds, by_suite, change, notes, p_value, spread, verdict, whiskers
 
 if TYPE_CHECKING:
     from vlmattn.evals.runner import Result

@@ -166,11 +166,7 @@ def markdown_tables(result: Result) -> str:
     for suite, condition, tables in by_suite(result):
         others = [metric.name for metric in suite.metrics[1:]]
         header = ["", "preset", suite.headline.name, "difference [95 % CI]", "p", *others]
-        lines += [
-            f"**{markdown_cell(_heading(suite, condition, tables))}**",
-            "",
-            "| " + " | ".join(header) + " |",
-        ]
+        lines += [f"**{markdown_cell(_heading(suite, condition, tables))}**", "", "| " + " | ".join(header) + " |"]
         lines.append("|" + "|".join(["---", "---", *["---:"] * (len(header) - 2)]) + "|")
         for table in tables:
             for preset, row in table["rows"].items():
