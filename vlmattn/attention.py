@@ -140,13 +140,7 @@ def _run(layer: _Layer, part: Part) -> Output:
     query, plan, index = layer.query, part.plan, layer.index
     step = _in_window(part.step, query, layer.key.shape[2])
     context = LayerContext(step, index, query.shape[2], layer.key.shape[2], query.device, query.shape[1])
-    for policy in plan.on_queries_keys[index] if plan.on_queries_keys else ():
-        policy.on_queries_keys(context, query, layer.key)
-    looking = [method for method in plan.on_attention[index] if _looks(method, plan, step)]
-    if looking:
-        weights = layer.weights(layer.seen(context))
-        for method in looking:
-            method.on_attention(context, weights)
+    _tell(layer, context, plan)
     streams = [stream for stream in part.streams if stream.waits_at(index)]
     if len(streams) > 0:
         out, attended, label, edit = _attend_beside(layer, context, plan, streams)
@@ -159,6 +153,17 @@ def _run(layer: _Layer, part: Part) -> Output:
         watcher.attended(context, edit, layer.weights(layer.seen(context), edit))
     step.request.ledger.add(("calls", layer.phase, label, str(index)))
     return out, attended
+
+
+def _tell(layer: _Layer, context: LayerContext, plan: Plan) -> None:
+    """Let methods see queries, keys and unedited attention of a layer."""
+    for policy in plan.on_queries_keys[context.layer] if plan.on_queries_keys else ():
+        policy.on_queries_keys(context, layer.query, layer.key)
+    looking = [method for method in plan.on_attention[context.layer] if _looks(method, plan, context.step)]
+    if looking:
+        weights = layer.weights(layer.seen(context))
+        for method in looking:
+            method.on_attention(context, weights)
 
 
 def _looks(method: Looker, plan: Plan, step: Step) -> bool:
