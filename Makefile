@@ -6,7 +6,7 @@ LMMS := .venv-lmms
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo smol test test-portable test-oldest test-newest test-lmms lint bench gpu clean
+.PHONY: demo smol test test-tools test-portable test-oldest test-newest test-lmms lint bench gpu clean
 
 # One stamp for the environment: rebuilt when the pins or the project file change.
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -26,6 +26,10 @@ smol: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2
+
+# How the bundled models and the pages of results are made, and what wheel and sdist hold.
+test-tools: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 tools
 
 # What other CPUs and thread counts would compute: kernels, methods, rules and laws with the arithmetic of an old CPU on one
 # thread, and with that of AVX2 on four; what has a family with one family in each, to stay within minutes.

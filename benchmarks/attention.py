@@ -31,7 +31,7 @@ import vlmattn
 from benchmarks import shapes
 from vlmattn.evals.bench import RANDOM_MODELS, bench, random_inputs, random_model
 from vlmattn.evals.timing import Row, line, paired, peak_bytes, rows, write_csv
-from vlmattn.kernels import AttentionEdit, Visibility, attend, eager
+from vlmattn.kernels import AttentionEdit, Problem, Visibility, attend, eager
 from vlmattn.recipe import Recipe
 
 LENGTHS = (700, 4096)
@@ -65,7 +65,8 @@ def _decode(what: str, rounds: int, keys: int, heads: int, kv_heads: int, dtype:
         SDPA: lambda: F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=heads > kv_heads)
     }
     for name, edit in edits.items():
-        candidates[name] = lambda edit=edit: eager.attention(query, key, value, None, None, edit, scale)  # type: ignore[misc]
+        problem = Problem(query, key, value, Visibility(None), scale, edit)
+        candidates[name] = lambda problem=problem: eager.attention(problem, 0, problem.rows)  # type: ignore[misc]
     with torch.inference_mode():
         return paired(candidates, rounds, warm_up=2)
 
@@ -81,7 +82,7 @@ def prefill(rounds: int) -> list[Row]:
         def run(backend: str, query=query, key=key, value=value) -> object:  # type: ignore[no-untyped-def]
             if backend == SDPA:
                 return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-            return attend(query, key, value, Visibility(None), edit, scale, backend=backend)
+            return attend(Problem(query, key, value, Visibility(None), scale, edit), backend)
 
         candidates = {"sdpa causal": SDPA, "merge var": "merge", "eager var": "eager"}
         with torch.inference_mode():

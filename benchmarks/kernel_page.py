@@ -173,7 +173,7 @@ the other backends; `VLMATTN_BACKEND=triton` forces the kernel, and then says wh
 ## What the compiler says
 Registers per thread / shared memory in KB / matrix instructions / spills, bf16 where nothing else is said, {block_keys(128)} keys
 at a time ({block_keys(256)} for head dimension 256), compiled ahead of time with {versions()}
-(`python -m vlmattn.kernels.static --out benchmarks/results/kernel_resources.csv`). Tests hold them: at equal tile the grouped
+(`python -m benchmarks.static --out benchmarks/results/kernel_resources.csv`). Tests hold them: at equal tile the grouped
 kernel has at most 16 registers more than the plain one and as many matrix instructions, and nothing spills at head dimension
 128 for up to 16 virtual rows.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import shapes
 from vlmattn.evals.timing import Row, line, paired, rows, write_csv
-from vlmattn.kernels import AttentionEdit, Visibility, attend
+from vlmattn.kernels import Problem, Visibility, attend
 
 LENGTHS = (700, 4096, 32768)
 HEADS = {"MHA 32": (32, 32), "GQA 28/4": (28, 4), "GQA 64/8": (64, 8)}
@@ -50,13 +50,13 @@ def calls(keys: int, batch: int, flex: Call | None) -> dict[str, Call]:
         return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return triton_decode.attention(query, key, value, see, AttentionEdit(), scale)
+        return triton_decode.attention(Problem(query, key, value, see, scale))
 
     found: dict[str, Call] = {SDPA: sdpa, PLAIN: plain}
     if flex is not None:
         found["flex"] = flex
     for name, edit in edits.items():
-        found[name] = lambda q, k, v, edit=edit: attend(q, k, v, see, edit, scale, backend="triton")  # type: ignore[misc]
+        found[name] = lambda q, k, v, edit=edit: attend(Problem(q, k, v, see, scale, edit), "triton")  # type: ignore[misc]
     return found
 
 
@@ -110,13 +110,13 @@ def measure(what: str, heads: int, kv_heads: int, keys: int, batch: int, flex: C
 
 
 def block(once: Callable[[int], object], count: int, graphs: bool) -> tuple[Callable[[], None], int]:
-    """A function that calls ``memo`` for every buffer, again and again for ``BLOCK_SECONDS``, and its number of calls."""
+    """A function that calls ``once`` for every buffer, again and again for ``BLOCK_SECONDS``, and its number of calls."""
 
     def around() -> None:
         for number in range(count):
             once(number)
 
-    stream = torch.cuda.SideStream()
+    stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # compile and warm up where a graph may be captured
         for _ in range(3):
             around()

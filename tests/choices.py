@@ -19,7 +19,7 @@ from vlmattn import VHR
 from vlmattn.interventions.sinks import SinkTest
 from vlmattn.request import PruningStage
 
-RANKING = ("vlmattn.interventions.", "vlmattn.kernels.edit")
+RANKING = ("vlmattn.interventions.", "vlmattn.kernels.plans")
 POINTS = ((VHR, "gains"), (SinkTest, "is_sink"), (PruningStage, "top"))
 
 

@@ -20,10 +20,11 @@ from vlmattn.embedded.scenes import make_scene
 from vlmattn.errors import InputError
 from vlmattn.evals.loading import quantisation
 from vlmattn.evals.suites.world import EVAL_SEED
-from vlmattn.evals.survey import checked_against, paper_id
 from vlmattn.evals.tune import TUNE_SEED
+from vlmattn.options import checked_against, paper_id
 from vlmattn.registry import find_method
 
+MMHAL = ["eval", "--out", "{tmp}/o", "--suite", "mmhal", "--data", "mmhal={tmp}/good.json", "--images", "{tmp}"]
 TUNE = ["tune", "--out", "{tmp}/o"]
 
 
@@ -155,7 +156,7 @@ def test_tune_on_published_files(run, tmp_path):
     ]
     path = tmp_path / "questions.json"
     path.write_text("\n".join(map(json.dumps, questions)))
-    options = ["--preset", "pai", "--grid", "alpha=.1,.2", "--questions", str(path), "--images", str(tmp_path)]
+    options = ["--preset", "pai", "--grid", "alpha=.1,.2", "--data", f"pope={path}", "--images", str(tmp_path)]
     code, out, err = run("tune", *options, "--shots", "4", "--out", str(tmp_path / "t"))
     assert code == 0, err
     assert "not tested" in out  # all pictures had a part in the choice
@@ -228,15 +229,8 @@ def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
     (tmp_path / "captions.json").write_text(
         json.dumps({"annotations": [{"image_id": i, "caption": "a dog and a bus"} for i in range(2)]})
     )
-    data = [f"--{name}={tmp_path / name}.json" for name in ("instances", "captions")]
-    data += [
-        "--questions",
-        str(tmp_path / "coco_pope_random.json"),
-        "--images",
-        str(tmp_path),
-        "--max-new-tokens",
-        "40",
-    ]
+    data = [f"--data=chair={tmp_path}/instances.json", f"--set=chair.captions={tmp_path}/captions.json"]
+    data += [f"--data=pope={tmp_path}/coco_pope_random.json", "--images", str(tmp_path), "--max-new-tokens", "40"]
     code, out, err = run("eval", "--out", str(tmp_path / "run"), "--model", str(FOLDER), "--presets", "pai,vhr", *data)
     assert code == 0, err
     assert "random" in out
@@ -255,16 +249,16 @@ def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
         (["eval", "--out", "{tmp}/o", "--visibility", "foggy"], ["clear, dim, faint, tiny", "foggy"]),
         (["eval", "--out", "{tmp}/o", "--prior", "7"], ["prior_broken", "0..1", "7"]),
         (
-            ["eval", "--out", "{tmp}/o", "--questions", "{tmp}/none.json", "--images", "{tmp}"],
-            ["cannot read", "none.json"],
+            ["eval", "--out", "{tmp}/o", "--data", "pope={tmp}/none.json", "--images", "{tmp}"],
+            ["no such file", "none.json"],
         ),
         (
-            ["eval", "--out", "{tmp}/o", "--questions", "{tmp}/bad.json", "--images", "{tmp}"],
+            ["eval", "--out", "{tmp}/o", "--data", "pope={tmp}/bad.json", "--images", "{tmp}"],
             ["bad.json:2", "not valid JSON"],
         ),
-        (["eval", "--out", "{tmp}/o", "--questions", "{tmp}/good.json"], ["--images"]),
+        (["eval", "--out", "{tmp}/o", "--data", "pope={tmp}/good.json"], ["--images"]),
         (
-            ["eval", "--out", "{tmp}/o", "--questions", "{tmp}/good.json", "--images", "{tmp}"],
+            ["eval", "--out", "{tmp}/o", "--data", "pope={tmp}/good.json", "--images", "{tmp}"],
             ["image not found", "a.png"],
         ),
         (["eval", "--out", "{tmp}/o", "--dtype", "int3"], ["float32", "int3"]),
@@ -277,23 +271,32 @@ def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
             ["good.json", "MMHal-Bench"],  # POPE's questions
         ),
         (
-            [
-                "eval",
-                "--out",
-                "{tmp}/o",
-                "--suite",
-                "mmhal",
-                "--data",
-                "mmhal=x.json",
-                "--images",
-                "{tmp}",
-                "--judge",
-                "gpt",
-            ],
+            [*MMHAL, "--set", "mmhal.judge=gpt"],
             ["unknown judge 'gpt'", "package.module:function"],
         ),
-        (["eval", "--out", "{tmp}/o", "--suite", "which", "--prompt-images", "1,2"], ["--prompt-images", "from 2 on"]),
-        (["eval", "--out", "{tmp}/o", "--suite", "pqa", "--prompt-images", "8", "--scenes", "4"], ["4 scenes for 8"]),
+        (
+            ["eval", "--out", "{tmp}/o", "--suite", "which", "--set", "which.sizes=1,2"],
+            ["which asks about 2 images or more"],
+        ),
+        (
+            ["eval", "--out", "{tmp}/o", "--suite", "which", "--set", "which.sizes=a"],
+            ["which.sizes takes a whole number", "'a'"],
+        ),
+        (
+            ["eval", "--out", "{tmp}/o", "--suite", "which", "--set", "which.size=2"],
+            ["option of suite 'which'", "sizes"],
+        ),
+        (["eval", "--out", "{tmp}/o", "--set", "which"], ["--set is NAME.option=value", "'which'"]),
+        (["eval", "--out", "{tmp}/o", "--set", "wich.sizes=2"], ["unknown suite 'wich'", "which"]),
+        (["eval", "--out", "{tmp}/o", "--set", "which.sizes=2"], ["--suite does not name which"]),
+        (["eval", "--out", "{tmp}/o", "--data", "mme=x"], ["--suite does not name mme", "pope, chair"]),
+        (["eval", "--out", "{tmp}/o", "--data", "pope"], ["--data is NAME=PATH", "'pope'"]),
+        (["eval", "--out", "{tmp}/o", "--suite", "which", "--data", "which=x"], ["which is made of generated scenes"]),
+        (
+            ["eval", "--out", "{tmp}/o", "--suite", "vqa"],
+            ["no data for suite vqa", "--data vqa=PATH", "VQAv2's folder"],
+        ),
+        (["eval", "--out", "{tmp}/o", "--suite", "pqa", "--set", "pqa.sizes=8", "--scenes", "4"], ["4 scenes for 8"]),
         (["compare", "{tmp}", "{tmp}"], ["no finished run", "vlmattn eval --out"]),
         (["eval", "--out", "{tmp}/o", "--model", "{tmp}/nowhere"], ["cannot load", "nowhere"]),
         (["eval", "--out", "{tmp}/o", "--model", "{tmp}/bert"], ["model type 'bert'", "llava", "qwen2_5_vl"]),
@@ -318,14 +321,14 @@ def test_eval_on_published_formats_with_a_model_folder(run, tmp_path):
                 "pai",
                 "--grid",
                 "alpha=.1",
-                "--questions",
-                "{tmp}/good.json",
+                "--data",
+                "pope={tmp}/good.json",
                 "--suite",
                 "chair",
                 "--images",
                 "{tmp}",
             ],
-            ["no data for suite chair", "--instances"],
+            ["--data pope: --suite does not name pope"],
         ),
     ],
 )

@@ -11,6 +11,7 @@ from torch import nn
 import vlmattn
 from vlmattn.evals.prompts import encode
 from vlmattn.evals.suites import World
+from vlmattn.options import checked_against, paper_id
 
 # What these look for does not occur here: sinks as large as tau, prompts longer than a window.
 IDLE = {
@@ -50,3 +51,22 @@ def test_a_preset_answers_and_goes(bundled, preset):
         assert all(fired.values()) != (preset in IDLE - {"none"})
         assert torch.equal(model(**inputs).logits, bare)
     assert hooks(model) == before
+
+
+@pytest.mark.parametrize(
+    ("about", "faithful", "short"),
+    [
+        ("paper constants", "golden", "golden"),
+        ("defaults", "golden (attention part)", "golden"),
+        ("experimental constant", "golden (attention part)", "experimental"),
+        ("constants", "Experimental: no code was released", "experimental"),
+        ("constants", "paper text, no code", "paper text"),
+    ],
+)
+def test_what_vouches_for_a_preset_in_short(about, faithful, short):
+    assert checked_against(about, faithful) == short
+
+
+def test_papers_in_short():
+    assert paper_id("arXiv:2412.13949 (ACL 2025)") == "2412.13949"
+    assert paper_id("none") == "none"

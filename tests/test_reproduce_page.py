@@ -10,8 +10,9 @@ import pytest
 import typer
 
 from vlmattn.cli import app
-from vlmattn.evals.suites.generated import GENERATED
-from vlmattn.evals.suites.published import PUBLISHED
+from vlmattn.cli.data import SuiteOptions
+from vlmattn.evals.suites.making import parameters
+from vlmattn.evals.suites.registry import find_suite
 from vlmattn.evals.suites.tables import is_table
 from vlmattn.recipe import Recipe
 
@@ -43,16 +44,20 @@ def test_a_command_would_be_accepted(words):
     given = EVAL.make_context(
         "eval", list(words)
     ).params  # options and kinds of values, as the command line checks them
-    suites = given["suite"].split(",")
-    assert set(suites) <= {*GENERATED, *PUBLISHED}
-    data = dict(text.split("=", 1) for text in given["data"] or ())
-    assert set(data) <= set(suites) & set(PUBLISHED)
-    assert all(is_table(Path(name)) or "/" not in name for name in data.values())
+    suites = [find_suite(name) for name in given["suite"].split(",")]
+    data = [text.split("=", 1) for text in given["data"] or ()]
+    assert {name for name, _ in data} <= {suite.name for suite in suites}
+    assert all(is_table(Path(path)) or "/" not in path for _, path in data)
+    paths = {name: [Path(path)] for name, path in data}
+    options = SuiteOptions(data=given["data"], set_=given["set_"]).options(
+        suites, paths
+    )  # as the command line reads them
     for preset in given["presets"].split(","):
         Recipe.of(preset)
     assert given["presets"].startswith("none,")
-    if given["questions"] or given["instances"]:
-        assert given["images"]
+    for suite in suites:
+        if any(path.suffix == ".json" for path in paths.get(suite.name, ())) and "images" in parameters(suite, "files"):
+            assert given["images"] or "images" in options[suite.name]
 
 
 def test_presets_of_the_tables_exist():

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 
 def calls():
     """Every call in the tests: file and line, the name of what is called, and its keywords."""
-    for path in sorted(TESTS.rglob("*.py")):
+    for path in sorted([*TESTS.rglob("*.py"), *(ROOT / "tools" / "tests").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-                yield f"{path.relative_to(TESTS)}:{node.lineno}", name, {word.arg: word.value for word in node.keywords}
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", name, {word.arg: word.value for word in node.keywords}
 
 
 def test_no_property_test_has_a_deadline():

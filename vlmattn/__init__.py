@@ -108,7 +108,7 @@ _DECODING = frozenset(
 _ELSEWHERE = {
     "Cost": ("costs", "Cost"),
     "cost": ("costs", "cost"),
-    "presets": ("recipe", "all_presets"),
+    "presets": ("registry", "all_presets"),
     "Family": ("models", "Family"),
     "register_family": ("models", "register_family"),
     "supported_families": ("models", "supported_families"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlmattn import compat
 from vlmattn.errors import UnsupportedError
-from vlmattn.kernels import NO_EDIT, AttentionEdit, SplitStates, Visibility, attend, scale_heads
+from vlmattn.kernels import NO_EDIT, AttentionEdit, Problem, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
 from vlmattn.request import BARE, Forward, LayerContext, Looker, Part, Plan, SideStream, Step, Weights
 
@@ -55,15 +55,6 @@ class _Layer:
     def phase(self) -> str:
         return "decode" if self.query.shape[2] == 1 else "prefill"
 
-    @property
-    def scale(self) -> float:
-        return float(self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5)
-
-    @property
-    def score(self) -> dict[str, Any]:
-        """What the model does to its scores."""
-        return dict(softcap=self.kwargs.get("softcap"), sinks=self.kwargs.get("s_aux"))
-
     def bare(self) -> Output:
         """As the model does without us."""
         return self.base(self.module, self.query, self.key, self.value, self.mask, **self.kwargs)
@@ -73,12 +64,18 @@ class _Layer:
         mask = self.mask if self.mask is None or len(self.mask) == 1 else self.mask[rows]
         return replace(self, query=self.query[rows], key=self.key[rows], value=self.value[rows], mask=mask)
 
+    def problem(self, see: Visibility, edit: AttentionEdit = NO_EDIT) -> Problem:
+        """The call as kernels take it."""
+        kwargs, scale = self.kwargs, float(self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5)
+        softcap, sinks, dropout = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("dropout", 0.0)
+        return Problem(self.query, self.key, self.value, see, scale, edit, softcap, sinks, dropout)
+
     def weights(self, see: Visibility, edit: AttentionEdit = NO_EDIT) -> Weights:
         """Attention of a few query rows, computed when somebody asks."""
-        query, key, scale, score = self.query, self.key, self.scale, self.score
+        problem = self.problem(see, edit)
 
         def weights(start: int, stop: int, edit: AttentionEdit = edit) -> Tensor:
-            return attention_weights(query, key, see, start, stop, scale, edit=edit, **score)
+            return attention_weights(replace(problem, edit=edit), start, stop)
 
         return weights
 
@@ -143,13 +140,7 @@ def _run(layer: _Layer, part: Part) -> Output:
     query, plan, index = layer.query, part.plan, layer.index
     step = _in_window(part.step, query, layer.key.shape[2])
     context = LayerContext(step, index, query.shape[2], layer.key.shape[2], query.device, query.shape[1])
-    for policy in plan.on_queries_keys[index] if plan.on_queries_keys else ():
-        policy.on_queries_keys(context, query, layer.key)
-    looking = [method for method in plan.on_attention[index] if _looks(method, plan, step)]
-    if looking:
-        weights = layer.weights(layer.seen(context))
-        for method in looking:
-            method.on_attention(context, weights)
+    _tell(layer, context, plan)
     streams = [stream for stream in part.streams if stream.waits_at(index)]
     if len(streams) > 0:
         out, attended, label, edit = _attend_beside(layer, context, plan, streams)
@@ -162,6 +153,17 @@ def _run(layer: _Layer, part: Part) -> Output:
         watcher.attended(context, edit, layer.weights(layer.seen(context), edit))
     step.request.ledger.add(("calls", layer.phase, label, str(index)))
     return out, attended
+
+
+def _tell(layer: _Layer, context: LayerContext, plan: Plan) -> None:
+    """Let methods see queries, keys and unedited attention of a layer."""
+    for policy in plan.on_queries_keys[context.layer] if plan.on_queries_keys else ():
+        policy.on_queries_keys(context, layer.query, layer.key)
+    looking = [method for method in plan.on_attention[context.layer] if _looks(method, plan, context.step)]
+    if looking:
+        weights = layer.weights(layer.seen(context))
+        for method in looking:
+            method.on_attention(context, weights)
 
 
 def _looks(method: Looker, plan: Plan, step: Step) -> bool:
@@ -209,14 +211,13 @@ def _attend(layer: _Layer, context: LayerContext, edit: AttentionEdit) -> Labell
     if edit.only_head_gain:
         out, attended = layer.bare()
         return _scaled(out, edit), attended, f"{label}+head_gain"
-    query, key = layer.query, layer.key
-    if edit.read is not None and edit.read.shape[1] != key.shape[1]:  # all KV heads alike
-        edit = replace(edit, read=edit.read.expand(-1, key.shape[1], -1))
-    see, dropout = layer.seen(context), layer.kwargs.get("dropout", 0.0)
-    out, backend = attend(query, key, layer.value, see, edit, layer.scale, dropout, **layer.score)
+    if edit.read is not None and edit.read.shape[1] != layer.key.shape[1]:  # all KV heads alike
+        edit = replace(edit, read=edit.read.expand(-1, layer.key.shape[1], -1))
+    problem = layer.problem(layer.seen(context), edit)
+    out, backend = attend(problem)
     attended = None
     if context.step.base == "eager" and layer.wants_weights(context.step):  # as the bare model: sdpa has none to give
-        attended = layer.weights(see, edit)(0, query.shape[2]).to(query.dtype)
+        attended = attention_weights(problem, 0, problem.rows).to(layer.query.dtype)
     return out.transpose(1, 2).contiguous(), attended, backend
 
 

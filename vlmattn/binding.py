@@ -83,7 +83,7 @@ class _Bound:
     @cached_property
     def seeing(self) -> tuple[Intervention | Pruning, ...]:
         """Methods that look at the images' features."""
-        methods: list[Intervention | Pruning] = [*self.methods, *self.pruners]
+        methods: tuple[Intervention | Pruning, ...] = (*self.methods, *self.pruners)
         return tuple(m for m in methods if m.implements("on_image_features"))
 
     @cached_property
@@ -186,10 +186,10 @@ def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecodi
         if reason is not None:
             raise UnsupportedError(f"'{method_name(who)}' does not run on {anatomy.family}: {reason}")
 
-    for method in (*recipe.interventions, *recipe.pruning):
-        opening = isinstance(method, Intervention) and bool(method.opens())
-        asking = isinstance(method, Intervention) and method.turns == "needed"
-        refuse(method, {method.kind: True, "opening": opening, "turns": asking})
+    for method in recipe.interventions:
+        refuse(method, {method.kind: True, "opening": bool(method.opens()), "turns": method.turns == "needed"})
+    for pruner in recipe.pruning:
+        refuse(pruner, {pruner.kind: True})
     branches = contrast.branches if contrast is not None else ()
     asked = {
         "decoding": contrast is not None or isinstance(recipe.decoding, Search),

@@ -68,14 +68,14 @@ _FEW = 12  # names that fit a line
 
 
 class UnknownNameError(VlmattnError, KeyError):
-    """A preset, method or suite that does not exist."""
+    """A preset, method or suite that does not exist. ``note``: what else to say."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], note: str = "") -> None:
         known, name = sorted(known), one_line(name, _QUOTED)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         few = known if len(known) <= _FEW else [*known[:_FEW], f"and {len(known) - _FEW} more"]
         hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(few)}"
-        super().__init__(f"unknown {kind} '{name}'; {hint}")
+        super().__init__(f"unknown {kind} '{name}'; {hint}{note and f'; {note}'}")
 
     def __str__(self) -> str:  # KeyError would show the repr
         return str(self.args[0])

@@ -142,3 +142,14 @@ def parse_heads(spec: str, name: str, what: str = "layer.head") -> tuple[tuple[i
     return tuple(
         (int(layer), int(head)) for layer, head in (pair.split(".") for pair in spec.split(",") if pair.strip())
     )
+
+
+def checked_against(about: str, faithful: str) -> str:
+    """What a preset was checked against, in short: golden, paper text, ..., or experimental where nothing vouches."""
+    return "experimental" if "experimental" in (about + faithful).lower() else re.split(r"[(,;]", faithful)[0].strip()
+
+
+def paper_id(paper: str) -> str:
+    """The arXiv number of a citation, or the citation."""
+    found = re.search(r"\d{4}\.\d{4,5}", paper)
+    return found[0] if found else paper

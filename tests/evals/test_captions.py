@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from on_data import published
 
 from vlmattn.errors import InputError
 from vlmattn.evals.stats import Bootstrap
 from vlmattn.evals.suites.captions import Captions, CorpusBleu, bleu_counts, words
-from vlmattn.evals.suites.published import make_published
 
 CAPTIONS = [
     ["A cat sits on a red mat.", "The cat is on the mat."],
@@ -92,7 +92,7 @@ class TestWithScorer:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
 
-        suite = Captions(write(tmp_path / "captions_val.json"), tmp_path)
+        suite = Captions.on_files(write(tmp_path / "captions_val.json"), tmp_path)
         records = suite.records(ANSWERS)
         gold = {str(10 + n): [" ".join(words(text)) for text in texts] for n, texts in enumerate(CAPTIONS)}
         said = {key: [" ".join(words(text))] for key, text in ANSWERS.items()}
@@ -106,7 +106,7 @@ class TestWithScorer:
         assert metric("length").value(suite.fields, sums) == (6 + 9 + 5 + 2) / 4
 
     def test_answers_are_scored_alike_alone_and_together(self, tmp_path):
-        suite = Captions(write(tmp_path / "captions_val.json"), tmp_path)
+        suite = Captions.on_files(write(tmp_path / "captions_val.json"), tmp_path)
         together = suite.records(ANSWERS)
         for sample in suite.samples():
             assert suite.score(sample, ANSWERS[sample.id]) == together[sample.id]
@@ -115,7 +115,7 @@ class TestWithScorer:
         assert not suite.right(together["13"])
 
     def test_samples(self, tmp_path):
-        suite = make_published("captions", write(tmp_path / "captions_val.json"), tmp_path / "images", 3, 20)
+        suite = published("captions", write(tmp_path / "captions_val.json"), tmp_path / "images", 3, 20)
         assert suite.max_new_tokens == 20
         assert [sample.id for sample in suite.samples()] == ["10", "11", "12"]
         first = suite.samples()[0]
@@ -139,9 +139,9 @@ class TestWithScorer:
         path = tmp_path / "c.json"
         path.write_text(text)
         with pytest.raises(InputError, match=message):
-            Captions(path, tmp_path)
+            Captions.on_files(path, tmp_path)
         with pytest.raises(InputError, match="cannot read"):
-            Captions(tmp_path / "none.json", tmp_path)
+            Captions.on_files(tmp_path / "none.json", tmp_path)
 
 
 def test_without_scorer_the_remedy_is_said(tmp_path, monkeypatch):
@@ -149,4 +149,4 @@ def test_without_scorer_the_remedy_is_said(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)  # importing it fails
     with pytest.raises(InputError, match="pip install pycocoevalcap"):
-        Captions(write(tmp_path / "captions_val.json"), tmp_path)
+        Captions.on_files(write(tmp_path / "captions_val.json"), tmp_path)

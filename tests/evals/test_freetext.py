@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from on_data import published
 from PIL import Image
 
 from vlmattn.errors import InputError
 from vlmattn.evals.judges import Ratings, RuleJudge, Verdict, content_words, load_judge
 from vlmattn.evals.suites.llava_bench import LlavaBench
 from vlmattn.evals.suites.mmhal import MMHal
-from vlmattn.evals.suites.published import make_published
 
 
 def by_length(question: str, reference: str, known, answer: str) -> Verdict:
@@ -127,7 +127,7 @@ def mmhal(tmp_path) -> Path:
 
 
 def test_mmhal_by_hand(mmhal):
-    suite = MMHal(mmhal, mmhal.parent / "images")
+    suite = MMHal.on_files(mmhal, mmhal.parent / "images")
     samples = suite.samples()
     assert [sample.splits for sample in samples] == [("attribute",), ("holistic",), ("holistic",)]
     assert samples[0].prompt == "What color is the bus?"
@@ -140,11 +140,11 @@ def test_mmhal_by_hand(mmhal):
     assert values(suite, {s.id: s.truth.reference for s in samples}) == {"rating": 6, "hallucinations": 0}
     assert suite.settings["judge"] == "rule (experimental)"
     assert list(suite.records({"b2": "cups"})) == ["b2"]
-    assert [s.id for s in MMHal(mmhal, mmhal.parent, limit=2).samples()] == ["a1", "b2"]
+    assert [s.id for s in MMHal.on_files(mmhal, mmhal.parent, limit=2).samples()] == ["a1", "b2"]
 
 
 def test_a_judge_of_ones_own_rates(mmhal):
-    suite = make_published("mmhal", mmhal, mmhal.parent / "images", None, 77, judge=by_length)
+    suite = published("mmhal", mmhal, mmhal.parent / "images", None, 77, judge=by_length)
     assert suite.max_new_tokens == 77
     assert suite.settings["judge"].endswith("test_freetext:by_length")
     assert values(suite, {"a1": "one two", "b2": "one two three", "c3": "one"}) == {
@@ -168,9 +168,9 @@ def test_a_judge_of_ones_own_rates(mmhal):
 def test_bad_mmhal_files_are_named(mmhal, text, message):
     mmhal.write_text(text)
     with pytest.raises(InputError, match=message):
-        MMHal(mmhal, mmhal.parent / "images")
+        MMHal.on_files(mmhal, mmhal.parent / "images")
     with pytest.raises(InputError, match="cannot read"):
-        MMHal(mmhal.parent, mmhal.parent)
+        MMHal.on_files(mmhal.parent, mmhal.parent)
 
 
 def lines(path: Path, *items: dict) -> None:
@@ -199,10 +199,10 @@ def bench(tmp_path) -> Path:
 
 
 def test_llava_bench_by_hand(bench, tmp_path):
-    suite = LlavaBench(bench, tmp_path)
+    suite = LlavaBench.on_files(bench, tmp_path)
     samples = suite.samples()
     assert [(s.id, s.image_id, s.splits[0]) for s in samples] == [("0", "001.jpg", "conv"), ("1", "001.jpg", "detail"), ("2", "002.jpg", "conv")]  # fmt: skip
-    assert samples[2].truth.context == ("A street.", "A cat.")
+    assert samples[2].truth.known == ("A street.", "A cat.")
     assert samples[0].images.paths == (tmp_path / "001.jpg",)
     # ratings: 6 of 6; 2 words of 3 are 4 of 6, the dog is in the caption; the street is right, but no horse is known: 2 of 6
     answers = {"0": "Yellow", "1": "A bus, yellow, and a dog", "2": "In the street with a horse"}
@@ -217,7 +217,7 @@ def test_llava_bench_rates_the_reference_by_the_same_judge(bench, tmp_path):
         asked.append(answer)
         return by_length(question, reference, known, answer)
 
-    suite = make_published("llava_bench", bench, tmp_path, None, 10, judge=judge)
+    suite = published("llava_bench", bench, tmp_path, None, 10, judge=judge)
     answers = {"0": "one", "1": "one two three", "2": "one two"}
     expected = {"relative": round(100 * 6 / (4 + 6 + 3), 4), "hallucinations": 33.3333}
     assert values(suite, answers) == values(suite, answers) == expected
@@ -239,15 +239,15 @@ def test_llava_bench_rates_the_reference_by_the_same_judge(bench, tmp_path):
 def test_bad_llava_bench_files_are_named(bench, tmp_path, file, text, message):
     (bench / file).write_text(text)
     with pytest.raises(InputError, match=message):
-        LlavaBench(bench, tmp_path)
+        LlavaBench.on_files(bench, tmp_path)
     with pytest.raises(InputError, match=r"LLaVA-Bench is one with questions\.jsonl"):
-        LlavaBench(bench / file, tmp_path)
+        LlavaBench.on_files(bench / file, tmp_path)
     (bench / file).unlink()
     with pytest.raises(InputError, match="cannot read"):
-        LlavaBench(bench, tmp_path)
+        LlavaBench.on_files(bench, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mmhal", "llava_bench", "captions"])
 def test_images_are_needed(name, tmp_path):
     with pytest.raises(InputError, match=f"suite {name} needs --images"):
-        make_published(name, tmp_path, None, None, 10)
+        published(name, tmp_path, None, None, 10)

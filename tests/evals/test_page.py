@@ -15,9 +15,9 @@ from PIL import Image
 
 import vlmattn
 from vlmattn import PAI, Recipe, pages
-from vlmattn.evals.gallery import attention_of, gallery
-from vlmattn.evals.page import _card, html_report
 from vlmattn.evals.report import change
+from vlmattn.evals.report.gallery import attention_of, gallery
+from vlmattn.evals.report.page import _card, html_report
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.suites import Chair, Pope, World
 

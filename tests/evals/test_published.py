@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from on_data import published
 from PIL import Image
 
 from vlmattn.errors import InputError, UnknownNameError
+from vlmattn.evals.suites import all_suites, make_suite
 from vlmattn.evals.suites.amber import AmberCaptions, AmberQuestions
-from vlmattn.evals.suites.choice import Choice, read_letter
-from vlmattn.evals.suites.hallusion import HallusionBench
+from vlmattn.evals.suites.letters import read_letter
 from vlmattn.evals.suites.mme import MME
-from vlmattn.evals.suites.published import PUBLISHED, make_published
 from vlmattn.evals.suites.vqa import VQA, normal
 from vlmattn.evals.suites.yesno import first_yes_or_no
 
@@ -68,7 +68,7 @@ def amber(tmp_path):
 
 
 def test_amber_captions_by_hand(amber, tmp_path):
-    suite = AmberCaptions(amber, tmp_path / "images")
+    suite = AmberCaptions.on_files(amber, tmp_path / "images")
     first, second = suite.samples()
     assert first.images()[0].size == (8, 8)
     found = suite.score(first, "Two men and a puppy on a boat; a line of clouds under the sky. A car.")
@@ -84,7 +84,7 @@ def test_amber_captions_by_hand(amber, tmp_path):
 
 
 def test_amber_questions_by_hand(amber, tmp_path):
-    suite = AmberQuestions(amber, tmp_path / "images")
+    suite = AmberQuestions.on_files(amber, tmp_path / "images")
     assert [sample.splits[0] for sample in suite.samples()] == ["existence", "state", "relation", "relation"]
     answers = dict(zip("3456", ("No.", "No", "yes", "perhaps"), strict=True))
     records = list(suite.records(answers).values())
@@ -95,7 +95,7 @@ def test_amber_questions_by_hand(amber, tmp_path):
     }
     assert values["precision"] == values["recall"] == values["f1"] == 50
     assert values["accuracy"] == values["yes_ratio"] == 25
-    assert len(AmberQuestions(amber, tmp_path / "images", limit=1).samples()) == 3
+    assert len(AmberQuestions.on_files(amber, tmp_path / "images", limit=1).samples()) == 3
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_amber_questions_by_hand(amber, tmp_path):
 def test_bad_amber_files_are_named(amber, tmp_path, file, content, message):
     (amber / file).write_text(content)
     with pytest.raises(InputError, match=message):
-        AmberQuestions(amber, tmp_path / "images")
+        AmberQuestions.on_files(amber, tmp_path / "images")
 
 
 @pytest.mark.skipif(not AMBER.is_dir(), reason="needs AMBER's published files")
 def test_the_published_amber_files_are_read(monkeypatch):
-    captions, questions = AmberCaptions(AMBER, AMBER), AmberQuestions(AMBER, AMBER)
+    captions, questions = AmberCaptions.on_files(AMBER, AMBER), AmberQuestions.on_files(AMBER, AMBER)
     assert len(captions.samples()) == 1004
     counts: dict[str, int] = {}
     for sample in questions.samples():
@@ -145,7 +145,7 @@ def mme(tmp_path):
 
 
 def test_mme_scores_pairs(mme):
-    suite = MME.on_folder(mme)
+    suite = MME.on_files(mme)
     assert [sample.id for sample in suite.samples()] == [
         "existence/a.jpg/0", "existence/a.jpg/1", "existence/b.jpg/0", "existence/b.jpg/1", "scene/c.png/0", "scene/c.png/1",
     ]  # fmt: skip
@@ -157,7 +157,7 @@ def test_mme_scores_pairs(mme):
     values = {metric.name: float(metric.value(suite.fields, total)) for metric in suite.metrics}
     assert values == {"score": 75 + 50, "accuracy": 75, "accuracy_plus": 50, "yes_ratio": 25}
     assert records[4]["right"] == 0  # no yes among the first four letters: neither yes nor no
-    assert len(MME.on_folder(mme, limit=1).samples()) == 4
+    assert len(MME.on_files(mme, limit=1).samples()) == 4
 
 
 @pytest.mark.parametrize(
@@ -171,18 +171,18 @@ def test_mme_scores_pairs(mme):
 def test_bad_mme_files_are_named(mme, text, message):
     (mme / "existence" / "a.txt").write_text(text)
     with pytest.raises(InputError, match=message):
-        MME.on_folder(mme)
+        MME.on_files(mme)
 
 
 def test_mme_needs_its_pictures(mme, tmp_path):
     (mme / "existence" / "a.jpg").unlink()
     with pytest.raises(InputError, match="no picture a"):
-        MME.on_folder(mme)
+        MME.on_files(mme)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no MME subtask"):
-        MME.on_folder(tmp_path / "empty")
+        MME.on_files(tmp_path / "empty")
     with pytest.raises(InputError, match="no such folder"):
-        MME.on_folder(tmp_path / "none")
+        MME.on_files(tmp_path / "none")
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def hallusion(tmp_path):
 
 
 def test_hallusion_scores_figures_and_questions(hallusion, tmp_path):
-    suite = HallusionBench.on_file(hallusion, tmp_path / "images")
+    suite = make_suite("hallusion", data=hallusion, images=tmp_path / "images")
     assert len(suite.samples()) == 4  # two figures, two questions; those without a figure are left out
     answers = dict(zip((s.id for s in suite.samples()), ("Yes", "yes", "No", "Yes"), strict=True))
     records = list(suite.records(answers).values())
@@ -220,21 +220,21 @@ def test_hallusion_scores_figures_and_questions(hallusion, tmp_path):
     data = json.loads(hallusion.read_text())
     hallusion.write_text(json.dumps([*data, data[-1]]))
     with pytest.raises(InputError, match="there twice"):
-        HallusionBench.on_file(hallusion, tmp_path / "images")
+        make_suite("hallusion", data=hallusion, images=tmp_path / "images")
     hallusion.write_text(json.dumps([{**data[-1], "gt_answer": "2"}]))
     with pytest.raises(InputError, match="gt_answer must be 0 or 1"):
-        HallusionBench.on_file(hallusion, tmp_path / "images")
+        make_suite("hallusion", data=hallusion, images=tmp_path / "images")
 
 
 def test_suites_are_made_by_name(mme, tmp_path):
-    assert make_published("mme", mme, None, None, 10).name == "mme"
+    assert published("mme", mme, None, None, 10).name == "mme"
     with pytest.raises(UnknownNameError, match="did you mean amber"):
-        make_published("ambr", mme, None, None, 10)
+        published("ambr", mme, None, None, 10)
     for name in ("pope", "amber", "amber_questions", "hallusion", "choice", "vqa"):
         with pytest.raises(InputError, match=f"suite {name} needs --images"):
-            make_published(name, mme, None, None, 10)
-    assert set(PUBLISHED) == {
-        "pope", "amber", "amber_questions", "mme", "hallusion", "choice", "vqa", "mmhal", "llava_bench", "captions",
+            published(name, mme, None, None, 10)
+    assert {name for name, info in all_suites().items() if "files" in info.doors} == {
+        "pope", "amber", "amber_questions", "mme", "hallusion", "choice", "vqa", "mmhal", "llava_bench", "captions", "chair", "pqa",
     }  # fmt: skip
 
 
@@ -270,7 +270,7 @@ def test_choice_reads_both_forms(tmp_path):
     }
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(muir) + "\n" + json.dumps(blink) + "\n")
-    suite = Choice.on_file(path, tmp_path)
+    suite = make_suite("choice", data=path, images=tmp_path)
     first, second = suite.samples()
     assert first.prompt.startswith("Is (image 1) like (image 2)?\nA. yes\nB. no\n")
     assert len(first.images()) == 2
@@ -285,10 +285,10 @@ def test_choice_reads_both_forms(tmp_path):
     ):
         path.write_text(json.dumps({**muir, **change}))
         with pytest.raises(InputError, match=message):
-            Choice.on_file(path, tmp_path)
+            make_suite("choice", data=path, images=tmp_path)
     path.write_text(json.dumps([muir, muir]))
     with pytest.raises(InputError, match="id '7' is there twice"):
-        Choice.on_file(path, tmp_path)
+        make_suite("choice", data=path, images=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_vqa_accuracy(tmp_path):
     )
     rows = [{"question_id": 1, "answer_type": "other", "answers": [{"answer": answer} for answer in answers]}]
     (tmp_path / "v2_annotations.json").write_text(json.dumps({"annotations": rows}))
-    suite = VQA.on_folder(tmp_path, tmp_path / "images")
+    suite = VQA.on_files(tmp_path, tmp_path / "images")
     (sample,) = suite.samples()
 
     def by_hand(said: str) -> float:
@@ -322,7 +322,7 @@ def test_vqa_accuracy(tmp_path):
     assert suite.expected(sample) == "dog"
     (tmp_path / "v2_annotations.json").write_text(json.dumps({"annotations": [{**rows[0], "question_id": 2}]}))
     with pytest.raises(InputError, match="question 1 has no annotation"):
-        VQA.on_folder(tmp_path, tmp_path / "images")
+        VQA.on_files(tmp_path, tmp_path / "images")
     (tmp_path / "v2_annotations.json").unlink()
     with pytest.raises(InputError, match="there are 0"):
-        VQA.on_folder(tmp_path, tmp_path / "images")
+        VQA.on_files(tmp_path, tmp_path / "images")

@@ -12,21 +12,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_data import published
 from PIL import Image
 
-from vlmattn.cli.data import Files
+from vlmattn.cli.data import SuiteOptions
 from vlmattn.errors import InputError
 from vlmattn.evals.coco import load_coco_objects
 from vlmattn.evals.prompts import refuse_marks
-from vlmattn.evals.suites import PQA, Chair, LlavaBench, MMHal, Pope
+from vlmattn.evals.suites import PQA, Chair, LlavaBench, MMHal, Pope, make_suite
 from vlmattn.evals.suites.amber import AmberCaptions, AmberQuestions
 from vlmattn.evals.suites.base import Sample
-from vlmattn.evals.suites.choice import Choice
 from vlmattn.evals.suites.files import ImageFolder
-from vlmattn.evals.suites.hallusion import HallusionBench
 from vlmattn.evals.suites.mme import MME
 from vlmattn.evals.suites.pope import columns_of, read_questions
-from vlmattn.evals.suites.published import make_published
 from vlmattn.evals.suites.vqa import VQA
 from vlmattn.evals.words import ObjectWords
 
@@ -163,15 +161,15 @@ SUITES: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
         {"q.json": [QUESTION, {**QUESTION, "image": "b.jpg", "label": "no"}]},
         lambda d: PQA.on_files([d / "q.json"], d, (2,), 1),
     ),
-    "hallusion": ({"q.json": [HALLUSION]}, lambda d: HallusionBench.on_file(d / "q.json", d)),
-    "choice": ({"q.json": [CHOICE]}, lambda d: Choice.on_file(d / "q.json", d)),
-    "mmhal": ({"q.json": [MMHAL]}, lambda d: MMHal(d / "q.json", d)),
-    "llava_bench": (LLAVA, lambda d: LlavaBench(d, d)),
-    "amber": (AMBER, lambda d: AmberCaptions(d, d)),
-    "amber_questions": (AMBER, lambda d: AmberQuestions(d, d)),
-    "vqa": (VQAS, lambda d: VQA.on_folder(d, d)),
-    "chair": ({"i.json": COCO}, lambda d: Chair.on_coco(d / "i.json", d / "i.json", d)),
-    "mme": ({"task/a.txt": "A dog?\tYes\nA cat?\tNo\n", "task/a.jpg": ""}, lambda d: MME.on_folder(d)),
+    "hallusion": ({"q.json": [HALLUSION]}, lambda d: make_suite("hallusion", data=d / "q.json", images=d)),
+    "choice": ({"q.json": [CHOICE]}, lambda d: make_suite("choice", data=d / "q.json", images=d)),
+    "mmhal": ({"q.json": [MMHAL]}, lambda d: MMHal.on_files(d / "q.json", d)),
+    "llava_bench": (LLAVA, lambda d: LlavaBench.on_files(d, d)),
+    "amber": (AMBER, lambda d: AmberCaptions.on_files(d, d)),
+    "amber_questions": (AMBER, lambda d: AmberQuestions.on_files(d, d)),
+    "vqa": (VQAS, lambda d: VQA.on_files(d, d)),
+    "chair": ({"i.json": COCO}, lambda d: Chair.on_files(d / "i.json", d, d / "i.json")),
+    "mme": ({"task/a.txt": "A dog?\tYes\nA cat?\tNo\n", "task/a.jpg": ""}, lambda d: MME.on_files(d)),
     "synonyms": ({"s.txt": "dog, puppy\ncat\n"}, lambda d: ObjectWords.from_file(d / "s.txt")),
 }
 WORDS = st.sampled_from(["", " ", "a.jpg", "../a", "/etc/passwd", "a\0b", "a" * 300, "x/" * 3000, "\ud800", "\u2028", "yes", "A", "-1", "[[", "a\nb", "<image>"])  # fmt: skip
@@ -310,23 +308,21 @@ def test_the_command_line_and_python_can_allow_it(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
 
-    def files(allow: bool, data: dict[str, Path], questions: list[Path] | None) -> Files:
-        return Files(data, questions, folder, None, None, None, None, 16, "rule", "", False, None, allow)
-
-    for given_ in ({"data": {"pope": path}, "questions": None}, {"data": {}, "questions": [path]}):
-        one_line(lambda given_=given_: files(False, **given_).suites(["pope"]))
-        (suite,) = files(True, **given_).suites(["pope"])
+    for options in ({}, {"set_": [f"pope.images={folder}"], "images": None}):
+        given_ = {"data": [f"pope={path}"], "images": folder, **options}
+        one_line(lambda given_=given_: SuiteOptions(**given_).make(["pope"], "embedded"))
+        (suite,) = SuiteOptions(**given_, allow_outside=True).make(["pope"], "embedded")
         assert [str(p) for p in suite.samples()[0].images.paths] == [str(folder / "../b.jpg")]
-    one_line(lambda: make_published("pope", path, folder, None, 16))
-    assert len(make_published("pope", path, folder, None, 16, allow_outside=True).samples()) == 1
+    one_line(lambda: published("pope", path, folder, None, 16))
+    assert len(published("pope", path, folder, None, 16, allow_outside=True).samples()) == 1
 
 
 def test_pictures_of_mme_are_no_links_to_elsewhere(tmp_path: Path) -> None:
     write(tmp_path / "MME" / "count" / "a.txt", "A dog?\tYes\nA cat?\tNo\n")
     (tmp_path / "b.jpg").touch()
     (tmp_path / "MME" / "count" / "a.jpg").symlink_to(tmp_path / "b.jpg")
-    assert "lies outside of" in one_line(lambda: MME.on_folder(tmp_path / "MME"))
-    assert len(MME.on_folder(tmp_path / "MME", allow_outside=True).samples()) == 2
+    assert "lies outside of" in one_line(lambda: MME.on_files(tmp_path / "MME"))
+    assert len(MME.on_files(tmp_path / "MME", allow_outside=True).samples()) == 2
 
 
 def test_tables_hold_their_pictures_or_name_files_beside_them(tmp_path: Path) -> None:
@@ -339,7 +335,7 @@ def test_tables_hold_their_pictures_or_name_files_beside_them(tmp_path: Path) ->
         return tmp_path / "table"
 
     def read(image: Any, **options: Any) -> Any:
-        return make_published("pope", table(image), None, None, 16, **options).samples()
+        return published("pope", table(image), None, None, 16, **options).samples()
 
     assert "does not hold pictures" in one_line(lambda: read("a.png"))
     for path in ("/etc/passwd", "http://localhost/a.png", None):
@@ -359,12 +355,12 @@ def test_amber_is_read_as_released_and_in_one_folder(tmp_path: Path) -> None:
         write(tmp_path / "released" / file, content)
         write(tmp_path / "flat" / Path(file).name, content)
     for kind, count in ((AmberCaptions, 1), (AmberQuestions, 1)):
-        released, flat = (kind(tmp_path / folder, tmp_path) for folder in ("released", "flat"))
+        released, flat = (kind.on_files(tmp_path / folder, tmp_path) for folder in ("released", "flat"))
         assert [(s.id, s.prompt, s.truth) for s in released.samples()] == [
             (s.id, s.prompt, s.truth) for s in flat.samples()
         ]
         assert len(released.samples()) == count
-    assert len(make_published("amber", tmp_path / "released", tmp_path, None, 16).samples()) == 1
+    assert len(published("amber", tmp_path / "released", tmp_path, None, 16).samples()) == 1
 
 
 VCD = [f"{data}_pope_{seem}{split}.json" for data, seem in (("coco", ""), ("aokvqa", "seem_"), ("gqa", "seem_")) for split in ("random", "popular", "adversarial")]  # fmt: skip

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmattn.evals.suites import Which, World
+from vlmattn.evals.suites import Which, World, make_suite
 from vlmattn.evals.suites.amber import AmberCaptions, AmberQuestions
-from vlmattn.evals.suites.choice import read_letter
-from vlmattn.evals.suites.hallusion import HallusionBench
+from vlmattn.evals.suites.letters import read_letter
 from vlmattn.evals.suites.mme import MME
 from vlmattn.evals.suites.pope import Pope, says_yes
 from vlmattn.evals.suites.questions import read_numbers
@@ -205,7 +204,7 @@ def test_vqa_is_the_released_rule_on_random_answers(tmp_path: Path) -> None:
         known.append({"question_id": number, "answers": [{"answer": p, "answer_id": i} for i, p in enumerate(people)]})
     write(tmp_path / "questions.json", {"questions": asked})
     write(tmp_path / "annotations.json", {"annotations": known})
-    suite = VQA.on_folder(tmp_path, tmp_path)
+    suite = VQA.on_files(tmp_path, tmp_path)
     records = suite.records(answers)
     for key, answer in answers.items():
         assert records[key]["score"] == pytest.approx(vqa_accuracy(truth[key], answer)), (answer, truth[key])
@@ -216,7 +215,7 @@ def test_vqa_compares_as_it_is_what_all_people_say(tmp_path: Path) -> None:
     people = [{"answer": "yes", "answer_id": i} for i in range(10)]
     write(tmp_path / "questions.json", {"questions": [{"question_id": 1, "image_id": 1, "question": "?"}], "data_subtype": "train2014"})  # fmt: skip
     write(tmp_path / "annotations.json", {"annotations": [{"question_id": 1, "answers": people}]})
-    suite = VQA.on_folder(tmp_path, tmp_path)
+    suite = VQA.on_files(tmp_path, tmp_path)
     (sample,) = suite.samples()
     assert suite.score(sample, "Yes.") == {"score": 0, "normal": 1, "asked": 1}
     assert suite.score(sample, "yes\n") == {"score": 1, "normal": 1, "asked": 1}
@@ -295,7 +294,7 @@ def test_hallusion_groups_on_random_answers(tmp_path: Path) -> None:
          "gt_answer": rng.choice("01"), "filename": f"./{sub}/{s}_{f}.png" if f else None}
         for sub in ("chart", "map") for s in range(8) for f in range(4) for q in range(rng.randint(1, 3))
     ]  # fmt: skip
-    suite = HallusionBench.on_file(write(tmp_path / "HallusionBench.json", rows), tmp_path)
+    suite = make_suite("hallusion", data=write(tmp_path / "HallusionBench.json", rows), images=tmp_path)
     shown = [row for row in rows if row["filename"]]
     assert len(suite.samples()) == len(shown)  # those without a figure are not asked
     assert "questions without a figure are left out" in PAGE
@@ -440,7 +439,7 @@ def test_amber_is_the_released_rule_on_random_captions(tmp_path: Path) -> None:
     write(tmp_path / "annotations.json", entries)
     queries = [{"id": i, "image": "a.jpg", "query": "?"} for i in range(MANY)]
     write(tmp_path / "query" / "query_generative.json", queries)
-    suite = AmberCaptions(tmp_path, tmp_path)
+    suite = AmberCaptions.on_files(tmp_path, tmp_path)
     vocabulary = {*near, *itertools.chain(*near.values())}
     for sample, (truth, traps) in zip(suite.samples(), truths, strict=True):
         said = rng.choices([*vocabulary, "Dogs", "dogs", "tv", "nothing"], k=rng.randint(0, 8))
@@ -459,7 +458,7 @@ def test_amber_is_the_released_rule_on_random_captions(tmp_path: Path) -> None:
 def test_amber_has_the_figures_of_the_released_script() -> None:
     data = golden("amber.json.gz")
     printed = dict(zip(("chair", "cover", "hal", "cog", "accuracy", "precision", "recall"), map(float, re.findall(r"[\d.]+", data["output"].replace("F1", ""))), strict=False))  # fmt: skip
-    captions, questions = (kind(DATA / "amber", DATA / "amber") for kind in (AmberCaptions, AmberQuestions))
+    captions, questions = (kind.on_files(DATA / "amber", DATA / "amber") for kind in (AmberCaptions, AmberQuestions))
     found = figures(captions, {str(number + 1): text for number, text in enumerate(data["captions"])})
     no = set(data["no"])
     found |= figures(questions, {s.id: "No" if int(s.id) - 1 in no else "Yes" for s in questions.samples()})

@@ -114,7 +114,7 @@ def test_changed_questions_and_truths_are_not_answered_by_old_answers(bundled, d
 
 
 def test_an_image_that_changes_during_the_run_ends_it(bundled, data, asked, monkeypatch):
-    real, batches = runner._ask, []
+    real, batches = runner.ask_all, []
 
     def ask(model, processor, suite, preset, *rest):
         real(model, processor, suite, preset, *rest)
@@ -122,10 +122,10 @@ def test_an_image_that_changes_during_the_run_ends_it(bundled, data, asked, monk
         if preset == "none":
             Image.new("RGB", (56, 56), "blue").save(data / "1.bmp")
 
-    monkeypatch.setattr(runner, "_ask", ask)
+    monkeypatch.setattr(runner, "ask_all", ask)
     with pytest.raises(StateError, match=r"the image of '1\.bmp/.*' changed during the run"):
         run(bundled, data, ["vhr"])
-    monkeypatch.setattr(runner, "_ask", real)
+    monkeypatch.setattr(runner, "ask_all", real)
     _, said = run(bundled, data, ["vhr"])
     assert any("1.bmp" in line for line in said)
 

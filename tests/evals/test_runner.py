@@ -15,9 +15,9 @@ from rich.console import Console
 import vlmattn
 from vlmattn.errors import StateError
 from vlmattn.evals.journal import Journal
-from vlmattn.evals.page import html_report
 from vlmattn.evals.processes import Processes
 from vlmattn.evals.report import markdown_tables, notes, terminal_tables
+from vlmattn.evals.report.page import html_report
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.scoring import Scored
 from vlmattn.evals.suites import Chair, Pope, Which, World

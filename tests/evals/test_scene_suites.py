@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from vlmattn.embedded import FOLDER
 from vlmattn.embedded.scenes import _COUNT_P, COLOURS, PREFERRED_COLOUR, Scene, make_scene
-from vlmattn.embedded.text import build_tokenizer
 from vlmattn.errors import OptionError, UnknownNameError
-from vlmattn.evals.suites import World, make_generated
+from vlmattn.evals.suites import World, all_suites, make_suite
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.generated import GENERATED
-from vlmattn.evals.suites.questions import as_yes_or_no, read_colour, read_number
+from vlmattn.evals.suites.questions import read_colour, read_number
 from vlmattn.evals.suites.world import MOST_THINGS, USUAL_COUNT, co_occurrence
 
 WORLDS = [World("clear", 0.0, 24), World("faint", 1.0, 24)]
@@ -80,27 +80,27 @@ def values(suite: Suite, answerer, split: str | None = None) -> dict[str, float]
 
 @pytest.fixture(scope="module")
 def suites() -> dict[str, Suite]:
-    return {name: make_generated(name, WORLDS) for name in NEW}
+    return {name: make_suite(name, WORLDS) for name in NEW}
 
 
 @pytest.mark.parametrize("name", NEW)
 def test_samples_are_functions_of_seed_and_index(suites, name):
     samples = suites[name].samples()
     assert len({sample.id for sample in samples}) == len(samples)
-    few = make_generated(name, [World("clear", 0.0, 5)]).samples()
+    few = make_suite(name, [World("clear", 0.0, 5)]).samples()
     of_five = [s for s in samples if s.condition == "clear" and int(s.image_id) < 5]
     assert [(s.id, s.prompt, s.truth) for s in few] == [(s.id, s.prompt, s.truth) for s in of_five]
-    other = make_generated(name, [World("clear", 0.0, 5, seed=13)]).samples()
+    other = make_suite(name, [World("clear", 0.0, 5, seed=13)]).samples()
     assert [(s.prompt, s.truth) for s in few] != [(s.prompt, s.truth) for s in other]
     things = 3 if name == "amber" else None
     assert np.array_equal(np.asarray(few[-1].images()[0]), make_scene(12, 4, "clear", 0.0, things)[1])
-    swapped = make_generated(name, [World("clear", 0.0, 5, swapped=True)]).samples()
+    swapped = make_suite(name, [World("clear", 0.0, 5, swapped=True)]).samples()
     assert np.array_equal(np.asarray(swapped[0].images()[0]), make_scene(12, 1, "clear", 0.0, things)[1])
 
 
 @pytest.mark.parametrize("name", NEW)
 def test_the_bundled_model_knows_every_word(suites, name):
-    tokenizer = build_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     for prompt in {sample.prompt for sample in suites[name].samples()}:
         assert tokenizer.unk_token_id not in tokenizer(prompt)["input_ids"], prompt
 
@@ -166,13 +166,16 @@ def test_amber_asks_about_absent_things_and_balances_the_rest(suites):
 
 def test_numbers_are_held_against_the_answer(suites):
     suite = suites["amber_questions"]
-    assert [as_yes_or_no(text, 2) for text in ("two", "There are 2.", "three objects", "many")] == [
-        "yes",
-        "yes",
-        "no",
-        "",
+    number = next(s for s in suite.samples() if "number" in s.splits and s.truth and len(scene_of(s).things) == 2)
+    scores = [suite.score(number, text) for text in ("two", "There are 2.", "three objects", "many")]
+    assert [(one["right"], one["yes"], one["said_no"]) for one in scores] == [
+        (1, 1, 0),
+        (1, 1, 0),
+        (0, 0, 1),
+        (0, 0, 0),
     ]
-    assert as_yes_or_no("Two", None) == "Two"
+    colour = next(s for s in suite.samples() if "state" in s.splits)
+    assert suite.score(colour, "Two")["wrong"] == 1  # a number says nothing there
     for sample in suite.samples():
         if "number" in sample.splits:
             truth = len(scene_of(sample).things)
@@ -242,11 +245,12 @@ def test_the_usual_count_is_that_of_training():
 
 
 def test_generated_suites_by_name():
-    assert set(GENERATED) == {"pope", "chair", "which", "pqa", *NEW}
-    for name in GENERATED:
-        suite = make_generated(name, [World("faint", 0.0, 4), World("clear", 0.0, 8)])
+    generated = {name for name, info in all_suites().items() if "scenes" in info.doors}
+    assert generated == {"pope", "chair", "which", "pqa", *NEW}
+    for name in generated:
+        suite = make_suite(name, [World("faint", 0.0, 4), World("clear", 0.0, 8)])
         assert suite.name == name
         conditions = {sample.condition for sample in suite.samples()}
         assert conditions == ({"clear"} if name in ("which", "pqa") else {"clear", "faint"})
     with pytest.raises(UnknownNameError, match="did you mean mmhal"):
-        make_generated("mmhall", WORLDS)
+        make_suite("mmhall", WORLDS)

@@ -202,7 +202,7 @@ def test_chair_on_coco_annotation_files(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(captions))
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    chair = Chair.on_coco(tmp_path / "i.json", tmp_path / "c.json", tmp_path)
+    chair = Chair.on_files(tmp_path / "i.json", tmp_path, tmp_path / "c.json")
     sample = next(s for s in chair.samples() if s.id == "7")
     record = chair.score(sample, "A puppy lies beside two benches and a bus.")
     assert (record["mentions"], record["wrong_mentions"], record["found"]) == (3, 1, 2)
@@ -210,7 +210,7 @@ def test_chair_on_coco_annotation_files(tmp_path):
 
 def test_pqa_asks_about_every_image_at_every_position():
     world = World("clear", 0, 12)
-    suite = PQA.on_scenes(world, images=(2, 3), sets=4)
+    suite = PQA.on_scenes(world, sizes=(2, 3), sets=4)
     samples = suite.samples()
     assert len(samples) == 4 * (2 * 2 + 3 * 3)
     assert len({sample.id for sample in samples}) == len(samples)
@@ -228,7 +228,7 @@ def test_pqa_asks_about_every_image_at_every_position():
 
 
 def test_pqa_tells_answers_that_change_with_the_order():
-    suite = PQA.on_scenes(World("clear", 0, 12), images=(2,), sets=3)
+    suite = PQA.on_scenes(World("clear", 0, 12), sizes=(2,), sets=3)
     samples = suite.samples()
     steady = suite.records({s.id: "yes" if s.truth else "no" for s in samples}).values()
     assert sum(r["changed"] for r in steady) == 0
@@ -238,7 +238,7 @@ def test_pqa_tells_answers_that_change_with_the_order():
     assert sum(r["changed"] for r in first_only) == 6
     assert sum(r["right"] for r in first_only) == 6
     with pytest.raises(OptionError, match="2 images or more"):
-        PQA.on_scenes(World("clear", 0, 3), images=(4,))
+        PQA.on_scenes(World("clear", 0, 3), sizes=(4,))
 
 
 def test_sentences_that_were_cut_off_are_left_out_on_request():
@@ -262,7 +262,7 @@ def test_questions_can_be_asked_with_a_suffix(tmp_path):
     path = tmp_path / "q.json"
     question_file(path)
     plain = Pope.on_files([path], tmp_path)
-    asked = plain.asked_with(" Please answer this question with one word.")
+    asked = Pope.on_files([path], tmp_path, suffix=" Please answer this question with one word.")
     assert [s.prompt for s in asked.samples()] == [
         f"{s.prompt} Please answer this question with one word." for s in plain.samples()
     ]

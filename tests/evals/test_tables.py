@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from on_data import published
 from PIL import Image
 
 from vlmattn.errors import InputError
-from vlmattn.evals.suites import Pope
-from vlmattn.evals.suites.hallusion import HallusionBench
-from vlmattn.evals.suites.published import make_published
+from vlmattn.evals.suites import Pope, make_suite
 from vlmattn.evals.suites.tables import is_table
 
 datasets = pytest.importorskip("datasets")
@@ -91,7 +90,7 @@ def pope(tmp_path):
 
 @pytest.mark.parametrize("limit", [None, 2])
 def test_pope(pope, tmp_path, limit):
-    table = make_published("pope", pope, None, limit, 16)
+    table = published("pope", pope, None, limit, 16)
     files = [tmp_path / f"coco_pope_{split}.json" for split in ("adversarial", "popular", "random")]
     same(table, Pope.on_files(files, tmp_path / "images", limit), pictures=False)  # the files' pictures are JPEG
     assert table.samples()[0].splits == ("adversarial", "popular", "random")
@@ -100,7 +99,7 @@ def test_pope(pope, tmp_path, limit):
     settings = dict(table.settings)
     assert len(settings.pop("revision")) == 1
     assert settings == {"table": "POPE", "config": ["default"], "split": ["test"], "limit": limit}
-    assert make_published("pope", pope, None, limit, 16).settings == table.settings  # so that runs resume
+    assert published("pope", pope, None, limit, 16).settings == table.settings  # so that runs resume
 
 
 def test_a_configuration_of_splits_that_are_categories(pope, tmp_path):
@@ -115,15 +114,15 @@ def test_a_configuration_of_splits_that_are_categories(pope, tmp_path):
         "- config_name: Full\n  data_files:\n  - split: adversarial\n    path: Full/adversarial-*\n"
         "  - split: random\n    path: Full/random-*\n---\n"
     )
-    (sample,) = make_published("pope", Path(f"{pope}:Full"), None, None, 16).samples()
+    (sample,) = published("pope", Path(f"{pope}:Full"), None, None, 16).samples()
     assert sample.splits == ("adversarial", "random")
-    assert len(make_published("pope", pope, None, None, 16).samples()) == 6
+    assert len(published("pope", pope, None, None, 16).samples()) == 6
     with pytest.raises(InputError, match="no configuration 'Half'; there are default, Full"):
-        make_published("pope", Path(f"{pope}:Half"), None, None, 16)
+        published("pope", Path(f"{pope}:Half"), None, None, 16)
     card = (pope / "README.md").read_text()
     (pope / "README.md").write_text(card.replace("config_name: default", "config_name: Short"))
     with pytest.raises(InputError, match=r"add a configuration, --data pope=.*POPE:\w+; there are"):
-        make_published("pope", pope, None, None, 16)
+        published("pope", pope, None, None, 16)
 
 
 def test_mme(tmp_path):
@@ -141,15 +140,15 @@ def test_mme(tmp_path):
     folder = parquet(tmp_path / "MME", "test", columns, features)
     for limit in (None, 1):
         same(
-            make_published("mme", folder, None, limit, 16),
-            make_published("mme", tmp_path / "MME_Benchmark", None, limit, 16),
+            published("mme", folder, None, limit, 16),
+            published("mme", tmp_path / "MME_Benchmark", None, limit, 16),
         )
     columns["answer"][3] = "maybe"
     with pytest.raises(InputError, match="bad: row 3: answer must be yes or no, got 'maybe'"):
-        make_published("mme", parquet(tmp_path / "bad", "test", columns, features), None, None, 16)
+        published("mme", parquet(tmp_path / "bad", "test", columns, features), None, None, 16)
     odd = {name: values[:3] for name, values in columns.items()}
     with pytest.raises(InputError, match=r"two questions per image, 'OCR/b\.png' has 1"):
-        make_published("mme", parquet(tmp_path / "odd", "test", odd, features), None, None, 16)
+        published("mme", parquet(tmp_path / "odd", "test", odd, features), None, None, 16)
 
 
 HALLUSION = ("category", "subcategory", "visual_input", "set_id", "figure_id", "sample_note", "question_id", "question", "gt_answer_details", "gt_answer", "filename")  # fmt: skip
@@ -171,8 +170,8 @@ def test_hallusion(tmp_path):
     folder = parquet(tmp_path / "table", "image", columns, features)  # rows without picture are passed over
     (tmp_path / "table" / "data" / "non_image-00000-of-00001.parquet").write_text("a split that nobody reads")
     for limit in (None, 3):
-        files = HallusionBench.on_file(tmp_path / "HallusionBench.json", tmp_path, limit)
-        same(make_published("hallusion", folder, None, limit, 16), files)
+        files = make_suite("hallusion", data=tmp_path / "HallusionBench.json", images=tmp_path, limit=limit)
+        same(published("hallusion", folder, None, limit, 16), files)
 
 
 def test_vqa(tmp_path):
@@ -204,12 +203,12 @@ def test_vqa(tmp_path):
         data = datasets.Dataset.from_dict({**columns, "answers": answers}, features=typed)
         data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     for limit in (None, 2):
-        table = make_published("vqa", folder.parent, None, limit, 16)
-        same(table, make_published("vqa", tmp_path / "files", tmp_path / "images", limit, 16))
+        table = published("vqa", folder.parent, None, limit, 16)
+        same(table, published("vqa", tmp_path / "files", tmp_path / "images", limit, 16))
         assert table.settings["split"] == ["validation"]
     (folder / "validation-00000-of-00001.parquet").unlink()
     with pytest.raises(InputError, match="row 0: no answers of people"):
-        make_published("vqa", folder.parent, None, None, 16)
+        published("vqa", folder.parent, None, None, 16)
 
 
 def test_muirbench(tmp_path):
@@ -233,9 +232,9 @@ def test_muirbench(tmp_path):
     (tmp_path / "muir.jsonl").write_text("\n".join(map(json.dumps, items)))
     folder = parquet(tmp_path / "MUIRBENCH", "test", columns, features)
     for limit in (None, 1):
-        table = make_published("choice", folder, None, limit, 16)
-        same(table, make_published("choice", tmp_path / "muir.jsonl", tmp_path / "images", limit, 16))
-    first, second, third = make_published("choice", folder, None, None, 16).samples()
+        table = published("choice", folder, None, limit, 16)
+        same(table, published("choice", tmp_path / "muir.jsonl", tmp_path / "images", limit, 16))
+    first, second, third = published("choice", folder, None, None, 16).samples()
     assert first.image_id == second.image_id == "0+1"  # twins show the same pictures: the bootstrap draws them together
     assert third.prompt.startswith("Like (image 1)?\nA. (image 2)\nB. (image 3)\n")  # no mark is left for the processor
     assert third.image_count == 3
@@ -258,52 +257,53 @@ def test_blink(tmp_path):
     for shade in range(4):
         saved(tmp_path / "images" / f"{shade}.png", shade)
     (tmp_path / "blink.json").write_text(json.dumps(items))
-    files = make_published("choice", tmp_path / "blink.json", tmp_path / "images", None, 16)
-    same(make_published("choice", tmp_path / "BLINK", None, None, 16), files)  # files without a card: one table
+    files = published("choice", tmp_path / "blink.json", tmp_path / "images", None, 16)
+    same(published("choice", tmp_path / "BLINK", None, None, 16), files)  # files without a card: one table
     parts = "".join(
         f"- config_name: {task}\n  data_files:\n  - split: val\n    path: {task}/val-*\n  - split: test\n    path: {task}/test-*\n"
         for task in ("Counting", "Jigsaw")
     )
     (tmp_path / "BLINK" / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
-    table = make_published("choice", tmp_path / "BLINK", None, None, 16)
+    table = published("choice", tmp_path / "BLINK", None, None, 16)
     same(table, files)
     assert table.settings["config"] == ["Counting", "Jigsaw"]
     assert table.settings["split"] == ["val"]
     assert table.samples()[0].prompt == (
         "How many?\n(A) Counting\n(B) two\nAnswer with the option's letter from the given choices directly."
     )
-    only = make_published("choice", Path(f"{tmp_path / 'BLINK'}:Jigsaw"), None, None, 16)
+    only = published("choice", Path(f"{tmp_path / 'BLINK'}:Jigsaw"), None, None, 16)
     assert [s.id for s in only.samples()] == ["val_Jigsaw_1"]
 
 
 def test_other_columns_are_named_with_the_suite_they_fit(pope, tmp_path):
     with pytest.raises(
-        InputError, match=r"suite vqa \(VQAv2\) the columns image_id, answers are missing.*those of POPE: --data pope="
+        InputError,
+        match=r"suite vqa \(VQAv2\) the columns image_id, answers are missing.*those of .*POPE: --data pope=",
     ):
-        make_published("vqa", pope, None, None, 16)
+        published("vqa", pope, None, None, 16)
     odd = parquet(tmp_path / "odd", "test", {"text": ["a"]}, {"text": "str"})
     with pytest.raises(InputError, match="are missing; there are text") as caught:
-        make_published("choice", odd, None, None, 16)
+        published("choice", odd, None, None, 16)
     assert "--data" not in str(caught.value)
     with pytest.raises(InputError, match="two questions per image"):  # POPE has all of MME's columns
-        make_published("mme", pope, None, None, 16)
+        published("mme", pope, None, None, 16)
 
 
 def test_a_table_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=r"no file or folder 'lmms-lab/POPE' here.*hf download lmms-lab/POPE"
     ) as caught:
-        make_published("pope", Path("lmms-lab/POPE"), None, None, 16)
+        published("pope", Path("lmms-lab/POPE"), None, None, 16)
     assert "\n" not in str(caught.value)
     with pytest.raises(
         InputError, match=r"suite pope: no such file or folder: a/b/c; a table of the hub is owner/name"
     ):
-        make_published("pope", Path("a/b/c"), None, None, 16)
+        published("pope", Path("a/b/c"), None, None, 16)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "test-00000-of-00001.parquet").write_text("not parquet")
     with pytest.raises(InputError, match=r"cannot read the table in .*broken") as caught:
-        make_published("pope", broken, None, None, 16)
+        published("pope", broken, None, None, 16)
     assert "\n" not in str(caught.value)
     real = builtins.__import__
 
@@ -314,7 +314,7 @@ def test_a_table_that_is_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r'pip install "vlmattn\[hub\]"'):
-        make_published("pope", Path("lmms-lab/POPE"), None, None, 16)
+        published("pope", Path("lmms-lab/POPE"), None, None, 16)
 
 
 @pytest.mark.parametrize("kind", ["photo", "deep", "named"])
@@ -332,7 +332,7 @@ def test_pictures_of_a_table_are_read_as_files_are(pope, kind):
         pa.struct({"bytes": pa.binary(), "path": pa.string()}),
     )
     pq.write_table(table.set_column(place, "image", cells).replace_schema_metadata(table.schema.metadata), path)
-    (sample,) = make_published("pope", pope, None, None, 16).samples()
+    (sample,) = published("pope", pope, None, None, 16).samples()
     if kind == "named":  # of a file of this machine, which a table has no business to read
         with pytest.raises(InputError, match="lies outside"):
             sample.images()
@@ -350,7 +350,7 @@ def test_a_damaged_picture_is_named(pope):
     datasets.Dataset.from_dict(columns, features=data.features).to_parquet(
         pope / "data" / "test-00000-of-00001.parquet"
     )
-    (sample,) = make_published("pope", pope, None, None, 16).samples()
+    (sample,) = published("pope", pope, None, None, 16).samples()
     with pytest.raises(InputError, match="POPE: row 0: cannot read the pictures"):
         sample.images()
 

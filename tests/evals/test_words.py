@@ -310,7 +310,7 @@ def test_bad_files(tmp_path: Path, content: bytes, where: str, message: str) -> 
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file or directory; leave --synonyms out"):
+    with pytest.raises(InputError, match=r"No such file or directory; leave chair\.synonyms out"):
         ObjectWords.from_file(tmp_path / "none.txt")
 
 

@@ -382,7 +382,7 @@ def test_the_model_stays_as_it_was(family):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_after_an_error_too(wrapped, monkeypatch):
-    from vlmattn.inspection import maps
+    from vlmattn.inspection import measuring
 
     model, messages = build("llava"), captioned()
     sort_context(model, processor("llava"), messages)
@@ -394,7 +394,7 @@ def test_after_an_error_too(wrapped, monkeypatch):
     def fail(*_):
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(maps._LastRow, "on_attention", fail)
+    monkeypatch.setattr(measuring.Measure, "on_attention", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         sort_context(model, processor("llava"), messages)
     assert hooks(model) == count

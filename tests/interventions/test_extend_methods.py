@@ -16,7 +16,7 @@ from tiny import build, generate, prompt
 
 import vlmattn
 from vlmattn import registry
-from vlmattn.interventions import FastV, LogitEdit, ScorerPolicy, ScorerPruning
+from vlmattn.interventions import PAI, FastV, LogitEdit, ScorerPolicy, ScorerPruning
 
 FOLDER = Path(__file__).parents[2] / "docs" / "extend"
 PAGES = {name: (FOLDER / f"{name}.md").read_text() for name in ("method", "pruning")}
@@ -62,24 +62,17 @@ def test_the_attention_method_of_the_page(capsys):
 
 @no_grad
 def test_it_raises_the_last_image_and_no_other():
-    """Its scores, seen through the attention of the row that predicts."""
+    """PAI raises all images: the same with one, another thing with two."""
     run("method", slice(1))
-    seen = {}
-
-    class Watch:
-        def enter(self, *_): ...
-
-        def attended(self, context, edit, weights):
-            seen[context.layer] = edit.logit[0].lift[0], context.images[0]
-
-    model = vlmattn.wrap(build("llava"), "last_image", alpha=0.5)
-    with (
-        model.vlmattn._record.watched(Watch()) if hasattr(model.vlmattn, "_record") else model.vlmattn.watched(Watch())
-    ):
-        model(**prompt("llava", images=2))
-    assert set(seen) == {1, 2, 3}
-    for lift, images in seen.values():
-        assert torch.equal(lift, 0.5 * (images == 1))
+    for images in (1, 2):
+        inputs = prompt("llava", images=images)
+        found = [
+            vlmattn.wrap(build("llava"), method)(**inputs).logits[0, -1]
+            for method in ("none", PAI(alpha=0.5, layers="1:"), "last_image")
+        ]
+        apart = [float((one - found[2]).abs().max()) for one in found]
+        assert apart[0] > 1e-4
+        assert (apart[1] < 2e-5) == (images == 1)
 
 
 def test_the_methods_of_the_pruning_page(capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
@@ -26,6 +26,7 @@ from vlmattn.kernels import (
     LogitPart,
     MaskPart,
     MassGate,
+    Problem,
     Rows,
     Visibility,
     attend,
@@ -56,7 +57,10 @@ class Case:
     scale: float
 
     def run(self, edit: AttentionEdit, backend: str) -> Tensor:
-        return attend(self.query, self.key, self.value, self.see, edit, self.scale, backend=backend)[0]
+        return attend(self.problem(edit), backend)[0]
+
+    def problem(self, edit: AttentionEdit, **model: object) -> Problem:
+        return Problem(self.query, self.key, self.value, self.see, self.scale, edit, **model)
 
     @property
     def tolerance(self) -> float:
@@ -264,7 +268,7 @@ def test_any_composition_matches_the_reference(data):
         case.run(edit, "eager")
     assume(min(apart, default=1.0) > 3e-5)  # masses are right to a few 1e-7; boosted heads are ranked by 1e-5
     check(case, edit, "eager")
-    got, backend = attend(case.query, case.key, case.value, case.see, edit, case.scale)
+    got, backend = attend(case.problem(edit))
     torch.testing.assert_close(got, case.run(edit, "reference"), rtol=0, atol=case.tolerance)
     assert backend == (
         "merge"
@@ -304,15 +308,15 @@ def test_a_shift_is_added_to_the_queries_before_scale_and_softcap(backend, softc
     edit, sinks = AttentionEdit(shift=torch.randn(case.query.shape[1], 16)), torch.randn(case.query.shape[1])
 
     def run(query: Tensor, edit: AttentionEdit) -> Tensor:
-        options = dict(backend=backend, softcap=softcap, sinks=sinks)
-        return attend(query, case.key, case.value, case.see, edit, case.scale, **options)[0]
+        problem = case.problem(edit, softcap=softcap, sinks=sinks)
+        return attend(replace(problem, query=query), backend)[0]
 
     by_hand = case.query + edit.shift[:, None]
     torch.testing.assert_close(run(case.query, edit), run(by_hand, AttentionEdit()), rtol=0, atol=1e-6)
     both = run(case.query, edit.then(AttentionEdit(shift=-0.5 * edit.shift)))
     torch.testing.assert_close(both, run(case.query + 0.5 * edit.shift[:, None], AttentionEdit()), rtol=0, atol=1e-6)
     looked, plain = (
-        weights(query, case.key, case.see, 1, 4, case.scale, softcap, sinks, one)
+        weights(replace(case.problem(one, softcap=softcap, sinks=sinks), query=query), 1, 4)
         for query, one in ((case.query, edit), (by_hand, AttentionEdit()))
     )
     assert torch.equal(looked, plain)
@@ -329,7 +333,7 @@ def test_prefill_never_holds_query_times_key_weights():
     case = make_case(0, rows, padding=0, kv_heads=2, repeat=1, batch=1)
     part = groups_of(case, 1)
     with torch.no_grad(), Largest() as largest:
-        _, backend = attend(case.query, case.key, case.value, case.see, AttentionEdit(gain=(part,)), case.scale)
+        _, backend = attend(case.problem(AttentionEdit(gain=(part,))))
     assert backend == "merge"
     assert 0 < largest.numel < rows * rows / 8
 
@@ -339,23 +343,23 @@ def test_forced_backends_never_fall_back(monkeypatch):
     logit = AttentionEdit(logit=(LogitPart(lift=torch.ones(2, 12)),))
     monkeypatch.setenv("VLMATTN_BACKEND", "merge")
     with pytest.raises(UnsupportedError, match="logit"):
-        attend(case.query, case.key, case.value, case.see, logit, case.scale)
+        attend(case.problem(logit))
     monkeypatch.setenv("VLMATTN_BACKEND", "triton")
     with pytest.raises(UnsupportedError, match="float16"):
-        attend(case.query, case.key, case.value, case.see, logit, case.scale)
+        attend(case.problem(logit))
     monkeypatch.setenv("VLMATTN_BACKEND", "flash9")
     with pytest.raises(OptionError, match="reference, eager, merge, triton"):
-        attend(case.query, case.key, case.value, case.see, logit, case.scale)
+        attend(case.problem(logit))
     for name in ("reference", "eager"):
         monkeypatch.setenv("VLMATTN_BACKEND", name)
-        assert attend(case.query, case.key, case.value, case.see, logit, case.scale)[1] == name
+        assert attend(case.problem(logit))[1] == name
 
 
 def test_values_of_another_size_than_queries_run_dense():
     case = make_case(0)
     case.value = torch.randn(2, 2, 12, 24, generator=torch.Generator().manual_seed(1))
     edit = AttentionEdit(gain=(groups_of(case, 1),))
-    got, backend = attend(case.query, case.key, case.value, case.see, edit, case.scale)
+    got, backend = attend(case.problem(edit))
     assert backend == "eager"
     torch.testing.assert_close(got, case.run(edit, "reference"), rtol=0, atol=case.tolerance)
     with pytest.raises(UnsupportedError, match="values of the size of the queries"):
@@ -372,9 +376,7 @@ def test_plans_and_masks_refuse_bad_values():
 def test_gradients_reach_query_key_and_value():
     case = make_case(5)
     leaves = [t.requires_grad_() for t in (case.query, case.key, case.value)]
-    out, backend = attend(
-        case.query, case.key, case.value, case.see, AttentionEdit(gain=(groups_of(case, 1),)), case.scale
-    )
+    out, backend = attend(case.problem(AttentionEdit(gain=(groups_of(case, 1),))))
     out.square().sum().backward()
     assert backend == "eager"
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in leaves)

@@ -22,6 +22,7 @@ from vlmattn.kernels import (
     LogitPart,
     MaskPart,
     MassGate,
+    Problem,
     Rows,
     Visibility,
     attend,
@@ -81,8 +82,10 @@ class Call:
         return found.to(DEVICE, torch.uint8)
 
     def run(self, edit: AttentionEdit, backend: str, **model: object) -> Tensor:
-        scale = self.dim**-0.5
-        return attend(self.query, self.key, self.value, self.see, edit, scale, backend=backend, **model)[0].float()
+        return attend(self.problem(edit, **model), backend)[0].float()
+
+    def problem(self, edit: AttentionEdit, **model: object) -> Problem:
+        return Problem(self.query, self.key, self.value, self.see, self.dim**-0.5, edit, **model)
 
     def check(self, edit: AttentionEdit, changes: bool = True, **model: object) -> None:
         exact = self.run(edit, "reference", **model)
@@ -279,7 +282,7 @@ def test_splits_change_nothing_and_scratch_is_never_read_before_it_is_written(na
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     for splits in (1, 2, 5):
-        got = triton_decode.attention(call.query, call.key, call.value, call.see, edit, call.dim**-0.5, splits=splits)
+        got = triton_decode.attention(call.problem(edit), splits)
         torch.testing.assert_close(got.float(), exact, rtol=0, atol=TOLERANCE[torch.float16])
 
 
@@ -372,7 +375,7 @@ def test_who_runs_when_nobody_is_forced():
     """On a GPU the kernel, where it can; on a CPU never, as it would only be interpreted."""
     call = Call()
     edit = AttentionEdit(gain=(GainPart(call.groups(4), PLANS[4]),))
-    ran = lambda edit: attend(call.query, call.key, call.value, call.see, edit, 0.1)[1]  # noqa: E731
+    ran = lambda edit: attend(call.problem(edit))[1]  # noqa: E731
     assert ran(edit) == ("triton" if DEVICE == "cuda" else "eager")
     assert ran(AttentionEdit(logit=(LogitPart(guide=call.uniform(2, 70)),))) == "eager"
 

@@ -426,7 +426,7 @@ def test_attention_by_other_means_is_refused(model, monkeypatch):
 
 def test_an_adapter_of_ones_own():
     class Mine(Adapter):
-        name, reference_free, multiple, lead = "mine", True, 4, 5
+        name, multiple, lead = "mine", 4, 5
 
         @classmethod
         def fits(cls, model):
@@ -454,7 +454,7 @@ def test_an_adapter_of_ones_own():
     try:
         assert type(find_adapter(model)) is Mine
     finally:
-        base._known.remove(Mine)
+        del base._ADAPTERS[Mine.name]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def _skew(axis: Tensor) -> Tensor:
 
 
 class OracleAdapter(Adapter):
-    name, reference_free, multiple, lead = "oracle", True, 1, 0
+    name, multiple, lead = "oracle", 1, 0
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:

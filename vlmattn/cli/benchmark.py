@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from vlmattn.cli.common import DType, app, console, errors, plain
+from vlmattn.cli.common import DType, app, console, errors, listed, plain
 from vlmattn.errors import InputError, OptionError
 from vlmattn.evals.loading import check_dtype, load
 from vlmattn.files import make_folder
@@ -61,7 +61,7 @@ def bench(
     from vlmattn.evals.bench import bench as measure
     from vlmattn.evals.timing import write_csv
 
-    chosen = [name.strip() for name in presets.split(",") if name.strip()]
+    chosen = listed(presets)
     check(chosen, rounds, new_tokens)
     if batch_size < 1:
         raise OptionError(f"--batch-size must be at least 1, got {batch_size}")

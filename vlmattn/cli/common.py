@@ -1,10 +1,16 @@
-"""What all commands share: the application, its consoles, and the options that name a model."""
+"""What all commands share: the application, its consoles, and groups of options."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+import os
 import shlex
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -23,18 +29,72 @@ Model = Annotated[
     str, typer.Option(help="'embedded', 'smol', a folder, or a hub name such as llava-hf/llava-1.5-7b-hf.")
 ]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(help="For accelerate: auto, cuda, cpu. Otherwise the GPU if there is one, one per process."),
-]
-LoadIn = Annotated[
-    str | None, typer.Option(help="8bit or 4bit: quantise the weights while loading (needs bitsandbytes).")
-]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded."""
+
+    dtype: DType = "auto"
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="For accelerate: auto, cuda, cpu. Otherwise the GPU if there is one, one per process."),
+    ] = None
+    load_in: Annotated[
+        str | None, typer.Option(help="8bit or 4bit: quantise the weights while loading (needs bitsandbytes).")
+    ] = None
+
+    def load(self, name: str) -> tuple[Any, Any]:
+        """Model and processor."""
+        from vlmattn.evals.loading import load
+
+        return load(name, self.dtype, self.device_map, self.load_in)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes groups of options: an argument that is a dataclass stands for its fields, each an option."""
+    hints: dict[str, Any] = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {}
+    found: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind = hints[name]
+        if not dataclasses.is_dataclass(kind):
+            found.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[name], types = kind, get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            option = {"default": field.default, "annotation": types[field.name]}
+            found.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, **option))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in found}
+    return run
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="MODULE", help="A module that registers methods, families, suites, ...; may repeat."
+        ),
+    ] = None,
+) -> None:
     del debug  # read from sys.argv by main(), so that it also covers errors of the parser
+    from vlmattn.registry import import_plugin, load_plugins
+
+    load_plugins()
+    if modules:
+        sys.path.append(os.getcwd())
+    for module in modules or ():
+        import_plugin(module)
 
 
 def plain(text: str, style: str | None = None) -> None:
@@ -49,3 +109,8 @@ def say(line: str) -> None:
 def typed() -> str:
     """The command line as it was typed, for the record."""
     return shlex.join(["vlmattn", *sys.argv[1:]])
+
+
+def listed(text: str) -> list[str]:
+    """The names of a text that lists them with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]

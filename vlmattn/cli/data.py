@@ -2,176 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlmattn.cli.common import errors
 from vlmattn.embedded import BUNDLED
-from vlmattn.errors import InputError, OptionError, UnknownNameError
+from vlmattn.errors import InputError, OptionError
 
 if TYPE_CHECKING:
     from vlmattn.evals.suites import Suite
+    from vlmattn.evals.suites.registry import SuiteInfo
 
-Visibility = Annotated[str, typer.Option(help="Of generated scenes: clear, dim, faint, tiny; comma-separated.")]
-Prior = Annotated[float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")]
-Questions = Annotated[list[Path] | None, typer.Option(help="POPE question file; repeat for several splits.")]
-Images = Annotated[Path | None, typer.Option(help="Folder of the images that --questions or --instances name.")]
-AllowOutside = Annotated[
-    bool, typer.Option("--allow-outside", help="Read images outside of --images too, where data files name them.")
-]
-Data = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Published data of a suite, NAME=PATH: pope, amber, amber_questions, mme, mmhal, llava_bench, hallusion, choice, vqa, captions; or a table of the hub, NAME=owner/table. Repeat."
-    ),
-]
-Instances = Annotated[Path | None, typer.Option(help="COCO instances file, for CHAIR.")]
-Captions = Annotated[Path | None, typer.Option(help="COCO captions file, for CHAIR.")]
-Synonyms = Annotated[Path | None, typer.Option(help="Word list in CHAIR's published format (ours otherwise).")]
-Judge = Annotated[str, typer.Option(help="Of free text: rule, or a function of yours, package.module:function.")]
-PromptImages = Annotated[
-    str | None, typer.Option(help="Numbers of images in the prompts of which (2,3,4) and pqa (2,4), as 2,4,8.")
-]
-Suffix = Annotated[str, typer.Option("--prompt-suffix", help="Words after each question of POPE's files or table.")]
-DropCut = Annotated[
-    bool,
-    typer.Option("--drop-cut-sentence", help="Leave a last sentence that was cut off out of COCO captions (CHAIR)."),
-]
-Limit = Annotated[int | None, typer.Option(help="Questions per file, or COCO images (500).", min=1)]
-CaptionLength = Annotated[int, typer.Option(help="Length of COCO captions.", min=1)]
-
-
-def counts_of(text: str | None) -> list[int] | None:
-    """Numbers of images in a prompt, as typed.
-
-    Raises:
-        OptionError: not numbers from 2 on.
-    """
-    if text is None:
-        return None
-    found = [int(word) for word in text.split(",") if word.strip().isdecimal() and len(word) < 10]
-    if len(found) != len(text.split(",")) or min(found, default=0) < 2:
-        raise OptionError(f"--prompt-images takes numbers from 2 on, as 2,4,8; got '{text}'")
-    return found
-
-
-def generated(
-    names: list[str],
-    scenes: int,
-    visibility: list[str],
-    prior: float,
-    seed: int | None = None,
-    counts: list[int] | None = None,
-) -> list[Suite]:
-    """Suites on generated scenes; without a seed on those of every evaluation."""
-    from vlmattn.evals.suites import World
-    from vlmattn.evals.suites.generated import make_generated
-    from vlmattn.evals.suites.world import EVAL_SEED
-
-    worlds = [World(look, prior, scenes, EVAL_SEED if seed is None else seed) for look in visibility]
-    return [make_generated(name, worlds, counts) for name in names]
+DEFAULT_SUITES = "pope,chair"
 
 
 @dataclass(frozen=True)
-class Files:
-    """What was given of published data, and how much of it is to be used.
+class SuiteOptions:
+    """What suites are made of, and their options."""
 
-    Attributes:
-        data: paths by the names of suites.
-        questions, images, instances, captions, synonyms: of POPE and CHAIR.
-        limit: questions per file, or images.
-        length: of captions and other free text, in tokens.
-        judge: who rates free text.
-        suffix: words after each question of POPE.
-        drop_cut: whether a cut-off last sentence is left out of COCO captions.
-        counts: numbers of images in the prompts of pqa.
-        allow_outside: whether names of images may lead out of their folder.
-    """
+    scenes: Annotated[int, typer.Option(help="Generated scenes per condition.")] = 200
+    visibility: Annotated[str, typer.Option(help="Of generated scenes: clear, dim, faint, tiny; comma-separated.")] = (
+        "faint,clear"
+    )
+    prior: Annotated[
+        float, typer.Option(help="Share (0..1) of generated scenes that break the co-occurrence prior.")
+    ] = 0.0
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Published data of a suite, NAME=PATH, or a table of the hub, NAME=owner/table. Repeat."),
+    ] = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="An option of a suite, NAME.option=value, as chair.synonyms=FILE (vlmattn suites NAME). Repeat.",
+        ),
+    ] = None
+    images: Annotated[Path | None, typer.Option(help="Folder of the images that data files name.")] = None
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Read images outside of --images too, where data files name them.")
+    ] = False
+    limit: Annotated[int | None, typer.Option(help="Questions per file, or images (of COCO 500).", min=1)] = None
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Length of captions and free text about published data.", min=1)
+    ] = 512
 
-    data: Mapping[str, Path]
-    questions: list[Path] | None
-    images: Path | None
-    instances: Path | None
-    captions: Path | None
-    synonyms: Path | None
-    limit: int | None
-    length: int
-    judge: str
-    suffix: str
-    drop_cut: bool
-    counts: list[int] | None
-    allow_outside: bool
+    def make(self, names: Sequence[str], model: str, seed: int | None = None) -> list[Suite]:
+        """The named suites: on their data where any are given, else on generated scenes.
 
-    def __bool__(self) -> bool:
-        return bool(self.questions or self.instances or self.data)
+        Raises:
+            UnknownNameError: no such suite or option.
+            InputError: a suite has no data, or they cannot be read.
+            OptionError: an option that cannot be read or is out of range; data for a suite that is not asked.
+        """
+        from vlmattn.evals.suites import World, make_suite
+        from vlmattn.evals.suites.making import lacking, suite_info
+        from vlmattn.evals.suites.world import EVAL_SEED
 
-    def suites(self, names: Sequence[str]) -> list[Suite]:
-        """Those of the named suites that there are files for."""
-        from vlmattn.evals.judges import load_judge
-        from vlmattn.evals.suites import PQA, Chair, Pope
-        from vlmattn.evals.suites.pqa import SIZES
-        from vlmattn.evals.suites.published import make_published
-
-        if self.images is None and (self.questions or self.instances):
-            raise InputError("--questions and --instances need --images DIR, the folder of the images they name")
-        judge = load_judge(self.judge)
-        chosen: list[Suite] = []
-        if self.questions and self.images and "pope" in names:
-            chosen.append(Pope.on_files(self.questions, self.images, self.limit, self.allow_outside))
-        if self.questions and self.images and "pqa" in names:
-            sizes = self.counts or SIZES
-            chosen.append(PQA.on_files(self.questions, self.images, sizes, allow_outside=self.allow_outside))
-        if self.instances and self.images and "chair" in names:
-            some = self.limit or 500
-            coco = Chair.on_coco(
-                self.instances,
-                self.captions,
-                self.images,
-                self.synonyms,
-                some,
-                0,
-                self.length,
-                self.drop_cut,
-                self.allow_outside,
+        infos = [suite_info(name.strip()) for name in names]
+        paths = {name: [Path(path) for path in of] for name, of in self._pairs("--data", self.data, infos).items()}
+        options = self.options(infos, paths)
+        worlds = []
+        if not paths:
+            looks = [look.strip() for look in self.visibility.split(",")]
+            worlds = [World(look, self.prior, self.scenes, EVAL_SEED if seed is None else seed) for look in looks]
+        missing = [info for info in infos if not (paths.get(info.name) or info.own_data)] if paths else []
+        if missing and ",".join(names) != DEFAULT_SUITES:
+            raise InputError(lacking(missing))
+        if missing:
+            errors.print(f"note: {lacking(missing)}", highlight=False, soft_wrap=True, markup=False)
+        if worlds and model not in BUNDLED and not all(info.own_data for info in infos):
+            errors.print(
+                "note: generated scenes were made for the bundled models; give --data and --images for real data"
             )
-            chosen.append(coco)
-        chosen += [
-            make_published(
-                name, path, self.images, self.limit, self.length, judge=judge, allow_outside=self.allow_outside
-            )
-            for name, path in self.data.items()
-            if name in names
+        usual = {name: getattr(self, name) for name in ("images", "limit", "max_new_tokens", "allow_outside")}
+        return [
+            make_suite(info, worlds, paths.get(info.name, ()), usual, **options[info.name])
+            for info in infos
+            if info not in missing
         ]
-        return [suite.asked_with(self.suffix) if self.suffix and isinstance(suite, Pope) else suite for suite in chosen]
 
+    def options(self, infos: Sequence[SuiteInfo], paths: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
+        """By suite the options that ``--set`` gives it."""
+        from vlmattn.evals.suites.making import door_of, parse_option
 
-def paths_of(given: list[str] | None) -> dict[str, Path]:
-    """Paths by the names of suites."""
-    from vlmattn.evals.suites.published import PUBLISHED
+        found: dict[str, dict[str, Any]] = {info.name: {} for info in infos}
+        known = {info.name: info for info in infos}
+        for key, texts in self._pairs("--set", self.set_, infos).items():
+            name, _, option = key.partition(".")
+            if len(texts) > 1:
+                raise OptionError(f"--set {key} is given twice")
+            door = door_of(known[name], paths.get(name) or known[name].own_data)
+            found[name][option] = parse_option(known[name], door, option, texts[0])
+        return found
 
-    found: dict[str, Path] = {}
-    for text in given or ():
-        name, equals, path = text.partition("=")
-        if not equals or not path:
-            raise OptionError(f"--data is NAME=PATH, for example mme=MME_Benchmark; got '{text}'")
-        if name in found:
-            raise OptionError(f"--data {name} is given twice")
-        if name not in PUBLISHED:
-            raise UnknownNameError("suite of published data", name, PUBLISHED)
-        found[name] = Path(path)
-    return found
+    def _pairs(self, flag: str, given: list[str] | None, infos: Sequence[SuiteInfo]) -> dict[str, list[str]]:
+        """What stands behind the first ``=`` of each text, by what stands before it: a suite, or its option."""
+        from vlmattn.evals.suites.registry import find_suite
 
-
-def lacking(names: list[str]) -> str:
-    return f"no data for suite {', '.join(names)}: pope needs --questions or --data, pqa --questions, chair --instances, others --data NAME=PATH"
-
-
-def note_scenes(model: str) -> None:
-    if model not in BUNDLED:
-        errors.print(
-            "note: generated scenes were made for the bundled models; give --questions and --images for real data"
+        form = (
+            "NAME=PATH, for example mme=MME_Benchmark" if flag == "--data" else "NAME.option=value, as chair.limit=100"
         )
+        asked, found = [info.name for info in infos], dict[str, list[str]]()
+        for text in given or ():
+            key, equals, value = text.partition("=")
+            name, dot, option = key.partition(".")
+            if not equals or not value or (flag == "--set") != bool(dot and option):
+                raise OptionError(f"{flag} is {form}; got '{text}'")
+            if name not in asked:
+                find_suite(name)
+                raise OptionError(f"{flag} {key}: --suite does not name {name}; it names {', '.join(asked)}")
+            found.setdefault(key, []).append(value)
+        return found

@@ -49,7 +49,7 @@ def presets(
 
 def _list_presets(known: dict[str, PresetInfo]) -> None:
     """One line per preset for other programs; on a terminal a table that fits, with what its method costs said once."""
-    from vlmattn.evals.survey import checked_against, paper_id
+    from vlmattn.options import checked_against, paper_id
     from vlmattn.registry import find_method
 
     terminal = console.is_terminal
@@ -112,6 +112,39 @@ def _options_of(method: Options) -> Table:
     return table
 
 
+@app.command()
+def suites(
+    name: Annotated[str | None, typer.Argument(help="Show one suite with its options.")] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False,
+) -> None:
+    """List the suites of vlmattn eval, or show one: where its data come from, and its options for --set.
+
+    Example: [bold]vlmattn suites chair[/bold]
+    """
+    from vlmattn.evals.suites.making import options_of, suite_info
+    from vlmattn.evals.suites.registry import all_suites, markdown
+
+    if as_markdown:
+        print(markdown(), end="")
+        return
+    if name is None:
+        table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+        for title in ("suite", "asks", "data"):
+            table.add_column(title, no_wrap=title == "suite")
+        for info in all_suites().values():
+            table.add_row(info.name, escape(info.about), escape(info.where))
+        console.print(table)
+        return
+    info = suite_info(name)
+    plain(f"{info.name}  {info.about}", style="bold")
+    plain(f"data: {info.where}" + (f"\nsource: {info.source}" if info.source else ""))
+    for door in info.doors:
+        found = options_of(info, door)
+        plain(f"\noptions on {door}: " + ("none" if not found else ""))
+        for option, (kind, default) in found.items():
+            plain(f"  --set {info.name}.{option}={kind}" + ("" if default is None else f"  (default {default})"))
+
+
 _PACKAGES = (
     "vlmattn",
     "torch",
@@ -127,9 +160,7 @@ _PACKAGES = (
 
 
 @app.command()
-def families(
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False,
-) -> None:
+def families(as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False) -> None:
     """List the model families, and which kinds of methods run on each.
 
     Example: [bold]vlmattn families[/bold]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmattn.cli.common import DeviceMap, DType, LoadIn, app, plain, typed
+from vlmattn.cli.common import LoadOptions, app, grouped, plain, typed
 from vlmattn.cli.figures import write_figures, write_page
 from vlmattn.errors import InputError
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@grouped
 def inspect(
     model: Annotated[str, typer.Argument(help="'embedded', 'smol', a folder, or a hub name.")],
+    loading: LoadOptions,
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture; more than one makes a prompt of several.")
     ] = None,
@@ -35,9 +37,6 @@ def inspect(
     visibility: Annotated[str, typer.Option(help="Of the scene: clear, dim, faint or tiny.")] = "faint",
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 12,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 64,
-    dtype: DType = "auto",
-    device_map: DeviceMap = None,
-    load_in: LoadIn = None,
 ) -> None:
     """Show what a model looks at while it answers, alone and with a preset: one page, figures, or the attention itself.
 
@@ -51,14 +50,13 @@ def inspect(
         raise InputError("nothing to write; give --html out.html, --png FOLDER or --save FOLDER")
     if (image is None) == (scene is None):
         raise InputError("give a picture with --image, or a generated scene with --scene (not both)")
-    from vlmattn.evals.loading import load
     from vlmattn.evals.prompts import encode
     from vlmattn.inspection import compare_answers
     from vlmattn.recipe import Recipe
 
     recipes = ["none"] if Recipe.of(preset).is_none else ["none", preset]
     pictures = [_open(path) for path in image or ()] or [_scene(scene or 0, visibility, seed)]
-    loaded, processor = load(model, dtype, device_map, load_in)
+    loaded, processor = loading.load(model)
     inputs = encode(loaded, processor, [prompt], [pictures])
     quiet = not sys.stderr.isatty()
     sides = compare_answers(

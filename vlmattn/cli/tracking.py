@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +19,7 @@ from vlmattn.cli.benchmark import check_target, find_device
 from vlmattn.cli.common import app, console, errors, plain
 from vlmattn.errors import InputError, OptionError
 from vlmattn.evals.loading import check_dtype
+from vlmattn.files import write_whole
 
 if TYPE_CHECKING:
     from vlmattn.tracking import Frames, Rule, Track, Tracker, Trajectory
@@ -28,45 +28,63 @@ if TYPE_CHECKING:
 _DEMO = Path("runs/track-demo")
 _SIZE = 308  # longer side for networks that come without a size: KV-Tracker's live setting
 _ROUNDS = 9  # of the paired timing in the demo
+_TOLD = {  # fields of a score
+    "ate": "ATE, Sim(3)",
+    "ate_rigid": "ATE, rigid",
+    "rpe": "RPE",
+    "rpe_degrees": "RPE, degrees",
+    "yaw": "yaw, degrees",
+}
 
+Source = Annotated[Path | None, typer.Option(help="Folder of pictures, a video (needs PyAV), or a GIF.")]
 Out = Annotated[Path | None, typer.Option(help="Trajectory in the TUM format: time tx ty tz qx qy qz qw per line.")]
 Viz = Annotated[Path | None, typer.Option(help="HTML page: path from above, confidence, keyframes.")]
 Ply = Annotated[Path | None, typer.Option(help="Point cloud of the keyframes.")]
+Model = Annotated[str, typer.Option(help="'embedded', or what --network's from_pretrained takes.")]
+Network = Annotated[str | None, typer.Option(help="Class of the model, package.module:Class, e.g. pi3.models.pi3:Pi3.")]
+RuleName = Annotated[
+    str | None,
+    typer.Option(
+        help="When to take a keyframe: angular, azel, released, interval, pose. Default: angular; --demo: pose."
+    ),
+]
+Degrees = Annotated[float | None, typer.Option(help="For angular, azel, released, pose: angle (10).")]
+IntervalOf = Annotated[int | None, typer.Option(help="For interval: frames (50).")]
+Most = Annotated[int, typer.Option(help="The map takes no more.")]
+Every = Annotated[int, typer.Option(help="Take each n-th frame.")]
+Rate = Annotated[float | None, typer.Option(help="Frames per second, where the source does not say (30).")]
+Size = Annotated[int | None, typer.Option(help="Longer side in pixels; default: the network's, or 308.", min=1)]
+Masks = Annotated[Path | None, typer.Option(help="Folder of masks of an object, named as the frames; white is on it.")]
+Truth = Annotated[Path | None, typer.Option(help="True trajectory (TUM format): tells ATE and RPE.")]
+CacheDType = Annotated[str, typer.Option(help="Of the map: auto, float32, bfloat16 or float16.")]
+DType = Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: a GPU if there is one.")]
+Demo = Annotated[bool, typer.Option("--demo", help="Render a room and track it, with controls beside.")]
+Seed = Annotated[int, typer.Option(help="Which room of the demo.", min=0)]
 
 
 @app.command()
 def track(
-    frames: Annotated[Path | None, typer.Option(help="Folder of pictures, a video (needs PyAV), or a GIF.")] = None,
+    frames: Source = None,
     out: Out = None,
     viz: Viz = None,
     ply: Ply = None,
-    model: Annotated[str, typer.Option(help="'embedded', or what --network's from_pretrained takes.")] = "embedded",
-    network: Annotated[
-        str | None, typer.Option(help="Class of the model, package.module:Class, e.g. pi3.models.pi3:Pi3.")
-    ] = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(
-            help="When to take a keyframe: angular, azel, released, interval, pose. Default: angular; --demo: pose."
-        ),
-    ] = None,
-    degrees: Annotated[float | None, typer.Option(help="For angular, azel, released, pose: angle (10).")] = None,
-    interval: Annotated[int | None, typer.Option(help="For interval: frames (50).")] = None,
-    max_keyframes: Annotated[int, typer.Option(help="The map takes no more.")] = 20,
-    every: Annotated[int, typer.Option(help="Take each n-th frame.")] = 1,
-    rate: Annotated[float | None, typer.Option(help="Frames per second, where the source does not say (30).")] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Longer side in pixels; default: the network's, or 308.", min=1)
-    ] = None,
-    masks: Annotated[
-        Path | None, typer.Option(help="Folder of masks of an object, named as the frames; white is on it.")
-    ] = None,
-    truth: Annotated[Path | None, typer.Option(help="True trajectory (TUM format): tells ATE and RPE.")] = None,
-    cache_dtype: Annotated[str, typer.Option(help="Of the map: auto, float32, bfloat16 or float16.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: a GPU if there is one.")] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Render a room and track it, with controls beside.")] = False,
-    seed: Annotated[int, typer.Option(help="Which room of the demo.", min=0)] = 0,
+    model: Model = "embedded",
+    network: Network = None,
+    rule: RuleName = None,
+    degrees: Degrees = None,
+    interval: IntervalOf = None,
+    max_keyframes: Most = 20,
+    every: Every = 1,
+    rate: Rate = None,
+    size: Size = None,
+    masks: Masks = None,
+    truth: Truth = None,
+    cache_dtype: CacheDType = "auto",
+    dtype: DType = "auto",
+    device: Device = None,
+    demo: Demo = False,
+    seed: Seed = 0,
 ) -> None:
     """Track the camera of a sequence against the keys and values of a map of keyframes.
 
@@ -82,27 +100,156 @@ def track(
         raise OptionError("give --frames with a folder or video, or --demo" + (", not both" if demo else ""))
     if demo and (truth or masks):
         raise OptionError("--demo renders its own frames and knows their truth; leave out --truth and --masks")
+    settings = _Settings(model, network, dtype, find_device(device), cache_dtype, max_keyframes)
     chosen = _rule(rule or ("pose" if demo else "angular"), degrees, interval)
-    for name in (dtype, cache_dtype):
-        check_dtype(name)
-    place = find_device(device)
     if frames is None:
-        out, viz = out or _DEMO / "trajectory.txt", viz or _DEMO / "page.html"
-        _check_targets(out, viz, ply)
-        _demo(_load(model, network, dtype, place), chosen, max_keyframes, cache_dtype, seed, out, viz, ply)
-        return
-    if out is None:
+        files = _Files(out or _DEMO / "trajectory.txt", viz or _DEMO / "page.html", ply)
+        files.check()
+        _demo(settings.tracker(chosen), seed, files)
+    elif out is None:
         raise OptionError("give --out with a file name for the trajectory")
-    _check_targets(out, viz, ply)
-    from vlmattn.tracking import Frames, read_tum
+    else:
+        files = _Files(out, viz, ply)
+        files.check()
+        from vlmattn.tracking import Frames, read_tum
 
-    source = Frames(frames, every, rate)
-    real = None if truth is None else read_tum(truth)
-    tracker = _tracker(_load(model, network, dtype, place), chosen, max_keyframes, cache_dtype)
-    tracks, times = _follow(tracker, source, size, masks)
-    extra, drawn = _against(tracker, real) if real is not None else ("", None)
-    _write(tracker, tracks, frames.name, out, viz, ply, drawn, extra)
+        source, real = Frames(frames, every, rate), None if truth is None else read_tum(truth)
+        _sequence(settings.tracker(chosen), source, frames.name, size, masks, real, files)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Which network runs how."""
+
+    model: str
+    network: str | None
+    dtype: str
+    device: str
+    cache_dtype: str
+    max_keyframes: int
+
+    def tracker(self, rule: Rule) -> Tracker:
+        from vlmattn.tracking import Tracker
+
+        dtype, cache_dtype = _dtype(self.dtype), _dtype(self.cache_dtype)
+        model = self._load().eval().to(device=self.device, dtype=dtype)
+        return Tracker(model, rule=rule, max_keyframes=self.max_keyframes, cache_dtype=cache_dtype)
+
+    def _load(self) -> Any:
+        import torch
+
+        from vlmattn.tracking.bundled import load
+
+        if self.network is None:
+            if self.device == "cpu" and self.model == "embedded":
+                torch.set_num_threads(1)  # so small that threads would mostly wait for each other
+            return load() if self.model == "embedded" else load(self.model)
+        module, _, attribute = self.network.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute).from_pretrained(self.model)
+        except (ImportError, AttributeError, ValueError) as error:
+            why = f"--network {self.network} cannot be imported ({error}); it is package.module:Class"
+            raise OptionError(why) from error
+        except OSError as error:
+            raise InputError(f"cannot load '{self.model}': {str(error).strip().splitlines()[0]}") from error
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    check_dtype(name)
+    return None if name == "auto" else getattr(torch, name)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What is written."""
+
+    out: Path
+    viz: Path | None
+    ply: Path | None
+
+    def check(self) -> None:
+        for target in filter(None, (self.out, self.viz, self.ply)):
+            check_target(target)
+
+    def write(self, tracker: Tracker, tracks: Sequence[Track], title: str, truth: Any, extra: str) -> None:
+        from vlmattn.tracking.page import page
+
+        tracker.save_tum(self.out)
+        plain(f"trajectory: {self.out}")
+        if self.ply is not None:
+            tracker.save_ply(self.ply)
+            plain(f"points: {self.ply}")
+        if self.viz is not None:
+            write_whole(self.viz, page(tracker, tracks, title, truth, extra))
+            plain(f"page: {self.viz}")
+
+
+def _rule(name: str, degrees: float | None, interval: int | None) -> Rule:
+    from vlmattn.tracking.keyframes import Interval, find_rule
+
+    rule = find_rule(name)
+    option, odd = ("--degrees", degrees) if isinstance(rule, Interval) else ("--interval", interval)
+    if odd is not None:
+        raise OptionError(f"{option} means nothing to --rule {name}")
+    given = {"degrees": degrees, "frames": interval}
+    return replace(rule, **{name: value for name, value in given.items() if value is not None})  # type: ignore[type-var]
+
+
+def _sequence(
+    tracker: Tracker,
+    source: Frames,
+    title: str,
+    size: int | None,
+    masks: Path | None,
+    truth: Trajectory | None,
+    files: _Files,
+) -> None:
+    """Track all frames of a source and write what was asked for."""
+    tracks, times = _follow(tracker, _prepared(tracker, source, size, masks), len(source))
+    if not tracks:
+        raise InputError("the source has no frames")
+    extra, drawn = ("", None) if truth is None else _against(tracker, truth)
+    files.write(tracker, tracks, title, drawn, extra)
     plain(f"{len(tracks)} frames, {tracker.keyframes} keyframes, {len(tracks) / sum(times):.1f} frames per second")
+
+
+def _prepared(
+    tracker: Tracker, source: Frames, size: int | None, masks: Path | None
+) -> Iterator[tuple[Any, Any, float]]:
+    """Pictures of the network's size, masks, and seconds."""
+    from vlmattn.pictures import open_picture
+    from vlmattn.tracking import fit
+
+    longest = size or getattr(getattr(tracker.model, "config", None), "image_size", _SIZE)
+    for frame in source:
+        picture, mask = fit(frame.picture, longest, tracker.adapter.multiple), None
+        if masks is not None:
+            mask = open_picture(masks / f"{Path(frame.name).stem}.png").resize(picture.size, resample=0)
+        yield picture, mask, frame.seconds
+
+
+def _follow(
+    tracker: Tracker, frames: Iterable[tuple[Any, Any, float | None]], total: int
+) -> tuple[list[Track], list[float]]:
+    """Track frames (picture, mask, seconds); and the seconds that each took."""
+    tracks: list[Track] = []
+    times: list[float] = []
+    with _progress(total, "tracking") as bar:
+        for picture, mask, seconds in frames:
+            begun = time.perf_counter()
+            tracks.append(tracker.follow(picture, mask, seconds))
+            times.append(time.perf_counter() - begun)
+            bar.set_postfix_str(f"{tracker.keyframes} keyframes")
+            bar.update()
+    return tracks, times
+
+
+def _progress(total: int, what: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total or None, desc=what, unit=" frames", leave=False, disable=None, file=sys.stderr)
 
 
 def _against(tracker: Tracker, real: Trajectory) -> tuple[str, Any]:
@@ -129,141 +276,45 @@ def _note(text: str) -> None:
     errors.print(f"note: {text}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 
-def _check_targets(*targets: Path | None) -> None:
-    for target in targets:
-        if target is not None:
-            check_target(target)
-
-
-def _rule(name: str, degrees: float | None, interval: int | None) -> Rule:
-    from vlmattn.tracking.keyframes import Interval, find_rule
-
-    rule = find_rule(name)
-    if (degrees is not None and isinstance(rule, Interval)) or (
-        interval is not None and not isinstance(rule, Interval)
-    ):
-        option = "--interval" if interval is not None else "--degrees"
-        raise OptionError(f"{option} means nothing to --rule {name}")
-    given = {"degrees": degrees, "frames": interval}
-    return replace(rule, **{name: value for name, value in given.items() if value is not None})  # type: ignore[type-var]
-
-
-def _load(name: str, network: str | None, dtype: str, device: str) -> Any:
-    import torch
-
-    from vlmattn.tracking.bundled import load
-
-    kind = None if dtype == "auto" else getattr(torch, dtype)
-    if network is None:
-        if device == "cpu" and name == "embedded":
-            torch.set_num_threads(1)  # so small that threads would mostly wait for each other
-        loaded: Any = load() if name == "embedded" else load(name)
-    else:
-        module, _, attribute = network.partition(":")
-        try:
-            loaded = getattr(importlib.import_module(module), attribute).from_pretrained(name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise OptionError(
-                f"--network {network} cannot be imported ({error}); it is package.module:Class"
-            ) from error
-        except OSError as error:
-            raise InputError(f"cannot load '{name}': {str(error).strip().splitlines()[0]}") from error
-    return loaded.eval().to(device=device, dtype=kind)
-
-
-def _tracker(model: Any, rule: Rule, max_keyframes: int, cache_dtype: str) -> Tracker:
-    import torch
-
-    from vlmattn.tracking import Tracker
-
-    kind = None if cache_dtype == "auto" else getattr(torch, cache_dtype)
-    return Tracker(model, rule=rule, max_keyframes=max_keyframes, cache_dtype=kind)
-
-
-def _follow(tracker: Tracker, source: Frames, size: int | None, masks: Path | None) -> tuple[list[Track], list[float]]:
-    """Track all frames; the seconds that each took."""
-    from vlmattn.pictures import open_picture
-    from vlmattn.tracking import fit
-
-    longest = size or getattr(getattr(tracker.model, "config", None), "image_size", _SIZE)
-    multiple = tracker.adapter.multiple
-    tracks: list[Track] = []
-    times: list[float] = []
-    with _progress(len(source), "tracking") as bar:
-        for frame in source:
-            picture = fit(frame.picture, longest, multiple)
-            mask = None
-            if masks is not None:
-                mask = open_picture(masks / f"{Path(frame.name).stem}.png").resize(picture.size, resample=0)
-            begun = time.perf_counter()
-            tracks.append(tracker.follow(picture, mask, frame.seconds))
-            times.append(time.perf_counter() - begun)
-            bar.set_postfix_str(f"{tracker.keyframes} keyframes")
-            bar.update()
-    if not tracks:
-        raise InputError("the source has no frames")
-    return tracks, times
-
-
-@contextlib.contextmanager
-def _progress(total: int, what: str) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(total=total or None, desc=what, unit=" frames", leave=False, disable=None, file=sys.stderr) as bar:
-        yield bar
-
-
-def _demo(
-    model: Any, rule: Rule, max_keyframes: int, cache_dtype: str, seed: int, out: Path, viz: Path, ply: Path | None
-) -> None:
+def _demo(tracker: Tracker, seed: int, files: _Files) -> None:
     """Track a walk through a room that training never saw; the same frames by other ways; what a frame takes."""
     from vlmattn.tracking.controls import compare, held_out_walk, score
     from vlmattn.tracking.files import Trajectory, write_tum
 
     walk, other = held_out_walk(seed), held_out_walk(seed + 1_000)
-    tracker = _tracker(model, rule, max_keyframes, cache_dtype)
-    tracks, times = [], []
-    with _progress(len(walk.images), "tracking") as bar:
-        for image in walk.images:
-            begun = time.perf_counter()
-            tracks.append(tracker.follow(image))
-            times.append(time.perf_counter() - begun)
-            bar.set_postfix_str(f"{tracker.keyframes} keyframes")
-            bar.update()
+    tracks, times = _follow(tracker, ((image, None, None) for image in walk.images), len(walk.images))
     keyframes = [number for number, track in enumerate(tracks) if track.keyframe]
     if len(keyframes) < 2:
         raise OptionError(f"the rule took {len(keyframes)} keyframe; take one that asks for more, such as --degrees 5")
     queries = [number for number in range(len(tracks)) if number not in keyframes]
     with _progress(len(queries), "full passes") as bar:
-        ways = compare(model, walk, other, keyframes, queries, tick=bar.update)
+        ways = compare(tracker.model, walk, other, keyframes, queries, tick=bar.update)
     live = {"live": score(tracker.trajectory.poses, walk.poses)}
     scored = {name: score(poses, walk.poses[queries]) for name, poses in ways.items()}
-    speed = _speed(model, walk, keyframes, times, queries)
+    speed = _speed(tracker.model, walk, keyframes, times, queries)
     console.print(f"A room that training never saw (seed {seed}): {len(tracks)} frames, {len(keyframes)} keyframes.")
     _show("Live, with the map growing, all frames", live)
     _show("The frames between, against the finished map", scored)
     for line in speed:
         plain(line)
-    if note := _gate():
-        _note(note)
-    write_tum(out.with_name("truth.txt"), Trajectory(tracker.trajectory.times, walk.poses))
+    _note_gate()
+    write_tum(files.out.with_name("truth.txt"), Trajectory(tracker.trajectory.times, walk.poses))
     lines = "".join(f"<li>{line}</li>" for line in speed)
     extra = f"{_html({**live, **scored})}<h2>Speed</h2><ul>{lines}</ul>"
-    _write(tracker, tracks, f"A rendered room (seed {seed})", out, viz, ply, walk.poses, extra)
+    files.write(tracker, tracks, f"A rendered room (seed {seed})", walk.poses, extra)
 
 
-def _gate() -> str:
+def _note_gate() -> None:
     """What must be said of the bundled network, if it did not pass the gate of its training."""
     from vlmattn.tracking.bundled import figures
 
     told = figures()["gate"]
-    if told["passed"]:
-        return ""
-    return (
-        "the bundled network is an untrained demo: with the right map it makes "
-        f"{told['yaw']['ratio']:.2f} (yaw) and {told['ate']['ratio']:.2f} (ATE) of the errors that it makes with another"
-        " room's; below 0.5 was asked of both"
-    )
+    if not told["passed"]:
+        _note(
+            "the bundled network is an untrained demo: with the right map it makes "
+            f"{told['yaw']['ratio']:.2f} (yaw) and {told['ate']['ratio']:.2f} (ATE) of the errors that it makes with another"
+            " room's; below 0.5 was asked of both"
+        )
 
 
 def _speed(
@@ -298,15 +349,6 @@ def _speed(
     ]
 
 
-_TOLD = {
-    "ate": "ATE, Sim(3)",
-    "ate_rigid": "ATE, rigid",
-    "rpe": "RPE",
-    "rpe_degrees": "RPE, degrees",
-    "yaw": "yaw, degrees",
-}
-
-
 def _show(title: str, scored: dict[str, Score]) -> None:
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("")
@@ -329,26 +371,3 @@ def _html(scored: dict[str, Score]) -> str:
         " mean error of the heading. One alignment of the whole path; its seven degrees of freedom forgive much, so errors mean"
         " something only beside those of the wrong map.</p>"
     )
-
-
-def _write(
-    tracker: Tracker,
-    tracks: Sequence[Track],
-    title: str,
-    out: Path,
-    viz: Path | None,
-    ply: Path | None,
-    truth: Any,
-    extra: str,
-) -> None:
-    from vlmattn.files import write_whole
-    from vlmattn.tracking.page import page
-
-    tracker.save_tum(out)
-    plain(f"trajectory: {out}")
-    if ply is not None:
-        tracker.save_ply(ply)
-        plain(f"points: {ply}")
-    if viz is not None:
-        write_whole(viz, page(tracker, tracks, title, truth, extra))
-        plain(f"page: {viz}")

@@ -18,6 +18,7 @@ from vlmattn import compat
 from vlmattn.diffusion.gaze import gaze, rotated
 from vlmattn.diffusion.schedules import Constant, Schedule, counts_of, share_of
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError, quoted
+from vlmattn.kernels import additive, visible
 from vlmattn.request import NO_PLAN, Request, TokenMap, compacted
 from vlmattn.wrapping.cache_layers import picked
 from vlmattn.wrapping.on_cache import report_original_lengths, request_on, ride
@@ -227,8 +228,7 @@ class _Eviction:
         elif mask.ndim == 2:
             real = mask != 0
         else:
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            real = seen.any(dim=(1, 2))[:, : ids.shape[1]].expand(ids.shape)
+            real = visible(mask).any(dim=(1, 2))[:, : ids.shape[1]].expand(ids.shape)
         if not bool(real[:, -1].all()):
             raise InputError(
                 "evicted() asks the last prompt row, which is padding here; set"
@@ -340,7 +340,7 @@ class _Eviction:
         if given is None and tokens.valid is not None and reads:
             given = torch.ones(1, 1, queries, width + tokens.removed, dtype=torch.bool, device=hidden.device)
         if eager and given is not None and given.dtype == torch.bool:
-            given = torch.zeros_like(given, dtype=hidden.dtype).masked_fill(~given, torch.finfo(hidden.dtype).min)
+            given = additive(given, hidden.dtype)
         start = width + tokens.removed - queries
         return tokens.mask(given, start, queries, width, hidden.dtype if eager else None)
 

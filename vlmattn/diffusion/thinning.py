@@ -15,6 +15,7 @@ from vlmattn.diffusion.gaze import Look, Score, answer_attention, no_grad
 from vlmattn.diffusion.schedules import Schedule, counts_of, share_of
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError
 from vlmattn.interventions.pruning.policy import best
+from vlmattn.kernels import additive, hide
 from vlmattn.request import compacted
 
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -202,6 +203,9 @@ class Thinning:
             raise UnsupportedError(
                 f"the layers get {', '.join(unknown)}, of which nobody knows the rows; known: {', '.join(known)}"
             )
+        self._check_positions(hidden, kwargs)
+
+    def _check_positions(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> None:
         tables = kwargs.get("position_embeddings")
         placed = [kwargs.get("position_ids"), *((tables,) if tables is None or isinstance(tables, Tensor) else tables)]
         placed = [values for values in placed if values is not None]
@@ -246,10 +250,7 @@ def _mask(given: Any, rows: Tensor, valid: Tensor | None, dtype: torch.dtype) ->
     if given is None:
         if valid is None:
             return None
-        shape = (len(rows), 1, 1, rows.shape[1])  # additive, which every attention takes
-        return torch.zeros(shape, dtype=dtype, device=rows.device).masked_fill(
-            ~valid[:, None, None], torch.finfo(dtype).min
-        )
+        return additive(valid[:, None, None], dtype)  # which every attention takes
     if not isinstance(given, Tensor) or given.ndim not in (2, 4):
         raise UnsupportedError(
             "thinned() knows attention masks of 2 or 4 dimensions; use attn_implementation='sdpa' or 'eager'"
@@ -261,6 +262,4 @@ def _mask(given: Any, rows: Tensor, valid: Tensor | None, dtype: torch.dtype) ->
     if wide.shape[2] > 1:
         wide = _at(wide.transpose(1, 2), rows).transpose(1, 2)
     found = wide.gather(3, rows[:, None, None].expand(*wide.shape[:3], -1))
-    if valid is None:
-        return found
-    return found.masked_fill(~valid[:, None, None], torch.finfo(found.dtype).min if found.is_floating_point() else 0)
+    return found if valid is None else hide(found, ~valid[:, None, None])

@@ -1,4 +1,4 @@
-"""The bundled models: small LLaVAs trained on generated scenes, and how they were made."""
+"""The bundled models: small LLaVAs trained on generated scenes. Their cards say how."""
 
 from __future__ import annotations
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 56
 PATCH_SIZE = 8
+_CANVAS = 72  # of the drawings in sprites.yaml
 
 CONTEXTS: dict[str, tuple[str, ...]] = {
     "kitchen": ("cup", "plate", "fork", "apple"),
@@ -230,95 +233,21 @@ def make_scene(
     return scene, render(scene, rng)
 
 
-def patch_labels(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Category and colour of every image patch, ``[49]`` each: 0 is background, 1.. index ``CATEGORIES`` / ``COLOURS``.
-
-    A patch belongs to a thing that covers a quarter of it (or that lies in it with a quarter of its own area).
-    """
-    side = IMAGE_SIZE // PATCH_SIZE
-    starts = np.arange(side) * PATCH_SIZE
-    category = np.zeros((side, side), np.int64)
-    colour = np.zeros((side, side), np.int64)
-    for thing in scene.things:
-        x, y = thing.corner
-        wide = np.clip(np.minimum(x + thing.size, starts + PATCH_SIZE) - np.maximum(x, starts), 0, None)
-        high = np.clip(np.minimum(y + thing.size, starts + PATCH_SIZE) - np.maximum(y, starts), 0, None)
-        covered = np.outer(high, wide) >= 0.25 * min(PATCH_SIZE**2, thing.size**2)
-        category[covered] = CATEGORIES.index(thing.category) + 1
-        colour[covered] = list(COLOURS).index(thing.colour) + 1
-    return category.ravel(), colour.ravel()
-
-
-# Sprites are vector drawings on a 72 x 72 canvas: (shape, coordinates, paint, line width).
-# Paints: the thing's colour, a dark and a light tint of it, ink, glass, or fixed colours.
-_CANVAS = 72
-_INK, _GLASS, _LEAF, _WOOD, _POLE, _BEAK, _DIAL = (
-    (25, 25, 25),
-    (170, 220, 240),
-    (60, 150, 50),
-    (100, 60, 30),
-    (90, 90, 90),
-    (240, 160, 0),
-    (250, 250, 245),
-)
-_Stroke = tuple[str, Any, Any, int]
-_SPRITES: dict[str, tuple[_Stroke, ...]] = {
-    "cup": (("polygon", [(12, 14), (48, 14), (43, 64), (17, 64)], "body", 0), ("arc", [40, 22, 66, 50, -100, 100], "body", 7)),
-    "plate": (("ellipse", [2, 18, 70, 54], "body", 0), ("ellipse", [16, 26, 56, 46], "dark", 0), ("ellipse", [19, 28, 53, 44], "light", 0)),
-    "fork": (
-        ("rectangle", [32, 28, 40, 70], "body", 0), ("rectangle", [20, 2, 27, 30], "body", 0), ("rectangle", [32, 2, 39, 30], "body", 0),
-        ("rectangle", [44, 2, 51, 30], "body", 0), ("rectangle", [20, 26, 51, 34], "body", 0),
-    ),
-    "apple": (
-        ("ellipse", [8, 20, 42, 66], "body", 0), ("ellipse", [30, 20, 64, 66], "body", 0), ("line", [36, 24, 42, 4], _INK, 6), ("ellipse", [42, 4, 60, 16], _LEAF, 0),
-    ),
-    "dog": (
-        ("rectangle", [14, 30, 54, 48], "body", 0), ("rectangle", [14, 46, 21, 68], "body", 0), ("rectangle", [25, 46, 32, 68], "body", 0),
-        ("rectangle", [38, 46, 45, 68], "body", 0), ("rectangle", [47, 46, 54, 68], "body", 0), ("ellipse", [46, 12, 70, 36], "body", 0),
-        ("polygon", [(46, 14), (52, 14), (50, 34), (44, 30)], "dark", 0), ("line", [14, 32, 2, 18], "body", 6),
-    ),
-    "ball": (("ellipse", [6, 6, 66, 66], "body", 0), ("arc", [6, -20, 66, 36, 20, 160], "light", 6), ("arc", [6, 36, 66, 92, 200, 340], "light", 6)),
-    "tree": (("polygon", [(36, 0), (64, 30), (8, 30)], "body", 0), ("polygon", [(36, 16), (70, 54), (2, 54)], "body", 0), ("rectangle", [30, 54, 42, 71], _WOOD, 0)),
-    "bird": (
-        ("ellipse", [18, 30, 58, 52], "body", 0), ("polygon", [(34, 38), (10, 4), (52, 34)], "dark", 0), ("ellipse", [50, 22, 66, 38], "body", 0),
-        ("polygon", [(64, 28), (72, 32), (64, 34)], _BEAK, 0), ("polygon", [(20, 40), (0, 34), (2, 48)], "body", 0),
-    ),
-    "car": (
-        ("rectangle", [2, 34, 70, 54], "body", 0), ("polygon", [(14, 34), (24, 18), (48, 18), (58, 34)], "body", 0),
-        ("polygon", [(22, 32), (28, 22), (44, 22), (50, 32)], _GLASS, 0), ("ellipse", [10, 46, 26, 62], _INK, 0), ("ellipse", [46, 46, 62, 62], _INK, 0),
-    ),
-    "bus": (
-        ("rectangle", [2, 8, 70, 58], "body", 0), ("rectangle", [7, 16, 18, 32], _GLASS, 0), ("rectangle", [23, 16, 34, 32], _GLASS, 0),
-        ("rectangle", [39, 16, 50, 32], _GLASS, 0), ("rectangle", [55, 16, 66, 32], _GLASS, 0), ("ellipse", [10, 50, 24, 66], _INK, 0), ("ellipse", [48, 50, 62, 66], _INK, 0),
-    ),
-    "sign": (("polygon", [(36, 2), (62, 26), (36, 50), (10, 26)], "body", 0), ("rectangle", [33, 46, 39, 71], _POLE, 0), ("rectangle", [26, 22, 46, 30], "light", 0)),
-    "bike": (
-        ("ellipse", [0, 32, 32, 64], "body", 5), ("ellipse", [40, 32, 72, 64], "body", 5), ("line", [16, 48, 30, 24, 52, 24, 56, 48], "body", 5),
-        ("line", [30, 24, 40, 48, 16, 48], "body", 5), ("line", [50, 14, 60, 14], _INK, 5),
-    ),
-    "cat": (
-        ("ellipse", [14, 18, 58, 62], "body", 0), ("polygon", [(14, 32), (14, 4), (34, 20)], "body", 0), ("polygon", [(58, 32), (58, 4), (38, 20)], "body", 0),
-        ("ellipse", [24, 32, 32, 42], _INK, 0), ("ellipse", [40, 32, 48, 42], _INK, 0), ("line", [4, 50, 68, 50], _INK, 2),
-    ),
-    "lamp": (("polygon", [(24, 4), (48, 4), (64, 34), (8, 34)], "body", 0), ("rectangle", [32, 34, 40, 62], _INK, 0), ("ellipse", [18, 58, 54, 70], _INK, 0)),
-    "book": (
-        ("rectangle", [12, 6, 60, 66], "body", 0), ("rectangle", [12, 6, 20, 66], "dark", 0), ("rectangle", [28, 16, 52, 24], "light", 0), ("rectangle", [28, 32, 52, 36], "light", 0),
-    ),
-    "clock": (
-        ("ellipse", [4, 4, 68, 68], "body", 0), ("ellipse", [13, 13, 59, 59], _DIAL, 0), ("line", [36, 36, 36, 18], _INK, 5), ("line", [36, 36, 50, 42], _INK, 5),
-    ),
-}  # fmt: skip
+@cache
+def _drawings() -> dict[str, Any]:
+    drawings: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("sprites.yaml").read_text(encoding="utf-8"))
+    return drawings
 
 
 def draw_sprite(category: str, colour: str, striped: bool) -> Image.Image:
     """One thing at full size, RGBA ``72 x 72``."""
     body = COLOURS[colour]
-    tints = {"body": body, "dark": tuple(int(v * 0.45) for v in body), "light": tuple(int(v * 0.5 + 127) for v in body)}
+    paints = {"body": body, "dark": [int(v * 0.45) for v in body], "light": [int(v * 0.5 + 127) for v in body]}
+    paints |= _drawings()["paints"]
     image = Image.new("RGBA", (_CANVAS, _CANVAS), (0, 0, 0, 0))
     pen = ImageDraw.Draw(image)
-    for shape, points, paint, width in _SPRITES[category]:
-        rgb = tints[paint] if isinstance(paint, str) else paint
-        ink = (*rgb, 255)
+    for shape, points, paint, width in _drawings()["sprites"][category]:
+        ink = (*paints[paint], 255)
         if shape == "arc":
             pen.arc(points[:4], points[4], points[5], fill=ink, width=width)
         elif shape == "line":

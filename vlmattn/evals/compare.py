@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlmattn.errors import InputError, OptionError
-from vlmattn.evals.report import verdict
+from vlmattn.evals.report.tables import verdict
 from vlmattn.evals.scoring import SEED
 from vlmattn.evals.stats import Bootstrap, Interval, Metric, mcnemar
 from vlmattn.evals.suites.captions import CorpusBleu
@@ -18,23 +18,9 @@ from vlmattn.texts import lines_of, parse_json, read_json, read_text
 
 _KINDS: Mapping[str, type[Metric]] = {kind.__name__: kind for kind in (Metric, CorpusBleu)}
 _APART = (
-    "model",
-    "weights",
-    "config",
-    "attention",
-    "processor",
-    "files",
-    "dtype",
-    "quantisation",
-    "batch_size",
-    "batch_tokens",
-    "versions",
-    "libraries",
-    "hardware",
-    "suites",
-    "questions",
-    "decoding",
-)
+    "model", "weights", "config", "attention", "processor", "files", "dtype", "quantisation", "batch_size", "batch_tokens",
+    "versions", "libraries", "hardware", "suites", "questions", "decoding",
+)  # fmt: skip
 _AGAIN = "run vlmattn eval again, it keeps the answers"
 _TEXTS = ("suite", "preset", "id", "image", "condition", "prompt", "expected", "answer")
 Line = dict[str, Any]
@@ -100,38 +86,41 @@ def compare(
         InputError: a folder without a finished run, or runs without a question in common.
         OptionError: a preset that the run does not have.
     """
-    summaries, lines = [], []
-    for folder in (first, second):
-        summary, own = read(folder)
-        summaries.append(summary)
-        lines.append(own)
-    chosen = _pairs(summaries, (first, second), pairs)
+    summaries, lines = zip(read(first), read(second), strict=True)
     metrics = {name: [_metric(each) for each in found] for name, found in summaries[0]["metrics"].items()}
     means = summaries[0].get("mean_of_splits", {})  # missing in runs of earlier versions
     rows: list[Compared] = []
     kept: list[tuple[Line, Line]] = []
-    asked: list[set[tuple[str, str]]] = [{(suite, key) for suite, _, key in own} for own in lines]
-    for one, other in chosen:
-        groups: dict[tuple[str, str], list[tuple[Line, Line]]] = {}
-        for (suite, preset, key), line in lines[0].items():
-            match = lines[1].get((suite, other, key))
-            if preset == one and match is not None and match["prompt"] == line["prompt"]:
-                groups.setdefault((suite, line["condition"]), []).append((line, match))
+    for one, other in _pairs(summaries, (first, second), pairs):
         label = one if one == other else f"{one} → {other}"
-        for (suite, condition), both in groups.items():
+        for (suite, condition), both in _matched(lines, one, other).items():
             if suite not in metrics:
                 raise InputError(f"{first / 'summary.json'}: no metrics of suite {suite}; {_AGAIN}")
             rows += _rows(suite, condition, label, both, metrics[suite], bool(means.get(suite)))
             kept += [pair for pair in both if pair[0]["right"] != pair[1]["right"]]
     if not rows:
         raise InputError(f"{first} and {second} have no question in common; compare runs on the same suites and data")
-    differing = {
-        name: (summaries[0].get(name), summaries[1].get(name))
-        for name in _APART
-        if summaries[0].get(name) != summaries[1].get(name)
-    }
+    asked = [{(suite, key) for suite, _, key in own} for own in lines]
     only = (len(asked[0] - asked[1]), len(asked[1] - asked[0]))
-    return Comparison(tuple(rows), differing, only, tuple(kept[:examples]))
+    return Comparison(tuple(rows), _differing(*summaries), only, tuple(kept[:examples]))
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is set differently, by name."""
+    told = {name: (first.get(name), second.get(name)) for name in _APART}
+    return {name: both for name, both in told.items() if both[0] != both[1]}
+
+
+def _matched(
+    lines: Sequence[Mapping[tuple[str, str, str], Line]], one: str, other: str
+) -> dict[tuple[str, str], list[tuple[Line, Line]]]:
+    """By suite and condition: the answers of two presets, one of each run, to the same questions."""
+    groups: dict[tuple[str, str], list[tuple[Line, Line]]] = {}
+    for (suite, preset, key), line in lines[0].items():
+        match = lines[1].get((suite, other, key))
+        if preset == one and match is not None and match["prompt"] == line["prompt"]:
+            groups.setdefault((suite, line["condition"]), []).append((line, match))
+    return groups
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, str, str], Line]]:
@@ -222,24 +211,24 @@ def _rows(
             f"suite {suite}: the answers of the runs have different scores; run vlmattn eval again on both"
         )
     bootstrap = Bootstrap([pair[0]["image"] for pair, _ in repeated], seed=SEED, parts=[part for _, part in repeated])
-    one, other = (np.array([[pair[side]["scores"][name] for name in names] for pair, _ in repeated]) for side in (0, 1))
+    one, other = (
+        np.array([list(map(pair[side]["scores"].__getitem__, names)) for pair, _ in repeated]) for side in (0, 1)
+    )
     p = mcnemar([pair[0]["right"] for pair in both], [pair[1]["right"] for pair in both])
     changed = sum(pair[0]["answer"] != pair[1]["answer"] for pair in both)
-    found = []
-    for metric in metrics:
-        found.append(
-            Compared(
-                suite=suite,
-                condition=condition,
-                presets=presets,
-                metric=metric.name,
-                better=metric.better,
-                first=bootstrap.interval(metric, names, one).value,
-                second=bootstrap.interval(metric, names, other).value,
-                difference=bootstrap.difference(metric, names, other, one),
-                p=p,
-                questions=len(both),
-                changed=changed,
-            )
+    return [
+        Compared(
+            suite=suite,
+            condition=condition,
+            presets=presets,
+            metric=metric.name,
+            better=metric.better,
+            first=bootstrap.interval(metric, names, one).value,
+            second=bootstrap.interval(metric, names, other).value,
+            difference=bootstrap.difference(metric, names, other, one),
+            p=p,
+            questions=len(both),
+            changed=changed,
         )
-    return found
+        for metric in metrics
+    ]

@@ -106,11 +106,11 @@ class Ratings:
     """Verdicts of a judge, each asked for once: answers are scored again for every table.
 
     Args:
-        judge: default ``RuleJudge``.
+        judge: as ``load_judge`` takes it.
     """
 
-    def __init__(self, judge: Judge | None = None) -> None:
-        self._judge: Judge = RuleJudge() if judge is None else judge
+    def __init__(self, judge: Judge | str = "rule") -> None:
+        self._judge = load_judge(judge)
         self._known: dict[tuple[str, str], Verdict] = {}
 
     @property
@@ -137,12 +137,14 @@ class Ratings:
         return self._known[key, answer]
 
 
-def load_judge(name: str) -> Judge:
-    """The judge called ``rule``, or a function of yours by ``package.module:function``.
+def load_judge(name: Judge | str) -> Judge:
+    """The judge called ``rule``, or a function of yours, itself or by ``package.module:function``.
 
     Raises:
         InputError: no such module or function.
     """
+    if not isinstance(name, str):
+        return name
     if name == "rule":
         return RuleJudge()
     module, colon, function = name.partition(":")

@@ -113,10 +113,7 @@ class Bootstrap:
 
     def _figures(self, metric: Metric, fields: Sequence[str], sums: Array) -> tuple[float, Array]:
         """A metric of all images, and of every resample."""
-        return (
-            float(metric.value(fields, sums.sum(1)).mean()),
-            metric.value(fields, self._weights @ sums).mean(0),
-        )
+        return (float(metric.value(fields, sums.sum(1)).mean()), metric.value(fields, self._weights @ sums).mean(0))
 
 
 def _numbered(names: Sequence[str]) -> tuple[int, NDArray[np.int64]]:

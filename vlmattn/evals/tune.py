@@ -159,15 +159,15 @@ def _values(name: str, text: str, default: Any) -> list[Any]:
         raise InputError(
             f"--grid cannot hold values of '{name}', which are lists; use vlmattn.evals.tune.tune in Python"
         )
-    numbers: list[Decimal] = []
-    for word in words:
-        try:
-            numbers += _range(name, word) if ":" in word else [Decimal(word)]
-        except InvalidOperation:
-            raise InputError(
-                f"--grid {name} takes numbers (0.25,0.5) or start:stop:step (0:1:.1), got '{word}'"
-            ) from None
+    numbers = [number for word in words for number in _numbers(name, word)]
     return [int(n) if isinstance(default, int) and n.is_finite() and n == int(n) else float(n) for n in numbers]
+
+
+def _numbers(name: str, word: str) -> list[Decimal]:
+    try:
+        return _range(name, word) if ":" in word else [Decimal(word)]
+    except InvalidOperation:
+        raise InputError(f"--grid {name} takes numbers (0.25,0.5) or start:stop:step (0:1:.1), got '{word}'") from None
 
 
 def _range(name: str, word: str) -> list[Decimal]:
@@ -229,14 +229,23 @@ def tune(
     result = evaluate(
         model, processor, [subset], recipes, out, model_name, batch_size, restart, say, command, batch_tokens, on_error
     )
-    (table,) = result.summary["tables"]
+    tuned = _chosen(found, result, subset)
+    if result.first:
+        write_json(out / "tune.json", _record(tuned, base, grid, suite, seed, result.summary))
+        write_whole(out / "tuned.yaml", tuned.recipe.to_yaml())
+    return tuned
+
+
+def _chosen(found: Mapping[str, tuple[Recipe, dict[str, Any]]], result: Result, subset: Subset) -> Tuned:
+    """The best of the settings."""
+    metric, (table,) = subset.headline, result.summary["tables"]
     settings = []
     for name, (_, options) in found.items():
         row, fired = table["rows"][name], sum(result.summary["reports"][name]["fired"].values())
         cell = row["metrics"][metric.name]
         settings.append(Setting(name, options, cell["value"], cell["low"], cell["high"], row["changed"], fired))
     best = max(settings, key=lambda setting: setting.value if metric.better == "higher" else -setting.value)
-    tuned = Tuned(
+    return Tuned(
         recipe=found[best.name][0],
         chosen=best,
         settings=tuple(settings),
@@ -245,10 +254,6 @@ def tune(
         better=metric.better,
         samples=tuple(sample.id for sample in subset.samples()),
     )
-    if result.first:
-        write_json(out / "tune.json", _record(tuned, base, grid, suite, seed, result.summary))
-        write_whole(out / "tuned.yaml", tuned.recipe.to_yaml())
-    return tuned
 
 
 def untouched(suite: Suite, tuned: Tuned) -> list[str]:
@@ -259,14 +264,7 @@ def untouched(suite: Suite, tuned: Tuned) -> list[str]:
 
 
 def test_once(
-    model: Any,
-    processor: Any,
-    suite: Suite,
-    recipe: Any,
-    tuned: Tuned,
-    out: Path,
-    model_name: str,
-    **options: Any,
+    model: Any, processor: Any, suite: Suite, recipe: Any, tuned: Tuned, out: Path, model_name: str, **options: Any
 ) -> Result:
     """Answer the samples that had no part in the choice, with the bare model, the preset as it was, and the chosen setting.
 

@@ -11,7 +11,7 @@ like an object.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,59 +30,30 @@ _ANIMAL_WORDS = frozenset({"animal", "cub"})
 _VEHICLES = frozenset({"airplane", "train", "bus", "car", "truck", "boat"})
 
 _Key = tuple[str, ...]
-
+_ENGLISH = yaml.safe_load(Path(__file__).with_name("english.yaml").read_text(encoding="utf-8"))
+_IRREGULAR = dict(pair.split(":") for pair in _ENGLISH["irregular"].split())
+_UNCHANGED, _VOWEL_PLURALS, _IE_PLURALS, _OE_PLURALS = (
+    frozenset(_ENGLISH[name].split()) for name in ("unchanged", "vowel_plurals", "ie_plurals", "oe_plurals")
+)
 #: Two words that the reference takes for one, and for which: the phrase itself, an animal, a vehicle.
 _JOINED: Mapping[_Key, _Key] = {
-    **{
-        (first, second): (first, second)
-        for second, firsts in {
-            "bike": "motor", "cycle": "motor", "plane": "air", "light": "traffic street stop", "signal": "traffic",
-            "hydrant": "fire", "sign": "stop", "meter": "parking", "case": "suit", "ball": "sports", "bat": "baseball",
-            "glove": "baseball", "racket": "tennis", "glass": "wine", "dog": "hot", "phone": "cell mobile", "bear": "teddy",
-            "drier": "hair", "plant": "potted", "computer": "laptop", "plate": "home", "track": "train",
-        }.items()
-        for first in firsts.split()
-    },
+    **{(one, two): (one, two) for two, firsts in _ENGLISH["reference_phrases"].items() for one in firsts.split()},
     **{(age, animal): (animal,) for age in ("baby", "adult") for animal in _ANIMALS | _ANIMAL_WORDS},
     **{("passenger", vehicle): (vehicle,) for vehicle in ("jet", "train")},
     **{("bow", "tie"): ("tie",), ("toilet", "seat"): ("toilet",)},
-}  # fmt: skip
-
-
-def _pairs(text: str) -> dict[str, str]:
-    return dict(pair.split(":") for pair in text.split())
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_IRREGULAR = _pairs(
-    "people:person peoples:person passersby:passerby passers-by:passer-by mice:mouse lice:louse geese:goose feet:foot"
-    " teeth:tooth oxen:ox leaves:leaf loaves:loaf thieves:thief wharves:wharf dwarves:dwarf hooves:hoof lives:life"
-    " wives:wife housewives:housewife midwives:midwife busses:bus gases:gas lenses:lens canvases:canvas"
-    " walruses:walrus octopuses:octopus cactuses:cactus cacti:cactus viruses:virus circuses:circus campuses:campus"
-    " irises:iris crocuses:crocus hippopotamuses:hippopotamus hippopotami:hippopotamus rhinoceroses:rhinoceros"
-    " platypuses:platypus ibises:ibis albatrosses:albatross quizzes:quiz mustaches:mustache moustaches:moustache"
-    " headaches:headache caches:cache quiches:quiche avalanches:avalanche porsches:porsche axes:axe"
+}
+#: Endings of plurals: how many letters go, and what comes in their place.
+_ENDINGS: Sequence[tuple[tuple[str, ...], int, str]] = (
+    (("men",), 2, "an"),
+    (("children",), 3, ""),
+    (("people",), 6, "person"),
+    (("mice",), 3, "ouse"),  # dormice
 )
-#: Singular although they look like plurals, or the same in both numbers.
-_UNCHANGED = _words(
-    "gas canvas atlas christmas has was his its this yes always perhaps news series species lens chaos rhinoceros cosmos"
-    " specimen abdomen omen ramen semen regimen acumen cyclamen"
+_ENDINGS_IN_S: Sequence[tuple[tuple[str, ...], int, str]] = (
+    (("knives",), 3, "fe"),
+    (("scarves", "elves", "wolves", "calves", "halves"), 3, "f"),  # shelves and selves as well
+    (("sses", "shes", "ches", "xes", "zzes", "buses"), 2, ""),
 )
-#: Words in -is or -us that are plurals all the same.
-_VOWEL_PLURALS = _words(
-    "skis taxis kiwis bikinis zucchinis safaris corgis martinis yetis emojis khakis broccolis graffitis emus menus gnus"
-    " gurus haikus"
-)
-#: Plurals in -ies of words in -ie (those of up to four letters follow a rule).
-_IE_PLURALS = _words(
-    "movies cookies selfies neckties bowties zombies calories birdies doggies kitties veggies smoothies brownies hippies"
-    " hoodies collies rookies genies prairies pixies bogies goalies cabbies budgies magpies potpies newbies"
-)
-#: Plurals in -oes of words in -oe.
-_OE_PLURALS = ("shoes", "canoes", "tiptoes", "oboes", "floes")
 
 
 def _split(text: str) -> list[str]:
@@ -112,27 +83,24 @@ def singular(word: str) -> str:
     head, hyphen, last = word.rpartition("-")
     if hyphen:
         return f"{head}-{singular(last)}"
-    if word.endswith("men"):
-        return word[:-2] + "an"
-    if word.endswith("children"):
-        return word[:-3]
-    if word.endswith("people"):
-        return word[:-6] + "person"
-    if word.endswith("mice"):  # dormice
-        return word[:-3] + "ouse"
+    for endings, gone, put in _ENDINGS:
+        if word.endswith(endings):
+            return word[:-gone] + put
     if len(word) < 3 or not word.endswith("s") or word.endswith("ss"):
         return word
+    return _of_s(word)
+
+
+def _of_s(word: str) -> str:
+    """The singular of a word that ends in a single "s"."""
     if word.endswith(("is", "us")):
         return word[:-1] if word in _VOWEL_PLURALS else word
     if word.endswith("ies"):
         return word[:-1] if len(word) <= 4 or word in _IE_PLURALS else word[:-3] + "y"
-    if word.endswith("knives"):
-        return word[:-3] + "fe"
-    if word.endswith(("scarves", "elves", "wolves", "calves", "halves")):  # shelves and selves as well
-        return word[:-3] + "f"
-    if word.endswith(("sses", "shes", "ches", "xes", "zzes", "buses")):
-        return word[:-2]
-    if word.endswith("oes") and len(word) > 4 and not word.endswith(_OE_PLURALS):
+    for endings, gone, put in _ENDINGS_IN_S:
+        if word.endswith(endings):
+            return word[:-gone] + put
+    if word.endswith("oes") and len(word) > 4 and not word.endswith(tuple(_OE_PLURALS)):
         return word[:-2]
     return word[:-1]
 
@@ -180,7 +148,7 @@ class ObjectWords:
         try:
             lines = lines_of(read_text(path))
         except InputError as error:
-            raise InputError(f"{error}; leave --synonyms out to use the bundled list") from None
+            raise InputError(f"{error}; leave chair.synonyms out to use the bundled list") from None
         words = ReferenceWords({}, compounds=())
         for number, line in enumerate(lines, start=1):
             if not line.strip():

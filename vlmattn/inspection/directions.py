@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from transformers import PreTrainedModel
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
-from vlmattn.inspection.measuring import Measure, only
+from vlmattn.inspection.measuring import attention_of
 from vlmattn.inspection.prompt_spans import Span, prepared_spans
 from vlmattn.interventions.focus import save_directions
 from vlmattn.kernels import AttentionEdit
 from vlmattn.models import find_family
-from vlmattn.request import LayerContext, Weights
+from vlmattn.request import Weights
 
 _SMALL = 0.01  # standard deviation of the directions before the first step, as released
 
@@ -70,11 +69,7 @@ def fit_directions(
     anatomy = find_family(model).anatomy(model)
     if epochs < 1 or not lr > 0:
         raise OptionError(f"epochs must be at least 1 and lr above 0, got {epochs} and {lr:g}")
-    if not _exist(heads, anatomy):
-        raise OptionError(
-            f"heads must be (layer, head) pairs, at least one, within {anatomy.layers} layers and {anatomy.heads} heads, or"
-            f" how many of these; got {heads}"
-        )
+    _check_heads(heads, anatomy)
     prompts = prepared_spans(model, examples)
     rows = [_answer(example, prompt) for example, prompt in zip(examples, prompts, strict=True)]
     # Also in the user's inference_mode: what is looked at here is differentiated through.
@@ -83,38 +78,57 @@ def fit_directions(
         chosen: dict[int, list[int]] = defaultdict(list)
         for layer, head in places:
             chosen[layer].append(head)
-        looks = _look(model, prompts, lambda layer, weights: weights if layer in chosen else None)
+        with torch.no_grad():
+            looks = [attention_of(model, prompt, lambda c, w: w if c.layer in chosen else None) for prompt in prompts]
+
+        def loss(number: int, found: Mapping[int, Tensor]) -> Tensor:
+            total = torch.zeros(())
+            for layer, weights in looks[number].items():
+                shift = _placed(found[layer], chosen[layer], anatomy.heads)
+                mass = _mass(weights, examples[number], rows[number], shift)[chosen[layer]]
+                total = total - mass.sum().cpu() / len(places)
+            return total
+
         generator = torch.Generator().manual_seed(seed)
         found = {
             layer: (_SMALL * torch.randn(len(mine), anatomy.query_dim, generator=generator)).requires_grad_()
             for layer, mine in chosen.items()
         }
-        adam = torch.optim.AdamW(found.values(), lr=lr)
-        with tqdm(total=epochs * len(examples), desc="directions", disable=not progress) as bar:
-            for _ in range(epochs):
-                for number in torch.randperm(len(examples), generator=generator).tolist():
-                    adam.zero_grad()
-                    loss = torch.zeros(())
-                    for layer, weights in looks[number].items():
-                        shift = _placed(found[layer], chosen[layer], anatomy.heads)
-                        mass = _mass(weights, examples[number], rows[number], shift)[chosen[layer]]
-                        loss = loss - mass.sum().cpu() / len(places)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    adam.step()
-                    bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
-                    bar.update()
+        orders = [torch.randperm(len(examples), generator=generator).tolist() for _ in range(epochs)]
+        _descend(found, loss, [number for order in orders for number in order], lr, progress)
     query = {layer: _placed(part.detach(), chosen[layer], anatomy.heads) for layer, part in found.items()}
     if path is not None:
         save_directions(query, path, anatomy)
     return {f"query.{layer}": value for layer, value in query.items()}
 
 
-def _exist(heads: int | Sequence[tuple[int, int]], anatomy: Anatomy) -> bool:
-    """The model has these heads, in layers with attention, or so many of them; at least one."""
+def _descend(
+    found: Mapping[int, Tensor], loss: Callable[[int, Mapping[int, Tensor]], Tensor], order: Sequence[int], lr: float,
+    progress: bool,
+) -> None:  # fmt: skip
+    """Steps of AdamW down the loss of one example after another."""
+    adam = torch.optim.AdamW(found.values(), lr=lr)
+    with tqdm(order, desc="directions", disable=not progress) as bar:
+        for number in bar:
+            adam.zero_grad()
+            value = loss(number, found)
+            value.backward()  # type: ignore[no-untyped-call]
+            adam.step()
+            bar.set_postfix(loss=f"{float(value.detach()):.3f}")
+
+
+def _check_heads(heads: int | Sequence[tuple[int, int]], anatomy: Anatomy) -> None:
+    """Raise unless the model has these heads, in layers with attention, or so many of them; at least one."""
     layers = range(anatomy.layers) if anatomy.attending is None else anatomy.attending
     if isinstance(heads, int):
-        return 1 <= heads <= len(layers) * anatomy.heads
-    return len(heads) > 0 and all(n in layers and 0 <= h < anatomy.heads for n, h in heads)
+        exist = 1 <= heads <= len(layers) * anatomy.heads
+    else:
+        exist = len(heads) > 0 and all(n in layers and 0 <= h < anatomy.heads for n, h in heads)
+    if not exist:
+        raise OptionError(
+            f"heads must be (layer, head) pairs, at least one, within {anatomy.layers} layers and {anatomy.heads} heads, or"
+            f" how many of these; got {heads}"
+        )
 
 
 def _answer(example: Span, prompt: dict[str, Any]) -> tuple[int, int]:
@@ -145,39 +159,13 @@ def _most(
     total: dict[int, Tensor] = {}
     for example, prompt, places in zip(examples, prompts, rows, strict=True):
 
-        def mass(layer: int, weights: Weights, example: Span = example, places: tuple[int, int] = places) -> Tensor:
+        def mass(_: Any, weights: Weights, example: Span = example, places: tuple[int, int] = places) -> Tensor:
             return _mass(weights, example, places).cpu()
 
-        (found,) = _look(model, [prompt], mass)
+        with torch.no_grad():
+            found = attention_of(model, prompt, mass)
         total = {layer: mass + total.get(layer, 0.0) for layer, mass in found.items()}
     ranked = sorted(
         ((float(mass), layer, head) for layer, of in total.items() for head, mass in enumerate(of)), reverse=True
     )
     return sorted((layer, head) for _, layer, head in ranked[:count])
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Listen(Measure):
-    """Puts what ``keep`` makes of each layer's attention into ``heard``."""
-
-    needs_images = False
-    keep: Callable[[int, Weights], Any]
-    heard: dict[int, Any]
-
-    def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        if (kept := self.keep(context.layer, weights)) is not None:
-            self.heard[context.layer] = kept
-
-
-@torch.no_grad()
-def _look(
-    model: PreTrainedModel, prompts: list[dict[str, Any]], keep: Callable[[int, Weights], Any]
-) -> list[dict[int, Any]]:
-    """What ``keep`` makes of the attention of each layer, for each prompt."""
-    found = []
-    for prompt in prompts:
-        heard: dict[int, Any] = {}
-        with only(model, _Listen(keep=keep, heard=heard)):
-            model(**prompt, use_cache=False, logits_to_keep=1)
-        found.append(heard)
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 from vlmattn.errors import InputError, OptionError
 from vlmattn.inspection.ablation import Ablation, Ablations, check
 from vlmattn.inspection.answers import answered, greedy_answer
-from vlmattn.inspection.measuring import Inputs, Measure, by_layer, head_profile, only, prepared, prepared_one
+from vlmattn.inspection.measuring import (
+    Inputs,
+    Keep,
+    Measure,
+    attention_of,
+    by_layer,
+    head_profile,
+    prepared,
+    prepared_one,
+)
 from vlmattn.inspection.outputs import head_outputs
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.models import find_family
@@ -70,17 +79,16 @@ def score_heads(
     """
     if answer_tokens < 1:
         raise OptionError(f"answer_tokens must be at least 1, got {answer_tokens}")
-    anatomy, batches, gaze = find_family(model).anatomy(model), prepared(model, inputs), _Gaze()
+    anatomy, batches, gaze = find_family(model).anatomy(model), prepared(model, inputs), Measure(keep=_gaze)
     vhd, means = head_outputs(model, anatomy, batches, gaze)
     copied, steps = torch.zeros(anatomy.layers, anatomy.heads), 0
     for batch in batches:
         answer = greedy_answer(model, batch, answer_tokens)
-        copies = _Copies(answer=answer, prompt=batch["input_ids"].shape[1])
-        with only(model, copies):
-            model(**answered(model, batch, answer), use_cache=False, logits_to_keep=1)
-        copied += by_layer(copies.hits, anatomy)
+        keep = _copies(answer, batch["input_ids"].shape[1])
+        copied += by_layer(attention_of(model, answered(model, batch, answer), keep), anatomy)
         steps += int((answer >= 0).sum())
-    visual = by_layer(gaze.mass, anatomy) / sum(len(batch["input_ids"]) for batch in batches)
+    mass = by_layer({layer: torch.stack(found).sum(0) for layer, found in gaze.kept.items()}, anatomy)
+    visual = mass / sum(len(batch["input_ids"]) for batch in batches)
     scores = {"vhd": vhd, "visual": visual, "retrieval": copied / max(steps, 1)}
     return head_profile(anatomy, scores, seed, prompts, means)
 
@@ -143,35 +151,25 @@ def find_heads(
     return head_profile(anatomy, {"causal": total / len(samples)}, seed, prompts, means)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Gaze(Measure):
-    """Attention of the last row on the image, summed over prompts: layer -> ``[heads]``."""
-
-    mass: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        attention = weights(context.queries - 1, context.queries)[:, :, 0]
-        mass = (attention * context.visual[:, None]).sum((0, 2)).cpu()
-        self.mass[context.layer] = self.mass.get(context.layer, 0) + mass
+def _gaze(context: LayerContext, weights: Weights) -> Tensor:
+    """Attention of the last row on the image ``[heads]``, summed over prompts."""
+    attention = weights(context.queries - 1, context.queries)[:, :, 0]
+    return (attention * context.visual[:, None]).sum((0, 2)).cpu()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Copies(Measure):
-    """How often a head's most attended text key of the prompt holds the token that comes next: layer -> ``[heads]``.
+def _copies(answer: Tensor, prompt: int) -> Keep:
+    """How often a head's most attended text key of the prompt holds the token that comes next, ``[heads]``.
 
-    Attributes:
+    Args:
         answer: ``[batch, steps]``, -1 after its end.
         prompt: slots of the prompt, padding included.
     """
 
-    answer: Tensor
-    prompt: int
-    hits: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        first, answer = self.prompt - 1, self.answer.to(context.device)
-        attention = weights(first, first + answer.shape[1])[..., : self.prompt]
+    def hits(context: LayerContext, weights: Weights) -> Tensor:
+        attention = weights(prompt - 1, prompt - 1 + answer.shape[1])[..., :prompt]
         text = ~context.visual if context.real is None else ~context.visual & context.real
-        best = attention.masked_fill(~text[:, None, None, : self.prompt], -1).argmax(-1)  # [batch, heads, steps]
+        best = attention.masked_fill(~text[:, None, None, :prompt], -1).argmax(-1)  # [batch, heads, steps]
         held = context.ids[torch.arange(len(best), device=best.device)[:, None, None], best]
-        self.hits[context.layer] = (held == answer[:, None]).sum((0, 2)).cpu()
+        return (held == answer.to(held.device)[:, None]).sum((0, 2)).cpu()
+
+    return hits

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.anatomy import Anatomy
-from vlmattn.inspection.measuring import Inputs, only, prepared_one
-from vlmattn.interventions import Intervention
-from vlmattn.kernels import AttentionEdit
+from vlmattn.inspection.measuring import Inputs, attention_of, prepared_one
 from vlmattn.models import Box, find_family, marker_ids_of
-from vlmattn.options import MethodInfo
 from vlmattn.request import LayerContext, Weights
 
 
@@ -48,27 +43,13 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
 
 
 def last_row(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-    """Attention of the last row of one prompt on its keys ``[keys]``, by the bare model: a mean over layers and heads; on the cpu."""
-    look = _LastRow()
+    """Attention of the last row of one prompt on its keys ``[keys]``, by the bare model: a mean over layers and heads; on the
+    cpu."""
+
+    def mean(context: LayerContext, weights: Weights) -> Tensor:
+        return weights(context.queries - 1, context.queries)[0, :, 0].mean(0).float().cpu()
+
     positions = find_family(model).positions(model, inputs)  # given, so that the model notes none
-    with torch.inference_mode(), only(model, look):
-        model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
-    return torch.stack(list(look.seen.values())).mean(0)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _LastRow(Intervention):
-    """Attention of the last row on every key, a mean over heads: layer -> ``[keys]``."""
-
-    info: ClassVar[MethodInfo] = MethodInfo("image_attention", "", "", "", parts="none", cost="")
-    needs_images: ClassVar[bool] = False
-    seen: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        return tuple(range(anatomy.layers))
-
-    def edit(self, context: LayerContext) -> AttentionEdit:
-        return AttentionEdit()
-
-    def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        self.seen[context.layer] = weights(context.queries - 1, context.queries)[0, :, 0].mean(0).float().cpu()
+    with torch.inference_mode():
+        rows = attention_of(model, {**inputs, "position_ids": positions}, mean)
+    return torch.stack(list(rows.values())).mean(0)

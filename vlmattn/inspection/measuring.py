@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from vlmattn.interventions import Intervention
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import MethodInfo
-from vlmattn.request import LayerContext
+from vlmattn.request import LayerContext, Weights
 from vlmattn.wrapping import borrowed, record_of
 
 Inputs = Mapping[str, Any]
@@ -26,17 +27,28 @@ Inputs = Mapping[str, Any]
 INFO = MethodInfo("inspection", paper="", code="", faithful="", parts="none", cost="")
 
 
+Keep = Callable[[LayerContext, Weights], Any]
+"""Makes something of the attention of one layer; None is not kept."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measure(Intervention):
-    """Looks at the attention of every layer and changes nothing."""
+    """Puts what ``keep`` makes of attention into ``kept``, by layer for one forward after another, and changes nothing."""
 
     info: ClassVar[MethodInfo] = INFO
+    needs_images: ClassVar[bool] = False
+    keep: Keep
+    kept: dict[int, list[Any]] = field(default_factory=lambda: defaultdict(list), repr=False)
 
     def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         return tuple(range(anatomy.layers))
 
     def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()
+
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        if (made := self.keep(context, weights)) is not None:
+            self.kept[context.layer].append(made)
 
 
 @contextmanager
@@ -52,6 +64,14 @@ def only(model: PreTrainedModel, *methods: Intervention) -> Iterator[None]:
     """Nothing but ``methods`` acts within the block and this thread; recipe and report of the model stay."""
     with borrowed(model) as record, record.temporarily(methods):
         yield
+
+
+def attention_of(model: PreTrainedModel, inputs: Mapping[str, Any], keep: Keep) -> dict[int, Any]:
+    """What ``keep`` makes of the bare model's attention in each layer, in one forward of prepared inputs."""
+    measure = Measure(keep=keep)
+    with only(model, measure):
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return {layer: kept for layer, (kept,) in measure.kept.items()}
 
 
 def prepared(model: PreTrainedModel, inputs: Sequence[Inputs]) -> list[dict[str, Any]]:

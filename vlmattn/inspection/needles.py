@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError, OptionError
 from vlmattn.inspection.answers import answered, greedy_answer
-from vlmattn.inspection.measuring import Measure, by_layer, head_profile, only
+from vlmattn.inspection.measuring import Keep, attention_of, by_layer, head_profile
 from vlmattn.inspection.prompt_spans import Span, prepared_spans
 from vlmattn.inspection.sorting import chat_inputs
 from vlmattn.interventions.profiles import HeadProfile
@@ -72,10 +71,8 @@ def retrieve_images(
     for span, batch, share in zip(needles, batches, shares, strict=True):
         answer = greedy_answer(model, batch, answer_tokens)
         rows, first = int((answer >= 0).sum()), batch["input_ids"].shape[1] - 1
-        look = _Look(first=first, rows=rows, start=span.start, stop=span.stop, chance=share)
-        with only(model, look):
-            model(**answered(model, batch, answer), use_cache=False, logits_to_keep=1)
-        above += by_layer(look.above, anatomy)
+        keep = _hits(span, first, rows, share)
+        above += by_layer(attention_of(model, answered(model, batch, answer), keep), anatomy)
         chance += share * rows
         steps += rows
     if not steps:
@@ -132,20 +129,14 @@ def _share(types: Tensor, span: Span) -> float:
     return share
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Look(Measure):
-    """How many hits above chance there are in the rows from ``first`` on, with one needle: layer -> ``[heads]``."""
+def _hits(span: Span, first: int, rows: int, chance: float) -> Keep:
+    """How many hits above chance there are in ``rows`` rows from ``first`` on, ``[heads]``."""
 
-    first: int
-    rows: int
-    start: int
-    stop: int
-    chance: float
-    above: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        attention = weights(self.first, self.first + self.rows)[0]
+    def above(context: LayerContext, weights: Weights) -> Tensor:
+        attention = weights(first, first + rows)[0]
         mass, best = attention.masked_fill(~context.visual[0], 0).max(-1)  # [heads, rows]
         seen = mass > 0  # not so where a sliding window has left all images behind
-        hits = seen & (best >= self.start) & (best < self.stop)
-        self.above[context.layer] = (hits.float() - self.chance).sum(1).cpu()
+        hits = seen & (best >= span.start) & (best < span.stop)
+        return (hits.float() - chance).sum(1).cpu()
+
+    return above

@@ -1,22 +1,21 @@
 """Attention kernels. They know tensors only: no models, no methods."""
 
-from vlmattn.kernels.dispatch import BACKENDS, attend, weights
+from vlmattn.kernels.dispatch import BACKENDS, attend
+from vlmattn.kernels.eager import weights
 from vlmattn.kernels.edit import (
     NO_EDIT,
     AttentionEdit,
-    BoostPlan,
     GainPart,
-    GainPlan,
     HeadPart,
-    LevelPlan,
     LogitPart,
     MaskPart,
-    MassGate,
     Rows,
     scale_heads,
 )
+from vlmattn.kernels.plans import BoostPlan, GainPlan, LevelPlan, MassGate
+from vlmattn.kernels.problem import Problem
 from vlmattn.kernels.split import SplitStates
-from vlmattn.kernels.visibility import Mask, Visibility
+from vlmattn.kernels.visibility import Mask, Visibility, additive, hide, visible
 
 __all__ = [
     "BACKENDS",
@@ -31,10 +30,14 @@ __all__ = [
     "Mask",
     "MaskPart",
     "MassGate",
+    "Problem",
     "Rows",
     "SplitStates",
     "Visibility",
+    "additive",
     "attend",
+    "hide",
     "scale_heads",
+    "visible",
     "weights",
 ]

@@ -8,51 +8,32 @@ import torch
 from torch import Tensor
 
 from vlmattn.kernels.edit import AttentionEdit, select_gains
-from vlmattn.kernels.visibility import Mask
+from vlmattn.kernels.problem import Problem
+from vlmattn.kernels.visibility import Mask, additive, hide
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask | None,
-    real: Tensor | None,
-    edit: AttentionEdit,
-    scale: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Edited attention ``[batch, heads, query, dim]`` (head gains not applied); softmax and masses in float32.
-
-    Args:
-        query: ``[batch, heads, query, dim]``; key, value: ``[batch, kv_heads, key, dim]`` (grouped-query attention).
-        mask: of these rows; None = all visible.
-        real: bool ``[batch, key]``, False for padding, which no mask part opens; None = no padding.
-        dropout: probability of dropping an attention weight (training only).
-        softcap: scores become ``softcap tanh(s / softcap)`` before the edit.
-        sinks: float ``[heads]``, scores of one more key per head whose value is zero.
-    """
-    batch, heads, rows, _ = query.shape
-    kv_heads, keys = key.shape[1:3]
-    attended = apply_gains(weights(query, key, mask, real, edit, scale, softcap, sinks), edit)
-    if dropout:
-        attended = torch.nn.functional.dropout(attended, dropout)
-    packed = attended.to(value.dtype).view(batch, kv_heads, heads // kv_heads * rows, keys)
-    return (packed @ value).view(batch, heads, rows, value.shape[-1])
+def attention(problem: Problem, start: int, stop: int) -> Tensor:
+    """Edited attention ``[batch, heads, stop - start, dim]`` of some query rows (head gains not applied); softmax and masses
+    in float32."""
+    value = problem.value
+    batch, kv_heads, keys, dim = value.shape
+    attended = weights(problem, start, stop)
+    if problem.dropout:
+        attended = torch.nn.functional.dropout(attended, problem.dropout)
+    packed = attended.to(value.dtype).view(batch, kv_heads, -1, keys)
+    return (packed @ value).view(batch, -1, stop - start, dim)
 
 
-def reading(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, real: Tensor | None, edit: AttentionEdit, scale: float
-) -> Tensor:
-    """Attention of one row that reads the slots ``edit.read`` and nothing else; arguments as in ``attention``."""
+def reading(problem: Problem) -> Tensor:
+    """Attention ``[batch, heads, 1, dim]`` of one row that reads the slots ``edit.read`` and nothing else."""
+    query, key, value, edit, mask = problem.query, problem.key, problem.value, problem.edit, problem.mask(0, 1)
     assert edit.read is not None
     batch, heads = query.shape[:2]
     kv_heads, keys = key.shape[1:3]
     slots = edit.read.long().clamp_min(0)
     seen = edit.read >= 0
-    if real is not None:
-        seen = seen & real[:, None].expand(-1, kv_heads, -1).gather(2, slots)
+    if problem.visibility.real is not None:
+        seen = seen & problem.visibility.real[:, None].expand(-1, kv_heads, -1).gather(2, slots)
     bias = None
     if mask is not None:
         per_slot = (batch, kv_heads, keys)
@@ -60,37 +41,31 @@ def reading(
         bias = None if mask.bias is None else mask.bias[:, :1, 0].expand(per_slot).gather(2, slots)
     key, value = (states.gather(2, slots[..., None].expand(-1, -1, -1, states.shape[-1])) for states in (key, value))
     packed = query.view(batch, kv_heads, heads // kv_heads, -1)
-    hidden = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(
-        ~seen, torch.finfo(query.dtype).min
-    )
-    hidden = hidden if bias is None else hidden + bias.to(query.dtype)
-    out = torch.nn.functional.scaled_dot_product_attention(packed, key, value, hidden[:, :, None], scale=scale)
+    added = additive(seen, query.dtype)
+    added = added if bias is None else added + bias.to(query.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(packed, key, value, added[:, :, None], scale=problem.scale)
     return out.masked_fill(~seen.any(-1)[..., None, None], 0.0).view(batch, heads, 1, value.shape[-1])
 
 
-def weights(
-    query: Tensor,
-    key: Tensor,
-    mask: Mask | None,
-    real: Tensor | None,
-    edit: AttentionEdit,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention weights ``[batch, heads, query, key]`` in float32 before group gains; arguments as in ``attention``."""
+def weights(problem: Problem, start: int, stop: int) -> Tensor:
+    """Attention weights, float32 ``[batch, heads, stop - start, key]``, of the query rows ``start:stop``; head gains are not
+    in them, and values are not read."""
+    query, edit = problem.query, problem.edit
+    if (start, stop) != (0, problem.rows):
+        query, edit = query[:, :, start:stop], edit.slice_rows(start, stop)
+    query, edit = edit.shifted(query)
     batch, heads, rows, dim = query.shape
-    kv_heads, keys = key.shape[1:3]
+    kv_heads, keys = problem.key.shape[1:3]
     packed = query.reshape(batch, kv_heads, heads // kv_heads * rows, dim)
-    score = (packed @ key.transpose(-1, -2)).view(batch, heads, rows, keys).float() * scale
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
-    score, blind = _apply_masks(_edit_scores(score, edit), mask, real, edit)
-    if sinks is not None:
-        sink = sinks.float()[:, None, None].expand(batch, heads, rows, 1)
-        return torch.cat([score, sink], -1).softmax(-1)[..., :-1]
+    score = (packed @ problem.key.transpose(-1, -2)).view(batch, heads, rows, keys).float() * problem.scale
+    if problem.softcap is not None:
+        score = problem.softcap * torch.tanh(score / problem.softcap)
+    score, blind = _apply_masks(_edit_scores(score, edit), problem.mask(start, stop), problem.visibility.real, edit)
+    if problem.sinks is not None:
+        sink = problem.sinks.float()[:, None, None].expand(batch, heads, rows, 1)
+        return _apply_gains(torch.cat([score, sink], -1).softmax(-1)[..., :-1], edit)
     found = score.softmax(-1)
-    return found if blind is None else found.masked_fill(blind, 0.0)
+    return _apply_gains(found if blind is None else found.masked_fill(blind, 0.0), edit)
 
 
 def _per_head(values: Tensor) -> Tensor:
@@ -119,7 +94,7 @@ def _apply_masks(
         score = score + mask.bias
     keep = edit.kept(*score.shape[1::2])
     if keep is None and len(edit.mask) == 0:
-        return (score, None) if mask is None else (_hide(score, mask.hidden), mask.blind)
+        return (score, None) if mask is None else (hide(score, mask.hidden), mask.blind)
     visible = None if mask is None else mask.visible
     openable = None if real is None else real[:, None, None]
     if keep is not None:
@@ -143,21 +118,17 @@ def _apply_masks(
             score = torch.where(opened, softer, score)
             visible = shown | opened
     assert visible is not None
-    return _hide(score, ~visible), ~visible.any(-1, keepdim=True)
+    return hide(score, ~visible), ~visible.any(-1, keepdim=True)
 
 
 def _mix_bias(score: Tensor, shown: Tensor, opened: Tensor, weight: float) -> Tensor:
     """log(weight Z / (Z + (1 - weight) Z_E)) of each row: the bias that makes one softmax the mixture of two."""
-    inside, outside = (_hide(score, ~shown).logsumexp(-1), _hide(score, ~opened).logsumexp(-1))
+    inside, outside = (hide(score, ~shown).logsumexp(-1), hide(score, ~opened).logsumexp(-1))
     soft = torch.logaddexp(inside, outside + math.log(max(1 - weight, 1e-30)))
     return (math.log(weight) + inside - soft)[..., None]
 
 
-def _hide(score: Tensor, hidden: Tensor) -> Tensor:
-    return score.masked_fill(hidden, torch.finfo(score.dtype).min)
-
-
-def apply_gains(attended: Tensor, edit: AttentionEdit) -> Tensor:
+def _apply_gains(attended: Tensor, edit: AttentionEdit) -> Tensor:
     """Attention weights ``[batch, heads, query, key]`` after the group gains of an edit."""
     batch, heads, rows, keys = attended.shape
     for part in edit.gain:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vlmattn.kernels.edit import AttentionEdit, GainPart, select_gains
+from vlmattn.kernels.edit import GainPart, select_gains
+from vlmattn.kernels.problem import Problem
 from vlmattn.kernels.segments import Merger, flash
 from vlmattn.kernels.visibility import Visibility
 
@@ -24,13 +25,12 @@ _PAD = 8  # head dimensions stay a multiple of eight
 _FEW = 64  # keys that are gathered rather than hiding all others
 
 
-def supports(
-    edit: AttentionEdit, see: Visibility, query: Tensor, value: Tensor, softcap: float | None = None
-) -> str | None:
+def supports(problem: Problem) -> str | None:
     """None if ``attention`` can run this, else the reason in words."""
+    query, value, edit, see = problem.query, problem.value, problem.edit, problem.visibility
     if edit.mask or edit.logit or edit.keep is not None or edit.read is not None:
         return "it runs group gains only; this edit has mask, logit, keep or read parts"
-    if softcap is not None:
+    if problem.softcap is not None:
         return "flash attention does not cap scores"
     if len(edit.gain) != 1:
         return f"it runs exactly one group gain, got {len(edit.gain)}"
@@ -45,33 +45,44 @@ def supports(
     return None
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    see: Visibility,
-    edit: AttentionEdit,
-    scale: float,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Edited attention ``[batch, heads, query, dim]`` for an edit that ``supports`` accepts (head gains not applied).
+def attention(problem: Problem, from_row: int) -> Tensor:
+    """Edited attention ``[batch, heads, query, dim]`` of the query rows from ``from_row`` on, for what ``supports`` accepts
+    (head gains not applied); keys beyond the last row are not read."""
+    (part,) = problem.edit.slice_rows(from_row, problem.rows).gain
+    query, dim = problem.query[:, :, from_row:], problem.value.shape[-1]
+    found = [Merger(query, dim) for _ in range(part.plan.groups)]
+    for group, top, out, lse in _pieces(problem, part, from_row):
+        found[group].add(top, out, lse)
+    total = torch.stack([group.total for group in found], -1)
+    everything = total.logsumexp(-1, keepdim=True)
+    if problem.sinks is not None:
+        everything = torch.logaddexp(everything, problem.sinks.float()[:, None, None])
+    mass = torch.where(everything > float("-inf"), (total - everything).exp(), 0.0)  # a row that sees nothing: zeros
+    gamma, _ = select_gains(part, mass)
+    share = (gamma * mass)[..., None]
+    out = query.new_zeros((*query.shape[:3], dim), dtype=torch.float32)
+    for number, of in enumerate(found):
+        if of.out is not None:
+            out.addcmul_(of.out, share[..., number, :])
+    return out.to(query.dtype)
 
-    ``sinks`` (float ``[heads]``) are the scores of one more key per head whose value is zero. ``see.offset`` is the cache slot of the first of these query rows; keys beyond the last row are not read.
-    """
-    (part,) = edit.gain
-    batch, heads, rows, _ = query.shape
-    start = see.offset or 0
-    repeat = heads // key.shape[1]
+
+def _pieces(problem: Problem, part: GainPart, from_row: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """For each group and each run of its keys: the group, the first row that looks there (of those from ``from_row`` on),
+    and output and log-sum-exp of the rows from there."""
+    query = problem.query[:, :, from_row:]
+    rows, repeat = query.shape[2], query.shape[1] // problem.key.shape[1]
+    start = (problem.visibility.offset or 0) + from_row
     stop = start + rows
-    key, value = key[:, :, :stop].repeat_interleave(repeat, 1), value[:, :, :stop].repeat_interleave(repeat, 1)
-    found = [Merger(query, value.shape[-1]) for _ in range(part.plan.groups)]
+    key, value = (states[:, :, :stop].repeat_interleave(repeat, 1) for states in (problem.key, problem.value))
     for first, last, present in _runs(part, start, stop):
+        keys, values = key[:, :, first:last], value[:, :, first:last]
         for group in present:
-            member = _members(part, see, group, first, last, alone=len(present) == 1)
+            member = _members(part, problem.visibility, group, first, last, alone=len(present) == 1)
             places = _places(member, query)
-            if places is not None and len(places) <= _FEW:
+            if member is not None and places is not None and len(places) <= _FEW:
                 if len(places):
-                    found[group].add(0, *_gathered(query, key, value, member, places, first, start, scale))
+                    yield group, 0, *_gathered(query, keys, values, member, places, start - first, problem.scale)
                 continue
             if first < start:  # all rows see these keys
                 blocks = [(0, rows, False)]
@@ -79,22 +90,7 @@ def attention(
                 blocks = [(first - start, last - start, True), (last - start, rows, False)]
             for top, bottom, causal in blocks:
                 if top < bottom:
-                    o, lse = _flash(
-                        query[:, :, top:bottom], key[:, :, first:last], value[:, :, first:last], member, causal, scale
-                    )
-                    found[group].add(top, o, lse)
-    total = torch.stack([group.total for group in found], -1)
-    everything = total.logsumexp(-1, keepdim=True)
-    if sinks is not None:
-        everything = torch.logaddexp(everything, sinks.float()[:, None, None])
-    mass = torch.where(everything > float("-inf"), (total - everything).exp(), 0.0)  # a row that sees nothing: zeros
-    gamma, _ = select_gains(part, mass)
-    share = (gamma * mass)[..., None]
-    out = query.new_zeros((batch, heads, rows, value.shape[-1]), dtype=torch.float32)
-    for number, of in enumerate(found):
-        if of.out is not None:
-            out.addcmul_(of.out, share[..., number, :])
-    return out.to(query.dtype)
+                    yield group, top, *_flash(query[:, :, top:bottom], keys, values, member, causal, problem.scale)
 
 
 def _runs(part: GainPart, start: int, stop: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
@@ -128,23 +124,17 @@ def _places(member: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _gathered(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    member: Tensor | None,
-    places: Tensor,
-    first: int,
-    start: int,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, member: Tensor, places: Tensor, before: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Dense attention over a few keys of a run that begins at ``first``: output and log-sum-exp ``[batch, heads, query]``."""
-    assert member is not None
-    slots = places + first
-    score = (query.float() @ key[:, :, slots].float().transpose(-1, -2)) * scale
-    rows = torch.arange(start, start + query.shape[2])[:, None]
-    score = score.masked_fill(~(member[:, None, None, places] & (slots <= rows)), _HIDDEN)
+    """Dense attention over a few keys of a run: output and log-sum-exp ``[batch, heads, query]``.
+
+    ``before``: keys of the run that come before the first query row's own.
+    """
+    score = (query.float() @ key[:, :, places].float().transpose(-1, -2)) * scale
+    rows = torch.arange(before, before + query.shape[2])[:, None]
+    score = score.masked_fill(~(member[:, None, None, places] & (places <= rows)), _HIDDEN)
     lse = score.logsumexp(-1)
-    return (score - lse[..., None]).exp() @ value[:, :, slots].float(), _nothing(lse)
+    return (score - lse[..., None]).exp() @ value[:, :, places].float(), _nothing(lse)
 
 
 def _flash(

@@ -10,74 +10,76 @@ import math
 import torch
 from torch import Tensor
 
-from vlmattn.kernels.edit import AttentionEdit, BoostPlan, GainPart, GainPlan, LevelPlan, LogitPart, MaskPart, Rows
+from vlmattn.kernels.edit import GainPart, LogitPart, MaskPart, Rows
+from vlmattn.kernels.plans import BoostPlan, GainPlan, LevelPlan
+from vlmattn.kernels.problem import Problem
+from vlmattn.kernels.visibility import visible
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor,
-    real: Tensor | None,
-    edit: AttentionEdit,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    reach: Tensor | None = None,
-) -> Tensor:
-    """Edited attention, float64 ``[batch, heads, query, dim]``.
-
-    Args:
-        query: ``[batch, heads, query, dim]``; key, value: ``[batch, kv_heads, key, dim]``.
-        visible: bool ``[batch, query, key]``, what the unedited model sees (causal and not padding).
-        real: bool ``[batch, key]``, False for padding, which no mask part opens; None = no padding.
-        scale: factor of the dot products.
-        softcap: scores become ``softcap tanh(s / softcap)``; sinks: float ``[heads]``, scores of one more key without value.
-        bias: float ``[batch, query, key]``, values of an additive mask.
-        reach: bool ``[query, key]``, keys that a mask part may open; None = all.
-    """
-    batch, heads, rows, _ = query.shape
+def attention(problem: Problem) -> Tensor:
+    """Edited attention, float64 ``[batch, heads, query, dim]``."""
+    query, edit = problem.query.double(), problem.edit
+    (batch, heads, rows, _), keys = query.shape, problem.key.shape[2]
     if edit.shift is not None:
-        query = query.double() + edit.shift.double()[:, None]
-    repeat = heads // key.shape[1]
-    key, value = key.double().repeat_interleave(repeat, 1), value.double().repeat_interleave(repeat, 1)
+        query = query + edit.shift.double()[:, None]
+    repeat = heads // problem.key.shape[1]
+    key, value = (states.double().repeat_interleave(repeat, 1) for states in (problem.key, problem.value))
+    shown, bias = _mask(problem)
     out = torch.zeros(batch, heads, rows, value.shape[-1], dtype=torch.float64)
     for b in range(batch):
-        real_keys = torch.ones(key.shape[2], dtype=torch.bool) if real is None else real[b]
+        real = shown.new_ones(keys) if problem.visibility.real is None else problem.visibility.real[b]
         if edit.keep is not None:
-            real_keys = real_keys & edit.keep[b]
+            real = real & edit.keep[b]
         for i in range(rows):
-            scores = torch.stack([key[b, h] @ query[b, h, i].double() * scale for h in range(heads)])
-            if softcap is not None:
-                scores = softcap * (scores / softcap).tanh()
+            scores = torch.stack([key[b, h] @ query[b, h, i] * problem.scale for h in range(heads)])
+            if problem.softcap is not None:
+                scores = problem.softcap * (scores / problem.softcap).tanh()
             for logit in edit.logit:
                 if _applies(logit.rows, b, i):
                     scores = _edit_scores(scores, logit, b)
-            if bias is not None:
-                scores = scores + bias[b, i].double()
-            rows_of_heads = []
-            for h in range(heads):
-                there = real_keys.clone()
-                if edit.read is not None:
-                    read = edit.read[b, h // repeat].tolist()
-                    there &= torch.tensor([j in read for j in range(len(there))])
-                openable = there if reach is None else there & reach[i]
-                sink = float("-inf") if sinks is None else float(sinks[h])
-                rows_of_heads.append(_softmax(scores[h], visible[b, i] & there, openable, edit.mask, b, h, i, sink))
-            weights = torch.stack(rows_of_heads)
+            scores = scores + bias[b, i]
+            weights = torch.stack([_weights(problem, scores[h], shown[b, i], real, b, h, i) for h in range(heads)])
             for gain in edit.gain:
                 if _applies(gain.rows, b, i):
                     weights = _gains(weights, gain, b)
             for h in range(heads):
-                result = weights[h] @ value[b, h]
-                for head in edit.head_gain:
-                    if _applies(head.rows, b, i):
-                        result = head.gain[b % len(head.gain), h].double() * result
-                        if head.offset is not None:
-                            result = result + head.offset[b % len(head.offset), h].double()
-                out[b, h, i] = result
+                out[b, h, i] = _head_gains(problem, weights[h] @ value[b, h], b, h, i)
     return out
+
+
+def _mask(problem: Problem) -> tuple[Tensor, Tensor]:
+    """``[batch, query, key]``: what the unedited model sees (bool), and what its mask adds to scores (float64)."""
+    mask, keys = problem.visibility.mask, problem.key.shape[2]
+    if mask is None:
+        mask = torch.ones(problem.rows, keys, dtype=torch.bool, device=problem.key.device)
+        mask = (mask.tril() if problem.rows > 1 else mask)[None, None]
+    mask = mask[..., :keys].expand(problem.query.shape[0], 1, problem.rows, keys)[:, 0]
+    shown = visible(mask)
+    bias = torch.zeros(shown.shape, dtype=torch.float64, device=mask.device)
+    return shown, bias if mask.dtype == torch.bool else torch.where(shown, mask.double(), bias)
+
+
+def _weights(problem: Problem, score: Tensor, shown: Tensor, real: Tensor, b: int, h: int, i: int) -> Tensor:
+    """Attention weights ``[key]`` of one row and head before group gains."""
+    edit, there, keys = problem.edit, real.clone(), len(score)
+    if edit.read is not None:
+        read = edit.read[b, h * edit.read.shape[1] // problem.query.shape[1]].tolist()
+        there &= shown.new_tensor([j in read for j in range(keys)])
+    openable, see = there, problem.visibility
+    if see.window is not None:
+        openable = there & shown.new_tensor([abs((see.offset or 0) + i - j) < see.window for j in range(keys)])
+    sink = float("-inf") if problem.sinks is None else float(problem.sinks[h])
+    return _softmax(score, shown & there, openable, edit.mask, b, h, i, sink)
+
+
+def _head_gains(problem: Problem, result: Tensor, b: int, h: int, i: int) -> Tensor:
+    """The output ``[dim]`` of one row and head after the head gains."""
+    for head in problem.edit.head_gain:
+        if _applies(head.rows, b, i):
+            result = head.gain[b % len(head.gain), h].double() * result
+            if head.offset is not None:
+                result = result + head.offset[b % len(head.offset), h].double()
+    return result
 
 
 def _applies(rows: Rows | None, b: int, i: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import StateError
+from vlmattn.kernels.visibility import hide
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class SplitStates:
         bias = torch.zeros(seen.shape, dtype=like.dtype, device=seen.device)
         if self.count is not None:  # softmax term count exp(q . mean)
             bias[..., 0] = self.count.clamp_min(1).log().to(like.dtype)[:, None, None]
-        return bias.masked_fill(~seen, torch.finfo(like.dtype).min)
+        return hide(bias, ~seen)
 
     def __getattr__(self, name: str) -> Any:  # whoever takes this for a tensor
         if name.startswith("__"):

@@ -24,9 +24,11 @@ import torch
 import triton
 from torch import Tensor
 
-from vlmattn.kernels.edit import AttentionEdit, GainPart, GainPlan, LogitPart, Rows, scale_heads, select_gains
+from vlmattn.kernels.edit import AttentionEdit, GainPart, LogitPart, Rows, scale_heads, select_gains
+from vlmattn.kernels.plans import GainPlan
+from vlmattn.kernels.problem import Problem
 from vlmattn.kernels.triton_kernels import merge_kernel, split_kernel
-from vlmattn.kernels.visibility import Visibility
+from vlmattn.kernels.visibility import Visibility, floor_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_GROUPS = 4
@@ -35,14 +37,13 @@ _DTYPES = (torch.bfloat16, torch.float16)
 MOST_SPLITS = 32
 
 
-def supports(
-    query: Tensor, key: Tensor, value: Tensor, see: Visibility, edit: AttentionEdit, sinks: Tensor | None = None
-) -> str | None:
+def supports(problem: Problem) -> str | None:
     """None if ``attention`` can run this, else what is not allowed, in words."""
-    return _tensors_not_allowed(query, key, value, sinks) or _edit_not_allowed(query, key, see, edit)
+    return _tensors_not_allowed(problem) or _edit_not_allowed(problem)
 
 
-def _tensors_not_allowed(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> str | None:
+def _tensors_not_allowed(problem: Problem) -> str | None:
+    query, key, value, sinks = problem.query, problem.key, problem.value, problem.sinks
     if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
         return f"it needs query [batch, heads, query, dim] and key, value [batch, kv_heads, key, dim], got {shapes}"
@@ -67,8 +68,8 @@ def _tensors_not_allowed(query: Tensor, key: Tensor, value: Tensor, sinks: Tenso
     return None
 
 
-def _edit_not_allowed(query: Tensor, key: Tensor, see: Visibility, edit: AttentionEdit) -> str | None:
-    several = query.shape[2] > 1
+def _edit_not_allowed(problem: Problem) -> str | None:
+    see, edit, several = problem.visibility, problem.edit, problem.rows > 1
     if see.mask is not None and see.mask.shape[1] != 1:
         return "it needs one mask for all heads"
     if len(edit.logit) > 1 or any(part.guide is not None for part in edit.logit):
@@ -77,13 +78,13 @@ def _edit_not_allowed(query: Tensor, key: Tensor, see: Visibility, edit: Attenti
         return "it runs mask parts of all heads, and no mixtures"
     if several and len(edit.mask):
         return "it runs mask parts for one query row only"
-    if several and edit.keep is not None and not _is_causal(see, query.shape[2]):
+    if several and edit.keep is not None and not _is_causal(see, problem.rows):
         return "it keeps cache slots for several query rows under a causal mask only"
     if len(edit.gain) > 1:
         return f"it runs at most one group gain, got {len(edit.gain)}"
     if len(edit.gain) and edit.gain[0].plan.groups > MOST_GROUPS:
         return f"it runs up to {MOST_GROUPS} groups, got {edit.gain[0].plan.groups}"
-    if edit.read is not None and (edit.read.ndim != 3 or edit.read.shape[:2] != key.shape[:2]):
+    if edit.read is not None and (edit.read.ndim != 3 or edit.read.shape[:2] != problem.key.shape[:2]):
         return f"slots to read must be [batch, kv_heads, n], got {tuple(edit.read.shape)}"
     return None
 
@@ -93,25 +94,16 @@ def _is_causal(see: Visibility, rows: int) -> bool:
     return rows > 1 and (see.mask is None or (see.plain and see.offset is not None))
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    see: Visibility,
-    edit: AttentionEdit,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    splits: int | None = None,
-) -> Tensor:
+def attention(problem: Problem, splits: int | None = None) -> Tensor:
     """Edited attention ``[batch, heads, query, dim]``, head gains included, for what ``supports`` accepts.
 
+    Query, key and value may have any strides but the last.
+
     Args:
-        query: ``[batch, heads, query, dim]``; key, value: ``[batch, kv_heads, key, dim]``; any strides but the last.
-        softcap: scores become ``softcap tanh(s / softcap)`` before the edit.
-        sinks: float ``[heads]``, scores of one more key per head whose value is zero.
         splits: parts of the keys that run side by side; None = enough to fill the device.
     """
+    query, key, value, see, edit = problem.query, problem.key, problem.value, problem.visibility, problem.edit
+    softcap, sinks = problem.softcap, problem.sinks
     batch, heads, tokens, dim = query.shape
     kv_heads, repeat = key.shape[1], heads // key.shape[1]
     part = edit.gain[0] if len(edit.gain) else None
@@ -134,14 +126,14 @@ def attention(
     if not whole:
         partial = query.new_empty(batch, kv_heads, count, rows, dim, dtype=torch.float32)
         lse = query.new_empty(batch, kv_heads, count, rows, dtype=torch.float32)
-    mask, bias = _one_row_mask(see, edit, key.shape[2]) if tokens == 1 else _mask_of_rows(see, edit)
-    floor = torch.finfo(mask.dtype).min / 2 if mask is not None and mask.is_floating_point() else None
+    mask, bias = _one_row_mask(problem) if tokens == 1 else _mask_of_rows(see, edit)
+    floor = floor_of(mask.dtype) if mask is not None and mask.is_floating_point() else None
     scores = _Scores.of(edit, bias, heads)
     split_kernel[(count, kv_heads * tiles, batch)](
         query, key, value, out, partial, lse, *_given(query, group, weight, mask, *scores.tables, scores.rows, slots),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *map(_batch_stride, (group, weight, mask)),
         0 if mask is None else mask.stride(1), *scores.strides, *((0, 0) if slots is None else slots.stride()[:2]),
-        tokens, keys, length, 0 if see.mask is None else see.offset or 0, scale, softcap or 1.0,
+        tokens, keys, length, 0 if see.mask is None else see.offset or 0, problem.scale, softcap or 1.0,
         floor or 0.0,
         GROUPS=groups, WEIGHTED=weight is not None, REPEAT=repeat, DIM=dim, BLOCK_M=tile, BLOCK_N=block,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), CAUSAL=_is_causal(see, tokens),
@@ -250,21 +242,18 @@ def _mask_of_rows(see: Visibility, edit: AttentionEdit) -> tuple[Tensor | None, 
     return None if kept is None else _readable(kept)[:, None], None
 
 
-def _one_row_mask(see: Visibility, edit: AttentionEdit, keys: int) -> tuple[Tensor | None, Tensor | None]:
+def _one_row_mask(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
     """Mask ``[batch, 1, key]`` of one query row after the mask parts, and the bias ``[batch, key]`` of opened keys."""
-    mask = None if see.mask is None else see.mask[:, 0, :, :keys]
+    see, edit = problem.visibility, problem.edit
     if edit.keep is None and not len(edit.mask):
-        return None if mask is None else _readable(mask), None
-    additive = None
-    if mask is not None and mask.is_floating_point():
-        additive, mask = mask[:, 0], mask > torch.finfo(mask.dtype).min / 2
-        additive = additive.float().masked_fill(~mask[:, 0], 0.0)
-    shown = None if mask is None else mask[:, 0]
+        return None if see.mask is None else _readable(see.mask[:, 0, :, : problem.key.shape[2]]), None
+    mask = problem.mask(0, 1)
+    shown = None if mask is None else mask.visible[:, 0, 0]
+    bias = None if mask is None or mask.bias is None else mask.bias[:, 0, 0]
     openable = see.real
     if edit.keep is not None:
         shown = edit.keep if shown is None else shown & edit.keep
         openable = edit.keep if openable is None else openable & edit.keep
-    bias = additive
     for part in edit.mask:
         edges = part.edges()[:, 0, 0]
         before = torch.ones_like(edges) if shown is None else shown

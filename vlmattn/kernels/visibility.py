@@ -1,4 +1,8 @@
-"""What the unedited model sees: the mask as transformers hands it over, and what is known about it on the host."""
+"""What the unedited model sees: the mask as transformers hands it over, and what is known about it on the host.
+
+Masks have two forms, bool (True = visible) and additive floats. ``visible`` and ``additive`` turn one into the other; nobody
+else does.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def visible(mask: Tensor) -> Tensor:
+    """What a mask of either form shows, as bool in its shape."""
+    return mask if mask.dtype == torch.bool else mask > floor_of(mask.dtype)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask to add to scores for a bool one: 0 where visible, the lowest number of ``dtype`` elsewhere."""
+    return hide(torch.zeros(visible.shape, dtype=dtype, device=visible.device), ~visible)
+
+
+def hide(given: Tensor, hidden: Tensor) -> Tensor:
+    """Scores, or a mask of either form, in which nothing of ``hidden`` (bool, broadcasts) is visible."""
+    return given.masked_fill(hidden, torch.finfo(given.dtype).min if given.is_floating_point() else 0)
+
+
+def floor_of(dtype: torch.dtype) -> float:
+    """Values of an additive mask up to this hide."""
+    return torch.finfo(dtype).min / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +51,14 @@ class Mask:
 
     @classmethod
     def of(cls, given: Tensor, reach: Tensor | None = None) -> Mask:
-        """From a bool mask (True = visible) or an additive one."""
-        additive = given.dtype != torch.bool
-        visible = given > torch.finfo(given.dtype).min / 2 if additive else given
-        hidden = ~visible
+        """From a mask of either form."""
+        shown = visible(given)
+        hidden = ~shown
         blind: Tensor | None = hidden.all(-1, keepdim=True)
         if given.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(blind.any()):  # type: ignore[union-attr]
             blind = None  # a CPU is asked at no cost
-        return cls(visible, hidden, given.float().masked_fill(hidden, 0.0) if additive else None, blind, reach)
+        bias = None if given.dtype == torch.bool else given.float().masked_fill(hidden, 0.0)
+        return cls(shown, hidden, bias, blind, reach)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,17 +82,13 @@ class Visibility:
     one_row: Mask | None = None
     window: int | None = None
 
-    def rows(self, start: int, stop: int, query_length: int, keys: int, device: torch.device) -> Tensor | None:
-        """The mask of the query rows ``start:stop`` in a form that broadcasts to ``[batch, heads, rows, keys]``."""
+    def of_rows(self, start: int, stop: int, keys: int, device: torch.device) -> Mask:
+        """The mask of the query rows ``start:stop`` of several."""
         if self.mask is not None:
-            return self.mask[..., start:stop, :keys]
-        if query_length == 1:
-            return None
-        return torch.arange(keys, device=device) <= torch.arange(start, stop, device=device)[:, None]
-
-    def reach(self, start: int, stop: int, keys: int, device: torch.device) -> Tensor | None:
-        """bool ``[rows, keys]``: keys within the window of the query rows ``start:stop``; None without a window."""
+            given = self.mask[..., start:stop, :keys]
+        else:
+            given = (torch.arange(keys, device=device) <= torch.arange(start, stop, device=device)[:, None])[None, None]
         if self.window is None:
-            return None
+            return Mask.of(given)
         rows = torch.arange(start, stop, device=device)[:, None] + (self.offset or 0)
-        return (rows - torch.arange(keys, device=device)).abs() < self.window
+        return Mask.of(given, (rows - torch.arange(keys, device=device)).abs() < self.window)

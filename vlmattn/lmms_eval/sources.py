@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmattn.errors import InputError, OptionError, UnknownNameError
+from vlmattn.evals import suites
 from vlmattn.evals.suites.base import Suite
 from vlmattn.evals.suites.files import ImageFolder
-from vlmattn.evals.suites.generated import make_generated
 from vlmattn.evals.suites.pope import Pope, columns_of
+from vlmattn.evals.suites.registry import find_suite
 from vlmattn.evals.suites.tables import Table
 from vlmattn.evals.suites.world import World
 
@@ -42,7 +43,7 @@ def make_suite(**options: Any) -> Suite:
     if (worlds := options.get("worlds")) is not None:
         for world in worlds:
             _refuse_unknown("field of a world", world, [field.name for field in fields(World)])
-        return make_generated(name, [World(**world) for world in worlds])
+        return suites.make_suite(name, [World(**world) for world in worlds])
     if name != "pope":
         raise OptionError(f"suite '{name}' needs worlds; files are for pope")
     paths = _files(options.get("data_files"))
@@ -93,4 +94,4 @@ def _pope_on_parquet(paths: Sequence[Path]) -> Pope:
         parts.append(rows)
     folder = ImageFolder(Path(os.path.commonpath([path.absolute().parent for path in paths])))
     settings = {"table": [path.name for path in paths]}
-    return Pope.on_table(Table("pope", ", ".join(map(str, paths)), parts, settings, folder))
+    return Pope.on_table(Table(find_suite("pope"), ", ".join(map(str, paths)), parts, settings, folder))

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import Family
 from vlmattn.models.generic import generic_family
+from vlmattn.registry import load_plugins
 
 _FAMILIES: dict[str, Family] = {}
 
@@ -31,7 +32,8 @@ def register_family(family: Family) -> None:
 
 
 def registered() -> dict[str, Family]:
-    """Model types and the families that serve them."""
+    """Model types and the families that serve them, plugins' included."""
+    load_plugins()
     return dict(sorted(_FAMILIES.items()))
 
 
@@ -48,6 +50,8 @@ def find_family(model: nn.Module) -> Family:
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"{type(model).__name__} is not a transformers PreTrainedModel; {_known()}")
+    if model.config.model_type not in _FAMILIES:
+        load_plugins()
     family = _FAMILIES.get(model.config.model_type)
     if family is not None and family.unsupported:
         raise UnsupportedError(f"{type(model).__name__} is not supported: {family.unsupported}; {_known()}")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlmattn.kernels import additive, hide
+
 _NEVER = -1  # in place of where the newest tokens begin: no forward begins there
 
 
@@ -184,7 +186,7 @@ class TokenMap:
         return given - self.lost[:, None].to(given.device)
 
     def mask(
-        self, given: Tensor | None, start: int, queries: int, width: int, additive: torch.dtype | None
+        self, given: Tensor | None, start: int, queries: int, width: int, dtype: torch.dtype | None
     ) -> Tensor | None:
         """The mask of a forward in this layer's slots, from the one in original slots.
 
@@ -192,18 +194,17 @@ class TokenMap:
             given: bool or additive ``[batch or 1, heads or 1, query, original slot]``; None = causal, or everything for one row.
             start: original slot of the first query row; queries: rows of the layer in this forward.
             width: slots that the layer's attention gets to see.
-            additive: the dtype of additive masks, for attention that wants one; None = bool.
+            dtype: of additive masks, for attention that wants one; None = bool.
         """
         if width < self.kept:
-            return self.until(width + self.removed).mask(given, start, queries, width, additive)
+            return self.until(width + self.removed).mask(given, start, queries, width, dtype)
         newest = start == self.begin
         if given is None:
             if self.valid is None:
                 return None
-            given = self._causal(start, self.length - start if newest else queries, additive)
+            given = self._causal(start, self.length - start if newest else queries, dtype)
         if newest:
             given = self.rows(given.expand(len(self.slots), -1, -1, -1).transpose(1, 2)).transpose(1, 2)
-        hidden = torch.finfo(given.dtype).min if given.dtype != torch.bool else False
         tail = torch.arange(self.kept, width, device=given.device) + self.removed
         columns = torch.cat([self.slots.to(given.device), tail.expand(len(self.slots), -1)], 1)
         batch, heads, rows, original = (len(columns), *given.shape[1:])
@@ -211,21 +212,19 @@ class TokenMap:
         out = given.expand(batch, -1, -1, -1).gather(3, wanted)
         if self.valid is not None:
             seen = pad(self.valid.to(given.device), (0, width - self.kept), value=True)
-            out = out.masked_fill(~seen[:, None, None], hidden)
+            out = hide(out, ~seen[:, None, None])
         if int(tail.shape[0]) and width + self.removed > original:  # a static cache has room behind
-            out = out.masked_fill((columns >= original)[:, None, None], hidden)
+            out = hide(out, (columns >= original)[:, None, None])
         if newest and self.valid is not None:  # rows that nobody looks at see themselves: no NaN comes of them
             own = torch.eye(rows, width, dtype=torch.bool, device=given.device).roll(self.at, 1)
             own = own & ~self.valid[:, None, self.at :, None].to(given.device)
             out = out | own if out.dtype == torch.bool else out.masked_fill(own, 0.0)
         return out
 
-    def _causal(self, start: int, queries: int, additive: torch.dtype | None) -> Tensor:
+    def _causal(self, start: int, queries: int, dtype: torch.dtype | None) -> Tensor:
         keys = torch.arange(start + queries, device=self.slots.device)
         sees = (keys <= keys[start:, None])[None, None]
-        if additive is None:
-            return sees
-        return torch.zeros(sees.shape, dtype=additive, device=sees.device).masked_fill(~sees, torch.finfo(additive).min)
+        return sees if dtype is None else additive(sees, dtype)
 
     def moved(self, rows: Tensor) -> TokenMap:
         """For a cache in which row i is what ``rows[i]`` was."""

@@ -5,9 +5,10 @@ from vlmattn.tracking.files import Trajectory, read_tum, write_ply, write_tum
 from vlmattn.tracking.frames import Frames, fit
 from vlmattn.tracking.gauge import Similarity, align
 from vlmattn.tracking.keyframes import Angular, Azel, Interval, PoseChange, Released, Rule, Sight
+from vlmattn.tracking.maps import Map
 from vlmattn.tracking.models import Adapter, Views, find_adapter, register_adapter
 from vlmattn.tracking.network import MultiViewNetwork, NetworkConfig
-from vlmattn.tracking.tracker import Map, Mapped, Track, Tracker
+from vlmattn.tracking.tracker import Mapped, Track, Tracker
 
 __all__ = [
     "Adapter",

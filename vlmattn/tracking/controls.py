@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlmattn.errors import InputError
 from vlmattn.tracking import metrics
 from vlmattn.tracking.gauge import align
 from vlmattn.tracking.metrics import Array
@@ -93,13 +92,6 @@ def _at_rest(told: Array, truth: Array) -> Array:
 def _heading(poses: Array) -> Array:
     """Azimuth of the optical axis, radians."""
     return np.asarray(np.arctan2(poses[:, 0, 2], poses[:, 2, 2]))
-
-
-def spread_out(frames: int, keyframes: int) -> list[int]:
-    """Evenly spaced frames, the first and the last among them."""
-    if not 2 <= keyframes <= frames:
-        raise InputError(f"a walk of {frames} frames has 2 to {frames} keyframes, got {keyframes}")
-    return [round(number) for number in np.linspace(0, frames - 1, keyframes)]
 
 
 def make_map(network: nn.Module, images: Tensor, keyframes: Sequence[int], **options: object) -> Tracker:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vlmattn.errors import InputError
 from vlmattn.files import make_folder, write_whole
 from vlmattn.texts import lines_of, read_text
+from vlmattn.tracking import gauge
 from vlmattn.tracking.metrics import FARTHEST, Array, checked_poses, numbers_of
 
 
@@ -89,13 +91,15 @@ def quaternions(poses: Any) -> Array:
     """
     r = checked_poses(poses)[:, :3, :3]
     xx, yy, zz = r[:, 0, 0], r[:, 1, 1], r[:, 2, 2]
-    matrix = np.empty((len(r), 4, 4))
-    matrix[:, 0] = np.stack(
-        [xx - yy - zz, r[:, 1, 0] + r[:, 0, 1], r[:, 2, 0] + r[:, 0, 2], r[:, 2, 1] - r[:, 1, 2]], -1
-    )
-    matrix[:, 1] = np.stack([matrix[:, 0, 1], yy - xx - zz, r[:, 2, 1] + r[:, 1, 2], r[:, 0, 2] - r[:, 2, 0]], -1)
-    matrix[:, 2] = np.stack([matrix[:, 0, 2], matrix[:, 1, 2], zz - xx - yy, r[:, 1, 0] - r[:, 0, 1]], -1)
-    matrix[:, 3] = np.stack([matrix[:, 0, 3], matrix[:, 1, 3], matrix[:, 2, 3], xx + yy + zz], -1)
+    yx, zx, zy = r[:, 1, 0] + r[:, 0, 1], r[:, 2, 0] + r[:, 0, 2], r[:, 2, 1] + r[:, 1, 2]
+    wx, wy, wz = r[:, 2, 1] - r[:, 1, 2], r[:, 0, 2] - r[:, 2, 0], r[:, 1, 0] - r[:, 0, 1]
+    rows = [
+        [xx - yy - zz, yx, zx, wx],
+        [yx, yy - xx - zz, zy, wy],
+        [zx, zy, zz - xx - yy, wz],
+        [wx, wy, wz, xx + yy + zz],
+    ]
+    matrix = np.moveaxis(np.array(rows), -1, 0)
     largest = np.linalg.eigh(matrix)[1][:, :, -1]
     return np.asarray(largest * np.where(largest[:, 3:] < 0, -1.0, 1.0), dtype=np.float64)
 
@@ -106,15 +110,7 @@ def rotations(turns: Any) -> Array:
     if q.ndim != 2 or q.shape[1] != 4 or not q.any(1).all():
         raise InputError(f"quaternions must be [n, 4] and none of them 0, got {list(q.shape)}")
     q = q / np.abs(q).max(1, keepdims=True)  # first, so that no square is 0 or infinite
-    x, y, z, w = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
-    return np.stack(
-        [
-            np.stack([1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)], -1),
-            np.stack([2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)], -1),
-            np.stack([2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], -1),
-        ],
-        -2,
-    )
+    return np.asarray(gauge.rotations(torch.from_numpy(q / np.linalg.norm(q, axis=1, keepdims=True))).numpy())
 
 
 def write_ply(path: str | Path, points: Any, colours: Any) -> None:

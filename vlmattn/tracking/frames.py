@@ -25,6 +25,8 @@ from vlmattn.texts import lines_of, read_text
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 _MOVING = (*PICTURES, ".gif", ".apng", ".avif")  # what Pillow reads; all else is a video
+_PICTURE = (str, os.PathLike, Image.Image)
+_FRAME = "a PIL image, a path, or numbers: uint8 [height, width, 3] or float [3, height, width]"
 _LIST = "rgb.txt"  # of a TUM RGB-D sequence: time and file name per line
 _RATE = 30.0  # frames per second where nothing says otherwise
 _RATES = (1e-6, 1e6)  # slower no clock goes, and trajectories are written in microseconds
@@ -49,31 +51,23 @@ def to_tensor(image: Any) -> Tensor:
     Raises:
         InputError: another type or shape, values outside of [0, 1], NaN.
     """
-    if (
-        isinstance(image, (list, tuple))
-        and image
-        and all(isinstance(one, (str, os.PathLike, Image.Image)) for one in image)
-    ):
+    if isinstance(image, (list, tuple)) and image and all(isinstance(one, _PICTURE) for one in image):
         frames = [to_tensor(one) for one in image]
-        if len({frame.shape for frame in frames}) > 1:
-            sizes = sorted({f"{frame.shape[-2]}x{frame.shape[-1]}" for frame in frames})
-            raise InputError(f"pictures of a batch are of one size, got {', '.join(sizes)}; tracking.fit resizes them")
+        if len(sizes := {f"{frame.shape[-2]}x{frame.shape[-1]}" for frame in frames}) > 1:
+            given = ", ".join(sorted(sizes))
+            raise InputError(f"pictures of a batch are of one size, got {given}; tracking.fit resizes them")
         return torch.stack(frames)
-    if isinstance(image, (str, os.PathLike)):
-        image = open_picture(image)
-    if isinstance(image, Image.Image):
-        image = np.array(upright(image))
-    x = _tensor(
-        image, "a frame is a PIL image, a path, or numbers: uint8 [height, width, 3] or float [3, height, width]"
-    )
-    if x.dtype == torch.uint8:
-        if x.dim() < 3 or x.shape[-1] != 3:
-            raise InputError(f"pictures in uint8 must be [height, width, 3], got {list(x.shape)}")
-        x = x.movedim(-1, -3).float() / 255
+    if isinstance(image, _PICTURE):
+        image = np.array(upright(image) if isinstance(image, Image.Image) else open_picture(image))
+    return _scaled(_tensor(image, f"a frame is {_FRAME}"))
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Numbers of a frame in [0, 1], channels first."""
+    if x.dtype == torch.uint8 and x.dim() > 2 and x.shape[-1] == 3:
+        return x.movedim(-1, -3).float() / 255
     if not x.is_floating_point() or x.dim() < 3 or x.shape[-3] != 3:
-        raise InputError(
-            f"a frame is a PIL image, uint8 [height, width, 3] or float [3, height, width]; got {x.dtype} {list(x.shape)}"
-        )
+        raise InputError(f"a frame is {_FRAME}; got {x.dtype} {list(x.shape)}")
     low, high = (float(x.amin()), float(x.amax())) if x.numel() else (0.0, 0.0)
     if not (low >= -1e-4 and high <= 1 + 1e-4):  # false for NaN too
         raise InputError(f"a frame holds values from {low:g} to {high:g}; they must be finite and within [0, 1]")
@@ -327,24 +321,23 @@ def _named(folder: Path) -> list[tuple[Path, float | None]]:
         raise InputError(f"cannot read the folder {folder}: {error.strerror}") from None
     if not files:
         raise InputError(f"no pictures in {folder}; known: {', '.join(PICTURES)}")
-    stems = [file.stem for file in files]
-    times: list[float | None]
-    if any(re.fullmatch(r"\d+\.\d+", stem) for stem in stems):
-        times = [float(stem) if re.fullmatch(r"\d+(\.\d+)?", stem) else None for stem in stems]
-    elif len({len(stem) for stem in stems}) == 1 and all(re.fullmatch(r"[1-9]\d*", stem) for stem in stems):
-        unit = _SINCE_1970.get(len(stems[0]))
-        times = [None if unit is None else int(stem) * unit for stem in stems]
-    else:
-        times = [None] * len(files)
+    times = _times_of([file.stem for file in files])
     without = sorted(file.name for file, time in zip(files, times, strict=True) if time is None)
-    if not without:
-        return sorted(zip(files, times, strict=True), key=lambda pair: (pair[1] or 0.0, _natural(pair[0])))
-    if len(without) < len(files):
+    if 0 < len(without) < len(files):
         raise InputError(
             f"{folder}: {without[0]} has no time in its name, as {len(files) - len(without)} others have"
             f" ({len(without)} of {len(files)} have none); move such files elsewhere"
         )
-    return [(file, None) for file in sorted(files, key=_natural)]
+    return sorted(zip(files, times, strict=True), key=lambda pair: (pair[1] or 0.0, _natural(pair[0])))
+
+
+def _times_of(stems: list[str]) -> list[float | None]:
+    """Seconds that names of files say: numbers with a decimal point, or so many nano-, micro- or milliseconds since 1970."""
+    if any(re.fullmatch(r"\d+\.\d+", stem) for stem in stems):
+        return [float(stem) if re.fullmatch(r"\d+(\.\d+)?", stem) else None for stem in stems]
+    unit = _SINCE_1970.get(len(stems[0]))
+    same = len(set(map(len, stems))) == 1 and all(re.fullmatch(r"[1-9]\d*", stem) for stem in stems)
+    return [int(stem) * unit if same and unit else None for stem in stems]
 
 
 def _displayed(frame: Any) -> Image.Image:

@@ -25,10 +25,6 @@ class Similarity:
     translation: Tensor
 
     @classmethod
-    def identity(cls, like: Tensor) -> Similarity:
-        return cls(like.new_ones(()), torch.eye(3, dtype=like.dtype, device=like.device), like.new_zeros(3))
-
-    @classmethod
     def to_camera(cls, pose: Tensor) -> Similarity:
         """The rigid motion after which this camera is the origin."""
         turn = pose[:3, :3].transpose(-1, -2)
@@ -45,9 +41,25 @@ class Similarity:
         moved[..., :3, 3] = self.points(poses[..., :3, 3])
         return moved
 
-    def then(self, after: Similarity) -> Similarity:
-        """First this one, then ``after``."""
-        return Similarity(after.scale * self.scale, after.rotation @ self.rotation, after.points(self.translation))
+
+def nearest_rotation(matrices: Tensor) -> Tensor:
+    """The rotations nearest to matrices ``[..., 3, 3]`` (of the sum of ``target source^T``: the best fit)."""
+    u, _, vt = torch.linalg.svd(matrices)
+    flip = torch.ones_like(u[..., 0, :])
+    flip[..., 2] = torch.det(u @ vt).sign()
+    turn: Tensor = (u * flip[..., None, :]) @ vt
+    return turn
+
+
+def rotations(quaternions: Tensor) -> Tensor:
+    """Rotation matrices ``[..., 3, 3]`` of unit quaternions ``[..., 4]`` (x, y, z, w)."""
+    x, y, z, w = quaternions.unbind(-1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
 def align(source: Tensor, target: Tensor, fallback: Tensor | None = None, depth: Tensor | None = None) -> Similarity:
@@ -63,11 +75,7 @@ def align(source: Tensor, target: Tensor, fallback: Tensor | None = None, depth:
         depth: ``[]``, mean depth of the scene in the unit of ``source``; None: any spread will do.
     """
     source, target = source.double(), target.double()
-    summed = (target[:, :3, :3] @ source[:, :3, :3].transpose(-1, -2)).sum(0)
-    u, _, vt = torch.linalg.svd(summed)
-    flip = torch.ones_like(summed[0])
-    flip[2] = torch.det(u @ vt).sign()
-    turn = (u * flip) @ vt
+    turn = nearest_rotation((target[:, :3, :3] @ source[:, :3, :3].transpose(-1, -2)).sum(0))
     from_, to = source[:, :3, 3], target[:, :3, 3]
     mean_from, mean_to = from_.mean(0), to.mean(0)
     turned = (from_ - mean_from) @ turn.transpose(-1, -2)

@@ -43,17 +43,23 @@ class Rule(ABC):
 
 
 @dataclass(frozen=True)
-class Angular(Rule):
+class _OfAngle(Rule):
+    """A rule with an angle."""
+
+    degrees: float = 10.0  # KV-Tracker's, for objects
+
+    def __post_init__(self) -> None:
+        _positive("degrees", self.degrees, 180)
+
+
+@dataclass(frozen=True)
+class Angular(_OfAngle):
     """No keyframe looks from within ``degrees``: min over keyframes of the angle between directions of view > degrees.
 
     The direction of view is, around an object, that from its centre to the camera; in a scene the optical axis.
     """
 
-    degrees: float = 10.0  # KV-Tracker's, for objects
     name: ClassVar[str] = "angular"
-
-    def __post_init__(self) -> None:
-        _positive("degrees", self.degrees, 180)
 
     def wants(self, sight: Sight) -> bool:
         here, there = _direction(sight.pose, sight), _direction(sight.keyframes, sight)
@@ -61,18 +67,14 @@ class Angular(Rule):
 
 
 @dataclass(frozen=True)
-class Azel(Rule):
+class Azel(_OfAngle):
     """KV-Tracker's paper: min over keyframes of the azimuth difference, or of the elevation difference, exceeds ``degrees``.
 
     azimuth = atan2(x, z), elevation = atan2(y, hypot(x, z)) of the direction of view, in the world of the map. The
     minima are taken one by one, so a combination of both may stay uncovered; ``angular`` has no such gap.
     """
 
-    degrees: float = 10.0
     name: ClassVar[str] = "azel"
-
-    def __post_init__(self) -> None:
-        _positive("degrees", self.degrees, 180)
 
     def wants(self, sight: Sight) -> bool:
         here, there = _azel(_direction(sight.pose, sight)), _azel(_direction(sight.keyframes, sight))
@@ -81,7 +83,7 @@ class Azel(Rule):
 
 
 @dataclass(frozen=True)
-class Released(Rule):
+class Released(_OfAngle):
     """KV-Tracker's code, where it watches an object: as ``azel``, with the angles as they are computed there.
 
     azimuth = asin(x / z), its argument cut to [-1, 1]; elevation = atan2(y, z), of the direction from the object's centre to
@@ -89,11 +91,7 @@ class Released(Rule):
     In scenes the code asks for a keyframe every 50 frames instead (``interval``); here the optical axis is taken.
     """
 
-    degrees: float = 10.0
     name: ClassVar[str] = "released"
-
-    def __post_init__(self) -> None:
-        _positive("degrees", self.degrees, 180)
 
     def wants(self, sight: Sight) -> bool:
         here, there = _released(_direction(sight.pose, sight)), _released(_direction(sight.keyframes, sight))
@@ -115,15 +113,14 @@ class Interval(Rule):
 
 
 @dataclass(frozen=True)
-class PoseChange(Rule):
+class PoseChange(_OfAngle):
     """No keyframe is near in both: turned by more than ``degrees``, or moved by more than ``distance`` mean depths, from each."""
 
-    degrees: float = 10.0
     distance: float = 0.15
     name: ClassVar[str] = "pose"
 
     def __post_init__(self) -> None:
-        _positive("degrees", self.degrees, 180)
+        super().__post_init__()
         _positive("distance", self.distance, torch.inf)
 
     def wants(self, sight: Sight) -> bool:
@@ -162,9 +159,8 @@ def check_whole(name: str, value: Any, least: int) -> None:
 
 
 def _positive(name: str, value: Any, most: float) -> None:
-    if (
-        not isinstance(value, (int, float, np.number)) or isinstance(value, bool) or not 0 < value <= most
-    ):  # false for NaN
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not (number and 0 < value <= most):  # false for NaN
         raise OptionError(f"{name} must be above 0 and at most {most:g}, got {value!r}")
 
 

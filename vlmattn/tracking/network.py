@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlmattn.tracking.gauge import nearest_rotation
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -175,10 +177,7 @@ def rigid(source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The rigid motion ``[..., 4, 4]`` that brings ``source`` ``[..., points, 3]`` nearest to ``target`` (weighted Procrustes)."""
     weight = (weight / weight.sum(-1, keepdim=True))[..., None]
     from_, to = (weight * source).sum(-2, keepdim=True), (weight * target).sum(-2, keepdim=True)
-    u, _, vt = torch.linalg.svd((weight * (target - to)).transpose(-1, -2) @ (source - from_))
-    flip = torch.ones_like(u[..., 0, :])
-    flip[..., 2] = torch.det(u @ vt).sign()
-    turn = (u * flip[..., None, :]) @ vt
+    turn = nearest_rotation((weight * (target - to)).transpose(-1, -2) @ (source - from_))
     pose = torch.zeros(*turn.shape[:-2], 4, 4, dtype=turn.dtype, device=turn.device)
     pose[..., :3, :3] = turn
     pose[..., :3, 3] = (to - from_ @ turn.transpose(-1, -2))[..., 0, :]

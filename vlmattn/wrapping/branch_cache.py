@@ -106,48 +106,53 @@ class BranchCache:
 
     def fill(self, cache: Any, views: Sequence[ReadPrompt]) -> None:
         """Move the keys and values of all groups into the cache of the call."""
-        grown = self.longest - self.prompt
         for number, parts in enumerate(zip(*(view.cache.layers for view in views), strict=True)):
             layer: Any = cache.layers[number] if number < len(cache.layers) else None
-            sliding = getattr(parts[0], "is_sliding", False)
-            if not hasattr(parts[0], "keys") or (sliding and type(layer) is not DynamicSlidingWindowLayer):
-                raise UnsupportedError(
-                    f"the decoding rule of '{self._name}' cannot share this cache among branches, {type(layer or parts[0]).__name__};"
-                    " use a dynamic cache of a model with attention in every layer"
-                )
-            held = [part.keys.shape[-2] for part in parts if part.keys is not None]
-            if not held:  # a layer that reads the keys of another
+            if (states := self._joined(number, parts, layer)) is None:  # a layer that reads the keys of another
                 continue
-            if len(held) < len(parts) or (not self._attends(number) and len(set(held)) > 1):
-                raise UnsupportedError(
-                    f"the branches of '{self._name}' must have as many images as the prompt, whose image keys layer {number} keeps for"
-                    " cross-attention; use a rule that changes the image, like vcd"
-                )
-            wanted = max(held)
-            keys, values = (
-                torch.cat([pad(getattr(part, name), (0, 0, wanted - part.keys.shape[-2], 0)) for part in parts])
-                for name in ("keys", "values")
-            )
-            if sliding:  # each group holds the last tokens of its own prompt
-                if getattr(layer, "record_past", False) and any(
-                    part.get_seq_length() > part.keys.shape[-2] for part in parts
-                ):
-                    raise UnsupportedError(
-                        f"the decoding rule of '{self._name}' cannot take drafts back from a sliding window of {self._window} tokens;"
-                        " leave assisted decoding out (assistant_model, prompt_lookup_num_tokens), or use a shorter prompt"
-                    )
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values, layer.cumulative_length = keys, values, self.longest
-                continue
-            if type(layer) is DynamicLayer and not cache.offloading:
-                cache.layers[number] = RoomyLayer(keys, values)
-                continue
-            if layer is not None:
-                _make_room(layer, len(keys), grown)
-            cache.update(keys, values, number)
+            if getattr(parts[0], "is_sliding", False):
+                self._fill_window(layer, parts, *states)
+            elif type(layer) is DynamicLayer and not cache.offloading:
+                cache.layers[number] = RoomyLayer(*states)
+            else:
+                if layer is not None:
+                    _make_room(layer, len(states[0]), self.longest - self.prompt)
+                cache.update(*states, number)
         setattr(cache, BRANCHES, self)
         if not self._alone:
             cache.reorder_cache = MethodType(_reorder_cache, cache)  # bound, so that a deep copy reorders itself
+
+    def _joined(self, number: int, parts: Sequence[Any], layer: Any) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of a layer for all groups, padded on the left; None if it has none of its own."""
+        sliding = getattr(parts[0], "is_sliding", False)
+        if not hasattr(parts[0], "keys") or (sliding and type(layer) is not DynamicSlidingWindowLayer):
+            raise UnsupportedError(
+                f"the decoding rule of '{self._name}' cannot share this cache among branches, {type(layer or parts[0]).__name__};"
+                " use a dynamic cache of a model with attention in every layer"
+            )
+        held = [part.keys.shape[-2] for part in parts if part.keys is not None]
+        if not held:
+            return None
+        if len(held) < len(parts) or (not self._attends(number) and len(set(held)) > 1):
+            raise UnsupportedError(
+                f"the branches of '{self._name}' must have as many images as the prompt, whose image keys layer {number} keeps for"
+                " cross-attention; use a rule that changes the image, like vcd"
+            )
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([pad(getattr(part, name), (0, 0, max(held) - part.keys.shape[-2], 0)) for part in parts])
+
+        return joined("keys"), joined("values")
+
+    def _fill_window(self, layer: Any, parts: Sequence[Any], keys: Tensor, values: Tensor) -> None:
+        """Each group holds the last tokens of its own prompt."""
+        if getattr(layer, "record_past", False) and any(part.get_seq_length() > part.keys.shape[-2] for part in parts):
+            raise UnsupportedError(
+                f"the decoding rule of '{self._name}' cannot take drafts back from a sliding window of {self._window} tokens;"
+                " leave assisted decoding out (assistant_model, prompt_lookup_num_tokens), or use a shorter prompt"
+            )
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values, layer.cumulative_length = keys, values, self.longest
 
     def _attends(self, layer: int) -> bool:
         """The layer's keys are those of the tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from vlmattn import compat
-from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead, Noise
+from vlmattn.decoding import Branch, ContrastiveDecoding, Gaze, Instead
 from vlmattn.errors import InputError, UnsupportedError
-from vlmattn.models import OF_IMAGES, OF_TOKENS, Family, find_family
+from vlmattn.models import OF_IMAGES, OF_TOKENS, Family
 from vlmattn.request import TEXT, Plan
 from vlmattn.wrapping.branch_cache import BranchCache, ReadPrompt
 from vlmattn.wrapping.call import CALL, Call, TowerView
@@ -193,27 +193,27 @@ class _Reader:
             _check_prompts(
                 self.call.record.family, self.call.model, branch, inputs, len(self.branches.inputs["input_ids"])
             )
-        if callable(branch.image):
-            self._change_images(branch.image, inputs)
-        elif branch.image == "blank":
-            self._change_images(torch.zeros_like, inputs)
+        self._change_images(inputs)
         if branch.prompt != "same" or branch.image == "drop":
             self._change_prompt(inputs)
         if branch.image == "drop":
-            inputs = {name: value for name, value in inputs.items() if name not in OF_IMAGES}
-        elif (
-            branch.image == "same"
-            and not given
-            and self.encoded is not None
-            and self.times == 1
-            and not self.plan.on_image_features
-        ):
+            return {name: value for name, value in inputs.items() if name not in OF_IMAGES}
+        if not given and self._sees_the_same:
             inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
             inputs["mm_encoder_outputs"] = self.encoded  # the vision tower need not run again
         return inputs
 
-    def _change_images(self, change: Noise | Callable[[Tensor], Tensor], inputs: dict[str, Any]) -> None:
-        """Let a function see the pixels of one row of the batch at a time."""
+    @property
+    def _sees_the_same(self) -> bool:
+        """Images as the main prompt saw them will do."""
+        found = self.encoded is not None and not self.plan.on_image_features
+        return found and self.branch.image == "same" and self.times == 1
+
+    def _change_images(self, inputs: dict[str, Any]) -> None:
+        """Let the branch's function see the pixels of one row of the batch at a time, if it has one."""
+        if not callable(self.branch.image) and self.branch.image != "blank":
+            return
+        change = self.branch.image if callable(self.branch.image) else torch.zeros_like
         found = self.call.record.family.pixels(self.call.model, inputs)
         if not found:
             raise InputError(
@@ -248,23 +248,25 @@ class _Reader:
         found: Tensor = ids.long()
         return found
 
+    def _other_prompt(self, row: Tensor) -> Tensor:
+        """What the branch's prompt is for token ids ``[tokens]`` of the main one."""
+        branch, call = self.branch, self.call
+        if isinstance(branch.prompt, Instead):
+            assert call.record.turns is not None
+            return call.record.turns.under(branch.prompt.system, row, call.record.family.token_types(call.model, row))
+        return self._checked(branch.prompt(row)) if callable(branch.prompt) else row
+
     def _change_prompt(self, inputs: dict[str, Any]) -> None:
         """Other token ids, row by row, as a left-padded batch."""
         family, model, branch = self.call.record.family, self.call.model, self.branch
         real, device = inputs["attention_mask"].bool(), self.ids.device
-        rows = [ids[seen].cpu() for ids, seen in zip(inputs["input_ids"], real, strict=True)]
-        before = [_images_in(family.token_types(model, row)) for row in rows]
-        if isinstance(branch.prompt, Instead):
-            turns = self.call.record.turns
-            assert turns is not None
-            rows = [turns.under(branch.prompt.system, row, family.token_types(model, row)) for row in rows]
-        elif callable(branch.prompt):
-            rows = [self._checked(branch.prompt(row)) for row in rows]
+        given = [ids[seen].cpu() for ids, seen in zip(inputs["input_ids"], real, strict=True)]
+        rows = [self._other_prompt(row) for row in given]
+        before, after = ([images_in(family.token_types(model, row)) for row in some] for some in (given, rows))
         if branch.image == "drop":
             marker_ids = torch.tensor(family.image_ids(model))
             rows = [row[~torch.isin(row, marker_ids)] for row in rows]
-        elif before != [_images_in(family.token_types(model, row)) for row in rows]:
-            after = [_images_in(family.token_types(model, row)) for row in rows]
+        elif before != after:
             raise InputError(
                 f"branch '{branch.name}': its prompts must keep the image tokens, {before}, and have {after}; image='drop' takes"
                 " them away"
@@ -287,100 +289,8 @@ def _check_prompts(
         raise InputError(
             f"branch '{branch.name}': input_ids and attention_mask in branch_inputs must be int64 tensors [{batch}, tokens]"
         )
-    if branch.image != "drop" and "pixel_values" in inputs and not _images_in(family.token_types(model, ids)):
+    if branch.image != "drop" and "pixel_values" in inputs and not images_in(family.token_types(model, ids)):
         raise InputError(f"branch '{branch.name}': the input_ids in branch_inputs have no image tokens")
-
-
-def branches_of(
-    model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], given: Mapping[str, Any]
-) -> Branches | None:
-    """The branches of a generate() call; None without a decoding rule.
-
-    Raises:
-        UnsupportedError: a way of generating that cannot have branches.
-        InputError: no token ids or images, inputs of branches that are missing or not known.
-    """
-    contrast: ContrastiveDecoding | None = plan.decoding
-    _check_given(model, plan, given)
-    if contrast is None:
-        return None
-    ids = kwargs.get("inputs", kwargs.get("input_ids"))
-    if kwargs.get("inputs_embeds") is not None:
-        raise UnsupportedError(
-            "a decoding rule needs input_ids, to make the prompts of its branches; inputs_embeds cannot do"
-        )
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-        what = f"a {ids.dtype} tensor {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise InputError(
-            f"a decoding rule needs input_ids, an int64 tensor [batch, tokens], got {what}; use return_tensors='pt'"
-        )
-    _refuse_ways(model, kwargs)
-    family, inputs = find_family(model), {**kwargs, "input_ids": ids}
-    if any(branch.sees for branch in contrast.branches) and not _images_in(family.token_types(model, ids)):
-        seeing = [f"'{branch.name}'" for branch in contrast.branches if branch.sees]
-        about = f"branch {seeing[0]} is" if len(seeing) == 1 else f"branches {' and '.join(seeing)} are"
-        raise InputError(
-            f"no image tokens in the prompt, and the {about} about the image; put the image placeholder into it"
-            " (processor.apply_chat_template does), or call model.vlmattn.disable() for prompts without images"
-        )
-    for branch in contrast.branches:
-        brought = [name for name, value in given.get(branch.name, {}).items() if value is not None]
-        # pixels have longer names where images and videos differ: pixel_values_images
-        if missing := [name for name in branch.needs if not any(one.startswith(name) for one in brought)]:
-            raise InputError(
-                f"the branch '{branch.name}' needs {', '.join(missing)} with every call:"
-                f" generate(..., branch_inputs={{'{branch.name}': {{'{missing[0]}': ...}}}})"
-            )
-    return Branches(model, plan, inputs, given)
-
-
-def _check_given(model: PreTrainedModel, plan: Plan, given: Mapping[str, Any]) -> None:
-    """Inputs of branches that nobody would read are an error."""
-    names = plan.branch_names
-    known = inspect.signature(type(model).forward).parameters
-    branches = {branch.name: branch for branch in plan.decoding.branches} if plan.decoding else {}
-    for name, inputs in given.items() if isinstance(given, Mapping) else (("", given),):
-        if not isinstance(inputs, Mapping):
-            raise InputError("branch_inputs must look like {'branch': {'pixel_values': ...}}")
-        if name not in names:
-            has = f"it has {', '.join(names)}" if names else "it has none"
-            raise InputError(f"branch_inputs names {name}, which is no branch of '{plan.name}'; {has}")
-        branch = branches.get(name)
-        useless = set(inputs) - (set(known) - NOT_PASSED_ON)
-        if any(not isinstance(value, Tensor | None) for value in inputs.values()):
-            raise InputError(f"branch_inputs of '{name}' must be tensors, as a processor returns them")
-        if branch is not None and branch.shares_prompt:
-            useless = set(inputs)
-        elif branch is not None and branch.image == "drop":
-            useless |= set(inputs) & set(OF_IMAGES)
-        if useless:
-            raise InputError(
-                f"the branch '{name}' has no use for {', '.join(sorted(useless))} in branch_inputs; leave it out"
-            )
-
-
-def _refuse_ways(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
-    """Ways of generating that a decoding rule cannot have."""
-    if compat.setting_of(model, kwargs, "use_cache") is False:
-        raise UnsupportedError("a decoding rule needs a cache, where its branches live; leave use_cache at True")
-    if compat.setting_of(model, kwargs, "cache_implementation") == "paged":
-        raise UnsupportedError(
-            "continuous batching (paged) runs every request by itself, without branches; use generate()"
-        )
-    cache = compat.cache_of(kwargs)
-    if cache is not None and not (hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0):
-        raise UnsupportedError(
-            "a decoding rule cannot go on from past_key_values, which hold no branches; give the whole conversation"
-        )
-    if kwargs.get("position_ids") is not None:
-        raise UnsupportedError(
-            "a decoding rule gives every branch positions of its own, and cannot take position_ids; leave them out"
-        )
-    scale = compat.setting_of(model, kwargs, "guidance_scale")
-    if scale not in (None, 1, 1.0):
-        raise UnsupportedError(
-            "guidance_scale is a decoding rule of its own and conflicts with the recipe's; use one of them"
-        )
 
 
 def run(call: Call, cache: DynamicCache, **inputs: Any) -> Any:
@@ -397,7 +307,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _images_in(types: Tensor) -> int:
+def images_in(types: Tensor) -> int:
     return int((types != TEXT).sum())
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.errors import UnsupportedError
-from vlmattn.request import Forward, LayerContext, Plan, Step, TokenMap, compacted
+from vlmattn.request import Eviction, Forward, LayerContext, Plan, Policy, Step, TokenMap, compacted
 from vlmattn.wrapping.cache_layers import SplitLayer, picked
 from vlmattn.wrapping.on_cache import report_original_lengths
 
@@ -57,9 +57,13 @@ def after_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
     if split is not None and len(split.full) < layer.keys.shape[1]:
         cache.layers[index] = apart = SplitLayer(layer, context.real, split)
         request.ledger.add(("fired", policy.info.name), apart.let_go)
-    found = policy.evict(context)
-    if found is None:
-        return
+    if (found := policy.evict(context)) is not None:
+        _evict(policy, found, context, cache)
+
+
+def _evict(policy: Policy, found: Eviction, context: LayerContext, cache: Any) -> None:
+    """Take slots out of a layer's cache, or hide them."""
+    request, index, keys, layer = context.request, context.layer, context.keys, cache.layers[context.layer]
     if policy.drops:
         order, valid = compacted(found.keep, context.real, found.counts)
         layer.keys, layer.values = (picked(states, order) for states in (layer.keys, layer.values))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from vlmattn.files import copy_whole
 from vlmattn.recipe import Recipe
 from vlmattn.request import Plan
 from vlmattn.wrapping.branch_cache import branches_on, forget_branches
-from vlmattn.wrapping.branches import branches_of
+from vlmattn.wrapping.branch_checks import branches_of
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.drafting import drafting_plan, refuse_drafts
 from vlmattn.wrapping.handle import record_of, within_peft
+from vlmattn.wrapping.record import Record
 from vlmattn.wrapping.search import refuse_ways, row_by_row, searching
 from vlmattn.wrapping.steps import forward_of
 
@@ -48,43 +50,64 @@ def _generate(
     names = list(inspect.signature(type(self).generate).parameters)[1:]
     kwargs |= dict(zip(names, args, strict=False))
     now, entered = record.now, False
-    streamer, resting = kwargs.get("streamer"), preset is None and not now.enabled
     try:
-        plan = now.acting if preset is None else record.plan_of(Recipe.of(preset))
-        if compat.is_drafting(kwargs):
-            plan = drafting_plan(plan)
-        if plan.acts and not (entered := record.enter("generate")):
-            return original(**kwargs)
-        refuse_drafts(self, plan, kwargs)
-        forget_branches(compat.cache_of(kwargs))
-        branches = branches_of(self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
-        if plan.search is not None:
-            kwargs = _searched(self, plan, kwargs)
-        if not plan.is_identity or branches is not None:
-            _refuse_chunks(self, kwargs)
-        mask = kwargs.get("attention_mask")
-        call = Call(
-            record, self, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, branches=branches, ledger=now.ledger,
-            ids=kwargs.get("inputs", kwargs.get("input_ids")), given_cache=compat.cache_of(kwargs) is not None,
-        )  # fmt: skip
-        token = CALL.set(call)
-        try:
-            out = original(**kwargs)
-        finally:
-            CALL.reset(token)
-        if plan.search is not None and streamer is not None:
-            streamer.put(getattr(out, "sequences", out)[0, call.prompt_length :].cpu())  # known only now
-            streamer.end()
-    except BaseException as error:
-        if streamer is not None and not _came_from(error, type(streamer).end):
-            streamer.end()  # whoever reads from it in another thread would wait for ever
-        raise
+        with _ended_on_error(kwargs.get("streamer")):
+            plan = _plan(record, preset, kwargs)
+            if plan.acts and not (entered := record.enter("generate")):
+                return original(**kwargs)
+            resting = preset is None and not now.enabled
+            call, kwargs = _begun(record, self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
+            token = CALL.set(call)
+            try:
+                out = original(**kwargs)
+            finally:
+                CALL.reset(token)
+            if plan.search is not None and (streamer := kwargs.get("streamer")) is not None:
+                streamer.put(getattr(out, "sequences", out)[0, call.prompt_length :].cpu())  # known only now
+                streamer.end()
     finally:
         if entered:
             record.leave("generate")
-    if preset is None and not (plan.is_identity and branches is None):
+    if preset is None and not (plan.is_identity and call.branches is None):
         now.warn_if_idle()
     return out
+
+
+def _plan(record: Record, preset: Any, kwargs: dict[str, Any]) -> Plan:
+    """What acts in a call."""
+    plan = record.now.acting if preset is None else record.plan_of(Recipe.of(preset))
+    return drafting_plan(plan) if compat.is_drafting(kwargs) else plan
+
+
+def _begun(
+    record: Record, model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any], given: Mapping[str, Any]
+) -> tuple[Call, dict[str, Any]]:
+    """The call that begins with these arguments, and what the library's own generate() gets; ``given``: inputs of branches."""
+    refuse_drafts(model, plan, kwargs)
+    forget_branches(compat.cache_of(kwargs))
+    branches = branches_of(model, plan, kwargs, given)
+    if plan.search is not None:
+        kwargs = _searched(model, plan, kwargs)
+    if not plan.is_identity or branches is not None:
+        _refuse_chunks(model, kwargs)
+    mask = kwargs.get("attention_mask")
+    call = Call(
+        record, model, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, branches=branches,
+        ledger=record.now.ledger, ids=kwargs.get("inputs", kwargs.get("input_ids")),
+        given_cache=compat.cache_of(kwargs) is not None,
+    )  # fmt: skip
+    return call, kwargs
+
+
+@contextmanager
+def _ended_on_error(streamer: Any) -> Iterator[None]:
+    """End a streamer when the call fails: whoever reads from it in another thread would wait for ever."""
+    try:
+        yield
+    except BaseException as error:
+        if streamer is not None and not _came_from(error, type(streamer).end):
+            streamer.end()
+        raise
 
 
 def _came_from(error: BaseException, function: Any) -> bool:

@@ -59,11 +59,7 @@ def _before_model(record: Record, model: nn.Module, args: tuple[Any, ...], kwarg
         call = _direct_call(record, model, inputs, call)
         if call.plan.acts and not torch.compiler.is_compiling() and not record.enter("forward"):
             return args, kwargs  # unwrapped a moment ago, by another thread
-        if call.plan.tower_layers:
-            CALL.set(call)
-        if call.plan.decoding is not None:
-            refuse_packing(inputs)
-            record.now.warn_of_forward()
+        _begin(call, inputs)
     if call.branches is not None and (own := call.branches.begin(model, compat.cache_of(inputs))) is not None:
         kwargs = compat.with_cache(kwargs, own, model)
         inputs = compat.with_cache(inputs, own, model)
@@ -81,14 +77,20 @@ def _direct_call(record: Record, model: PreTrainedModel, inputs: dict[str, Any],
     )  # fmt: skip
 
 
+def _begin(call: Call, inputs: dict[str, Any]) -> None:
+    """Note a forward outside of generate(), where the vision tower is looked at, and say what does not act in it."""
+    if call.plan.tower_layers:
+        CALL.set(call)
+    if call.plan.decoding is not None:
+        refuse_packing(inputs)
+        call.record.now.warn_of_forward()
+
+
 def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """A cache that the forward made itself gets the request, so that the next call finds it; branches come and go."""
     passing: Forward | None = kwargs.get(FORWARD)
-    if not torch.compiler.is_compiling() and (record := record_of(model)) is not None:
-        record.leave("forward")
-        if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
-            CALL.set(direct.outer)
-        _tell_missing_weights(record, output)
+    if not torch.compiler.is_compiling():
+        _end(model, output)
     if output is None:  # the forward raised
         return
     if passing is not None and passing.branches is not None:
@@ -102,6 +104,16 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     if passing is not None and passing.main.step is not None and (cache := compat.output_cache(output)) is not None:
         ride(cache, passing.main.step.request, passing.main.plan)
+
+
+def _end(model: nn.Module, output: Any) -> None:
+    """Note that a forward is over, also one that raised."""
+    if (record := record_of(model)) is None:
+        return
+    record.leave("forward")
+    if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
+        CALL.set(direct.outer)
+    _tell_missing_weights(record, output)
 
 
 def _tell_missing_weights(record: Record, output: Any) -> None:

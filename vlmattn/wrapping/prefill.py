@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn.attention import FORWARD
+from vlmattn.kernels import additive
 from vlmattn.models import Family
 from vlmattn.request import Forward, Part, Prefill, SideStream, Step
 
@@ -42,9 +43,7 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         stream = SideStream(method, layers, compare, other)
         seen = family.text_mask(real)
         if seen.dtype == torch.bool and step.base == "eager":
-            seen = torch.zeros(seen.shape, dtype=other.dtype, device=seen.device).masked_fill(
-                ~seen, torch.finfo(other.dtype).min
-            )
+            seen = additive(seen, other.dtype)
         stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing(stream.watch), other, seen, positions))
         part.streams += (stream,)
 

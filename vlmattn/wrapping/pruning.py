@@ -15,7 +15,7 @@ from vlmattn import compat
 from vlmattn.attention import FORWARD, refusal_of_apart
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit
-from vlmattn.request import TEXT, Forward, KeptTokens, PruningStage, Request, Step, TokenMap, Weights
+from vlmattn.request import TEXT, Forward, KeptTokens, Plan, PruningStage, Request, Step, TokenMap, Weights
 from vlmattn.wrapping.cache_layers import SplitLayer
 from vlmattn.wrapping.on_cache import report_original_lengths
 
@@ -36,8 +36,10 @@ def check_prompt(request: Request, recipe: str) -> None:
         raise InputError(f"'{recipe}' drops image tokens, and a prompt ends in one; put the question behind the image")
 
 
-def check_continuation(request: Request, recipe: str, start: int) -> None:
-    """Raise if a cache was cropped within a prompt whose tokens are partly gone."""
+def check_continuation(request: Request, recipe: str, start: int, labels: Any = None) -> None:
+    """Raise if a cache was cropped within a prompt whose tokens are partly gone, or a loss over all tokens is asked for."""
+    if labels is not None:
+        raise UnsupportedError(f"'{recipe}' drops tokens, so there is no loss over all of them; leave labels out")
     dropped = max((tokens.length for tokens in request.maps if tokens is not None), default=0)
     if start < min(request.prompt_length, dropped):  # a map may also speak of drafts behind the prompt
         raise StateError(
@@ -54,29 +56,43 @@ def pruned_inputs(passing: Forward, layer: nn.Module, index: int, hidden: Tensor
     if step.is_prompt:
         if layer.training:
             raise UnsupportedError(f"'{plan.name}' drops tokens, which is for inference; call model.eval()")
-        start, before, given = step.start or 0, request.maps[index], sum(sum(images) for images, _ in request.newest)
-        if index == 0 and given:
-            for method in dict.fromkeys(plan.pruning):
-                if method is not None:
-                    method.on_embeddings(_stage(step, layer, index, hidden, kwargs))
-        pruner = plan.pruning[index] if plan.pruning else None
-        if pruner is not None and given:
-            stage = _stage(step, layer, index, hidden, kwargs)
-            choice = pruner.choose_tokens(stage)
-            request.ledger.add(("fired", pruner.info.name), sum(stage.counts) - sum(choice.counts))
-            hidden = _follow(step, choice, hidden, pruner.drops, pruner.compact)
-        if (rows := step.rows) is not None:
-            real = request.real(request.stop, hidden.device)
-            report_original_lengths(compat.cache_of(kwargs))
-            request.maps[index] = step.memo(
-                ("tokens", before, rows), lambda: TokenMap.of(before, rows, start, request.stop, real)
-            )
-        request.ledger.add(("image tokens", str(index)), given if rows is None else sum(rows.visual))
+        given = sum(sum(images) for images, _ in request.newest)
+        if given:
+            hidden = _pruned(step, plan, layer, index, hidden, kwargs)
+        _note_rows(step, index, hidden, kwargs)
+        request.ledger.add(("image tokens", str(index)), given if step.rows is None else sum(step.rows.visual))
         if index == 0:
             request.ledger.add(("prompts with images",), sum(bool(images) for images, _ in request.newest))
             request.ledger.add(("image tokens", "prompt"), given)
     view, hidden, kwargs = _through(step, request.maps[index], index, hidden, kwargs)
     return view, hidden, kwargs if view is step else {**kwargs, FORWARD: passing.at(view)}
+
+
+def _pruned(step: Step, plan: Plan, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The rows that reach a layer, after the method that chooses before it."""
+    if index == 0:
+        for method in dict.fromkeys(plan.pruning):
+            if method is not None:
+                method.on_embeddings(_stage(step, layer, index, hidden, kwargs))
+    pruner = plan.pruning[index] if plan.pruning else None
+    if pruner is None:
+        return hidden
+    stage = _stage(step, layer, index, hidden, kwargs)
+    choice = pruner.choose_tokens(stage)
+    step.request.ledger.add(("fired", pruner.info.name), sum(stage.counts) - sum(choice.counts))
+    return _follow(step, choice, hidden, pruner.drops, pruner.compact)
+
+
+def _note_rows(step: Step, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    """Let the request know which slots a layer goes on with; layers with the same rows share one map."""
+    request, rows, start = step.request, step.rows, step.start or 0
+    if rows is None:
+        return
+    before, real = request.maps[index], request.real(request.stop, hidden.device)
+    report_original_lengths(compat.cache_of(kwargs))
+    request.maps[index] = step.memo(
+        ("tokens", before, rows), lambda: TokenMap.of(before, rows, start, request.stop, real)
+    )
 
 
 def _follow(step: Step, choice: KeptTokens, hidden: Tensor, drop: bool, compact: bool) -> Tensor:
@@ -149,23 +165,11 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
     """Inputs of a layer that goes on with some of the tokens; ``hidden`` are its rows."""
     if tokens is None:
         return step, hidden, kwargs
-    view, queries = step.through(tokens), hidden.shape[1]
-    newest = step.start == tokens.begin
-    cache, given = compat.cache_of(kwargs), kwargs.get("attention_mask")
-    layer_cache = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-    static = getattr(layer_cache, "max_cache_len", None)
-    if given is not None:
-        width = given.shape[-1] - (0 if static else tokens.removed)
-    else:
-        held = 0 if layer_cache is None else layer_cache.get_seq_length()
-        width = static or int(held) + queries
-    known = view.masks
-    if known is None or known[0] is not given:
-        start = step.start if step.start is not None else width + tokens.removed - queries
-        additive = hidden.dtype if step.base == "eager" else None
-        view.masks = known = (given, tokens.mask(given, start, queries, width, additive))
-    found = {**kwargs, "attention_mask": known[1]}
-    ids = kwargs.get("position_ids")
+    view, newest = step.through(tokens), step.start == tokens.begin
+    found, ids = (
+        {**kwargs, "attention_mask": _mask(step, view, tokens, index, hidden, kwargs)},
+        kwargs.get("position_ids"),
+    )
     if tokens.lost is not None:
         if not isinstance(ids, Tensor) or step.rotary is None:
             raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
@@ -179,6 +183,24 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
             ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
         )
     return view, hidden, found
+
+
+def _mask(
+    step: Step, view: Step, tokens: TokenMap, index: int, hidden: Tensor, kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The mask in the slots of a layer; layers with the same one in original slots share it."""
+    given, cache, queries = kwargs.get("attention_mask"), compat.cache_of(kwargs), hidden.shape[1]
+    if view.masks is None or view.masks[0] is not given:
+        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        static = getattr(layer, "max_cache_len", None)
+        if given is not None:
+            width = given.shape[-1] - (0 if static else tokens.removed)
+        else:
+            width = static or int(0 if layer is None else layer.get_seq_length()) + queries
+        start = step.start if step.start is not None else width + tokens.removed - queries
+        additive = hidden.dtype if step.base == "eager" else None
+        view.masks = (given, tokens.mask(given, start, queries, width, additive))
+    return view.masks[1]
 
 
 def _rows_of(tokens: TokenMap, values: Tensor, axes: int) -> Tensor:

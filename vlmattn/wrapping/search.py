@@ -158,7 +158,28 @@ class _Told:
 
     def _read(self, found: SearchOutput, config: Any) -> None:
         """Let the model read the prompts and then their answers once more, for what it has to say of them."""
-        model, device, new = self.call.model, self.sequences.device, self.new - 1
+        cache, new = compat.new_cache(self.call.model), self.new - 1
+        kept = {name: getattr(config, name) for name in ("output_attentions", "output_hidden_states")}
+        call = replace(self.call, prompt_length=self.prompt, plain_mask=True, token=object(), tower=TowerView())
+        outs = [run(call, cache, **step | kept) for step in self._steps(new)]
+        if config.use_cache is not False:
+            compat.set_output_cache(found, cache)
+        if config.output_logits:
+            found.logits = torch.cat([out.logits for out in outs], 1).float().unbind(1)
+        if config.output_hidden_states:
+            later = (tuple(states[:, n : n + 1] for states in outs[1].hidden_states) for n in range(new))
+            found.hidden_states = (outs[0].hidden_states, *later)
+        if config.output_attentions:
+            found.attentions = (outs[0].attentions, *(self._attention_of(outs[1], n) for n in range(new)))
+
+    def _attention_of(self, out: Any, n: int) -> tuple[Tensor | None, ...]:
+        """What answer token ``n`` attended to, by layer."""
+        stop = self.prompt + n + 1
+        return tuple(None if one is None else one[:, :, n : n + 1, :stop] for one in out.attentions or ())
+
+    def _steps(self, new: int) -> list[dict[str, Any]]:
+        """Inputs of the prompts, and of the ``new`` tokens of the answers behind them, if there are some."""
+        model, device = self.call.model, self.sequences.device
         prompts, answers = self.sequences[:, : self.prompt], self.sequences[:, self.prompt : -1]
         given = self.inputs.get("attention_mask")
         mask = torch.ones_like(prompts) if given is None else given.to(prompts)
@@ -171,30 +192,7 @@ class _Told:
             later = positions[..., -1:] + torch.arange(1, new + 1, device=device)
             longer = pad(mask, (0, new), value=1)
             steps.append({"input_ids": answers, "attention_mask": longer, "position_ids": later, "logits_to_keep": new})
-        cache = compat.new_cache(model)
-        kept = {name: getattr(config, name) for name in ("output_attentions", "output_hidden_states")}
-        call = replace(self.call, prompt_length=self.prompt, plain_mask=True, token=object(), tower=TowerView())
-        outs = [run(call, cache, **step | kept) for step in steps]
-        if config.use_cache is not False:
-            compat.set_output_cache(found, cache)
-        if config.output_logits:
-            found.logits = torch.cat([out.logits for out in outs], 1).float().unbind(1)
-        if config.output_hidden_states:
-            found.hidden_states = (
-                outs[0].hidden_states,
-                *(tuple(states[:, n : n + 1] for states in outs[1].hidden_states) for n in range(new)),
-            )
-        if config.output_attentions:
-            found.attentions = (
-                outs[0].attentions,
-                *(
-                    tuple(
-                        None if one is None else one[:, :, n : n + 1, : self.prompt + n + 1]
-                        for one in outs[1].attentions or ()
-                    )
-                    for n in range(new)
-                ),
-            )
+        return steps
 
 
 def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from vlmattn import compat
 from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.kernels import visible
 from vlmattn.request import IMAGE, TEXT, Forward, Part, Plan, Request, Step
 from vlmattn.wrapping.branch_cache import branches_on
 from vlmattn.wrapping.call import Call
@@ -37,20 +38,13 @@ def forward_of(record: Record, model: PreTrainedModel, call: Call | None, inputs
 def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Part:
     """The rows of this forward, with the step in which the methods act on them."""
     cache, plan = compat.cache_of(inputs), call.plan
-    request = request_on(cache)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if request is not None and _untouched(request, plan_on(cache), plan):
-        request = None  # a text that no method has changed: as if the bare model had read it
-        get_off(cache)
+    request = _request_so_far(cache, plan, tokens)
     if tokens is None or (plan.is_identity and request is None):
         return Part()
-    if request is not None and request.batch != len(tokens):
-        request = repeated(request, cache, len(tokens))
-    decoding = None
-    if request is not None and tokens.shape[1] == 1:
-        decoding = Part(step=_decode_step(record, request, plan, cache), plan=plan)
-        if request.call is call.token:  # one token after another in generate(): nothing here may wait for the device
-            return decoding
+    rode = request if tokens.shape[1] == 1 else None  # with a request from before, one token may need no look from here
+    if rode is not None and rode.call is call.token:  # in generate(), where nothing may wait for the device
+        return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     start = int(cache.get_seq_length()) if cache is not None else 0
     before = plan_on(cache)
     if start == 0:
@@ -63,9 +57,20 @@ def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, 
         before = plan
     _check_request(request, before, plan, len(tokens))
     check_registration(record.text, record.base)
-    if decoding is not None and call.prompt_length is None and start >= request.prompt_length > 0:
-        return decoding
+    if rode is not None and call.prompt_length is None and start >= rode.prompt_length > 0:
+        return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     return Part(step=_prompt_step(record, model, call, inputs, request, start), plan=plan)
+
+
+def _request_so_far(cache: Any, plan: Plan, tokens: Tensor | None) -> Request | None:
+    """The request that rides on a cache, in as many rows as there are tokens."""
+    request = request_on(cache)
+    if request is None:
+        return None
+    if _untouched(request, plan_on(cache), plan):  # a text that no method has changed: as if the bare model had read it
+        get_off(cache)
+        return None
+    return request if tokens is None or request.batch == len(tokens) else repeated(request, cache, len(tokens))
 
 
 def _decode_step(record: Record, request: Request, plan: Plan, cache: Any) -> Step:
@@ -80,34 +85,41 @@ def _prompt_step(
     record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, Any], request: Request, start: int
 ) -> Step:
     """The step of tokens of a prompt, or of drafts behind it; the request reads them."""
-    plan, cache, mask = call.plan, compat.cache_of(inputs), inputs.get("attention_mask")
+    plan, cache, mask = call.plan, compat.cache_of(inputs), _full_mask(inputs)
     refuse_packing(inputs)
     if plan.drops:
-        if inputs.get("labels") is not None:
-            raise UnsupportedError(
-                f"'{plan.name}' drops tokens, so there is no loss over all of them; leave labels out"
-            )
-        check_continuation(request, plan.name, start or request.prompt_length)
+        check_continuation(request, plan.name, start or request.prompt_length, inputs.get("labels"))
     request.ledger, request.call = call.ledger, call.token
-    if isinstance(mask, dict):  # one per kind of layer
-        mask = mask.get("full_attention")
     if start == 0 or call.prompt_length is None or start < call.prompt_length:  # not the draft of assisted decoding
         _read(record, model, call, inputs, request, start, mask)
-    if not request.has_images and not plan.texts and not (plan.text_first and call.given_cache):
-        raise _no_images(plan)
+    _refuse_text(request, call)
     if plan.policies:
         check_cache(plan, cache, cache is not None or _uses_cache(model, inputs))
     if cache is not None:
-        ride(cache, request, plan)
-        if plan.extending or plan.policies:
-            follow_beams(cache)
-    if record.anatomy.window and compat.rings(cache, record.anatomy.window):
-        raise UnsupportedError(
-            f"a static cache outgrows the sliding window of {record.anatomy.window} tokens; use a dynamic cache, or fewer"
-            " tokens"  # which tokens a full ring of slots holds is not known on the host
-        )
+        _board(cache, request, plan, record.anatomy.window)
     plain = record.anatomy.causal and (mask is None or mask.ndim == 2 or call.plain_mask)
     return Step(request, record.base, start, plain, plan.name, tower=call.tower, order=_image_order(inputs))
+
+
+def _full_mask(inputs: dict[str, Any]) -> Tensor | None:
+    """The mask of layers that see everything, where there is one for each kind of layer."""
+    mask = inputs.get("attention_mask")
+    return mask.get("full_attention") if isinstance(mask, dict) else mask
+
+
+def _board(cache: Any, request: Request, plan: Plan, window: int) -> None:
+    """Put the request on its cache.
+
+    Raises:
+        UnsupportedError: a ring of slots, of which the host does not know which tokens it holds.
+    """
+    ride(cache, request, plan)
+    if plan.extending or plan.policies:
+        follow_beams(cache)
+    if window and compat.rings(cache, window):
+        raise UnsupportedError(
+            f"a static cache outgrows the sliding window of {window} tokens; use a dynamic cache, or fewer tokens"
+        )
 
 
 def _new_request(plan: Plan) -> Request:
@@ -179,12 +191,16 @@ def _check_request(request: Request, before: Plan, plan: Plan, batch: int) -> No
         )
 
 
-def _no_images(plan: Plan) -> InputError:
+def _refuse_text(request: Request, call: Call) -> None:
+    """Raise for a prompt without images, unless the recipe is about text or they may follow later."""
+    plan = call.plan
+    if request.has_images or plan.texts or (plan.text_first and call.given_cache):
+        return
     if plan.text_first:
         later = f"if images follow later, give this prompt a cache to go on from: {compat.cache_name()}=DynamicCache()"
     else:
         later = f"'{plan.name}' cannot go on from their cache: when images follow, give the whole conversation as one prompt"
-    return InputError(
+    raise InputError(
         "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
         f" call model.vlmattn.disable() for prompts without images; {later}"
     )
@@ -224,8 +240,7 @@ def _real_keys(mask: Tensor) -> Tensor:
     """bool ``[batch, keys]``: which keys are not padding, from a 2D mask or one that is already 4D (static cache)."""
     if mask.ndim == 2:
         return mask != 0
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.any(dim=(1, 2))
+    return visible(mask).any(dim=(1, 2))
 
 
 def refuse_packing(inputs: dict[str, Any]) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlmattn.embedded.text import IMAGE_TOKENS
-from vlmattn.embedded.tower import tower_config
+from vlmattn.embedded.tower import IMAGE_TOKENS, tower_config
 
 RANK, ALPHA = 16, 32
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")

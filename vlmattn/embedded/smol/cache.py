@@ -50,7 +50,7 @@ def model_folder(adapter: Path | None = None) -> Path:
     """The folder of the merged model; if it is not there, or damaged, it is made, which takes about a minute.
 
     Args:
-        adapter: what ``train --export`` wrote; None = the one that the package carries.
+        adapter: tower, projector and LoRA, as ``build.load_adapter`` reads them; None = the one that the package carries.
 
     Raises:
         InputError: no adapter; no language model, where it is needed; the cache cannot be written.
@@ -96,9 +96,9 @@ def _write(source: Path, target: Path, adapter: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from vlmattn.embedded.saving import save
     from vlmattn.embedded.smol.build import build_llava, load_adapter, load_language_model
     from vlmattn.embedded.smol.text import IMAGE_TOKEN, build_processor
+    from vlmattn.embedded.tower import save
 
     # Progress bars of what is read and written; and the model's random start must not move the caller's seed.
     with redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ where the released code takes "Yes" and "No" alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 from vlmattn.errors import InputError, quoted
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFolder, Item, read_items
+from vlmattn.evals.suites.files import ImageFolder, Item, first_of_each, read_items
+from vlmattn.evals.suites.registry import suite
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo
 from vlmattn.evals.words import singular
 from vlmattn.texts import read_json, read_text
@@ -42,21 +43,20 @@ class Words:
     traps: tuple[str, ...]
 
 
+@suite(
+    "amber",
+    "captions: words that are not in the image",
+    "AMBER's data folder (annotations.json, relation.json, safe_words.txt, query_generative.json, here or in query)",
+    "arXiv 2311.07397",
+)
 class AmberCaptions(Suite):
     """The generative half: what captions name that is not there, and how much of what is there.
 
     Args:
-        folder: ``data`` of the release: ``annotations.json``, ``relation.json``, ``safe_words.txt`` and, in it or in its
-            ``query``, ``query_generative.json``.
-        images: folder of the images.
-        limit: use the first so many.
-        allow_outside: whether the names of images may lead out of the folder.
-
-    Raises:
-        InputError: a file or image that is not there, or not in the published form.
+        near: the vocabulary: each word and those that stand for it.
+        skipped: words that count for nothing.
     """
 
-    name = "amber"
     title = "AMBER, captions: words that are not in the image (lite: no word vectors)"
     fields = ("words", "unsafe", "truth", "covered", "captions", "unsafe_captions", "traps", "fallen_for")
     metrics = (
@@ -74,39 +74,44 @@ class AmberCaptions(Suite):
 
     def __init__(
         self,
-        folder: Path,
-        images: Path,
-        limit: int | None = None,
-        max_new_tokens: int = 512,
-        allow_outside: bool = False,
+        samples: Iterable[Sample],
+        settings: Mapping[str, Any],
+        near: Mapping[str, Sequence[str]],
+        skipped: Iterable[str],
+        max_new_tokens: int,
     ) -> None:
-        self.max_new_tokens = max_new_tokens
-        self.settings = {"folder": folder.name, "limit": limit, "max_new_tokens": max_new_tokens}
-        self._near = _associations(folder / "relation.json")
-        self._vocabulary = {*self._near, *(word for words in self._near.values() for word in words)}
-        self._skipped = set(read_text(folder / "safe_words.txt").split())
-        known, pictures = _annotations(folder), ImageFolder(images, allow_outside)
-        self._samples = []
-        for query in _queries(folder, "query_generative.json")[:limit]:
+        super().__init__(samples, settings, max_new_tokens)
+        self._near, self._skipped = near, set(skipped)
+        self._vocabulary = {*near, *(word for words in near.values() for word in words)}
+
+    @classmethod
+    def on_files(
+        cls, data: Path, images: Path, limit: int | None = None, max_new_tokens: int = 512, allow_outside: bool = False
+    ) -> AmberCaptions:
+        """The published files.
+
+        Args:
+            data: the folder ``data`` of the release.
+            images: folder of the images.
+            limit: use the first so many.
+            allow_outside: whether the names of images may lead out of the folder.
+
+        Raises:
+            InputError: a file that is not there, or not in the published form.
+        """
+        near, skipped = _associations(data / "relation.json"), read_text(data / "safe_words.txt").split()
+        known, pictures = _annotations(data), ImageFolder(images, allow_outside)
+        samples = []
+        for query in _queries(data, "query_generative.json")[:limit]:
             entry = known.get(query.key("id"))
             if entry is None or entry.text("type") != "generative":
                 raise InputError(
-                    f"{query.where}: query {query.key('id')} has no generative annotation in {folder.name}/annotations.json"
+                    f"{query.where}: query {query.key('id')} has no generative annotation in {data.name}/annotations.json"
                 )
-            truth = Words(self._known(entry, "truth"), self._known(entry, "hallu"))
-            self._samples.append(_sample(query, pictures, "captions", truth))
-
-    def _known(self, entry: Item, part: str) -> tuple[str, ...]:
-        words = entry.texts(part)
-        for word in words:
-            if word not in self._near:
-                raise InputError(
-                    f"{entry.where}: {quoted(word)} of {part} is not in relation.json; take both from one release"
-                )
-        return tuple(words)
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
+            truth = Words(_known(entry, "truth", near), _known(entry, "hallu", near))
+            samples.append(_sample(query, pictures, "captions", truth))
+        settings = {"folder": data.name, "limit": limit, "max_new_tokens": max_new_tokens}
+        return cls(samples, settings, near, skipped, max_new_tokens)
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         named = [word for word in map(singular, re.findall(r"[^\W\d_]+", answer)) if word in self._vocabulary]
@@ -139,20 +144,15 @@ class AmberCaptions(Suite):
         return ", ".join(sample.truth.truth)
 
 
+@suite(
+    "amber_questions",
+    "yes/no questions about existence, attributes, relations",
+    "AMBER's data folder (annotations.json, query_all.json, here or in query)",
+    "arXiv 2311.07397",
+)
 class AmberQuestions(YesNo):
-    """The discriminative half; *no* is the positive class, as published.
+    """The discriminative half; *no* is the positive class, as published."""
 
-    Args:
-        folder: ``data`` of the release: ``annotations.json`` and, in it or in its ``query``, ``query_all.json``.
-        images: folder of the images.
-        limit: use the first so many questions of each split.
-        allow_outside: whether the names of images may lead out of the folder.
-
-    Raises:
-        InputError: a file or image that is not there, or not in the published form.
-    """
-
-    name = "amber_questions"
     title = "AMBER, questions: existence, attributes, relations"
     fields = ("right", "wrong", "yes", "tp", "said_no", "is_no")
     metrics = (
@@ -163,23 +163,24 @@ class AmberQuestions(YesNo):
         YES_RATIO,
     )
 
-    def __init__(self, folder: Path, images: Path, limit: int | None = None, allow_outside: bool = False) -> None:
-        self.settings = {"folder": folder.name, "limit": limit}
-        known, pictures = _annotations(folder), ImageFolder(images, allow_outside)
-        counts: dict[str, int] = {}
-        self._samples = []
-        for query in _queries(folder, "query_all.json"):
+    @classmethod
+    def on_files(
+        cls, data: Path, images: Path, limit: int | None = None, allow_outside: bool = False
+    ) -> AmberQuestions:
+        """The published files; arguments and errors as of ``AmberCaptions.on_files``, the limit is of each split."""
+        known, pictures = _annotations(data), ImageFolder(images, allow_outside)
+        asked = []
+        for query in _queries(data, "query_all.json"):
             entry = known.get(query.key("id"))
             if entry is None:
                 raise InputError(
-                    f"{query.where}: query {query.key('id')} has no annotation in {folder.name}/annotations.json"
+                    f"{query.where}: query {query.key('id')} has no annotation in {data.name}/annotations.json"
                 )
-            if entry.text("type") == "generative":
-                continue
-            split = _SPLITS[entry.text("type")]
-            counts[split] = counts.get(split, 0) + 1
-            if limit is None or counts[split] <= limit:
-                self._samples.append(_sample(query, pictures, split, entry.yes("truth")))
+            if entry.text("type") != "generative":
+                asked.append((_SPLITS[entry.text("type")], query, entry))
+        chosen = first_of_each(asked, lambda one: one[0], limit)
+        samples = [_sample(query, pictures, split, entry.yes("truth")) for split, query, entry in chosen]
+        return cls(samples, {"folder": data.name, "limit": limit})
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         no, is_no = self.read(answer) is False, not sample.truth
@@ -197,6 +198,16 @@ def _sample(query: Item, pictures: ImageFolder, split: str, truth: Any) -> Sampl
         images=pictures.files(query.where, [query.text("image")]),
         truth=truth,
     )
+
+
+def _known(entry: Item, part: str, near: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    words = entry.texts(part)
+    for word in words:
+        if word not in near:
+            raise InputError(
+                f"{entry.where}: {quoted(word)} of {part} is not in relation.json; take both from one release"
+            )
+    return tuple(words)
 
 
 def _queries(folder: Path, name: str) -> list[Item]:

@@ -13,18 +13,17 @@ from vlmattn.evals.suites.base import Sample
 from vlmattn.evals.suites.questions import (
     HOW_MANY,
     OTHER_SIDE,
-    as_yes_or_no,
+    AgainstNumbers,
     clearest_side,
     is_colour,
-    number_in_words,
     on_side,
     sample_of,
     side_of,
-    with_any_count,
     wrong_colour,
     wrong_count,
 )
-from vlmattn.evals.suites.world import World, absent_objects
+from vlmattn.evals.suites.registry import suite
+from vlmattn.evals.suites.world import World, absent_objects, settings_of
 
 
 def _traps(scene: Scene) -> tuple[str, ...]:
@@ -32,6 +31,7 @@ def _traps(scene: Scene) -> tuple[str, ...]:
     return tuple(absent_objects(scene, "adversarial", np.random.default_rng(0)))  # this rule draws nothing
 
 
+@suite("amber")
 class AmberSceneCaptions(AmberCaptions):
     """Captions against the categories of the scene; traps are the absent categories that most often go with them.
 
@@ -45,59 +45,42 @@ class AmberSceneCaptions(AmberCaptions):
     title = "AMBER, captions of scenes: words that are not in the image"
 
     def __init__(self, worlds: Sequence[World], max_new_tokens: int = 48) -> None:
-        self.max_new_tokens = max_new_tokens
-        self.settings = {"scenes": [world.settings() for world in worlds]}
-        self._near = {name: list(SYNONYMS.get(name, ())) for name in CATEGORIES}
-        self._vocabulary = {*self._near, *(word for words in self._near.values() for word in words)}
-        self._skipped = set()
-        self._samples = []
+        samples = []
         for world in worlds:
             for index in range(world.count):
                 scene = world.scene(index)
                 truth = Words(scene.categories, _traps(scene))
-                self._samples.append(sample_of(world, index, str(index), ("captions",), DESCRIBE, truth))
+                samples.append(sample_of(world, index, str(index), ("captions",), DESCRIBE, truth))
+        near = {name: SYNONYMS.get(name, ()) for name in CATEGORIES}
+        super().__init__(samples, settings_of(worlds), near, (), max_new_tokens)
 
 
-class AmberSceneQuestions(AmberQuestions):
+@suite("amber_questions")
+class AmberSceneQuestions(AgainstNumbers, AmberQuestions):
     """Four splits about scenes of one to five things; *no* is the positive class.
 
     existence: absent things only, as in AMBER, those that most often go with the present ones. state: the colour of
     each thing, in turn the true one and the usual one (any other where they are the same). number: how many, held
     against a number. relation: the side of the thing that stands farthest from the middle.
-
-    Args:
-        worlds: the scenes.
     """
 
     title = "AMBER, questions about scenes: existence, colour, number, side"
 
-    def __init__(self, worlds: Sequence[World]) -> None:
-        worlds = [with_any_count(world) for world in worlds]
-        self.settings = {"scenes": [world.settings() for world in worlds]}
-        self._numbers: dict[str, int] = {}  # what the answers about numbers are held against
-        self._samples = [
-            sample for world in worlds for index in range(world.count) for sample in self._of_scene(world, index)
-        ]
-
-    def _of_scene(self, world: World, index: int) -> Iterator[Sample]:
+    @staticmethod
+    def asked(world: World, index: int) -> Iterator[tuple[Sample, int | None]]:
         scene, rng = world.scene(index), np.random.default_rng([world.seed, index])
+
+        def about(key: str, split: str, prompt: str, truth: bool) -> Sample:
+            return sample_of(world, index, f"{index}/{key}", (split,), prompt, truth)
+
         for name in _traps(scene):
-            yield sample_of(world, index, f"{index}/existence/{name}", ("existence",), existence_question(name), False)
+            yield about(f"existence/{name}", "existence", existence_question(name), False), None
         for number, thing in enumerate(scene.things):
             true = (index + number) % 2 == 0
             prompt = is_colour(thing.category, thing.colour if true else wrong_colour(thing, rng))
-            yield sample_of(world, index, f"{index}/state/{thing.category}", ("state",), prompt, true)
-        true = index % 2 == 0
-        sample = sample_of(world, index, f"{index}/number", ("number",), HOW_MANY, true)
-        self._numbers[sample.id] = len(scene.things) if true else wrong_count(len(scene.things))
-        yield sample
+            yield about(f"state/{thing.category}", "state", prompt, true), None
+        true, count = index % 2 == 0, len(scene.things)
+        yield about("number", "number", HOW_MANY, true), count if true else wrong_count(count)
         thing = clearest_side(scene)
         prompt = on_side(thing.category, side_of(thing) if true else OTHER_SIDE[side_of(thing)])
-        yield sample_of(world, index, f"{index}/relation", ("relation",), prompt, true)
-
-    def score(self, sample: Sample, answer: str) -> dict[str, float]:
-        return super().score(sample, as_yes_or_no(answer, self._numbers.get(sample.id)))
-
-    def expected(self, sample: Sample) -> str:
-        number = self._numbers.get(sample.id)
-        return super().expected(sample) if number is None else number_in_words(number, sample.truth)
+        yield about("relation", "relation", prompt, true), None

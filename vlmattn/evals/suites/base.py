@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 
@@ -38,27 +38,36 @@ class Sample:
 
 
 class Suite(ABC):
-    """A named set of samples and its scores."""
+    """A named set of samples and its scores.
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    fields: ClassVar[tuple[str, ...]]
-    metrics: ClassVar[tuple[Metric, ...]]
+    Args:
+        samples: always in the same order.
+        settings: what is written with every result.
+        max_new_tokens: length of the answers; None for the suite's own.
+    """
+
+    name: str
+    title: str
+    fields: tuple[str, ...]
+    metrics: tuple[Metric, ...]
     max_new_tokens: int = 32
     #: Whether the figure over all splits is the mean of theirs, or one of all answers together.
     mean_of_splits: bool = False
 
-    #: What is written with every result.
-    settings: Mapping[str, Any]
+    def __init__(
+        self, samples: Iterable[Sample], settings: Mapping[str, Any], max_new_tokens: int | None = None
+    ) -> None:
+        self._samples, self.settings = list(samples), dict(settings)
+        self.max_new_tokens = max_new_tokens or self.max_new_tokens
 
     @property
     def headline(self) -> Metric:
         """The metric of the chart and of the first column."""
         return self.metrics[0]
 
-    @abstractmethod
     def samples(self) -> Sequence[Sample]:
         """All samples, always in the same order."""
+        return self._samples
 
     @abstractmethod
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
@@ -71,10 +80,10 @@ class Suite(ABC):
         """
         return {sample.id: self.score(sample, answers[sample.id]) for sample in self.samples() if sample.id in answers}
 
-    @abstractmethod
     def right(self, record: Mapping[str, float]) -> bool:
         """Whether an answer with this record counts as right (for McNemar's test and the examples)."""
+        return bool(record["right"])
 
-    @abstractmethod
     def expected(self, sample: Sample) -> str:
         """The truth in words, for the report."""
+        return str(sample.truth)

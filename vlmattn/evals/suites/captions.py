@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vlmattn.evals.coco import load_coco_captions
 from vlmattn.evals.stats import Array, Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFolder
+from vlmattn.evals.suites.registry import suite
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 _ORDERS = (1, 2, 3, 4)
@@ -50,24 +51,19 @@ class CorpusBleu(Metric):
         return np.asarray(np.where(some, self.scale * np.exp(mean + brevity), 0.0))
 
 
+@suite(
+    "captions",
+    "captions against people's: CIDEr, BLEU-4; `pip install vlmattn[captions]`",
+    "a COCO captions file (captions_val2014.json)",
+    "arXiv 1411.5726",
+)
 class Captions(Suite):
     """CIDEr: mean over images, times 100 as usual. BLEU-4: over the whole corpus. length: words per caption.
 
     Rare words are weighed by the captions of all images in the suite, so CIDEr figures of different limits do not
     compare. An answer counts as right if its own CIDEr is at least 100.
-
-    Args:
-        captions: a file like ``captions_val2014.json``.
-        images: folder of its images.
-        limit: use the first so many images.
-        max_new_tokens: length of captions.
-        allow_outside: whether the names of images may lead out of the folder.
-
-    Raises:
-        InputError: a file that is not in COCO's form; an image without caption; pycocoevalcap is missing.
     """
 
-    name = "captions"
     title = "Captions against people's: CIDEr, BLEU-4"
     fields = (
         "cider", "captions", "words", "reference_words",
@@ -79,37 +75,44 @@ class Captions(Suite):
         Metric("length", {"words": 1}, {"captions": 1}, "words per caption", scale=1.0, better="", label="words"),
     )
 
-    def __init__(
-        self,
-        captions: Path,
-        images: Path,
-        limit: int | None = None,
-        max_new_tokens: int = 64,
-        allow_outside: bool = False,
-    ) -> None:
-        pictures = ImageFolder(images, allow_outside)
+    def __init__(self, samples: Iterable[Sample], settings: Mapping[str, Any], max_new_tokens: int) -> None:
+        super().__init__(samples, settings, max_new_tokens)
         self._cider: Any = _scorer()
-        self.max_new_tokens = max_new_tokens
-        self.settings = {"captions": captions.name, "limit": limit, "max_new_tokens": max_new_tokens}
-        self._samples = []
-        for key, (name, texts) in list(load_coco_captions(captions).items())[:limit]:
-            references = [words(text) for text in texts]
-            self._cider.cook_append(None, [" ".join(reference) for reference in references])
-            self._samples.append(
-                Sample(
-                    id=str(key),
-                    image_id=str(key),
-                    condition="captions",
-                    splits=("captions",),
-                    prompt=PROMPT,
-                    images=pictures.files(str(captions), [name]),
-                    truth=(texts[0], references),
-                )
-            )
+        for sample in self._samples:
+            self._cider.cook_append(None, [" ".join(reference) for reference in sample.truth[1]])
         self._cider.compute_doc_freq()
 
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
+    @classmethod
+    def on_files(
+        cls, data: Path, images: Path, limit: int | None = None, max_new_tokens: int = 64, allow_outside: bool = False
+    ) -> Captions:
+        """A file like ``captions_val2014.json``.
+
+        Args:
+            images: folder of its images.
+            limit: use the first so many images.
+            max_new_tokens: length of captions.
+            allow_outside: whether the names of images may lead out of the folder.
+
+        Raises:
+            InputError: a file that is not in COCO's form; an image without caption; pycocoevalcap is missing.
+        """
+        _scorer()  # before the file is read
+        pictures = ImageFolder(images, allow_outside)
+        samples = [
+            Sample(
+                id=str(key),
+                image_id=str(key),
+                condition="captions",
+                splits=("captions",),
+                prompt=PROMPT,
+                images=pictures.files(str(data), [name]),
+                truth=(texts[0], [words(text) for text in texts]),
+            )
+            for key, (name, texts) in list(load_coco_captions(data).items())[:limit]
+        ]
+        settings = {"captions": data.name, "limit": limit, "max_new_tokens": max_new_tokens}
+        return cls(samples, settings, max_new_tokens)
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         return self.records({sample.id: answer})[sample.id]

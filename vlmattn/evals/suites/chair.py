@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from vlmattn.evals.coco import load_coco_objects
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFolder
-from vlmattn.evals.suites.world import World
+from vlmattn.evals.suites.questions import sample_of
+from vlmattn.evals.suites.registry import suite
+from vlmattn.evals.suites.world import World, settings_of
 from vlmattn.evals.words import ObjectWords
 
 COCO_PROMPT = "Please describe this image in detail."  # what the papers ask
@@ -25,70 +28,54 @@ class _Truth:
     objects: frozenset[str]
 
 
+@suite(
+    "chair",
+    "objects in captions that are not there",
+    "a COCO instances file (instances_val2014.json)",
+    "arXiv 1809.02156",
+)
 class Chair(Suite):
     """Captions against the objects of the image. Mentions count, not distinct objects, as in the reference."""
 
-    name = "chair"
     title = "CHAIR: objects in captions that are not there"
     fields = ("captions", "wrong_captions", "mentions", "wrong_mentions", "objects", "found", "words", "repeating")
     metrics = (
-        Metric(
-            "chair_i",
-            {"wrong_mentions": 1},
-            {"mentions": 1},
-            "mentioned objects that are not in the image",
-            better="lower",
-        ),
-        Metric(
-            "chair_s", {"wrong_captions": 1}, {"captions": 1}, "captions with at least one such object", better="lower"
-        ),
+        Metric("chair_i", {"wrong_mentions": 1}, {"mentions": 1}, "mentioned objects that are not in the image", better="lower"),
+        Metric("chair_s", {"wrong_captions": 1}, {"captions": 1}, "captions with at least one such object", better="lower"),
         Metric("recall", {"found": 1}, {"objects": 1}, "objects of the image that the caption names (cover)"),
         Metric("length", {"words": 1}, {"captions": 1}, "words per caption", scale=1.0, better="", label="words"),
-        Metric(
-            "repeats",
-            {"repeating": 1},
-            {"captions": 1},
-            "captions that name an object twice",
-            better="lower",
-            label="twice",
-        ),
-    )
+        Metric("repeats", {"repeating": 1}, {"captions": 1}, "captions that name an object twice", better="lower", label="twice"),
+    )  # fmt: skip
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Iterable[Sample],
         words: ObjectWords,
-        settings: Mapping[str, object],
+        settings: Mapping[str, Any],
         max_new_tokens: int,
         drop_cut: bool = False,
     ) -> None:
-        self._samples, self._words, self.settings, self.max_new_tokens = samples, words, dict(settings), max_new_tokens
-        self._drop_cut = drop_cut
+        super().__init__(samples, settings, max_new_tokens)
+        self._words, self._drop_cut = words, drop_cut
 
     @classmethod
     def on_scenes(cls, worlds: Sequence[World], max_new_tokens: int = 48) -> Chair:
         samples = [
-            Sample(
-                id=f"{world.name}/{index}",
-                image_id=str(index),
-                condition=world.name,
-                splits=("captions",),
-                prompt=DESCRIBE,
-                images=lambda world=world, index=index: world.image(index),  # type: ignore[misc]
-                truth=_Truth(frozenset(world.scene(index).categories)),
+            sample_of(
+                world, index, str(index), ("captions",), DESCRIBE, _Truth(frozenset(world.scene(index).categories))
             )
             for world in worlds
             for index in range(world.count)
         ]
         words = ObjectWords({name: SYNONYMS.get(name, ()) for name in CATEGORIES})
-        return cls(samples, words, {"scenes": [world.settings() for world in worlds]}, max_new_tokens)
+        return cls(samples, words, settings_of(worlds), max_new_tokens)
 
     @classmethod
-    def on_coco(
+    def on_files(
         cls,
-        instances: Path,
-        captions: Path | None,
+        data: Path,
         images: Path,
+        captions: Path | None = None,
         synonyms: Path | None = None,
         limit: int = 500,
         seed: int = 0,
@@ -96,7 +83,7 @@ class Chair(Suite):
         drop_cut: bool = False,
         allow_outside: bool = False,
     ) -> Chair:
-        """COCO annotation files; ``limit`` images drawn with ``seed`` (the papers take 500 of val2014).
+        """COCO's instances file; ``limit`` images drawn with ``seed`` (the papers take 500 of val2014).
 
         Args:
             captions: ground-truth captions, whose objects count as present too; None leaves them out.
@@ -105,7 +92,7 @@ class Chair(Suite):
             allow_outside: whether the names of images may lead out of the folder.
         """
         words = ObjectWords.from_file(synonyms) if synonyms else ObjectWords.coco()
-        known = load_coco_objects(instances, captions, words)
+        known = load_coco_objects(data, captions, words)
         pictures = ImageFolder(images, allow_outside)
         order = np.random.default_rng(seed).permutation(sorted(known))[:limit]
         samples = []
@@ -118,12 +105,12 @@ class Chair(Suite):
                     condition="coco",
                     splits=("captions",),
                     prompt=COCO_PROMPT,
-                    images=pictures.files(str(instances), [entry.file_name]),
+                    images=pictures.files(str(data), [entry.file_name]),
                     truth=_Truth(entry.objects),
                 )
             )
         settings = {
-            "instances": instances.name,
+            "instances": data.name,
             "captions": captions.name if captions else None,
             "synonyms": synonyms.name if synonyms else "vlmattn",
             "limit": limit,
@@ -132,9 +119,6 @@ class Chair(Suite):
             "drop_cut": drop_cut,
         }
         return cls(samples, words, settings, max_new_tokens, drop_cut)
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         answer = whole_sentences(answer) if self._drop_cut else answer

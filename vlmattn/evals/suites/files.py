@@ -155,6 +155,23 @@ def read_items(path: Path, needs: Sequence[str], what: str) -> list[Item]:
     return found
 
 
+def read_keyed(path: Path, key: str, needs: Sequence[str], what: str) -> dict[str, Item]:
+    """The objects of a file as ``read_items`` reads them, by their ``key``.
+
+    Raises:
+        InputError: as ``read_items``; an id is there twice, or is neither a text nor a whole number.
+    """
+    found: dict[str, Item] = {}
+    for item in read_items(path, (key, *needs), what):
+        name = item.key(key)
+        if name in found:
+            raise InputError(
+                f"{item.where}: {key} {quoted(name)} is there twice (first {found[name].where}); keep one of them"
+            )
+        found[name] = item
+    return found
+
+
 def first_of_each(items: Iterable[_T], kind: Callable[[_T], str], limit: int | None) -> Iterator[_T]:
     """The first ``limit`` items of each kind; all of them for None."""
     counts: dict[str, int] = {}

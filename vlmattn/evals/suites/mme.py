@@ -11,6 +11,7 @@ from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
 from vlmattn.evals.suites.files import ImageFolder, first_of_each
+from vlmattn.evals.suites.registry import Form, suite
 from vlmattn.evals.suites.tables import Row, Table
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo, all_right
 from vlmattn.texts import lines_of, read_text
@@ -18,13 +19,19 @@ from vlmattn.texts import lines_of, read_text
 _PICTURES = (".jpg", ".jpeg", ".png")
 
 
+@suite(
+    "mme",
+    "two yes/no questions per image, both must be right",
+    "MME's folder of subtasks, or the table lmms-lab/MME",
+    "arXiv 2306.13394",
+    [Form("MME", ("question_id", "question", "answer", "category"))],
+)
 class MME(YesNo):
     """Subtasks are splits; the score of one is accuracy + accuracy+, at most 200.
 
     An answer is read as by the released script: "yes" or "no" among its first four letters.
     """
 
-    name = "mme"
     title = "MME: two questions per image, both must be right"
     fields = ("right", "wrong", "yes", "pair", "pair_asked", "halves")
     metrics = (
@@ -36,39 +43,36 @@ class MME(YesNo):
         YES_RATIO,
     )
 
-    def __init__(self, samples: Sequence[Sample], settings: Mapping[str, object]) -> None:
-        self._samples, self.settings = list(samples), dict(settings)
-
     @classmethod
-    def on_folder(cls, folder: Path, limit: int | None = None, allow_outside: bool = False) -> MME:
+    def on_files(cls, data: Path, limit: int | None = None, allow_outside: bool = False) -> MME:
         """The published folders.
 
         Args:
-            folder: one folder per subtask, with pictures and their question files, or with ``images`` and ``questions_answers_YN``.
+            data: one folder per subtask, with pictures and their question files, or with ``images`` and ``questions_answers_YN``.
             limit: use the first so many images of each subtask.
             allow_outside: whether pictures may be links that lead out of the folder.
 
         Raises:
             InputError: no subtask, a question file without picture, a line that is not "question<tab>Yes or No".
         """
-        if not folder.is_dir():
-            raise InputError(f"no such folder: {folder}")
-        pictures = ImageFolder(folder, allow_outside)
+        if not data.is_dir():
+            raise InputError(f"no such folder: {data}")
+        pictures = ImageFolder(data, allow_outside)
         samples: list[Sample] = []
-        for task in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for task in sorted(path for path in data.iterdir() if path.is_dir()):
             for picture, questions in list(_pairs(task))[:limit]:
                 image = f"{task.name}/{picture.name}"
                 samples += _samples(
                     task.name,
                     image,
                     _questions(questions),
-                    pictures.files(str(questions), [str(picture.relative_to(folder))]),
+                    pictures.files(str(questions), [str(picture.relative_to(data))]),
                 )
         if not samples:
             raise InputError(
-                f"{folder}: no MME subtask; each is a folder of pictures and question files of the same names"
+                f"{data}: no MME subtask; each is a folder of pictures and question files of the same names"
             )
-        return cls(samples, {"folder": folder.name, "limit": limit})
+        return cls(samples, {"folder": data.name, "limit": limit})
 
     @classmethod
     def on_table(cls, table: Table, limit: int | None = None) -> MME:

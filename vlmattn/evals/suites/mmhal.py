@@ -3,88 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from vlmattn.evals.judges import CLEAN, Judge, Ratings
+from vlmattn.evals.judges import CLEAN, Judge
 from vlmattn.evals.stats import Metric
-from vlmattn.evals.suites.base import Sample, Suite
-from vlmattn.evals.suites.files import ImageFiles, ImageFolder, Item
-from vlmattn.evals.suites.keyed import read_keyed
+from vlmattn.evals.suites.base import Sample
+from vlmattn.evals.suites.files import ImageFiles, ImageFolder, Item, read_keyed
+from vlmattn.evals.suites.rated import HALLUCINATIONS, Key, Rated
+from vlmattn.evals.suites.registry import suite
 
 _NEEDS = ("image_src", "image_content", "question_type", "question", "gt_answer")
 
 
-@dataclass(frozen=True)
-class _Key:
-    reference: str
-    contents: tuple[str, ...]
+@suite("mmhal", "open questions, rated by a judge", "MMHal-Bench's response_template.json", "arXiv 2309.14525")
+class MMHal(Rated):
+    """rating = mean of the judge's ratings, 0..6; hallucinations = ratings below 3 / answers. Splits: types of question."""
 
-
-class MMHal(Suite):
-    """rating = mean of the judge's ratings, 0..6; hallucinations = ratings below 3 / answers. Splits: types of question.
-
-    Args:
-        questions: a file like ``response_template.json``; the answers in it are not read.
-        images: folder of the images, named as in ``image_src`` or by ``image_id``.
-        limit: use the first so many questions.
-        judge: who rates; default ``RuleJudge`` (experimental), where the paper asks GPT-4.
-        allow_outside: whether the names of images may lead out of the folder.
-
-    Raises:
-        InputError: a file that cannot be read, or is not in the published form.
-    """
-
-    name = "mmhal"
     title = "MMHal-Bench: open questions, rated by a judge"
     fields = ("rating", "hallucinated", "asked")
     metrics = (
         Metric("rating", {"rating": 1}, {"asked": 1}, "mean rating, 0 to 6", scale=1.0),
-        Metric(
-            "hallucinations",
-            {"hallucinated": 1},
-            {"asked": 1},
-            "answers rated below 3",
-            better="lower",
-            label="halluc.",
-        ),
+        replace(HALLUCINATIONS, about="answers rated below 3"),
     )
 
-    def __init__(
-        self,
-        questions: Path,
+    @classmethod
+    def on_files(
+        cls,
+        data: Path,
         images: Path,
         limit: int | None = None,
         max_new_tokens: int = 512,
-        judge: Judge | None = None,
+        judge: Judge | str = "rule",
         allow_outside: bool = False,
-    ) -> None:
-        self._ratings = Ratings(judge)
-        self.max_new_tokens = max_new_tokens
-        self.settings = {
-            "questions": questions.name,
-            "limit": limit,
-            "max_new_tokens": max_new_tokens,
-            "judge": self._ratings.name,
-        }
-        items = read_keyed(questions, "image_id", _NEEDS, "an MMHal-Bench question")
-        folder = ImageFolder(images, allow_outside)
-        self._samples = [_sample(key, items[key], folder) for key in list(items)[:limit]]
+    ) -> MMHal:
+        """The published file; the answers in it are not read.
 
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
+        Args:
+            images: folder of the images, named as in ``image_src`` or by ``image_id``.
+            limit: use the first so many questions.
+            judge: who rates, as ``load_judge`` takes it.
+            allow_outside: whether the names of images may lead out of the folder.
+
+        Raises:
+            InputError: a file that cannot be read, or is not in the published form; no such judge.
+        """
+        items = read_keyed(data, "image_id", _NEEDS, "an MMHal-Bench question")
+        folder = ImageFolder(images, allow_outside)
+        samples = [_sample(key, items[key], folder) for key in list(items)[:limit]]
+        return cls(samples, {"questions": data.name, "limit": limit}, judge, max_new_tokens)
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
-        key: _Key = sample.truth
-        verdict = self._ratings.of(sample.id, sample.prompt, key.reference, key.contents, answer)
-        return {"rating": verdict.rating, "hallucinated": float(verdict.rating < CLEAN), "asked": 1.0}
-
-    def right(self, record: Mapping[str, float]) -> bool:
-        return not record["hallucinated"]
-
-    def expected(self, sample: Sample) -> str:
-        return str(sample.truth.reference)
+        rating = self.rated(sample, answer).rating
+        return {"rating": rating, "hallucinated": float(rating < CLEAN), "asked": 1.0}
 
 
 def _sample(key: str, item: Item, folder: ImageFolder) -> Sample:
@@ -95,7 +66,7 @@ def _sample(key: str, item: Item, folder: ImageFolder) -> Sample:
         splits=(item.text("question_type"),),
         prompt=item.text("question"),
         images=ImageFiles((_picture(folder, key, item),)),
-        truth=_Key(item.text("gt_answer"), tuple(item.texts("image_content"))),
+        truth=Key(item.text("gt_answer"), tuple(item.texts("image_content"))),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from vlmattn.embedded.scenes import PREFERRED_COLOUR
 from vlmattn.evals.stats import Metric
@@ -16,9 +16,11 @@ from vlmattn.evals.suites.questions import (
     what_colour,
     with_any_count,
 )
-from vlmattn.evals.suites.world import USUAL_COUNT, World
+from vlmattn.evals.suites.registry import suite
+from vlmattn.evals.suites.world import USUAL_COUNT, World, settings_of
 
 
+@suite("mmhal")
 class MMHalScenes(Suite):
     """The colour of every thing, and how many there are, in scenes of one to five things.
 
@@ -30,7 +32,6 @@ class MMHalScenes(Suite):
         worlds: the scenes.
     """
 
-    name = "mmhal"
     title = "Open questions about scenes: colour, count (after MMHal-Bench, no judge)"
     fields = ("right", "asked", "prior", "prior_asked", "unread")
     metrics = (
@@ -42,13 +43,8 @@ class MMHalScenes(Suite):
 
     def __init__(self, worlds: Sequence[World]) -> None:
         worlds = [with_any_count(world) for world in worlds]
-        self.settings = {"scenes": [world.settings() for world in worlds]}
-        self._samples = [
-            sample for world in worlds for index in range(world.count) for sample in _of_scene(world, index)
-        ]
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
+        samples = (one for world in worlds for index in range(world.count) for one in _of_scene(world, index))
+        super().__init__(samples, settings_of(worlds))
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         truth, usual = sample.truth
@@ -60,9 +56,6 @@ class MMHalScenes(Suite):
             "prior_asked": float(usual != truth),
             "unread": float(said is None),
         }
-
-    def right(self, record: Mapping[str, float]) -> bool:
-        return bool(record["right"])
 
     def expected(self, sample: Sample) -> str:
         return str(sample.truth[0])

@@ -13,8 +13,10 @@ from vlmattn.embedded.text import existence_question
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFolder, Item, first_of_each, read_items
+from vlmattn.evals.suites.questions import sample_of
+from vlmattn.evals.suites.registry import Form, suite
 from vlmattn.evals.suites.tables import Table
-from vlmattn.evals.suites.world import World, absent_objects
+from vlmattn.evals.suites.world import World, absent_objects, settings_of
 
 SPLITS = ("random", "popular", "adversarial")
 _ALL = {"tp": 1.0, "fp": 1.0, "tn": 1.0, "fn": 1.0}
@@ -25,13 +27,20 @@ def says_yes(answer: str) -> bool:
     return not {"No", "not", "no"} & set(answer.partition(".")[0].replace(",", "").split(" "))
 
 
+@suite(
+    "pope",
+    "is there an X in the image?",
+    "POPE's question files, each a column of its own, or the table lmms-lab/POPE",
+    "arXiv 2305.10355",
+    [Form("POPE", ("question", "answer", "image_source", "category"))],
+)
 class Pope(Suite):
     """Yes/no questions about the presence of objects; *yes* is the positive class."""
 
-    name = "pope"
     title = "POPE: is there a ... in the image?"
     fields = ("tp", "fp", "tn", "fn")
     mean_of_splits = True
+    max_new_tokens = 16
     metrics = (
         Metric("accuracy", {"tp": 1, "tn": 1}, _ALL, "share of right answers"),
         Metric("precision", {"tp": 1}, {"tp": 1, "fp": 1}, "share of yes answers that are right", label="prec"),
@@ -47,9 +56,6 @@ class Pope(Suite):
         ),
     )
 
-    def __init__(self, samples: Sequence[Sample], settings: Mapping[str, object], max_new_tokens: int = 16) -> None:
-        self._samples, self.settings, self.max_new_tokens = samples, dict(settings), max_new_tokens
-
     @classmethod
     def on_scenes(cls, worlds: Sequence[World]) -> Pope:
         """Three things and three absent ones per scene and split; present things are shared by the splits."""
@@ -63,35 +69,27 @@ class Pope(Suite):
                     for name in absent_objects(scene, split, rng):
                         asked.setdefault(name, []).append(split)
                 for name, splits in asked.items():
-                    samples.append(
-                        Sample(
-                            id=f"{world.name}/{index}/{name}",
-                            image_id=str(index),
-                            condition=world.name,
-                            splits=tuple(splits),
-                            prompt=existence_question(name),
-                            images=lambda world=world, index=index: world.image(index),  # type: ignore[misc]
-                            truth=name in scene.categories,
-                        )
-                    )
-        return cls(samples, {"scenes": [world.settings() for world in worlds]})
+                    key, truth = f"{index}/{name}", name in scene.categories
+                    samples.append(sample_of(world, index, key, tuple(splits), existence_question(name), truth))
+        return cls(samples, settings_of(worlds))
 
     @classmethod
     def on_files(
-        cls, questions: Sequence[Path], images: Path, limit: int | None = None, allow_outside: bool = False
+        cls, data: Sequence[Path], images: Path, limit: int | None = None, allow_outside: bool = False, suffix: str = ""
     ) -> Pope:
         """Published question files (JSON lines or a JSON array); each file is a column, named by ``columns_of``.
 
         Args:
-            questions: files with ``image``, ``text`` and ``label`` (yes / no).
+            data: files with ``image``, ``text`` and ``label`` (yes / no).
             images: folder of the images they name.
             limit: use the first so many questions of each file.
             allow_outside: whether the names may lead out of the folder.
+            suffix: words after each question, as papers ask for one word.
 
         Raises:
             InputError: a line that is not a question (file:line), an image that lies outside of the folder.
         """
-        folder, columns = ImageFolder(images, allow_outside), columns_of(questions)
+        folder, columns = ImageFolder(images, allow_outside), columns_of(data)
         asked = (
             _Question(
                 columns[path],
@@ -100,13 +98,13 @@ class Pope(Suite):
                 item.yes("label"),
                 folder.files(item.where, [item.text("image")]),
             )
-            for path in questions
+            for path in data
             for item in _items(path)[:limit]
         )
-        return cls(_samples(asked), {"questions": [path.name for path in questions], "limit": limit})
+        return cls._asked(asked, {"questions": [path.name for path in data], "limit": limit}, suffix)
 
     @classmethod
-    def on_table(cls, table: Table, limit: int | None = None) -> Pope:
+    def on_table(cls, table: Table, limit: int | None = None, suffix: str = "") -> Pope:
         """The hub's table (lmms-lab/POPE); each category is a column.
 
         Args:
@@ -126,15 +124,12 @@ class Pope(Suite):
             )
             for row in rows
         )
-        return cls(_samples(asked), {**table.settings, "limit": limit})
+        return cls._asked(asked, {**table.settings, "limit": limit}, suffix)
 
-    def asked_with(self, suffix: str) -> Pope:
-        """The same questions with some words after each, as papers ask for one word."""
-        samples = [replace(sample, prompt=f"{sample.prompt}{suffix}") for sample in self._samples]
-        return Pope(samples, {**self.settings, "suffix": suffix}, self.max_new_tokens)
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
+    @classmethod
+    def _asked(cls, asked: Iterable[_Question], settings: Mapping[str, Any], suffix: str) -> Pope:
+        samples = [replace(sample, prompt=f"{sample.prompt}{suffix}") for sample in _samples(asked)]
+        return cls(samples, {**settings, "suffix": suffix} if suffix else settings)
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         yes = says_yes(answer)

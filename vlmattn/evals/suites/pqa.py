@@ -15,12 +15,13 @@ from PIL import Image
 
 from vlmattn.embedded.scenes import CATEGORIES
 from vlmattn.embedded.text import with_article
-from vlmattn.errors import InputError, OptionError
+from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
 from vlmattn.evals.suites.files import ImageFolder
 from vlmattn.evals.suites.pope import read_questions
-from vlmattn.evals.suites.world import World
+from vlmattn.evals.suites.registry import suite
+from vlmattn.evals.suites.world import World, check_sizes
 from vlmattn.evals.suites.yesno import ACCURACY, YES_RATIO, YesNo
 
 _IN_THE_IMAGE = "in the image"  # in POPE's questions
@@ -67,13 +68,15 @@ class _Set:
                 )
 
 
+@suite(
+    "pqa", "is there an X in image i? for every image at every position", "POPE's question files", "arXiv 2503.13792"
+)
 class PQA(YesNo):
     """Is there a ... in image i? A split is a number of images, and each position in them.
 
     inconsistency = images whose n answers, one from each position, are not all alike / images asked about.
     """
 
-    name = "pqa"
     title = "PQA: the same question about each image, at every position"
     fields = ("right", "wrong", "yes", "changed", "changed_asked")
     metrics = (
@@ -90,34 +93,30 @@ class PQA(YesNo):
     )
 
     def __init__(self, sets: Iterable[_Set], settings: Mapping[str, object]) -> None:
-        self.settings = dict(settings)
         pairs = [pair for each in sets for pair in each.samples()]
-        self._samples = [sample for _, sample in pairs]
+        super().__init__((sample for _, sample in pairs), settings)
         self._asked = {sample.id: asked for asked, sample in pairs}  # the image asked about, by sample
 
     @classmethod
-    def on_scenes(cls, world: World, images: Sequence[int] = SIZES, sets: int | None = None) -> PQA:
+    def on_scenes(cls, world: World, sizes: Sequence[int] = SIZES, sets: int | None = None) -> PQA:
         """Groups of scenes, and a thing that some of them show.
 
         Args:
-            images: numbers of images per prompt.
+            sizes: numbers of images per prompt.
             sets: groups of images per number; default a quarter of the scenes.
 
         Raises:
             OptionError: fewer scenes than images, or a number of images below 2.
         """
-        if min(images) < 2 or world.count < max(images):
-            raise OptionError(
-                f"pqa asks about 2 images or more, and needs as many scenes; got {world.count} scenes for {max(images)}"
-            )
+        check_sizes("pqa", sizes, world.count)
         count = max(1, world.count // 4) if sets is None else sets
-        drawn = (_of_scenes(world, size, number) for size in images for number in range(count))
-        return cls(drawn, {"scenes": world.settings(), "images": list(images), "sets": count})
+        drawn = (_of_scenes(world, size, number) for size in sizes for number in range(count))
+        return cls(drawn, {"scenes": world.settings(), "images": list(sizes), "sets": count})
 
     @classmethod
     def on_files(
         cls,
-        questions: Sequence[Path],
+        data: Sequence[Path],
         images: Path,
         sizes: Sequence[int] = SIZES,
         sets: int = _SETS,
@@ -129,7 +128,7 @@ class PQA(YesNo):
         Questions about an image that the files answer by both yes and no are left out.
 
         Args:
-            questions: files as ``Pope.on_files`` reads them.
+            data: files as ``Pope.on_files`` reads them.
             images: folder of the images they name.
             sizes: numbers of images per prompt.
             sets: groups of images per number, drawn with ``seed``.
@@ -138,15 +137,16 @@ class PQA(YesNo):
         Raises:
             InputError: as ``Pope.on_files``; no question has both answers for as many images.
         """
+        check_sizes("pqa", sizes)
         folder = ImageFolder(images, allow_outside)
         said: dict[str, dict[str, set[bool]]] = {}  # question -> image -> truths
-        for path in questions:
+        for path in data:
             for item in read_questions(path):
                 if _IN_THE_IMAGE in item["text"]:
                     said.setdefault(item["text"], {}).setdefault(item["image"], set()).add(item["label"] == "yes")
         known = {text: {name: True in of for name, of in by.items() if len(of) == 1} for text, by in said.items()}
         drawn = [_of_files(known, folder, size, number, seed) for size in sizes for number in range(sets)]
-        names = [path.name for path in questions]
+        names = [path.name for path in data]
         return cls(drawn, {"questions": names, "images": list(sizes), "sets": sets, "seed": seed})
 
     def records(self, answers: Mapping[str, str]) -> dict[str, dict[str, float]]:

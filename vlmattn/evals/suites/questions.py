@@ -7,6 +7,8 @@ number is held against the answer: an answer that says this number counts as yes
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +17,8 @@ import numpy as np
 
 from vlmattn.embedded.scenes import COLOURS, IMAGE_SIZE, PREFERRED_COLOUR, Scene, Thing
 from vlmattn.evals.suites.base import Sample
-from vlmattn.evals.suites.world import USUAL_COUNT, World
+from vlmattn.evals.suites.world import USUAL_COUNT, World, settings_of
+from vlmattn.evals.suites.yesno import YesNo
 
 HOW_MANY = "How many objects are there?"
 OTHER_SIDE = {"left": "right", "right": "left"}
@@ -72,19 +75,6 @@ def read_number(answer: str) -> int | None:
     return next(iter(read_numbers(answer)), None)
 
 
-def as_yes_or_no(answer: str, number: int | None) -> str:
-    """An answer to ``HOW_MANY``, held against a number; other answers (number None) stay as they are."""
-    if number is None:
-        return answer
-    said = read_number(answer)
-    return "" if said is None else "yes" if said == number else "no"
-
-
-def number_in_words(number: int, truth: bool) -> str:
-    """The truth about a number held against an answer, for the report."""
-    return NUMBERS[number] if truth else f"not {NUMBERS[number]}"
-
-
 def with_any_count(world: World) -> World:
     """The same world with one to five things in a scene: where all have three, counting would need no look."""
     return replace(world, things=None)
@@ -93,3 +83,31 @@ def with_any_count(world: World) -> World:
 def sample_of(world: World, index: int, key: str, splits: tuple[str, ...], prompt: str, truth: Any) -> Sample:
     """A question about one scene; ``key`` is its id within the world."""
     return Sample(f"{world.name}/{key}", str(index), world.name, splits, prompt, partial(world.image, index), truth)
+
+
+class AgainstNumbers(YesNo):
+    """Yes/no questions about scenes of one to five things; answers to ``HOW_MANY`` are held against a number."""
+
+    def __init__(self, worlds: Sequence[World]) -> None:
+        worlds = [with_any_count(world) for world in worlds]
+        pairs = [pair for world in worlds for index in range(world.count) for pair in self.asked(world, index)]
+        self._numbers = {sample.id: number for sample, number in pairs}
+        super().__init__((sample for sample, _ in pairs), settings_of(worlds))
+
+    @staticmethod
+    @abstractmethod
+    def asked(world: World, index: int) -> Iterator[tuple[Sample, int | None]]:
+        """The questions about a scene, each with the number that its answer is held against; None where it is yes or no."""
+
+    def score(self, sample: Sample, answer: str) -> dict[str, float]:
+        number = self._numbers[sample.id]
+        if number is not None:
+            said = read_number(answer)
+            answer = "" if said is None else "yes" if said == number else "no"
+        return super().score(sample, answer)
+
+    def expected(self, sample: Sample) -> str:
+        number = self._numbers[sample.id]
+        if number is None:
+            return super().expected(sample)
+        return NUMBERS[number] if sample.truth else f"not {NUMBERS[number]}"

@@ -29,13 +29,12 @@ class Subset(Suite):
         wanted = set(ids)
         self._suite = suite
         chosen = [sample for sample in suite.samples() if sample.id in wanted]
-        self._samples = [replace(s, condition=label, splits=(label,)) if whole else s for s in chosen]
-        if missing := sorted(wanted - {sample.id for sample in self._samples}):
+        samples = [replace(s, condition=label, splits=(label,)) if whole else s for s in chosen]
+        if missing := sorted(wanted - {sample.id for sample in samples}):
             raise InputError(f"the suite '{suite.name}' has no sample '{missing[0]}' ({len(missing)} of {len(wanted)})")
         for name in ("name", "title", "fields", "metrics", "mean_of_splits"):  # of the class elsewhere
             self.__dict__[name] = getattr(suite, name)
-        self.max_new_tokens = suite.max_new_tokens
-        self.settings = {**suite.settings, label: [sample.id for sample in self._samples]}
+        super().__init__(samples, {**suite.settings, label: [s.id for s in samples]}, suite.max_new_tokens)
 
     @classmethod
     def draw(cls, suite: Suite, count: int, seed: int, label: str = "validation") -> Subset:
@@ -51,9 +50,6 @@ class Subset(Suite):
             )
         order = np.random.default_rng(seed).permutation(len(samples))
         return cls(suite, [samples[int(i)].id for i in order[:count]], label)
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         return self._suite.score(sample, answer)

@@ -17,59 +17,11 @@ from PIL import Image
 
 from vlmattn.errors import InputError
 from vlmattn.evals.suites.files import ImageFolder, Item
+from vlmattn.evals.suites.registry import Form, SuiteInfo, all_suites
 from vlmattn.pictures import decode_picture, open_picture
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = ("val", "validation", "image", "test")  # those with answers first; "image" is HallusionBench's
-
-
-@dataclass(frozen=True)
-class Form:
-    """The columns of a published table.
-
-    Attributes:
-        suite: which one reads it.
-        name: what it is called in errors.
-        needs: columns it has to have, without pictures.
-        pictures: columns of pictures, in the order of the prompt; the first one has to be there.
-        more: columns that are read where there are such.
-    """
-
-    suite: str
-    name: str
-    needs: tuple[str, ...]
-    pictures: tuple[str, ...] = ("image",)
-    more: tuple[str, ...] = ()
-
-    def missing(self, columns: Sequence[str]) -> list[str]:
-        return [name for name in (*self.needs, self.pictures[0]) if name not in columns]
-
-
-#: Columns as lmms-eval 0.7.3 reads them and as the tables' cards list them.
-FORMS = (
-    Form("pope", "POPE", ("question", "answer", "image_source", "category")),
-    Form("mme", "MME", ("question_id", "question", "answer", "category")),
-    Form(
-        "hallusion",
-        "HallusionBench",
-        ("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),
-    ),
-    Form("vqa", "VQAv2", ("question_id", "image_id", "question", "answers"), more=("answer_type",)),
-    Form(
-        "choice",
-        "MuirBench",
-        ("idx", "task", "question", "options", "answer"),
-        ("image_list",),
-        ("counterpart_idx",),
-    ),
-    Form(
-        "choice",
-        "BLINK",
-        ("idx", "sub_task", "question", "choices", "answer"),
-        ("image_1", "image_2", "image_3", "image_4"),
-        ("prompt",),
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -125,7 +77,7 @@ class Table:
     """A published table that a suite can read.
 
     Args:
-        suite: the suite's name.
+        suite: which one reads it.
         name: of the table, for errors.
         parts: datasets with the same columns.
         settings: what is written with every result.
@@ -137,7 +89,7 @@ class Table:
 
     def __init__(
         self,
-        suite: str,
+        suite: SuiteInfo,
         name: str,
         parts: Sequence[Any],
         settings: Mapping[str, Any],
@@ -167,11 +119,10 @@ def is_table(path: Path) -> bool:
     return not is_file and _HUB_NAME.fullmatch(source.as_posix()) is not None
 
 
-def load_table(suite: str, path: Path, allow_outside: bool = False) -> Table:
+def load_table(suite: SuiteInfo, path: Path, allow_outside: bool = False) -> Table:
     """The table that ``path`` names; from the hub only the files of one split are fetched.
 
-    Configuration: the one behind the colon, or the only one, or ``default``; suite choice takes all (BLINK has one per
-    task). Split: the first of val, validation, image and test that there is, otherwise all.
+    Configuration: the one behind the colon, or the only one, or ``default``; or all, where the suite says so. Split: the first of val, validation, image and test that there is, otherwise all.
 
     Raises:
         InputError: ``datasets`` is missing, there is no such table or no way to the hub, or it has other columns.
@@ -218,16 +169,18 @@ def _library() -> Any:
     return datasets
 
 
-def _configs(suite: str, name: str, config: str, known: Sequence[str]) -> list[str]:
+def _configs(suite: SuiteInfo, name: str, config: str, known: Sequence[str]) -> list[str]:
     if config and config not in known:
         raise InputError(f"{name}: no configuration '{config}'; there are {', '.join(known)}")
     if config:
         return [config]
-    if len(known) == 1 or suite == "choice":
+    if len(known) == 1 or suite.all_configs:
         return list(known)
     if "default" in known:
         return ["default"]
-    raise InputError(f"{name}: add a configuration, --data {suite}={name}:{known[0]}; there are {', '.join(known)}")
+    raise InputError(
+        f"{name}: add a configuration, --data {suite.name}={name}:{known[0]}; there are {', '.join(known)}"
+    )
 
 
 def _parts(datasets: Any, name: str, config: str) -> list[tuple[str, Any, str]]:
@@ -247,16 +200,20 @@ def _parts(datasets: Any, name: str, config: str) -> list[tuple[str, Any, str]]:
     return found
 
 
-def _form(suite: str, name: str, columns: Sequence[str]) -> Form:
-    own = [form for form in FORMS if form.suite == suite]
-    fitting = next((form for form in own if not form.missing(columns)), None)
+def _form(suite: SuiteInfo, name: str, columns: Sequence[str]) -> Form:
+    fitting = next((form for form in suite.forms if not form.missing(columns)), None)
     if fitting is not None:
         return fitting
-    nearest = min(own, key=lambda form: len(form.missing(columns)))
-    others = [form for form in FORMS if not form.missing(columns)]
-    hint = f"; they are those of {others[0].name}: --data {others[0].suite}={name}" if others else ""
+    nearest = min(suite.forms, key=lambda form: len(form.missing(columns)))
+    others = [
+        f"{form.name}: --data {each.name}={name}"
+        for each in all_suites().values()
+        for form in each.forms
+        if not form.missing(columns)
+    ]
+    hint = f"; they are those of {' or '.join(others)}" if others else ""
     raise InputError(
-        f"{name}: for suite {suite} ({' or '.join(form.name for form in own)}) the columns"
+        f"{name}: for suite {suite.name} ({' or '.join(form.name for form in suite.forms)}) the columns"
         f" {', '.join(nearest.missing(columns))} are missing; there are {', '.join(columns)}{hint}"
     )
 

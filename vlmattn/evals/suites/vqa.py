@@ -12,6 +12,7 @@ from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFolder, Item
+from vlmattn.evals.suites.registry import Form, suite
 from vlmattn.evals.suites.tables import Table
 from vlmattn.texts import read_json
 
@@ -50,6 +51,13 @@ def _corrections() -> Iterator[tuple[str, str]]:
 _CORRECT = dict(_corrections())
 
 
+@suite(
+    "vqa",
+    "VQAv2's open questions",
+    "VQAv2's folder of questions and annotations (one *questions*.json, one *annotations*.json), or the table lmms-lab/VQAv2",
+    "arXiv 1612.00837",
+    [Form("VQAv2", ("question_id", "image_id", "question", "answers"), more=("answer_type",))],
+)
 class VQA(Suite):
     """accuracy = mean over the ten people of min(1, how many of the other nine said the same / 3).
 
@@ -57,7 +65,6 @@ class VQA(Suite):
     ``normal`` elsewhere: "Yes." is not the "yes" of all ten. ``normalised`` compares all in that form.
     """
 
-    name = "vqa"
     title = "VQAv2: open questions"
     fields = ("score", "normal", "asked")
     metrics = (
@@ -72,15 +79,12 @@ class VQA(Suite):
     )
     max_new_tokens = 16
 
-    def __init__(self, samples: Sequence[Sample], settings: Mapping[str, object]) -> None:
-        self._samples, self.settings = samples, dict(settings)
-
     @classmethod
-    def on_folder(cls, folder: Path, images: Path, limit: int | None = None, allow_outside: bool = False) -> VQA:
+    def on_files(cls, data: Path, images: Path, limit: int | None = None, allow_outside: bool = False) -> VQA:
         """The published files.
 
         Args:
-            folder: with one ``*questions*.json`` and one ``*annotations*.json``.
+            data: the folder, with one ``*questions*.json`` and one ``*annotations*.json``.
             images: folder of the COCO images, of the part that the questions file names (``data_subtype``, else val2014).
             limit: use the first so many questions.
             allow_outside: whether the names of images may lead out of the folder.
@@ -89,17 +93,17 @@ class VQA(Suite):
             InputError: a file that is not there, or not in the published form.
         """
         pictures = ImageFolder(images, allow_outside)
-        _, annotations = _items(folder, "annotations", ("question_id", "answers"))
-        part, questions = _items(folder, "questions", ("question_id", "image_id", "question"))
+        _, annotations = _items(data, "annotations", ("question_id", "answers"))
+        part, questions = _items(data, "questions", ("question_id", "image_id", "question"))
         people = {item.key("question_id"): item for item in annotations}
         samples = []
         for item in questions[:limit]:
             key = item.key("question_id")
             if key not in people:
-                raise InputError(f"{folder}: question {key} has no annotation")
+                raise InputError(f"{data}: question {key} has no annotation")
             name = item.text("image") if item.values.get("image") else _file_name(part, item)
             samples.append(_sample(item, people[key], pictures.files(item.where, [name])))
-        return cls(samples, {"folder": folder.name, "limit": limit})
+        return cls(samples, {"folder": data.name, "limit": limit})
 
     @classmethod
     def on_table(cls, table: Table, limit: int | None = None) -> VQA:
@@ -114,9 +118,6 @@ class VQA(Suite):
                 raise InputError(f"{row.where}: no answers of people; only the validation split has them")
             samples.append(_sample(row, row, row.pictures))
         return cls(samples, {**table.settings, "limit": limit})
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         people, said = [_on_a_line(one) for one in sample.truth], _on_a_line(answer)

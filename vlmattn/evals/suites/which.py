@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from vlmattn.errors import OptionError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.questions import read_numbers
-from vlmattn.evals.suites.world import World
+from vlmattn.evals.suites.registry import suite
+from vlmattn.evals.suites.world import World, check_sizes
 
 
+@suite("which", "in which of several images is the X?")
 class Which(Suite):
     """Position-balanced questions over 2..n images; a split is a number of images.
 
     An answer is the one number that it names, in digits or as a word: "2", "Image 2.", "two".
     """
 
-    name = "which"
     title = "In which image is the ...?"
     fields = ("right", "asked")
     metrics = (Metric("accuracy", {"right": 1}, {"asked": 1}, "share of right image numbers"),)
     max_new_tokens = 4
 
-    def __init__(self, world: World, images: Sequence[int] = (2, 3, 4)) -> None:
-        if min(images) < 2 or world.count < max(images):
-            raise OptionError(
-                f"which asks about 2 images or more, and needs as many scenes; got {world.count} scenes for {max(images)}"
-            )
-        self.settings = {"scenes": world.settings(), "images": list(images)}
-        self._samples: list[Sample] = []
-        for count in images:
+    def __init__(self, world: World, sizes: Sequence[int] = (2, 3, 4)) -> None:
+        check_sizes("which", sizes, world.count)
+        samples = []
+        for count in sizes:
             for index in range(world.count):
                 rng = np.random.default_rng([world.seed, count, index])
                 gold = index % count
@@ -42,7 +38,7 @@ class Which(Suite):
                     unique = [name for name in world.scene(chosen[gold]).categories if name not in elsewhere]
                     if unique:
                         break
-                self._samples.append(
+                samples.append(
                     Sample(
                         id=f"{world.name}/{count}/{index}",
                         image_id=f"{count}/{index}",
@@ -54,15 +50,7 @@ class Which(Suite):
                         image_count=count,
                     )
                 )
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
+        super().__init__(samples, {"scenes": world.settings(), "images": list(sizes)})
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         return {"right": float(set(read_numbers(answer)) == {int(sample.truth)}), "asked": 1.0}
-
-    def right(self, record: Mapping[str, float]) -> bool:
-        return bool(record["right"])
-
-    def expected(self, sample: Sample) -> str:
-        return str(sample.truth)

@@ -71,6 +71,22 @@ class World:
         return asdict(self)
 
 
+def check_sizes(suite: str, sizes: Sequence[int], scenes: int | None = None) -> None:
+    """Refuse numbers of images in a prompt that a suite cannot ask about.
+
+    Raises:
+        OptionError: a number below 2, none at all, or more than there are scenes.
+    """
+    if min(sizes, default=0) < 2 or (scenes is not None and scenes < max(sizes)):
+        of = "" if scenes is None else f", and needs as many scenes; got {scenes} scenes"
+        raise OptionError(f"{suite} asks about 2 images or more{of} for {max(sizes, default=0)}")
+
+
+def settings_of(worlds: Sequence[World]) -> dict[str, object]:
+    """What a suite on some worlds writes with its results."""
+    return {"scenes": [world.settings() for world in worlds]}
+
+
 @lru_cache(maxsize=1)
 def co_occurrence() -> NDArray[np.int64]:
     """How often two categories share a training scene, ``[16, 16]``; the diagonal holds how often each occurs.

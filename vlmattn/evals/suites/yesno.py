@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Mapping
 
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
@@ -27,13 +26,9 @@ def first_yes_or_no(answer: str) -> bool | None:
 class YesNo(Suite):
     """A suite whose samples have the truth True (yes) or False (no). An answer that says neither is wrong."""
 
-    fields: ClassVar[tuple[str, ...]] = ("right", "wrong", "yes")
-    metrics: ClassVar[tuple[Metric, ...]] = (ACCURACY, YES_RATIO)
+    fields: tuple[str, ...] = ("right", "wrong", "yes")
+    metrics: tuple[Metric, ...] = (ACCURACY, YES_RATIO)
     max_new_tokens = 16
-    _samples: list[Sample]
-
-    def samples(self) -> Sequence[Sample]:
-        return self._samples
 
     def read(self, answer: str) -> bool | None:
         """The rule by which an answer is read."""
@@ -46,9 +41,6 @@ class YesNo(Suite):
             "wrong": float(said is not sample.truth),
             "yes": float(said is True),
         }
-
-    def right(self, record: Mapping[str, float]) -> bool:
-        return bool(record["right"])
 
     def expected(self, sample: Sample) -> str:
         return "yes" if sample.truth else "no"

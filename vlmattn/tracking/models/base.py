@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vlmattn.errors import OptionError, UnknownNameError, UnsupportedError
+from vlmattn.errors import OptionError, UnsupportedError
+from vlmattn.registry import load_plugins, look_up
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class Adapter(ABC):
     name: ClassVar[str]
     multiple: int  # pixels: sides of a frame are whole multiples of this (the patch size)
     lead: int  # tokens of a frame before those of its patches
-    reference_free: ClassVar[bool]  # the order of keyframes does not matter
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -58,12 +58,12 @@ class Adapter(ABC):
         """Run ``[batch, frames, 3, height, width]`` in [0, 1]; ``reading``: one frame per row, against a map."""
 
 
-_known: list[type[Adapter]] = []
+_ADAPTERS: dict[str, type[Adapter]] = {}
 
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     """Let ``Tracker(model, adapter="auto")`` find an adapter; one registered later is asked first. For use as a decorator."""
-    _known.insert(0, adapter)
+    _ADAPTERS[adapter.name] = adapter
     return adapter
 
 
@@ -80,14 +80,18 @@ def find_adapter(model: nn.Module, adapter: str | Adapter = "auto") -> Adapter:
     if not isinstance(adapter, str):
         raise OptionError(f"adapter must be 'auto', a name, or an Adapter made with the model, got {adapter!r}")
     if adapter != "auto":
-        for known in _known:
-            if known.name == adapter:
-                return known(model)
-        raise UnknownNameError("adapter", adapter, [known.name for known in _known])
-    for known in _known:
-        if known.fits(model):
-            return known(model)
-    raise UnsupportedError(
-        f"no adapter fits {type(model).__name__}; known: {', '.join(sorted(known.name for known in _known))}; write one:"
-        " subclass vlmattn.tracking.Adapter (it names the modules that attend across frames) and pass adapter=Mine(model)"
-    )
+        return look_up("adapter", adapter, _ADAPTERS)(model)
+    found = _fitting(model)
+    if found is None:
+        load_plugins()
+        found = _fitting(model)
+    if found is None:
+        raise UnsupportedError(
+            f"no adapter fits {type(model).__name__}; known: {', '.join(sorted(_ADAPTERS))}; write one: subclass"
+            " vlmattn.tracking.Adapter (it names the modules that attend across frames) and pass adapter=Mine(model)"
+        )
+    return found(model)
+
+
+def _fitting(model: nn.Module) -> type[Adapter] | None:
+    return next((adapter for adapter in reversed(_ADAPTERS.values()) if adapter.fits(model)), None)

@@ -14,7 +14,6 @@ class Pi3Adapter(Adapter):
     """``Pi3`` of github.com/yyfz/Pi3: ``decoder`` blocks, odd ones global; ``register_token``; three decoders with heads."""
 
     name = "pi3"
-    reference_free = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

@@ -15,7 +15,6 @@ class RoomsAdapter(Adapter):
     """``vlmattn.tracking.MultiViewNetwork``."""
 
     name = "rooms"
-    reference_free = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn.tracking import passes
+from vlmattn.tracking.gauge import rotations
 from vlmattn.tracking.models.base import Adapter, Views, register_adapter
 
 
@@ -22,7 +23,6 @@ class VGGTAdapter(Adapter):
     """``VGGT`` of github.com/facebookresearch/vggt: ``aggregator`` with frame and global blocks, ``camera_head`` with a trunk."""
 
     name = "vggt"
-    reference_free = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -70,13 +70,7 @@ class VGGTAdapter(Adapter):
 
 def _camera_to_world(encoded: Tensor) -> Tensor:
     """Poses from ``[..., 9]``: translation and quaternion (xyzw) from world to camera, two fields of view."""
-    x, y, z, w = torch.nn.functional.normalize(encoded[..., 3:7], dim=-1).unbind(-1)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
-    turn = torch.stack([torch.stack(row, -1) for row in rows], -2).transpose(-1, -2)  # camera to world
+    turn = rotations(torch.nn.functional.normalize(encoded[..., 3:7], dim=-1)).transpose(-1, -2)  # camera to world
     pose = torch.eye(4, dtype=encoded.dtype, device=encoded.device).repeat(*encoded.shape[:-1], 1, 1)
     pose[..., :3, :3] = turn
     pose[..., :3, 3] = -(turn @ encoded[..., :3, None])[..., 0]

@@ -1,0 +1,22 @@
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+import vlmattn
+
+
+class GlanceConfig(LlavaConfig):
+    model_type = "glance_vlm"
+
+
+class GlanceModel(LlavaForConditionalGeneration):
+    config_class = GlanceConfig
+
+
+class GlanceFamily(vlmattn.Family):
+    model_types = {"glance_vlm": "me/glance-7b"}  # noqa: RUF012
+
+    def image_lengths(self, model, inputs):
+        pixels = inputs.get("pixel_values")
+        return None if pixels is None else [model.config.image_seq_length] * len(pixels)
+
+
+vlmattn.register_family(GlanceFamily())

@@ -1,0 +1,18 @@
+"""A result for people: tables for terminals and markdown (tables.py), one HTML page (page.py), its examples (gallery.py)."""
+
+from vlmattn.evals.report.tables import (
+    bounds,
+    by_suite,
+    change,
+    markdown_tables,
+    notes,
+    p_value,
+    spread,
+    terminal_tables,
+    verdict,
+    whiskers,
+)
+
+__all__ = [
+    "bounds", "by_suite", "change", "markdown_tables", "notes", "p_value", "spread", "terminal_tables", "verdict", "whiskers",
+]  # fmt: skip
