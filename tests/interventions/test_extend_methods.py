@@ -7,12 +7,13 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from stores import kept
-from tiny import build, generate, prompt
+from tiny import build, generate, left_padded, prompt
 
 import vlmattn
 from vlmattn import registry
@@ -112,6 +113,21 @@ def test_it_evicts_the_share_of_all_turns():
     assert kept(cache, "gone")[1] == [24]
 
 
+@no_grad
+@pytest.mark.parametrize("recipe", ["longest@0.25", "small_keys@0.25"])
+def test_a_padded_batch_and_a_mask_give_the_same(recipe):
+    run("pruning", slice(2))
+    prompts = [prompt("llava", images=2), prompt("llava", images=1, seed=4)]
+    found = {}
+    for mode in ("drop", "mask"):
+        model = vlmattn.wrap(build("llava"), vlmattn.Recipe.of(recipe.split("@")[0], keep_ratio=0.25, mode=mode))
+        found[mode] = generate(model, left_padded(prompts))
+        for row, inputs in zip(found[mode], prompts, strict=True):
+            torch.testing.assert_close(row, generate(model, inputs)[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(found["drop"], found["mask"], rtol=0, atol=2e-5)
+    assert float((generate(build("llava"), prompts[0])[0] - found["drop"][0]).abs().max()) > 1e-4
+
+
 # --- simple methods as others have them
 
 
@@ -119,7 +135,7 @@ def dart_like() -> type:
     """Keeps what is least like a pivot token, as methods about duplicates do."""
 
     @registry.register("dart_like")
-    @vlmattn.interventions.base.dataclass(frozen=True, kw_only=True)
+    @dataclass(frozen=True, kw_only=True)
     class DartLike(ScorerPruning):
         """Keep the image tokens least alike to the longest one."""
 
@@ -135,7 +151,7 @@ def cls_like() -> type:
     """Keeps what the tower's summary token attends to."""
 
     @registry.register("cls_like")
-    @vlmattn.interventions.base.dataclass(frozen=True, kw_only=True)
+    @dataclass(frozen=True, kw_only=True)
     class ClsLike(ScorerPruning):
         """Keep the image tokens that the vision tower's CLS token attends to most, in its last layer but one."""
 
