@@ -41,7 +41,18 @@ APART = {
 }
 #: Where the engine is: short files, so that one can be read at a sitting.
 ENGINE = (
-    *("compat", "anatomy", "options", "registry", "kernels", "request", "attention", "interventions", "models", "decoding"),
+    *(
+        "compat",
+        "anatomy",
+        "options",
+        "registry",
+        "kernels",
+        "request",
+        "attention",
+        "interventions",
+        "models",
+        "decoding",
+    ),
     *("recipe", "binding", "wrapping", "costs", "inspection"),
 )
 #: Programs for another compiler: as long as what they compute.
