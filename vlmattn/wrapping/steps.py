@@ -38,7 +38,7 @@ def forward_of(record: Record, model: PreTrainedModel, call: Call | None, inputs
 def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Part:
     """The rows of this forward, with the step in which the methods act on them."""
     cache, plan = compat.cache_of(inputs), call.plan
-    tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
+    tokens = _tokens_of(inputs)
     request = _request_so_far(cache, plan, tokens)
     if tokens is None or (plan.is_identity and request is None):
         return Part()
@@ -54,6 +54,11 @@ def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, 
     if rode is not None and call.prompt_length is None and start >= rode.prompt_length > 0:
         return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     return Part(step=_prompt_step(record, model, call, inputs, request, start), plan=plan)
+
+
+def _tokens_of(inputs: dict[str, Any]) -> Tensor | None:
+    """Ids ``[batch, new]`` or embeddings ``[batch, new, hidden]``."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
 
 
 def _request_for(
