@@ -7,7 +7,7 @@ walls. No axis is marked, so a single picture does not tell where in the room it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,9 +39,6 @@ class Rooms:
 
     def __len__(self) -> int:
         return len(self.heading)
-
-    def __getitem__(self, which: slice | Tensor) -> Rooms:
-        return Rooms(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 def make_rooms(count: int, generator: torch.Generator) -> Rooms:
