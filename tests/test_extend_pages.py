@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from vlmattn import registry as methods
+
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "extend").glob("*.md"))
 MOST = 30  # lines of code that a page may take
 
@@ -20,7 +22,7 @@ def run(page: Path) -> dict[str, Any]:
     """What a page leaves behind, by name."""
     namespace: dict[str, Any] = {"__name__": f"docs_extend_{page.stem}"}
     for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), namespace)
+        exec(compile(block, str(page), "exec", dont_inherit=True), namespace)
     return namespace
 
 
@@ -30,6 +32,8 @@ def alone(tmp_path, monkeypatch):
     from vlmattn.evals.suites import all_suites, registry
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
+    monkeypatch.setattr(methods, "_PRESETS", dict(methods._PRESETS))
     monkeypatch.setattr(registry, "_SUITES", dict(all_suites()))
 
 

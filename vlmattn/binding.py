@@ -14,7 +14,6 @@ from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions import Intervention
 from vlmattn.interventions.pruning import KVPolicy, Pruning
-from vlmattn.options import Options
 from vlmattn.recipe import Recipe, method_name
 from vlmattn.request import Plan
 
@@ -85,11 +84,11 @@ class _Bound:
     def seeing(self) -> tuple[Intervention | Pruning, ...]:
         """Methods that look at the images' features."""
         methods: tuple[Intervention | Pruning, ...] = (*self.methods, *self.pruners)
-        return tuple(m for m in methods if _has(m, "on_image_features"))
+        return tuple(m for m in methods if m.implements("on_image_features"))
 
     @cached_property
     def preparing(self) -> tuple[Intervention, ...]:
-        return tuple(m for m in self.methods if _has(m, "before_prefill"))
+        return tuple(m for m in self.methods if m.implements("before_prefill"))
 
     @cached_property
     def observing(self) -> tuple[tuple[Intervention, ...], ...]:
@@ -99,7 +98,7 @@ class _Bound:
     @cached_property
     def measuring(self) -> tuple[tuple[Intervention, ...], ...]:
         """For each layer the methods that look at its attention."""
-        pairs = [(m, m.attention_layers(self.anatomy)) for m in self.methods if _has(m, "on_attention")]
+        pairs = [(m, m.attention_layers(self.anatomy)) for m in self.methods if m.implements("on_attention")]
         return self._spread(pairs)
 
     def plan(self, evicting: tuple[KVPolicy | None, ...]) -> Plan:
@@ -159,13 +158,13 @@ class _Bound:
 
     def _on_queries_keys(self) -> tuple[tuple[KVPolicy, ...], ...]:
         """For each layer the policies that look at its queries and keys; empty if none does."""
-        pairs = [(m, m.active_layers(self.anatomy)) for m in self.policies if _has(m, "on_queries_keys")]
+        pairs = [(m, m.active_layers(self.anatomy)) for m in self.policies if m.implements("on_queries_keys")]
         return self._spread(pairs) if pairs else ()
 
     def _by_layer(self, step: str = "") -> tuple[tuple[Intervention, ...], ...]:
         """For each layer the methods that act there, and implement the step if one is named."""
         pairs = zip(self.methods, self.active, strict=True)
-        return self._spread([(m, layers) for m, layers in pairs if not step or _has(m, step)])
+        return self._spread([(m, layers) for m, layers in pairs if not step or m.implements(step)])
 
     def _spread(self, pairs: Sequence[tuple[_M, Collection[int]]]) -> tuple[tuple[_M, ...], ...]:
         """For each layer the methods that have it among their layers."""
@@ -178,13 +177,6 @@ class _Bound:
             yield LastLook() if isinstance(self.recipe.decoding, Search) else Gaze()
 
 
-def kind_of(method: Options) -> str:
-    """Which kind of method this is, as families support or refuse them (``models.KINDS``)."""
-    if isinstance(method, (Pruning, KVPolicy)):
-        return "pruning"
-    return "masks" if isinstance(method, Intervention) and method.opens() | method.hides() else "edits"
-
-
 def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | None, looking: bool) -> None:
     """Raise ``UnsupportedError`` if the model's family cannot have one of the methods."""
     reasons = dict(anatomy.refused)
@@ -195,9 +187,9 @@ def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecodi
             raise UnsupportedError(f"'{method_name(who)}' does not run on {anatomy.family}: {reason}")
 
     for method in recipe.interventions:
-        refuse(method, {kind_of(method): True, "opening": bool(method.opens()), "turns": method.turns == "needed"})
+        refuse(method, {method.kind: True, "opening": bool(method.opens()), "turns": method.turns == "needed"})
     for pruner in recipe.pruning:
-        refuse(pruner, {"pruning": True})
+        refuse(pruner, {pruner.kind: True})
     branches = contrast.branches if contrast is not None else ()
     asked = {
         "decoding": contrast is not None or isinstance(recipe.decoding, Search),
@@ -244,7 +236,7 @@ def _evicting(policies: Iterable[KVPolicy], anatomy: Anatomy) -> tuple[KVPolicy 
         OptionError: two policies evict in the same layer.
     """
     found: list[KVPolicy | None] = [None] * anatomy.layers
-    for policy in (policy for policy in policies if _has(policy, "evict") or _has(policy, "split")):
+    for policy in (policy for policy in policies if policy.implements("evict") or policy.implements("split")):
         for layer in policy.active_layers(anatomy):
             if (other := found[layer]) is not None:
                 raise OptionError(
@@ -303,12 +295,6 @@ def _watched(contrast: ContrastiveDecoding | None, anatomy: Anatomy) -> frozense
     return frozenset(watched)
 
 
-def _has(method: Intervention | Pruning, step: str) -> bool:
-    """Whether a method implements an optional step."""
-    base = next(base for base in (Pruning, KVPolicy, Intervention) if isinstance(method, base))
-    return getattr(type(method), step) is not getattr(base, step)
-
-
 def _refuse_conflict(one: Intervention, other: Intervention) -> None:
     """Raise if two methods that act in the same layer undo each other."""
     names, remedy = (
@@ -318,7 +304,7 @@ def _refuse_conflict(one: Intervention, other: Intervention) -> None:
     if type(one) is type(other):
         raise OptionError(f"'{one.info.name}' is in the recipe twice for the same layers; {remedy}")
     for policy, method in ((one, other), (other, one)):
-        if isinstance(policy, KVPolicy) and _has(policy, "split"):
+        if isinstance(policy, KVPolicy) and policy.implements("split"):
             raise OptionError(
                 f"{names}: '{policy.info.name}' keeps the heads of a layer apart, where '{method.info.name}' cannot act; {remedy}"
             )

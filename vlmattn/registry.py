@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from vlmattn.errors import InputError, OptionError, UnknownNameError, one_line
@@ -30,18 +31,21 @@ _V = TypeVar("_V")
 def register(
     name: str,
     *,
-    paper: str,
-    code: str,
-    faithful: str,
-    parts: str,
-    cost: str,
-    presets: Mapping[str, tuple[str, dict[str, Any]]],
+    paper: str = "",
+    code: str = "",
+    faithful: str = "experimental",
+    parts: str = "",
+    cost: str = "",
+    presets: Mapping[str, tuple[str, dict[str, Any]]] = MappingProxyType({}),
 ) -> Callable[[_M], _M]:
     """Class decorator: make a method known under ``name``, with presets given as name -> (about, options).
+
+    Without presets ``name`` is one, of all defaults.
 
     Raises:
         OptionError: the name, or that of a preset, is taken.
     """
+    presets = presets or {name: ("its defaults", {})}
 
     def add(cls: _M) -> _M:
         if name in _METHODS:

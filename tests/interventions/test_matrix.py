@@ -5,6 +5,7 @@ Truth is each prompt alone, greedy, with the growing cache, on sdpa. ``methods.S
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -26,7 +27,22 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import vlmattn
 from vlmattn import Recipe, UnsupportedError, registry
-from vlmattn.interventions import Intervention, KVPolicy, Pruning
+from vlmattn.errors import StateError
+from vlmattn.interventions import (
+    AVL,
+    DuoAttention,
+    FastV,
+    Intervention,
+    KVPolicy,
+    LongHeads,
+    Pruning,
+    PyramidDrop,
+    RazorAttention,
+    RecycledAttention,
+    Rounds,
+    SparseVLM,
+    VisionZip,
+)
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:vlmattn:UserWarning")]
 family_matrix = pytest.mark.parametrize("family", FAMILIES)
@@ -533,3 +549,84 @@ def test_vaf_knows_the_system_prompt_when_it_has_a_processor():
         alone = model(**inputs).logits
     with wrapped("llava", [SETTINGS["vaf"], IDENTITIES["mma"]]) as model:
         assert apart(alone, model(**inputs).logits) < TOLERANCE
+
+
+# --- repeat, reorder, crop: what methods keep follows the rows of the cache
+
+HEADS = "0.0,1.1,2.0,3.1"
+DROPPING: dict[str, Pruning | KVPolicy] = {
+    "fastv": FastV(layer=2),
+    "pyramiddrop": PyramidDrop(layers="1,2,3"),
+    "sparsevlm": SparseVLM(layers="1,2,3", keep_ratios=(0.6, 0.4, 0.2)),
+    "sparsevlm_plus": SparseVLM(version="2", layers="1,2,3", keep_ratios=(0.6, 0.4, 0.2)),
+    "visionzip": VisionZip(dominant=0.4, contextual=0.2),
+    "avl": AVL(text_first=2, text_every=2),
+    "avl_images": AVL(text_keep=1.0, refresh=2),
+    "recycled": RecycledAttention(keys=6, stride=2),
+    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3),
+    "rounds": Rounds(watershed="1", keep_mass=0.3),
+    "rounds_read": Rounds(watershed="1", keep_mass=0.3, memory="read"),
+    "longheads": LongHeads(tile=2, keep=0.2),
+    "duo": DuoAttention(sinks=2, recent=4, heads=HEADS),
+    "razor": RazorAttention(sinks=2, recent=4, heads=HEADS),
+}
+CROP_REFUSED = {"avl", "avl_images", "recycled", "recycled_similar", "duo", "razor"}
+
+
+def read_together(model: PreTrainedModel, prompts: list[dict]) -> tuple[Tensor, Tensor, DynamicCache]:
+    """Mask and last positions of a padded batch that was read, and its cache."""
+    batch, cache = left_padded(prompts), DynamicCache()
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    model(**batch, position_ids=positions, past_key_values=cache, use_cache=True)
+    return batch["attention_mask"], positions[:, -1:], cache
+
+
+def spoken(model: PreTrainedModel, mask: Tensor, last: Tensor, cache: DynamicCache, words: Tensor) -> Tensor:
+    """Logits ``[batch, words, vocabulary]`` of words that follow, one after another."""
+    found = []
+    for n in range(words.shape[1]):
+        seen = torch.cat([mask, mask.new_ones(len(mask), n + 1)], 1)
+        step = dict(input_ids=words[:, n : n + 1], attention_mask=seen, position_ids=last + n + 1)
+        found.append(model(**step, past_key_values=cache).logits[:, -1])
+    return torch.stack(found, 1)
+
+
+def alone(model: PreTrainedModel, inputs: dict, words: Tensor) -> Tensor:
+    """The same for one prompt with a cache of its own."""
+    return spoken(model, *read_together(model, [inputs]), words[None])[0]
+
+
+BRANCHES = torch.arange(40, 56).view(4, 4)  # what is said in each of four rows
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, *DROPPING])
+def test_repeat_reorder_crop(name):
+    """Two prompts, each in two rows that say different things, change places, and take two words back."""
+    prompts, method = dialogues("llava")[:2], SETTINGS.get(name) or DROPPING[name]
+    order = torch.tensor([1, 0, 3, 3])
+    with wrapped("llava", method) as model:
+        mask, last, cache = read_together(model, prompts)
+        cache.batch_repeat_interleave(2)
+        mask, last = mask.repeat_interleave(2, 0), last.repeat_interleave(2, 0)
+        said, found = BRANCHES[:, :2], []
+        spoken(model, mask, last, cache, said)
+        cache.reorder_cache(order)
+        mask, last, said = torch.cat([mask, torch.ones_like(said)], 1), last + 2, said[order]
+        words = BRANCHES[:, 2:]
+        found = spoken(model, mask, last, cache, words)
+        wrong = {}
+        for row, logits in enumerate(found):
+            right = alone(model, prompts[row // 2], torch.cat([said[row], words[row]]))[2:]
+            wrong |= {row: off} if (off := apart(logits, right)) > TOLERANCE else {}
+        assert not wrong
+        refusal = pytest.raises((StateError, UnsupportedError), match=r"start a new generate|take tokens back")
+        with refusal if name in CROP_REFUSED else contextlib.nullcontext():
+            cache.crop(-2)
+            for row, logits in enumerate(spoken(model, mask, last, cache, words.flip(1))):
+                right = alone(model, prompts[row // 2], torch.cat([said[row], words[row].flip(0)]))[2:]
+                assert apart(logits, right) < TOLERANCE
+
+
+def test_every_method_that_drops_is_among_them():
+    found = {cls for cls in registry._METHODS.values() if issubclass(cls, (Pruning, KVPolicy))}
+    assert found == {type(method) for method in DROPPING.values()}

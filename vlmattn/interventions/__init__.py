@@ -1,6 +1,6 @@
 """Training-free edits of attention: one method, one file, one frozen dataclass."""
 
-from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.base import Intervention, LogitEdit
 from vlmattn.interventions.bidirectional import Bidirectional
 from vlmattn.interventions.calibration import Calibration
 from vlmattn.interventions.focus import FocusDirections
@@ -24,6 +24,8 @@ from vlmattn.interventions.pruning import (
     RazorAttention,
     RecycledAttention,
     Rounds,
+    ScorerPolicy,
+    ScorerPruning,
     SparseVLM,
     VisionZip,
 )
@@ -54,12 +56,15 @@ __all__ = [
     "Isolation",
     "KVPolicy",
     "Knockout",
+    "LogitEdit",
     "LongHeads",
     "Pruning",
     "PyramidDrop",
     "RazorAttention",
     "RecycledAttention",
     "Rounds",
+    "ScorerPolicy",
+    "ScorerPruning",
     "SinkKnockout",
     "SinkProfile",
     "SoFA",

@@ -2,25 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, UnsupportedError
-from vlmattn.kernels import AttentionEdit
+from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.options import MANY, Options, option, parse_layers
 from vlmattn.request import ImageFeatures, LayerContext, Prefill, Weights
 
 #: Kinds of edges, named row first: which text rows and image rows see which keys that come later or earlier.
 EDGES = ("image-same image", "image-other image", "image-text", "text-image", "text-text", "between documents")
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def optional(hook: _F) -> _F:
+    """Mark a hook of a base class that does nothing (``LookingMethod.implements``)."""
+    hook.does_nothing = True  # type: ignore[attr-defined]
+    return hook
+
 
 @dataclass(frozen=True, kw_only=True)
-class Intervention(Options):
-    """Base of all methods. Instances are immutable; what a request needs to remember is kept on the request."""
+class LookingMethod(Options):
+    """What attention methods and methods that drop tokens share: where they look.
 
+    Instances are immutable; what a method keeps about a prompt is in a ``Store`` (``context.store(self)`` for one layer,
+    ``request.store(self)`` for the prompt).
+    """
+
+    #: The part of a recipe that the method belongs to.
+    place: ClassVar[str]
+
+    @property
+    def kind(self) -> str:
+        """What families support or refuse (``models.KINDS``)."""
+        raise NotImplementedError
+
+    @classmethod
+    def implements(cls, hook: str) -> bool:
+        """Whether the method has a hook of its own, where that of its base class does nothing."""
+        return not getattr(getattr(cls, hook), "does_nothing", False)
+
+    @property
+    def follows_attention(self) -> bool:
+        """``on_attention`` is also called for generated tokens."""
+        return False
+
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Layers whose attention ``on_attention`` looks at."""
+        return ()
+
+    def tower_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Layers of the vision tower that ``on_image_features`` looks at."""
+        return ()
+
+    @optional
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        """While the prompt is read: unedited attention of one of the ``attention_layers``."""
+
+    @optional
+    def on_image_features(self, sight: ImageFeatures) -> None:
+        """Once the images of new prompt tokens are encoded, before the decoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention(LookingMethod):
+    """Base of attention methods."""
+
+    place: ClassVar[str] = "interventions"
     #: Whether the method must know the user's turns (``wrap(..., processor=...)``), or uses them where they are known.
     turns: ClassVar[Literal["unused", "used", "needed"]] = "unused"
     #: Without image tokens in the prompt there is nothing for the method to do.
@@ -31,6 +84,10 @@ class Intervention(Options):
         super().__post_init__()
         parse_layers(self.layers, MANY, f"{self.info.name}.layers")
 
+    @property
+    def kind(self) -> str:
+        return "masks" if self.opens() | self.hides() else "edits"
+
     def bind(self, anatomy: Anatomy) -> Intervention:
         """This method for one model: check what depends on its sizes, look up what depends on its language model."""
         self.active_layers(anatomy)
@@ -39,9 +96,8 @@ class Intervention(Options):
     def active_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         """Indices of the layers the method acts in, which have self-attention; at least one."""
         attending = range(anatomy.layers) if anatomy.attending is None else anatomy.attending
-        found = tuple(
-            n for n in parse_layers(self.layers, anatomy.layers, f"{self.info.name}.layers") if n in attending
-        )
+        named = parse_layers(self.layers, anatomy.layers, f"{self.info.name}.layers")
+        found = tuple(layer for layer in named if layer in attending)
         if not found:
             which = f"0..{anatomy.layers - 1}" if anatomy.attending is None else f"with attention, {list(attending)}"
             raise OptionError(f"{self.info.name}.layers '{self.layers}' selects none of the layers {which}")
@@ -70,34 +126,40 @@ class Intervention(Options):
         """``on_hidden_states`` is also called for every generated token."""
         return False
 
-    @property
-    def follows_attention(self) -> bool:
-        """``on_attention`` is also called for generated tokens."""
-        return False
-
-    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """Layers whose attention ``on_attention`` looks at."""
-        return ()
-
-    def tower_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """Layers of the vision tower that ``on_image_features`` looks at."""
-        return ()
-
+    @optional
     def before_prefill(self, prefill: Prefill) -> None:
         """Before the prompt is read: run the decoder on other inputs, if the method needs to."""
 
-    def on_image_features(self, sight: ImageFeatures) -> None:
-        """Once the images of new prompt tokens are encoded, before the decoder."""
-
+    @optional
     def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None:
         """While the prompt is read: the residual stream ``[batch, query, hidden]`` that enters an active layer."""
-
-    def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        """While the prompt is read: unedited attention of a measured layer."""
 
     def edit(self, context: LayerContext) -> AttentionEdit:
         """What to do with the attention of this layer; ``AttentionEdit()`` for nothing."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitEdit(Intervention):
+    """Base of methods that are one change of the scores before the softmax, the same in all their layers."""
+
+    def logit(self, context: LayerContext) -> LogitPart | None:
+        """The change, made once in a forward; None for nothing."""
+        raise NotImplementedError
+
+    def edit(self, context: LayerContext) -> AttentionEdit:
+        part: LogitPart | None = context.memo(self, lambda: self.logit(context))
+        if part is None:
+            return AttentionEdit()
+        context.count(self.info.name, 1)
+        return AttentionEdit(logit=(part,))
+
+
+def last_row(context: LayerContext, weights: Weights) -> Tensor:
+    """Unedited attention of the last row, prompt or not, float32 ``[batch, heads, keys]``."""
+    start = context.step.start or 0
+    row = context.request.prompt_length - 1 - start if context.step.is_prompt else context.queries - 1
+    return weights(row, row + 1)[:, :, 0, : context.keys]
 
 
 def check_tower(name: str, anatomy: Anatomy) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from vlmattn.interventions.base import Intervention
-from vlmattn.kernels import AttentionEdit, LogitPart
+from vlmattn.interventions.base import LogitEdit
+from vlmattn.kernels import LogitPart
 from vlmattn.options import option
 from vlmattn.registry import register
 from vlmattn.request import LayerContext
@@ -23,7 +21,7 @@ from vlmattn.request import LayerContext
     presets={"heads_guided": ("constants of the released code", {})},
 )
 @dataclass(frozen=True, kw_only=True)
-class HeadsGuided(Intervention):
+class HeadsGuided(LogitEdit):
     """Raise the score of every image key by how much all heads care for it.
 
         s'_{h,j} = s_{h,j} + alpha mean_{h'} |s_{h',j}|    for image keys j
@@ -35,9 +33,7 @@ class HeadsGuided(Intervention):
     alpha: float = option(0.5, 0, 10, "strength", source="released code")
     layers: str = option("1/6:1/2+3", about="decoder layers", source="released script: 5..18 of 32, both included")
 
-    def edit(self, context: LayerContext) -> AttentionEdit:
+    def logit(self, context: LayerContext) -> LogitPart | None:
         if not self.alpha:
-            return AttentionEdit()
-        guide: Tensor = context.memo(("heads_guided", self.alpha), lambda: self.alpha * context.visual.float())
-        context.count("heads_guided", 1)
-        return AttentionEdit(logit=(LogitPart(guide=guide, rows=context.rows_that_predict()),))
+            return None
+        return LogitPart(guide=self.alpha * context.visual.float(), rows=context.rows_that_predict())

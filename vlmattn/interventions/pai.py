@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from vlmattn.interventions.base import Intervention
-from vlmattn.kernels import AttentionEdit, LogitPart
+from vlmattn.interventions.base import LogitEdit
+from vlmattn.kernels import LogitPart
 from vlmattn.options import option
 from vlmattn.registry import register
 from vlmattn.request import LayerContext
@@ -27,7 +25,7 @@ from vlmattn.request import LayerContext
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class PAI(Intervention):
+class PAI(LogitEdit):
     """Raise the scores of image keys in the row that predicts the next token:  s' = s + alpha |s|.
 
     Scores are the scaled dot products before the mask. Rows edited: the last prompt row and every generated row. The
@@ -40,10 +38,7 @@ class PAI(Intervention):
     alpha: float = option(0.2, 0, 0.999, "strength", source="released code and its README commands")
     layers: str = option("2:", about="decoder layers", source="released code: start 2, end 32 of 32")
 
-    def edit(self, context: LayerContext) -> AttentionEdit:
+    def logit(self, context: LayerContext) -> LogitPart | None:
         if not self.alpha:
-            return AttentionEdit()
-        key = ("pai", self.alpha, context.keys, context.device)
-        lift: Tensor = context.step.memo(key, lambda: self.alpha * context.visual.float())
-        context.count("pai", 1)
-        return AttentionEdit(logit=(LogitPart(lift=lift, rows=context.rows_that_predict()),))
+            return None
+        return LogitPart(lift=self.alpha * context.visual.float(), rows=context.rows_that_predict())

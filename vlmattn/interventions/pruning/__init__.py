@@ -1,11 +1,11 @@
 """Methods that drop image tokens: one method, one file, one frozen dataclass."""
 
 from vlmattn.interventions.pruning.avl import AVL
-from vlmattn.interventions.pruning.base import Pruning
+from vlmattn.interventions.pruning.base import Pruning, ScorerPruning
 from vlmattn.interventions.pruning.duo import DuoAttention
 from vlmattn.interventions.pruning.fastv import FastV
 from vlmattn.interventions.pruning.longheads import LongHeads
-from vlmattn.interventions.pruning.policy import KVPolicy
+from vlmattn.interventions.pruning.policy import KVPolicy, ScorerPolicy
 from vlmattn.interventions.pruning.pyramiddrop import PyramidDrop
 from vlmattn.interventions.pruning.razor import RazorAttention
 from vlmattn.interventions.pruning.recycled import RecycledAttention
@@ -24,6 +24,8 @@ __all__ = [
     "RazorAttention",
     "RecycledAttention",
     "Rounds",
+    "ScorerPolicy",
+    "ScorerPruning",
     "SparseVLM",
     "VisionZip",
 ]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
-from vlmattn.interventions.pruning.policy import KVPolicy, best, host_counts, image_tokens, last_row, slots_of
+from vlmattn.interventions.base import last_row
+from vlmattn.interventions.pruning.policy import KVPolicy, best, hold_images, host_counts, image_tokens, slots_of
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option
 from vlmattn.registry import register
@@ -125,8 +126,7 @@ class AVL(KVPolicy):
             kept.rows |= {"secondary": secondary, "core": core, "others": self._others(context, counts)}
             gaze = kept.slots["gaze"].read(context.keys, context.device)
             self._choose_core(context, gaze)
-            visual = image_tokens(context)
-            return Eviction(~visual | best(gaze, visual, secondary), counts)
+            return hold_images(context, gaze, secondary, text)
         if self.text_keep == 1 or self.generated(context) % self.text_every or context.queries > 1:
             return None
         return self._prune_text(context)

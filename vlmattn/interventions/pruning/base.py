@@ -5,30 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, UnsupportedError
-from vlmattn.options import MANY, Options, option, parse_layers
-from vlmattn.request import ImageFeatures, KeptTokens, LayerContext, PruningStage, Weights
+from vlmattn.interventions.base import LookingMethod, optional
+from vlmattn.options import MANY, option, parse_layers
+from vlmattn.request import KeptTokens, PruningStage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruning(Options):
-    """Base of all methods that drop tokens. Instances are immutable.
+class Pruning(LookingMethod):
+    """Base of methods that drop tokens: a score for each image token, and how many stay (or ``choose_tokens``, for more).
 
     ``mode`` "drop" takes the rows out: later layers compute and cache the others only. "mask" leaves them in and hides them,
     which costs more than no pruning: the same choice, to compare with.
     """
 
+    place: ClassVar[str] = "pruning"
     earliest: ClassVar[int] = 1  # the cache of layer 0 stays whole, but for methods that see to that
-    looks_ahead: ClassVar[bool] = (
-        False  # asks for ``PruningStage.weights``, which takes the layer's projections once more
-    )
+    looks_ahead: ClassVar[bool] = False  # asks for ``PruningStage.weights``: the layer's projections once more
     mode: str = option("drop", about="drop the tokens, or only hide them (to compare)", choices=("drop", "mask"))
 
     #: How positions are kept, for methods that may count them anew.
     keeping: ClassVar[str] = "use positions='original'"
+
+    @property
+    def kind(self) -> str:
+        return "pruning"
 
     @property
     def drops(self) -> bool:
@@ -80,24 +89,7 @@ class Pruning(Options):
         """
         raise NotImplementedError
 
-    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """Layers whose attention ``on_attention`` looks at."""
-        return ()
-
-    def tower_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """Layers of the vision tower that ``on_image_features`` looks at."""
-        return ()
-
-    @property
-    def follows_attention(self) -> bool:
-        return False
-
-    def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        """While the prompt is read: unedited attention of a measured layer."""
-
-    def on_image_features(self, sight: ImageFeatures) -> None:
-        """Once the images of new prompt tokens are encoded, before the decoder."""
-
+    @optional
     def on_embeddings(self, stage: PruningStage) -> None:
         """Before the first layer: the rows of a part of the prompt that has images."""
 
@@ -106,9 +98,32 @@ class Pruning(Options):
         pairs = zip(stage.given, stage.counts, strict=True)
         return tuple(min(self.kept(stage.layer, given, left), left) for given, left in pairs)
 
+    def score(self, stage: PruningStage) -> Tensor:
+        """How much each token matters, ``[batch, rows]``; of the image tokens those with the highest scores stay."""
+        raise NotImplementedError
+
     def choose_tokens(self, stage: PruningStage) -> KeptTokens:
         """Which rows go on."""
-        raise NotImplementedError
+        counts = self.counts(stage)
+        return KeptTokens(stage.top(self.score(stage), counts), counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerPruning(Pruning):
+    """Base of methods that drop tokens once: only ``score`` is theirs."""
+
+    layer: int = option(2, 0, 10**4, "first layer that only kept tokens reach")
+    keep_ratio: float = option(0.5, 0, 1, "share of the image tokens that stays")
+    keep_tokens: int = option(0, 0, 10**6, "image tokens of a sequence that stay; 0: by keep_ratio")
+
+    def at(self, share: float) -> Self:
+        return replace(self, keep_ratio=share, keep_tokens=0)
+
+    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def kept(self, layer: int, given: Sequence[int], left: int) -> int:
+        return self.keep_tokens or round(self.keep_ratio * sum(given))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +145,8 @@ class Staged(Pruning):
                 f"{name}.keep_ratios must have one ratio for each of the {len(parts)} layers in {name}.layers, got {len(ratios)}"
             )
 
-    def at(self, share: float) -> Staged:
-        return replace(self, keep_ratios=scaled(self.keep_ratios, share))
+    def at(self, share: float) -> Self:
+        return replace(self, keep_ratios=tuple(share * ratio / self.keep_ratios[0] for ratio in self.keep_ratios))
 
     def bind(self, anatomy: Anatomy) -> Staged:
         bound = replace(self, layers=",".join(map(str, self.stages(anatomy))))
@@ -152,13 +167,3 @@ class Staged(Pruning):
     def ratio(self, layer: int) -> float:
         """Share that stays before a stage's layer (once bound)."""
         return self.keep_ratios[[int(at) for at in self.layers.split(",")].index(layer)]
-
-
-def scaled(ratios: tuple[float, ...], first: float) -> tuple[float, ...]:
-    """Shares in the same proportion whose first is ``first``."""
-    return tuple(first * ratio / ratios[0] for ratio in ratios)
-
-
-def budget(ratio: float, tokens: int, given: int) -> int:
-    """Image tokens that stay of ``given``: ``tokens`` if it is not 0, else the share ``ratio``, rounded."""
-    return min(tokens, given) if tokens else round(ratio * given)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
-from vlmattn.interventions.pruning.base import Pruning, budget
+from vlmattn.interventions.base import last_row
+from vlmattn.interventions.pruning.base import ScorerPruning
 from vlmattn.options import option
 from vlmattn.registry import register
-from vlmattn.request import KeptTokens, LayerContext, PruningStage, Weights
+from vlmattn.request import LayerContext, PruningStage, Weights
 
 
 @register(
@@ -28,7 +30,7 @@ from vlmattn.request import KeptTokens, LayerContext, PruningStage, Weights
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class FastV(Pruning):
+class FastV(ScorerPruning):
     """From layer K on go on with the image tokens that the last prompt token attends to most in layer K - 1.
 
     With A the unedited attention ``[batch, heads, query, key]`` of layer K - 1 and q the last prompt row:
@@ -46,26 +48,14 @@ class FastV(Pruning):
 
     layer: int = option(2, 0, 10**4, "K, the first layer that only kept tokens reach", source="paper: 2")
     keep_ratio: float = option(0.5, 0, 1, "share of the image tokens that stays", source="paper: R = .5")
-    keep_tokens: int = option(0, 0, 10**6, "image tokens of a sequence that stay; 0: by keep_ratio")
-
-    def at(self, share: float) -> FastV:
-        return replace(self, keep_ratio=share, keep_tokens=0)
-
-    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
-        return (self.layer,)
 
     def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         return (self.layer - 1,)
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        start = context.step.start or 0
-        row = context.request.prompt_length - 1 - start
-        seen = weights(row, row + 1)[:, :, 0, start : start + context.queries].mean(1)
-        context.request.store(self).rows["gaze"] = seen
+        seen = last_row(context, weights).mean(1)
+        context.request.store(self).rows["seen"] = context.of_rows(seen, 0)
 
-    def kept(self, layer: int, given: Sequence[int], left: int) -> int:
-        return budget(self.keep_ratio, self.keep_tokens, sum(given))
-
-    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
-        counts = self.counts(stage)
-        return KeptTokens(stage.top(stage.request.store(self).rows["gaze"], counts), counts)
+    def score(self, stage: PruningStage) -> Tensor:
+        seen: Tensor = stage.request.store(self).rows["seen"]
+        return seen

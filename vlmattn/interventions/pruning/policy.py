@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import StateError, UnsupportedError
-from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.base import Intervention, optional
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option
 from vlmattn.request import TEXT, Eviction, HeadSplit, LayerContext, Request, Weights
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @dataclass(frozen=True, kw_only=True)
 class KVPolicy(Intervention):
-    """Base of policies. A selector scores slots of a layer (``on_attention``, ``on_queries_keys``); what it selects is evicted or read.
+    """Base of policies: they score slots of a layer (``on_attention``, ``on_queries_keys``), and evict some or read a part.
 
     Evicted slots are gone, and their memory with them; what a step does not read stays where it is. ``mode`` "mask" hides
     what "drop" evicts: the same choice, to compare with.
@@ -26,6 +29,10 @@ class KVPolicy(Intervention):
 
     shrinks: ClassVar[bool] = True  # its layers hold less after the prompt
     mode: str = option("drop", about="evict slots, or only hide them (to compare)", choices=("drop", "mask"))
+
+    @property
+    def kind(self) -> str:
+        return "pruning"
 
     @property
     def drops(self) -> bool:
@@ -48,13 +55,16 @@ class KVPolicy(Intervention):
         """
         return None
 
+    @optional
     def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
         """Queries ``[batch, heads, query, dim]`` and keys ``[batch, kv_heads, key, dim]`` of an active layer, before the edit."""
 
+    @optional
     def evict(self, context: LayerContext) -> Eviction | None:
         """Which slots of the layer's cache stay, once the layer has run; None = all."""
         return None
 
+    @optional
     def split(self, context: LayerContext) -> HeadSplit | None:
         """Which KV heads of the layer keep everything from now on, once a prompt has run through it; None = all."""
         return None
@@ -86,11 +96,47 @@ class KVPolicy(Intervention):
             )
 
 
-def last_row(context: LayerContext, weights: Weights) -> Tensor:
-    """Unedited attention of the last row, prompt or not, float32 ``[batch, heads, keys]``."""
-    start = context.step.start or 0
-    row = context.request.prompt_length - 1 - start if context.step.is_prompt else context.queries - 1
-    return weights(row, row + 1)[:, :, 0, : context.keys]
+@dataclass(frozen=True, kw_only=True)
+class ScorerPolicy(KVPolicy):
+    """Base of policies that evict image tokens once a prompt is read: only ``score`` is theirs. Text stays."""
+
+    keep_ratio: float = option(0.5, 0, 1, "share of the image tokens that is held")
+
+    def score(self, context: LayerContext, query: Tensor, key: Tensor, weights: Weights) -> Tensor:
+        """How much each slot of the layer matters, ``[batch, keys]``; the image tokens with the highest scores are held.
+
+        Queries and keys as in ``on_queries_keys``; ``weights`` gives unedited attention of the prompt's rows.
+        """
+        raise NotImplementedError
+
+    def at(self, share: float) -> Self:
+        return replace(self, keep_ratio=share)
+
+    def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float]:
+        held = round(self.keep_ratio * images) + text
+        return held, held
+
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return self.active_layers(anatomy)
+
+    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
+        if context.step.is_prompt:
+            context.store(self).shared["states"] = (query, key)
+
+    def on_attention(self, context: LayerContext, weights: Weights) -> None:
+        kept = context.store(self)
+        query, key = kept.shared.pop("states")
+        kept.by_slot("scores", 0, torch.float32).write(0, self.score(context, query, key, weights))
+
+    def evict(self, context: LayerContext) -> Eviction | None:
+        if not context.step.is_prompt:
+            return None
+        kept, (images, text) = context.store(self), host_counts(context.request, context.keys)
+        gone = kept.rows.get("gone", [0] * len(images))  # after earlier turns
+        held = [min(round(self.keep_ratio * (n + lost)), n) for n, lost in zip(images, gone, strict=True)]
+        kept.rows["gone"] = [n + lost - stay for n, lost, stay in zip(images, gone, held, strict=True)]
+        scores = kept.slots["scores"].read(context.keys, context.device)
+        return hold_images(context, scores, held, text)
 
 
 def image_tokens(context: LayerContext) -> Tensor:
@@ -103,6 +149,13 @@ def best(scores: Tensor, among: Tensor, counts: list[int]) -> Tensor:
     """bool ``[batch, keys]``: the ``counts`` slots of each sequence with the highest scores ``among`` bool ``[batch, keys]``."""
     order = scores.float().masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < torch.tensor(counts, device=scores.device)[:, None]) & among
+
+
+def hold_images(context: LayerContext, scores: Tensor, held: list[int], text: list[int]) -> Eviction:
+    """Text, and the ``held`` image tokens of each sequence with the highest scores ``[batch, keys]``, stay."""
+    visual = image_tokens(context)
+    counts = tuple(images + words for images, words in zip(held, text, strict=True))
+    return Eviction(~visual | best(scores, visual, held), counts)
 
 
 def slots_of(flags: Tensor, count: int) -> Tensor:

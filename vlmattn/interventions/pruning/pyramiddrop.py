@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from vlmattn.interventions.pruning.base import Staged
 from vlmattn.options import option
 from vlmattn.registry import register
-from vlmattn.request import KeptTokens, PruningStage
+from vlmattn.request import PruningStage
 
 
 @register(
@@ -66,8 +68,7 @@ class PyramidDrop(Staged):
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:
         return int(self.ratio(layer) * sum(given))
 
-    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
-        counts = self.counts(stage)
+    def score(self, stage: PruningStage) -> Tensor:
         row = stage.request.prompt_length - 1 - stage.start
         seen = stage.weights(row, row + 1)[:, :, 0].mean(1)
-        return KeptTokens(stage.top(seen[:, stage.start : stage.start + stage.hidden.shape[1]], counts), counts)
+        return seen[:, stage.start : stage.start + stage.hidden.shape[1]]

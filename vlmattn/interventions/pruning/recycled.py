@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vlmattn.anatomy import Anatomy
-from vlmattn.interventions.pruning.policy import KVPolicy, last_row
+from vlmattn.interventions.base import last_row
+from vlmattn.interventions.pruning.policy import KVPolicy
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option
 from vlmattn.registry import register

@@ -8,7 +8,8 @@ import torch
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
-from vlmattn.interventions.pruning.policy import KVPolicy, host_counts, image_tokens, last_row, slots_of
+from vlmattn.interventions.base import last_row
+from vlmattn.interventions.pruning.policy import KVPolicy, host_counts, image_tokens, slots_of
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option, parse_layers
 from vlmattn.registry import register

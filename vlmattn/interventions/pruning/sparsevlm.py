@@ -112,7 +112,7 @@ class SparseVLM(Staged):
         kept.shared["rows"] = rows
         kept.rows |= {"raters": raters[:, rows], "gaze": torch.cat(seen, 2) if seen else empty}
 
-    def scores(self, stage: PruningStage) -> Tensor:
+    def score(self, stage: PruningStage) -> Tensor:
         """s, float32 ``[batch, rows]``."""
         kept = stage.request.store(self)
         rows, raters = kept.shared.pop("rows"), kept.rows.pop("raters")
@@ -143,7 +143,7 @@ class SparseVLM(Staged):
         return merged, int(merged / self.cluster_size) + 1
 
     def choose_tokens(self, stage: PruningStage) -> KeptTokens:
-        scores, after = self.scores(stage), self.counts(stage)
+        scores, after = self.score(stage), self.counts(stage)
         chosen = [self._chosen(stage.layer, *counts) for counts in zip(stage.given, stage.counts, strict=True)]
         keep = stage.top(scores, chosen)
         if chosen == list(after):

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, pad
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.interventions.base import check_tower
-from vlmattn.interventions.pruning.base import Pruning, scaled
+from vlmattn.interventions.pruning.base import Pruning
 from vlmattn.options import option
 from vlmattn.registry import register
 from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
@@ -79,7 +79,8 @@ class VisionZip(Pruning):
         return self.positions == "compact"
 
     def at(self, share: float) -> VisionZip:
-        dominant, contextual = scaled((self.dominant + self.contextual, self.dominant, self.contextual), share)[1:]
+        whole = self.dominant + self.contextual
+        dominant, contextual = share * self.dominant / whole, share * self.contextual / whole
         return replace(self, dominant=dominant, contextual=min(contextual, 1 - dominant))
 
     def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
