@@ -230,7 +230,9 @@ def _facts(
             *(GROUPS.index("answer"),) * len(answer),
         ),
         "images": (*numbers.tolist(), *(-1,) * len(answer)),
-        "pieces": tuple(family.pieces(model, given, image, count, marker_ids) for image, count in enumerate(counts)),
+        "pieces": tuple(
+            family.image_layout(model, given, image, count, marker_ids) for image, count in enumerate(counts)
+        ),
         "prompt": prompt,
         "said": str(tokenizer.decode(answer, skip_special_tokens=True)).strip(),
         "rivals": tuple(tuple((decode(token), value) for token, value in pairs) for pairs in found["rivals"]),

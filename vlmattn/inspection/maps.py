@@ -37,7 +37,7 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
     found = []
     for image in range(int(numbers.max()) + 1):
         own = row[numbers == image]
-        pieces = family.pieces(model, given, image, len(own), marker_ids)
+        pieces = family.image_layout(model, given, image, len(own), marker_ids)
         found.append(tuple((piece.box, own[piece.tokens]) for piece in pieces))
     return found
 

@@ -4,7 +4,6 @@ from vlmattn.models import (  # noqa: F401  (they register themselves)
     aria,
     aya_vision,
     blip2,
-    cohere2_vision,
     deepseek_vl,
     emu3,
     fast_vlm,
@@ -29,8 +28,6 @@ from vlmattn.models import (  # noqa: F401  (they register themselves)
     perception_lm,
     qwen2_5_vl,
     qwen2_vl,
-    qwen3_vl,
-    smolvlm,
     video_llava,
     vipllava,
 )

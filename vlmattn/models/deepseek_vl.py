@@ -12,6 +12,7 @@ from vlmattn.models.inputs import even_lengths
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class DeepseekVL(Family):
     """576 tokens for each image, without separators."""
 
@@ -19,9 +20,7 @@ class DeepseekVL(Family):
         "deepseek_vl": "deepseek-community/deepseek-vl-1.3b-chat",
         "deepseek_vl_hybrid": "deepseek-community/deepseek-vl-7b-chat",
     }
+    square: ClassVar[bool] = True
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         return even_lengths(model, inputs)
-
-
-register_family(DeepseekVL())

@@ -24,7 +24,7 @@ def pixtral_lengths(model: PreTrainedModel, inputs: Mapping[str, Any], merge: in
     return [(int(height) // side) * (int(width) // side) for height, width in sizes.tolist()]
 
 
-def pixtral_pieces(
+def pixtral_layout(
     model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor, merge: int = 1
 ) -> tuple[Piece, ...]:
     """The whole of an image of any size; the token behind a row is no image token."""
@@ -42,6 +42,7 @@ def own_of_sizes(inputs: Mapping[str, Any], rows: slice) -> tuple[slice, ...]:
     return (slice(None), slice(height), slice(width))
 
 
+@register_family
 class Llava(PatchTower):
     """Images have no separators, and as many tokens each: adjacent ones are told apart by that number."""
 
@@ -57,7 +58,7 @@ class Llava(PatchTower):
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         if model.config.vision_config.model_type == "pixtral":
-            return pixtral_pieces(model, inputs, image, slots)
+            return pixtral_layout(model, inputs, image, slots)
         return super().layout(model, inputs, image, slots)
 
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
@@ -77,6 +78,3 @@ class Llava(PatchTower):
 
     def project(self, model: PreTrainedModel, features: Tensor) -> Tensor:
         return model.model.multi_modal_projector(features)  # type: ignore[no-any-return, union-attr, operator]
-
-
-register_family(Llava())

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
 from vlmattn.models.image_layout import Piece
-from vlmattn.models.llava import own_of_sizes, pixtral_lengths, pixtral_pieces
+from vlmattn.models.llava import own_of_sizes, pixtral_layout, pixtral_lengths
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class Mistral3(Family):
     """Every row of an image ends in [IMG_BREAK] or [IMG_END], so an image is several runs."""
 
@@ -23,10 +24,7 @@ class Mistral3(Family):
         return pixtral_lengths(model, inputs, model.config.spatial_merge_size)
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        return pixtral_pieces(model, inputs, image, slots, model.config.spatial_merge_size)
+        return pixtral_layout(model, inputs, image, slots, model.config.spatial_merge_size)
 
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return own_of_sizes(inputs, rows)
-
-
-register_family(Mistral3())

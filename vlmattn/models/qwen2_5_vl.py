@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece, by_grid
 from vlmattn.models.inputs import share_out
 from vlmattn.models.registry import register_family
 from vlmattn.request import IMAGE, VIDEO
@@ -30,6 +31,7 @@ def rows_by_grid(types: Tensor, inputs: Mapping[str, Any], merged: int) -> dict[
     return found
 
 
+@register_family
 class Qwen25VL(Family):
     """Images and videos are always separated by their markers, so unbroken runs are whole images."""
 
@@ -39,6 +41,10 @@ class Qwen25VL(Family):
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         types = self.token_types(model, inputs["input_ids"])
         return rows_by_grid(types, inputs, model.config.vision_config.spatial_merge_size**2)
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        merge = model.config.vision_config.spatial_merge_size
+        return by_grid(inputs, image, len(slots), merge, merge)
 
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """``[4, batch, tokens]``: of the text, then time, height and width."""
@@ -111,6 +117,3 @@ def _window_order(tower: Any, grid: Tensor) -> Tensor:
         grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
     )[0]
     return order
-
-
-register_family(Qwen25VL())
