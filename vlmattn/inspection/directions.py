@@ -169,5 +169,3 @@ def _most(
         ((float(mass), layer, head) for layer, of in total.items() for head, mass in enumerate(of)), reverse=True
     )
     return sorted((layer, head) for _, layer, head in ranked[:count])
-
-

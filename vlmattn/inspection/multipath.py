@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vlmattn import compat
 from vlmattn.errors import OptionError, UnsupportedError, quoted
-from vlmattn.inspection.sorting import chat_inputs
+from vlmattn.inspection.answers import stop_tokens
+from vlmattn.inspection.sorting import chat_inputs, user_turn
 from vlmattn.models import Family, find_family
 from vlmattn.wrapping import handle_of
 
@@ -116,18 +117,23 @@ def multi_path(
         UnsupportedError: a family that is not supported, a model wrapped with a decoding rule.
     """
     family, given = find_family(model), views if captions is None else captions
-    _check(weights, given, answers, first_tokens, min_probability, temperature, max_new_tokens, caption_tokens)
+    _check_words(weights, given, answers)
+    _check_numbers(
+        min_probability,
+        temperature,
+        first_tokens=first_tokens,
+        max_new_tokens=max_new_tokens,
+        caption_tokens=caption_tokens,
+    )
     _refuse_rules(model)
     tokenizer, generator = processor.tokenizer, torch.Generator().manual_seed(seed)
-    pictures = list(image) if isinstance(image, (list, tuple)) else [image]
 
     def ask(text: str) -> dict[str, Any]:
-        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
-        return chat_inputs(model, processor, [{"role": "user", "content": content}])
+        return chat_inputs(model, processor, [user_turn(image, text)])
 
     if captions is None:
         captions = [_caption(model, tokenizer, ask(view), caption_tokens) for view in views]
-    read = _Reader(tokenizer, tuple(answers), _stops(model))
+    read = _Reader(tokenizer, tuple(answers), stop_tokens(model))
     paths: list[Path] = []
     for view, caption in enumerate(captions):
         inputs = ask(f"{caption}\n{question}" if caption else question)
@@ -148,16 +154,7 @@ def score(paths: Iterable[Path], weights: Sequence[float], answers: Sequence[str
     return found
 
 
-def _check(
-    weights: Sequence[float],
-    views: Sequence[str],
-    answers: Sequence[str],
-    first_tokens: int,
-    min_probability: float,
-    temperature: float,
-    max_new_tokens: int,
-    caption_tokens: int,
-) -> None:
+def _check_words(weights: Sequence[float], views: Sequence[str], answers: Sequence[str]) -> None:
     if isinstance(views, str) or not views or len(weights) != len(views):
         raise OptionError(f"each view needs a weight; got {len(weights)} weights and the views {quoted(views)}")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
@@ -165,11 +162,10 @@ def _check(
     words = [] if isinstance(answers, str) else [answer.strip().casefold() for answer in answers]
     if len(set(words)) < max(2, len(words)) or "" in words:
         raise OptionError(f'answers must be at least two different words, as in ("yes", "no"), got {quoted(answers)}')
-    for name, number in (
-        ("first_tokens", first_tokens),
-        ("max_new_tokens", max_new_tokens),
-        ("caption_tokens", caption_tokens),
-    ):
+
+
+def _check_numbers(min_probability: float, temperature: float, **counts: int) -> None:
+    for name, number in counts.items():
         if type(number) is not int or number < 1:
             raise OptionError(f"{name} must be a whole number from 1 on, got {quoted(number)}")
     if not 0 <= min_probability < 1:
@@ -191,12 +187,6 @@ def _refuse_rules(model: PreTrainedModel) -> None:
 def _caption(model: PreTrainedModel, tokenizer: Any, inputs: dict[str, Any], tokens: int) -> str:
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1)
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def _stops(model: PreTrainedModel) -> frozenset[int]:
-    """Tokens that end an answer."""
-    found = model.generation_config.eos_token_id
-    return frozenset(found if isinstance(found, list) else () if found is None else (found,))
 
 
 class _Reader:
