@@ -123,12 +123,7 @@ def attention_flow(
         raise OptionError(f"merge must be at least 1, got {merge}")
     nodes = _nodes(number_images(types, family.image_lengths(model, given))[0].tolist(), merge)
     depth, count = layers or anatomy.layers, int(nodes[-1]) + 1
-    edges = depth * (count * (count + 1) // 2 if anatomy.causal else count**2)
-    if edges > _EDGES:
-        raise InputError(
-            f"the flow graph would have {edges:,} edges ({depth} layers, {count} nodes; at most {_EDGES:,}); give"
-            " merge= (image tokens that count as one) or layers=, or use rollout"
-        )
+    _check_size(depth, count, anatomy.causal)
     merged = _Merged(nodes, depth)
     _each_layer(model, inputs, recipe, residual, processor, merged.add)
     wanted = range(tokens) if keys is None else [key % tokens for key in keys]
@@ -137,6 +132,15 @@ def attention_flow(
     for key in wanted:
         flow[key] = flows[int(nodes[key])]
     return Named(flow, ("key",))
+
+
+def _check_size(layers: int, nodes: int, causal: bool) -> None:
+    edges = layers * (nodes * (nodes + 1) // 2 if causal else nodes**2)
+    if edges > _EDGES:
+        raise InputError(
+            f"the flow graph would have {edges:,} edges ({layers} layers, {nodes} nodes; at most {_EDGES:,}); give"
+            " merge= (image tokens that count as one) or layers=, or use rollout"
+        )
 
 
 class _Merged:

@@ -148,8 +148,9 @@ class _Store:
 
     def flush(self) -> None:
         """Write rows that did not reach every layer."""
-        for row in list(self.rows) if self._folder is not None else ():
-            write_row(self._folder, row, self.rows.pop(row))
+        if self._folder is not None:
+            for row in list(self.rows):
+                write_row(self._folder, row, self.rows.pop(row))
 
 
 class _Forced(LogitsProcessor):  # type: ignore[misc]

@@ -65,12 +65,7 @@ def find_sinks(
     """
     family = find_family(model)
     anatomy = family.anatomy(model)
-    bound = anatomy.hidden_size**0.5
-    if not 0 < tau < bound:
-        raise OptionError(
-            f"tau must be above 0 and below {bound:.1f}, the square root of the hidden size {anatomy.hidden_size}: no"
-            f" token's phi exceeds it; got {tau:g}"
-        )
+    _check_tau(tau, anatomy.hidden_size)
     with bare(model):
         looks = [_look(model, family, batch, tau) for batch in prepared(model, inputs)]
     dims = _agreed([row for look in looks for row in look.leading], anatomy.layers)
@@ -91,7 +86,15 @@ def find_sinks(
     )
 
 
-def _surprise(dims: frozenset[int], tau: float, backbone: str) -> str | None:
+def _check_tau(tau: float, hidden_size: int) -> None:
+    if not 0 < tau < hidden_size**0.5:
+        raise OptionError(
+            f"tau must be above 0 and below {hidden_size**0.5:.1f}, the square root of the hidden size {hidden_size}: no"
+            f" token's phi exceeds it; got {tau:g}"
+        )
+
+
+def _surprise(dims: frozenset[int], tau: float, backbone: tuple[str, int, int, int]) -> str | None:
     """What to warn of in what was found: nothing, or other dimensions than are told of the language model."""
     if not dims:
         return (
