@@ -20,7 +20,7 @@ from vlmattn.errors import InputError, OptionError, UnsupportedError, VlmattnErr
 from vlmattn.inspection.answers import given_answers
 from vlmattn.inspection.measuring import Inputs, prepared_one
 from vlmattn.inspection.recorder import Recorder
-from vlmattn.inspection.trace import GROUPS, Trace, begin, write_row
+from vlmattn.inspection.trace import GROUPS, Trace, new_trace, write_row
 from vlmattn.models import Family, Turns, find_family, marker_ids_of
 from vlmattn.request import TEXT, USER, Watcher
 from vlmattn.wrapping import borrowed
@@ -62,38 +62,47 @@ def look(
             heads apart.
     """
     family, given, types = prompt_of(model, inputs)
-    anatomy = family.anatomy(model)
     if answer is not None:
         given_answers(model, [given], [answer])
     elif max_new_tokens < 1:
         raise OptionError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     prompt, steps = types.shape[1], max_new_tokens if answer is None else len(answer)
     kept = _checked_rows(rows, prompt)
-    _check_size(anatomy, len(kept) + steps, prompt + steps, folder)
-    target, partial = (None, None) if folder is None else begin(folder)
-    try:
-        store = _Store(anatomy, partial)
-        recorder = Recorder({*kept, prompt - 1}, store.layers, store.keep)
-        found, name = _answered(model, processor, given, recipe, recorder, answer, steps)
-        facts = _facts(model, family, processor, given, types, found)
-        facts |= _states(recorder, anatomy.layers, len(facts["tokens"]) - 1)
-        if others := sorted(set(range(anatomy.layers)) - set(store.layers)):
-            what = (
-                "have no attention over the tokens (a state of them, or cross-attention to images), so it is not shown"
-            )
-            facts["notes"] += (f"layers {', '.join(map(str, others))} {what}",)
-        trace = Trace(
-            recipe=name, source=anatomy.source, layers=store.layers, rows=store.rows, gains=store.gains, **facts
-        )
-        if target is None or partial is None:
-            return trace
-        store.flush()
-        trace.finish(target, partial)
-    except BaseException:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Trace.load(target)
+    _check_size(family.anatomy(model), len(kept) + steps, prompt + steps, folder)
+
+    def run(place: Path | None) -> Trace:
+        return _run(model, processor, (family, given, types), recipe, answer, steps, {*kept, prompt - 1}, place)
+
+    if folder is None:
+        return run(None)
+    with new_trace(folder) as place:
+        run(place).write_facts(place)
+    return Trace.load(folder)
+
+
+def _run(
+    model: PreTrainedModel,
+    processor: Any,
+    prompt: tuple[Family, dict[str, Any], Tensor],
+    recipe: Any,
+    answer: Sequence[int] | None,
+    steps: int,
+    rows: set[int],
+    place: Path | None,
+) -> Trace:
+    """The trace of an answer; its rows are written to ``place`` if there is one."""
+    family, given, types = prompt
+    anatomy = family.anatomy(model)
+    store = _Store(anatomy, place)
+    recorder = Recorder(rows, store.layers, store.keep)
+    found, name = _answered(model, processor, given, recipe, recorder, answer, steps)
+    facts = _facts(model, family, processor, given, types, found)
+    facts |= _states(recorder, anatomy.layers, len(facts["tokens"]) - 1)
+    if others := sorted(set(range(anatomy.layers)) - set(store.layers)):
+        what = "have no attention over the tokens (a state of them, or cross-attention to images), so it is not shown"
+        facts["notes"] += (f"layers {', '.join(map(str, others))} {what}",)
+    store.flush()
+    return Trace(recipe=name, source=anatomy.source, layers=store.layers, rows=store.rows, gains=store.gains, **facts)
 
 
 def prompt_of(model: PreTrainedModel, inputs: Inputs) -> tuple[Family, dict[str, Any], Tensor]:
@@ -139,9 +148,9 @@ class _Store:
 
     def flush(self) -> None:
         """Write rows that did not reach every layer."""
-        assert self._folder is not None
-        for row in list(self.rows):
-            write_row(self._folder, row, self.rows.pop(row))
+        if self._folder is not None:
+            for row in list(self.rows):
+                write_row(self._folder, row, self.rows.pop(row))
 
 
 class _Forced(LogitsProcessor):  # type: ignore[misc]

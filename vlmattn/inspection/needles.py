@@ -13,7 +13,7 @@ from vlmattn.errors import InputError, OptionError
 from vlmattn.inspection.answers import answered, greedy_answer
 from vlmattn.inspection.measuring import Keep, attention_of, by_layer, head_profile
 from vlmattn.inspection.prompt_spans import Span, prepared_spans
-from vlmattn.inspection.sorting import chat_inputs
+from vlmattn.inspection.sorting import chat_inputs, user_turn
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.models import find_family, marker_ids_of
 from vlmattn.request import TEXT, LayerContext, Weights
@@ -103,8 +103,7 @@ def needle_prompts(
     family, found = find_family(model), []
     for place in range(len(distractors) + 1):
         pictures = [*distractors[:place], needle, *distractors[place:]]
-        content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": question}]
-        inputs = chat_inputs(model, processor, [{"role": "user", "content": content}])
+        inputs = chat_inputs(model, processor, [user_turn(pictures, question)])
         types = family.token_types(model, inputs["input_ids"])
         numbers = family.image_numbers(model, inputs, types, marker_ids_of(family, processor))[0]
         images = int(numbers.max()) + 1

@@ -122,6 +122,13 @@ def chat_inputs(model: PreTrainedModel, processor: Any, messages: Sequence[Messa
     return prepared_one(model, processor.apply_chat_template([dict(message) for message in messages], **settings))
 
 
+def user_turn(images: Any, text: str) -> Message:
+    """A message of the user: one image or a list of them, then the text."""
+    pictures = images if isinstance(images, (list, tuple)) else [images]
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
 def default_units(content: Sequence[Message]) -> Units:
     """Which parts move together when nobody says it.
 

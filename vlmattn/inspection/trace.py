@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmattn.errors import InputError
-from vlmattn.files import file_errors, path_text, reading
+from vlmattn.files import file_errors, path_text, reading, written_whole
 from vlmattn.inspection.named import Named
 from vlmattn.models import Piece
 from vlmattn.texts import read_json
@@ -111,25 +112,19 @@ class Trace:
         Raises:
             InputError: the folder exists.
         """
-        target, partial = begin(folder)
-        try:
+        with new_trace(folder) as place:
             for row, attention in self.rows.items():
-                write_row(partial, row, attention)
-            return self.finish(target, partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+                write_row(place, row, attention)
+            self.write_facts(place)
+        return Path(folder)
 
-    def finish(self, target: Path, partial: Path) -> Path:
-        """Write all but the rows, and give the folder its name."""
+    def write_facts(self, place: Path) -> None:
+        """Write all but the rows."""
         facts = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in _TENSORS}
         facts["pieces"] = [[piece.to_dict() for piece in pieces] for pieces in self.pieces]
         states = {name: getattr(self, name).contiguous() for name in _STREAM}
-        with file_errors("write", target):
-            (partial / _FACTS).write_text(json.dumps(facts))
-            save_file(states | {f"gains.{row}": gain for row, gain in self.gains.items()}, partial / _STATES)
-            partial.rename(target)
-        return target
+        (place / _FACTS).write_text(json.dumps(facts))
+        save_file(states | {f"gains.{row}": gain for row, gain in self.gains.items()}, place / _STATES)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Trace:
@@ -180,26 +175,26 @@ class Rows(Mapping[int, Tensor]):
         return len(self._files)
 
 
-def begin(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """A folder for a trace, and the one beside it that is filled first.
+@contextmanager
+def new_trace(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write a trace; it gets the name of the folder at the end, and nothing is left if anything goes wrong.
 
     Raises:
         InputError: the folder exists.
     """
     target = Path(folder)
-    partial = target.with_name(target.name + ".partial")
     with file_errors("make the folder", target):
         if target.exists():
             raise InputError(f"{path_text(target)} exists; give a new folder for the trace")
+    with written_whole(target) as partial:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    return target, partial
+        yield partial
 
 
-def write_row(folder: Path, row: int, attention: Tensor) -> None:
+def write_row(place: Path, row: int, attention: Tensor) -> None:
     """Write the attention of one row."""
-    with file_errors("write", folder):
-        save_file({"attention": attention.contiguous()}, folder / f"row-{row:06}.safetensors")
+    save_file({"attention": attention.contiguous()}, place / f"row-{row:06}.safetensors")
 
 
 def _frozen(value: Any) -> Any:
