@@ -39,7 +39,7 @@ def asked(monkeypatch):
         found.extend(prompts)
         return ["yes" if zlib.crc32(prompt.encode()) % 2 else "no" for prompt in prompts]
 
-    monkeypatch.setattr(runner, "answer", answer)
+    monkeypatch.setattr(asking, "answer", answer)
     return found
 
 

@@ -110,7 +110,7 @@ def small(tmp_path_factory):
         Image.new("RGB", (56, 56)).save(folder / f"{n}.png")
     paths = files(folder, **{"a|b <img src=x>": range(30), "*c*": range(20, 35)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "answer", lambda m, p, prompts, i, n: ["yes" if "3" in t else "no" for t in prompts])
+        patch.setattr(asking, "answer", lambda m, p, prompts, i, n: ["yes" if "3" in t else "no" for t in prompts])
         result = evaluate(
             *vlmattn.load("embedded"), [Pope.on_files(paths, folder)], ["vhr"], folder / "run", "embedded", say=lambda _: None
         )  # fmt: skip

@@ -1,6 +1,7 @@
-"""What presets cost on one model and machine: first token, decode step, whole answer and memory, paired with the bare model.
+"""What presets cost on one model and machine: first token, decode step, answer and memory, beside the bare model.
 
-Also random models, so that it works without any weights: what an edit costs does not depend on what a model has learned.
+Also random models, so that it works without any weights: what an edit costs does not depend on what a model has
+learned.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def bench(
 ) -> list[Row]:
     """Generate with every preset in every round, and compare with the bare model (``none``) of the same round.
 
-    Decoding is greedy and every answer has ``new_tokens`` tokens. Before the rounds every candidate generates two tokens
-    twice: to warm up, and to measure memory.
+    Decoding is greedy and every answer has ``new_tokens`` tokens. Before the rounds every candidate generates two
+    tokens twice: to warm up, and to measure memory.
 
     Args:
         model: a bare model.
@@ -91,9 +92,9 @@ def bench(
         beside: other candidates on the bare model, by name.
 
     Returns:
-        Rows of ``timing.rows`` about "first token", "decode step", "``new_tokens`` tokens" (with tokens per second) and,
-        where it can be measured, "memory beyond weights" (the peak over prompt and first step), each with what was run. Methods that choose
-        whole answers (OPERA) have no first token and no step.
+        Rows of ``timing.rows`` about "first token", "decode step", "``new_tokens`` tokens" (with tokens per second)
+        and, where it can be measured, "memory beyond weights" (the peak over prompt and first step), each with what was
+        run. Methods that choose whole answers (OPERA) have no first token and no step.
 
     Raises:
         StateError: the model is wrapped.

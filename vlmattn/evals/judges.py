@@ -131,7 +131,8 @@ class Ratings:
             verdict = self._judge(question, reference, known, answer)
             if not isinstance(verdict, Verdict):
                 raise InputError(
-                    f"the judge {self.name} returned {quoted(verdict)}; it must return vlmattn.evals.judges.Verdict(...)"
+                    f"the judge {self.name} returned {quoted(verdict)}; it must return"
+                    " vlmattn.evals.judges.Verdict(...)"
                 )
             self._known[key, answer] = verdict
         return self._known[key, answer]

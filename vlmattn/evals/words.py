@@ -140,7 +140,8 @@ class ObjectWords:
         """Read the published ``synonyms.txt`` format: one object a line, words separated by commas, its name first.
 
         The rules are those of the reference then (``ReferenceWords``), no compounds or hyphens of our own. Words with
-        stray blanks or capitals in the file, or in the plural, are found here ("iPhone"); the reference never finds them.
+        stray blanks or capitals in the file, or in the plural, are found here ("iPhone"); the reference never finds
+        them.
 
         Raises:
             InputError: the file cannot be read or used; the message starts with the file and the line.
@@ -254,9 +255,10 @@ class ReferenceWords(ObjectWords):
     """Which words name which object, by the rules of the CHAIR reference alone.
 
     1. Lower case, the Penn Treebank's tokens ("hot-dog" and "bicycle/bike" are one each), singulars.
-    2. From left to right two words become one: a phrase of the file or of the reference's list ("home plate", "train track",
-       which name nothing), "baby" or "adult" with one of twelve animal words (the animal), "passenger" with jet or train
-       (the vehicle). A phrase of three words is never found: "stove top oven" is a stove and an oven.
+    2. From left to right two words become one: a phrase of the file or of the reference's list ("home plate", "train
+    track",
+       which name nothing), "baby" or "adult" with one of twelve animal words (the animal), "passenger" with jet or
+       train (the vehicle). A phrase of three words is never found: "stove top oven" is a stove and an oven.
     3. Where the word "toilet" is left, "seat" is none. Every other word is looked up.
     """
 

@@ -41,7 +41,7 @@ def bounds(cell: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def whiskers(cells: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """How far the intervals of values reach below and above them, 0 where there are none: for matplotlib's error bars."""
+    """How far the intervals of values reach below and above them, for error bars; 0 where there are none."""
     ends = [bounds(cell) or (cell["value"], cell["value"]) for cell in cells]
     below = [cell["value"] - low for cell, (low, _) in zip(cells, ends, strict=True)]
     above = [high - cell["value"] for cell, (_, high) in zip(cells, ends, strict=True)]
@@ -140,12 +140,14 @@ def notes(result: Result) -> list[str]:
     if cut := {preset: cost["cut_batches"] for preset, cost in result.summary["cost"].items() if cost["cut_batches"]}:
         parts = ", ".join(f"{preset} {count}" for preset, count in cut.items())
         found.append(
-            f"Memory was short: batches were answered in parts ({parts}), so not all presets had the same batches; answers"
+            f"Memory was short: batches were answered in parts ({parts}), so not all presets had the same"
+            " batches; answers"
             " may differ by rounding. A smaller --batch-size avoids it."
         )
     if any(bounds(each) is None for each in _intervals(result.summary)):
         found.append(
-            f"No interval: fewer than {FEWEST} images, or all of them agree; resampling them cannot say how sure such a figure is."
+            f"No interval: fewer than {FEWEST} images, or all of them agree; resampling them cannot say how"
+            " sure such a figure is."
         )
     return found
 

@@ -23,7 +23,7 @@ _ALL = {"tp": 1.0, "fp": 1.0, "tn": 1.0, "fn": 1.0}
 
 
 def says_yes(answer: str) -> bool:
-    """POPE's own rule: up to the first full stop, without commas, "No", "not" or "no" between spaces means no, all else yes."""
+    """POPE's rule: up to the first full stop, without commas, "No", "not" or "no" means no, all else yes."""
     return not {"No", "not", "no"} & set(answer.partition(".")[0].replace(",", "").split(" "))
 
 
@@ -171,7 +171,7 @@ def _samples(asked: Iterable[_Question]) -> list[Sample]:
 
 
 def columns_of(files: Sequence[Path]) -> dict[Path, str]:
-    """A column for each file: the split in its name, its name where files share a split, its path where they share the name."""
+    """A column for each file: the split in its name; where files share it their names, or their paths."""
     within = {path: [name for name in SPLITS if name in path.stem] for path in files}
     for names in (
         {path: found[0] if len(found) == 1 else path.stem for path, found in within.items()},

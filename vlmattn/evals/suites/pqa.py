@@ -1,7 +1,7 @@
-"""PQA: the same question about each of several images, wherever it stands (after arXiv 2503.13792), on generated scenes or POPE's files.
+"""PQA: the same question about each of several images, wherever it stands (after arXiv 2503.13792).
 
-Every set of n images is shown in its n rotations and each image is asked about, so every image meets every position once.
-Accuracy by position shows a favourite place; inconsistency shows answers that change although only the order did.
+Every set of n images is shown in its n rotations and each image is asked about, so every image meets every position
+once. Accuracy by position shows a favourite place; inconsistency shows answers that change although only the order did.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""VQAv2 (arXiv 1612.00837) on its published files: open questions against ten answers of people, compared as the released script does."""
+"""VQAv2 (arXiv 1612.00837): open questions against ten answers of people, compared as the released script does."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ _CORRECT = dict(_corrections())
 @suite(
     "vqa",
     "VQAv2's open questions",
-    "VQAv2's folder of questions and annotations (one *questions*.json, one *annotations*.json), or the table lmms-lab/VQAv2",
+    "VQAv2's folder of questions and annotations (one *questions*.json, one *annotations*.json), or the table"
+    " lmms-lab/VQAv2",
     "arXiv 1612.00837",
     [Form("VQAv2", ("question_id", "image_id", "question", "answers"), more=("answer_type",))],
 )
@@ -85,7 +86,8 @@ class VQA(Suite):
 
         Args:
             data: the folder, with one ``*questions*.json`` and one ``*annotations*.json``.
-            images: folder of the COCO images, of the part that the questions file names (``data_subtype``, else val2014).
+            images: folder of the COCO images, of the part that the questions file names (``data_subtype``, else
+                val2014).
             limit: use the first so many questions.
             allow_outside: whether the names of images may lead out of the folder.
 
@@ -142,8 +144,8 @@ def _agreement(people: Sequence[str], said: str) -> float:
 def normal(answer: str) -> str:
     """An answer as it is compared where people disagree: the rules of the released script.
 
-    1. A mark with a space beside it, or any mark where a comma stands between digits, is removed; others become a space.
-    2. Full stops without a digit behind them are removed.
+    1. A mark with a space beside it, or any mark where a comma stands between digits, is removed; others become a
+    space. 2. Full stops without a digit behind them are removed.
     3. Lower case; numbers up to ten become digits ("none" 0), articles go, a missing apostrophe is put in ("dont").
     """
     text = answer
