@@ -55,7 +55,7 @@ def refuse_moving(done: Sequence[Batch]) -> None:
 
 
 class Progress:
-    """How far a suite is with one preset, from the first process: a bar on a terminal, a line now and then elsewhere."""
+    """How far a suite is with one preset, said by the first process: a bar on a terminal, else lines."""
 
     def __init__(self, label: str, mine: Work, before: int, processes: Processes, say: Callable[[str], None]) -> None:
         self._label = label if processes.count == 1 else f"{label} (process {processes.rank + 1} of {processes.count})"

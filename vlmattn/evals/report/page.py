@@ -44,8 +44,8 @@ def html_report(result: Result, attention: Maps | None = None) -> str:
 <p>Model <b>{html.escape(summary["model"])}</b>, presets {", ".join(f"<b>{html.escape(p)}</b>" for p in presets)};
 {html.escape(decoding_in_words(summary["decoding"]))}, the same samples and batches for all.
 Differences are to <b>none</b>, with 95&nbsp;% intervals from a paired bootstrap over images;
-p is McNemar's exact test. <span class="better">Green</span> and <span class="worse">red</span>: the interval leaves out 0,
-which one interval in twenty does by chance alone.</p>
+p is McNemar's exact test. <span class="better">Green</span> and <span class="worse">red</span>: the interval
+leaves out 0, which one interval in twenty does by chance alone.</p>
 {warnings}{"".join(parts)}
 <section><h2>How it was run</h2>{command}<p>{html.escape(versions)}<br>{html.escape(machine)}<br>seed {summary["seed"]},
 batch size {summary["batch_size"]}, {html.escape(summary["dtype"])}, {summary["processes"]} process(es)</p>

@@ -18,7 +18,7 @@ _NEEDS = ("image_src", "image_content", "question_type", "question", "gt_answer"
 
 @suite("mmhal", "open questions, rated by a judge", "MMHal-Bench's response_template.json", "arXiv 2309.14525")
 class MMHal(Rated):
-    """rating = mean of the judge's ratings, 0..6; hallucinations = share of ratings below 3. Splits: types of question."""
+    """rating = mean of the judge's ratings, 0..6; hallucinations = share below 3. Splits: types of question."""
 
     title = "MMHal-Bench: open questions, rated by a judge"
     fields = ("rating", "hallucinated", "asked")
