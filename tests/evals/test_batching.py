@@ -15,7 +15,7 @@ from PIL import Image
 
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError
-from vlmattn.evals import runner
+from vlmattn.evals import asking, runner
 from vlmattn.evals.batching import Parts, batches, is_out_of_memory, lengths
 from vlmattn.evals.prompts import encode
 from vlmattn.evals.report import notes

@@ -15,7 +15,7 @@ from PIL import Image
 
 import vlmattn
 from vlmattn.errors import StateError
-from vlmattn.evals import runner
+from vlmattn.evals import asking, runner
 from vlmattn.evals.compare import compare
 from vlmattn.evals.environment import decoding, decoding_in_words, fingerprint
 from vlmattn.evals.report import markdown_tables, notes

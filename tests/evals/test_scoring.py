@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vlmattn
-from vlmattn.evals import runner
+from vlmattn.evals import asking
 from vlmattn.evals.compare import compare
 from vlmattn.evals.drawing import forest
 from vlmattn.evals.report import change, markdown_tables, notes, spread, verdict, whiskers

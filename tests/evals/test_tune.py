@@ -9,7 +9,7 @@ import pytest
 
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError, UnknownNameError
-from vlmattn.evals import runner
+from vlmattn.evals import asking
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites import Chair, Pope, Which, World

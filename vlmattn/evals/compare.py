@@ -87,7 +87,8 @@ def compare(
         InputError: a folder without a finished run, or runs without a question in common.
         OptionError: a preset that the run does not have.
     """
-    summaries, lines = zip(read(first), read(second), strict=True)
+    runs = [read(folder) for folder in (first, second)]
+    summaries, lines = [summary for summary, _ in runs], [own for _, own in runs]
     metrics = {name: [_metric(each) for each in found] for name, found in summaries[0]["metrics"].items()}
     means = summaries[0].get("mean_of_splits", {})  # missing in runs of earlier versions
     rows: list[Compared] = []

@@ -30,14 +30,14 @@ _ANIMAL_WORDS = frozenset({"animal", "cub"})
 _VEHICLES = frozenset({"airplane", "train", "bus", "car", "truck", "boat"})
 
 _Key = tuple[str, ...]
-_ENGLISH = yaml.safe_load(Path(__file__).with_name("english.yaml").read_text(encoding="utf-8"))
-_IRREGULAR = dict(pair.split(":") for pair in _ENGLISH["irregular"].split())
+ENGLISH = yaml.safe_load(Path(__file__).with_name("english.yaml").read_text(encoding="utf-8"))
+_IRREGULAR: dict[str, str] = dict(pair.split(":") for pair in ENGLISH["irregular"].split())
 _UNCHANGED, _VOWEL_PLURALS, _IE_PLURALS, _OE_PLURALS = (
-    frozenset(_ENGLISH[name].split()) for name in ("unchanged", "vowel_plurals", "ie_plurals", "oe_plurals")
+    frozenset(ENGLISH[name].split()) for name in ("unchanged", "vowel_plurals", "ie_plurals", "oe_plurals")
 )
 #: Two words that the reference takes for one, and for which: the phrase itself, an animal, a vehicle.
 _JOINED: Mapping[_Key, _Key] = {
-    **{(one, two): (one, two) for two, firsts in _ENGLISH["reference_phrases"].items() for one in firsts.split()},
+    **{(one, two): (one, two) for two, firsts in ENGLISH["reference_phrases"].items() for one in firsts.split()},
     **{(age, animal): (animal,) for age in ("baby", "adult") for animal in _ANIMALS | _ANIMAL_WORDS},
     **{("passenger", vehicle): (vehicle,) for vehicle in ("jet", "train")},
     **{("bow", "tie"): ("tie",), ("toilet", "seat"): ("toilet",)},

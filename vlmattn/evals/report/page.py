@@ -204,7 +204,12 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
         axis.set_axisbelow(True)
         axis.set_ylim(50 if from_half else min(0, least), top)
         axis.set_ylabel(f"{name}, axis from 50" if from_half else name, fontsize=9)
-        legend = {"loc": "outside lower center", "ncols": min(len(colours), 4), "frameon": False, "fontsize": 8}
+        legend: dict[str, Any] = {
+            "loc": "outside lower center",
+            "ncols": min(len(colours), 4),
+            "frameon": False,
+            "fontsize": 8,
+        }
         figure.legend(*axis.get_legend_handles_labels(), **legend)
         drawn.append(pages.figure(figure))
     return f"<div class='panels'>{''.join(drawn)}</div>"

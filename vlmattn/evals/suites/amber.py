@@ -92,9 +92,6 @@ class AmberCaptions(Suite):
 
         Args:
             data: the folder ``data`` of the release.
-            images: folder of the images.
-            limit: use the first so many.
-            allow_outside: whether the names of images may lead out of the folder.
 
         Raises:
             InputError: a file that is not there, or not in the published form.

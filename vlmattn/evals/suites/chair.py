@@ -105,7 +105,6 @@ class Chair(Suite):
             synonyms: word list in the published format; None takes our own list.
             drop_cut: leave out what follows the last full stop: a sentence that was cut off by the length (as OPERA
                 does).
-            allow_outside: whether the names of images may lead out of the folder.
         """
         words = ObjectWords.from_file(synonyms) if synonyms else ObjectWords.coco()
         known = load_coco_objects(data, captions, words)

@@ -83,10 +83,6 @@ class Described(Suite):
     ) -> Described:
         """A file of questions (JSON or JSON lines).
 
-        Args:
-            images: folder that its image names lie in.
-            allow_outside: whether the names may lead out of the folder.
-
         Raises:
             InputError: a question that lacks something, or whose answer is none.
         """

@@ -155,4 +155,5 @@ def _form(told: Mapping[str, Any], path: Path) -> Form:
     _refuse_unknown(path, "key of a table", told, [spec.name for spec in dataclasses.fields(Form)])
     for key, value in told.items():
         _check(path, f"{key} of a table", value, "name" if key == "name" else "of a table")
-    return Form(**{key: value if key == "name" else tuple(value) for key, value in told.items()})
+    columns = {key: tuple(value) for key, value in told.items() if key != "name"}
+    return Form(told["name"], **columns)

@@ -41,9 +41,7 @@ class MMHal(Rated):
 
         Args:
             images: folder of the images, named as in ``image_src`` or by ``image_id``.
-            limit: use the first so many questions.
             judge: who rates, as ``load_judge`` takes it.
-            allow_outside: whether the names of images may lead out of the folder.
 
         Raises:
             InputError: a file that cannot be read, or is not in the published form; no such judge.

@@ -86,6 +86,10 @@ def suite(
     ``on_table(table, ...)`` that it has; where it has none, its constructor takes the scenes. A second class of the
     same name may add what the first one lacks: scenes for a suite on files.
 
+    Arguments of these names mean the same everywhere: ``data``, its file or folder; ``images``, the folder of the
+    images that it names; ``allow_outside``, whether the names may lead out of that folder; ``limit``, use the first so
+    many questions; ``max_new_tokens``, length of the answers.
+
     Raises:
         OptionError: both classes have the same.
     """

@@ -12,36 +12,21 @@ from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFolder, Item
+from vlmattn.evals.suites.questions import NUMBERS
 from vlmattn.evals.suites.registry import Form, suite
 from vlmattn.evals.suites.tables import Table
+from vlmattn.evals.words import ENGLISH
 from vlmattn.texts import read_json
 
 _PROMPT = "{}\nAnswer the question using a single word or phrase."
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-}
-_NUMBERS["none"] = "0"
+_NUMBERS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'  # every one is removed or becomes a space
 _FULL_STOPS = 32  # so many are removed, no more
-#: Contracted words that answers are corrected to where an apostrophe is missing, by their endings.
-_CONTRACTED = {
-    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
-    "n't've": "could had might should would",
-    "'ve": "could might must not should they we what where who would you",
-    "'d": "he how it someone something there they where who you",
-    "'d've": "he it she somebody someone something there they we who y'all you",
-    "'ll": "how it somebody someone something they what who why y'all you",
-    "'s": "he how somebody someone that there what when where who why",
-    "'re": "there they what why you",
-    "": "ma'am o'clock 'twas y'all 'ow's'at",
-}
 
 
 def _corrections() -> Iterator[tuple[str, str]]:
-    for ending, words in _CONTRACTED.items():
+    """Contracted words without an apostrophe, and with it."""
+    for ending, words in ENGLISH["contracted"].items():
         for word in (stem + ending for stem in words.split()):
             for place in re.finditer("'", word):
                 yield word[: place.start()] + word[place.end() :], word
@@ -88,8 +73,6 @@ class VQA(Suite):
             data: the folder, with one ``*questions*.json`` and one ``*annotations*.json``.
             images: folder of the COCO images, of the part that the questions file names (``data_subtype``, else
                 val2014).
-            limit: use the first so many questions.
-            allow_outside: whether the names of images may lead out of the folder.
 
         Raises:
             InputError: a file that is not there, or not in the published form.
