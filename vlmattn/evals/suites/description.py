@@ -98,6 +98,7 @@ _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "a mapping with the keys yes and no, each with a list of texts",
     ),
     "max_new_tokens": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "without_image": (lambda value: value == "leave out", "'leave out'"),
     "all_configs": (lambda value: isinstance(value, bool), "true or false"),
     "files": (_texts, "a file name, or a list of them"),
     "groups": _mappings("name", "field", "of"),

@@ -128,9 +128,12 @@ def _own(info: SuiteInfo, door: str, options: Mapping[str, Any]) -> dict[str, An
 
     Raises:
         UnknownNameError: it has no such option.
+        OptionError: it has none at all.
     """
     known = _options(info, door)
     for name in options:
+        if not known:
+            raise OptionError(f"suite {info.name} has no options on {door}; leave out {info.name}.{name}")
         if name not in known:
             raise UnknownNameError(f"option of suite '{info.name}' on {door}", name, known)
     return dict(options)
