@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlmattn.evals.suites.world import World
 
 DEFAULT_SUITES = "pope,chair"
+_NOTE = "generated scenes were made for the bundled models; give --data and --images for real data"
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,20 @@ class SuiteOptions:
         from vlmattn.evals.suites.making import lacking, suite_info
 
         infos = [suite_info(name.strip()) for name in names]
-        paths = {name: [Path(path) for path in of] for name, of in self._pairs("--data", self.data, infos).items()}
+        paths = self.paths(infos)
         options = self.options(infos, paths)
         without = [info for info in infos if not (paths.get(info.name) or info.own_data)]
-        missing = without if paths else []
-        if missing:
-            if ",".join(names) != DEFAULT_SUITES:
-                raise InputError(lacking(missing))
-            errors.print(f"note: {lacking(missing)}", highlight=False, soft_wrap=True, markup=False)
-        elif without and model not in BUNDLED:
-            errors.print(
-                "note: generated scenes were made for the bundled models; give --data and --images for real data"
-            )
-        worlds = self._worlds(seed) if without and not paths else []
+        if paths and without and ",".join(names) != DEFAULT_SUITES:
+            raise InputError(lacking(without))
+        if without and (paths or model not in BUNDLED):
+            errors.print(f"note: {lacking(without) if paths else _NOTE}", highlight=False, soft_wrap=True, markup=False)
+        worlds = [] if paths else self._worlds(seed)
         usual = {name: getattr(self, name) for name in ("images", "limit", "max_new_tokens", "allow_outside")}
-        asked = [info for info in infos if info not in missing]
-        return [make_suite(info, worlds, paths.get(info.name, ()), usual, **options[info.name]) for info in asked]
+        return [
+            make_suite(info, worlds, paths.get(info.name, ()), usual, **options[info.name])
+            for info in infos
+            if worlds or info not in without
+        ]
 
     def _worlds(self, seed: int | None) -> list[World]:
         """Generated scenes of each visibility; without a seed those of every evaluation."""
@@ -87,6 +86,10 @@ class SuiteOptions:
 
         looks = [look.strip() for look in self.visibility.split(",")]
         return [World(look, self.prior, self.scenes, EVAL_SEED if seed is None else seed) for look in looks]
+
+    def paths(self, infos: Sequence[SuiteInfo]) -> dict[str, list[Path]]:
+        """By suite the data that ``--data`` gives it."""
+        return {name: [Path(path) for path in of] for name, of in self._pairs("--data", self.data, infos).items()}
 
     def options(self, infos: Sequence[SuiteInfo], paths: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
         """By suite the options that ``--set`` gives it."""

@@ -89,7 +89,7 @@ def compare(
     """
     runs = [read(folder) for folder in (first, second)]
     summaries, lines = [summary for summary, _ in runs], [own for _, own in runs]
-    metrics = {name: [_metric(each) for each in found] for name, found in summaries[0]["metrics"].items()}
+    metrics = _metrics(summaries[0])
     means = summaries[0].get("mean_of_splits", {})  # missing in runs of earlier versions
     rows: list[Compared] = []
     kept: list[tuple[Line, Line]] = []
@@ -186,6 +186,11 @@ def _pairs(
             if name not in own:
                 raise OptionError(f"{folder} has no preset '{name}'; it has {', '.join(own)}")
     return list(pairs)
+
+
+def _metrics(summary: Mapping[str, Any]) -> dict[str, list[Metric]]:
+    """The metrics of each suite of a run."""
+    return {name: [_metric(each) for each in found] for name, found in summary["metrics"].items()}
 
 
 def _metric(told: Any) -> Metric:
