@@ -62,16 +62,12 @@ class SuiteOptions:
             OptionError: an option that cannot be read or is out of range; data for a suite that is not asked.
         """
         from vlmattn.evals.suites import make_suite
-        from vlmattn.evals.suites.making import lacking, suite_info
+        from vlmattn.evals.suites.making import suite_info
 
         infos = [suite_info(name.strip()) for name in names]
         paths = self.paths(infos)
         options = self.options(infos, paths)
-        without = [info for info in infos if not (paths.get(info.name) or info.own_data)]
-        if paths and without and ",".join(names) != DEFAULT_SUITES:
-            raise InputError(lacking(without))
-        if without and (paths or model not in BUNDLED):
-            errors.print(f"note: {lacking(without) if paths else _NOTE}", highlight=False, soft_wrap=True, markup=False)
+        without = self._without(infos, ",".join(names) == DEFAULT_SUITES, model)
         worlds = [] if paths else self._worlds(seed)
         usual = {name: getattr(self, name) for name in ("images", "limit", "max_new_tokens", "allow_outside")}
         return [
@@ -79,6 +75,22 @@ class SuiteOptions:
             for info in infos
             if worlds or info not in without
         ]
+
+    def _without(self, infos: Sequence[SuiteInfo], by_default: bool, model: str) -> list[SuiteInfo]:
+        """Suites that no data are given for, and a note where that may be a slip.
+
+        Raises:
+            InputError: other suites have data, and these were asked for by name.
+        """
+        from vlmattn.evals.suites.making import lacking
+
+        paths = self.paths(infos)
+        without = [info for info in infos if not (paths.get(info.name) or info.own_data)]
+        if paths and without and not by_default:
+            raise InputError(lacking(without))
+        if without and (paths or model not in BUNDLED):
+            errors.print(f"note: {lacking(without) if paths else _NOTE}", highlight=False, soft_wrap=True, markup=False)
+        return without
 
     def _worlds(self, seed: int | None) -> list[World]:
         """Generated scenes of each visibility; without a seed those of every evaluation."""
