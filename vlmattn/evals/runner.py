@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vlmattn
+from vlmattn import compat
 from vlmattn.errors import InputError, OptionError, StateError
 from vlmattn.evals.asking import Progress, Unfit, ask_all, refuse_moving
 from vlmattn.evals.batching import batches, lengths
@@ -134,7 +135,7 @@ class _Run:
             "model": name,
             "weights": fingerprint(self.model),
             "config": config_hash(self.model),
-            "attention": self.model.config._attn_implementation,
+            "attention": compat.attention_name(self.model.config),
             "processor": processor_hash(self.processor),
             "recipes": {name: recipe.to_dict() for name, recipe in self.recipes.items()},
             "files": self._tried(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.models.base import Family
 from vlmattn.models.image_layout import Piece, by_grid
 from vlmattn.models.inputs import share_out
@@ -103,17 +104,5 @@ class Qwen25VL(Family):
     def in_prompt_order(self, tower: Any, grid: Tensor, tokens: Tensor) -> Tensor:
         """Values ``[token, ...]`` of all images in the order of the prompt; the tower works window by window."""
         found = torch.empty_like(tokens)
-        found[_window_order(tower, grid).to(tokens.device)] = tokens
+        found[compat.window_order(tower, grid).to(tokens.device)] = tokens
         return found
-
-
-def _window_order(tower: Any, grid: Tensor) -> Tensor:
-    """Position of each token in the prompt, in the order in which the tower has them."""
-    try:
-        from transformers.vision_utils import get_vision_window_index
-    except ImportError:  # transformers before 5.20 or so
-        return torch.as_tensor(tower.get_window_index(grid)[0])
-    order: Tensor = get_vision_window_index(
-        grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
-    )[0]
-    return order
