@@ -127,6 +127,14 @@ def parse_layers(spec: str, count: int, name: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def some_layers(spec: str, count: int, name: str) -> tuple[int, ...]:
+    """As ``parse_layers``; a range that selects no layer is an ``OptionError`` too."""
+    found = parse_layers(spec, count, name)
+    if not found:
+        raise OptionError(f"{name} '{spec}' selects none of the layers 0..{count - 1}")
+    return found
+
+
 def _layer_number(text: str, count: int) -> int | None:
     if not text:
         return None
