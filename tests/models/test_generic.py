@@ -126,9 +126,7 @@ def test_images_side_by_side_that_a_family_does_not_tell_apart(unknown):
     @vlmattn.register_family
     class Mine(vlmattn.Family):
         model_types = {"llava": "me/mine"}  # noqa: RUF012
-
-        def image_lengths(self, model, inputs):
-            return [16] * len(inputs["pixel_values"])
+        even = True
 
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*side by side")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models.image_layout import Piece, square
-from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS, encoded_lengths, share_out
+from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS, encoded_lengths, even_lengths, share_out
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_images
 
 #: Kinds of methods, as families support or refuse them.
@@ -32,6 +32,8 @@ class Family:
     model_types: ClassVar[Mapping[str, str]] = {}
     #: Config fields with ids of tokens that are in a prompt for the sake of its images, placeholders aside.
     markers: ClassVar[tuple[str, ...]] = ()
+    #: All images have the same number of tokens.
+    even: ClassVar[bool] = False
     #: Other tokens always stand between images, also where ``markers`` names none.
     separated: ClassVar[bool] = False
     #: Tokens of an image are cells of a square, row by row, and show the whole picture.
@@ -107,7 +109,7 @@ class Family:
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         """Tokens of each image of a forward call, in (row, token) order; None: unbroken runs of image tokens are images."""
-        return None
+        return even_lengths(model, inputs) if self.even else None
 
     def image_numbers(
         self,
@@ -348,7 +350,7 @@ def _warn_of_runs(model_type: str) -> None:
     """Once per process and model type."""
     warnings.warn(
         f"vlmattn: the family of {model_type} does not tell images (or tiles) side by side apart, so those in one run of image"
-        " tokens count as one image; put text between images, or give the family image_lengths() (docs/extend/family.md)",
+        " tokens count as one image; put text between images, or let the family say how long they are (docs/extend/family.md)",
         stacklevel=3,
     )
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
-
-from transformers import PreTrainedModel
+from typing import ClassVar
 
 from vlmattn.models.base import Family
-from vlmattn.models.inputs import even_lengths
 from vlmattn.models.registry import register_family
 
 
@@ -21,6 +18,4 @@ class DeepseekVL(Family):
         "deepseek_vl_hybrid": "deepseek-community/deepseek-vl-7b-chat",
     }
     square: ClassVar[bool] = True
-
-    def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        return even_lengths(model, inputs)
+    even: ClassVar[bool] = True

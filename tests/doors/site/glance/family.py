@@ -14,7 +14,4 @@ class GlanceModel(LlavaForConditionalGeneration):
 @vlmattn.register_family
 class GlanceFamily(vlmattn.Family):
     model_types = {"glance_vlm": "me/glance-7b"}  # noqa: RUF012
-
-    def image_lengths(self, model, inputs):
-        pixels = inputs.get("pixel_values")
-        return None if pixels is None else [model.config.image_seq_length] * len(pixels)
+    even = True
