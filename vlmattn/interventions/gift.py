@@ -58,9 +58,7 @@ class GIFT(Intervention):
     """
 
     turns = "needed"
-    alpha: float = option(
-        5.0, 0, 20, "strength: weights lie within 1..e^alpha", source="paper: 5 for LLaVA, 4 for Qwen2-VL"
-    )
+    alpha: float = option(5.0, 0, 20, "strength: weights are 1..e^alpha", source="paper: 5 for LLaVA, 4 for Qwen2-VL")
     saliency: str = option("11/32", about="the layer whose gaze is followed", source="paper: 11 of 32")
     layers: str = option("12/32:23/32", about="decoder layers that are edited", source="paper: 12..22 of 32")
 

@@ -15,7 +15,7 @@ from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.files import beside
 from vlmattn.interventions.base import Intervention
-from vlmattn.interventions.profiles import HeadProfile
+from vlmattn.interventions.profiles import HeadProfile, check_heads
 from vlmattn.kernels import AttentionEdit, HeadPart, MaskPart, Rows
 from vlmattn.options import option, parse_heads, parse_layers
 from vlmattn.registry import register
@@ -33,10 +33,7 @@ from vlmattn.request import LayerContext
         "heads_block": ("silence the 5 % of heads with the largest causal effect", {"operation": "block"}),
         "heads_amplify": ("double the 5 % of heads with the largest causal effect", {"operation": "amplify"}),
         "heads_cut": ("the same heads do not see the image any more", {"operation": "cut"}),
-        "heads_amplify_random": (
-            "control: double 5 % of the heads, drawn at random",
-            {"operation": "amplify", "score": "random"},
-        ),
+        "heads_amplify_random": ("control: double 5 % of heads, drawn", {"operation": "amplify", "score": "random"}),
         "heads_random_half": (
             "control of vhr: double half of the heads of its layers, drawn at random, on all rows",
             {"operation": "amplify", "score": "random", "share": 0.5, "layers": "1,-14:", "rows": "all"},
@@ -75,24 +72,20 @@ class Heads(Intervention):
     def bind(self, anatomy: Anatomy) -> Heads:
         mean, path = self.operation == "block" and self.ablation == "mean", self.profile
         chosen = parse_heads(self.heads, "heads.heads") or (self._drawn(anatomy) if self.score == "random" else ())
-        if not path and (mean or not chosen):
-            path = str(beside(anatomy.source, HeadProfile.FILE_NAME) or "")
-        if not path and (mean or not chosen):
-            raise OptionError(
-                "heads: which heads? Give heads='12.3,14.7', or measure them: find_heads(model, samples).save(folder of the"
-                " model), and name the file with profile=..."
-            )
+        if mean or not chosen:
+            path = path or str(beside(anatomy.source, HeadProfile.FILE_NAME) or "")
+            if not path:
+                raise OptionError(
+                    "heads: which heads? Give heads='12.3,14.7', or measure them: find_heads(model, samples).save(folder of"
+                    " the model), and name the file with profile=..."
+                )
         if path:
             found = _load(path)
             found.check(anatomy, "heads.profile")
             if mean and not found.means:
                 raise OptionError(f"heads: {path} has no mean outputs, which mean ablation needs; use ablation='zero'")
             chosen = chosen or found.top(self.score, self.share)
-        for layer, head in chosen:
-            if layer >= anatomy.layers or head >= anatomy.heads:
-                raise OptionError(
-                    f"heads names head {head} of layer {layer}, but the model has {anatomy.layers} layers of {anatomy.heads} heads"
-                )
+        check_heads(chosen, anatomy, anatomy.heads, "heads", "head")
         bound = replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
         bound.active_layers(anatomy)
         return bound

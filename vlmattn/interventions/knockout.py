@@ -23,7 +23,7 @@ from vlmattn.request import LayerContext
     cost="prefill: dense rows; decode: one comparison per key",
     presets={
         "knockout_image_text": (
-            "text rows and generated tokens do not see images",
+            "text, generated tokens too, does not see images",
             {"source": "image", "target": "text"},
         ),
         "knockout_text_image": ("image rows do not see text", {"source": "text", "target": "image"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -124,16 +124,14 @@ class HeadProfile(_Profile):
     def __post_init__(self) -> None:
         if not isinstance(self.scores, Mapping):
             raise ValueError("scores must have names")
-        rows = [row for table in self.scores.values() for row in table]
-        if len({len(row) for row in rows}) != 1 or len({len(table) for table in self.scores.values()}) != 1:
+        tables = tuple(self.scores.values())
+        rows = [row for table in tables for row in table]
+        if not rows or not (_even(tables) and _even(rows)):
             raise ValueError("scores must be one number for each layer and head")
-        if not all(_is_number(value) for row in rows for value in row):
+        if not _numbers(rows):
             raise ValueError("scores must be numbers")
-        ragged = (
-            len({len(table) for table in self.means}) > 1
-            or len({len(row) for heads in self.means for row in heads}) > 1
-        )
-        if ragged or not all(_is_number(value) for heads in self.means for row in heads for value in row):
+        heads = [head for layer in self.means for head in layer]
+        if not (_even(self.means) and _even(heads) and _numbers(heads)):
             raise ValueError("means must be numbers, by layer, head and dimension")
 
     def check(self, anatomy: Anatomy, where: str) -> None:
@@ -194,6 +192,24 @@ def _read(source: Path, what: str) -> Any:
         return parse_json(text, "JSON")
     except InputError as error:
         raise InputError(f"{path_text(source)}: not a {what} ({error})") from None
+
+
+def check_heads(heads: Iterable[tuple[int, int]], anatomy: Anatomy, count: int, where: str, what: str) -> None:
+    """Raise ``OptionError`` if the model, whose layers have ``count`` heads, lacks one of the (layer, head) pairs."""
+    for layer, head in heads:
+        if layer >= anatomy.layers or head >= count:
+            raise OptionError(
+                f"{where} names {what} {head} of layer {layer}, but the model has {anatomy.layers} layers of {count} {what}s"
+            )
+
+
+def _even(rows: Collection[Collection[Any]]) -> bool:
+    """All of one length."""
+    return len({len(row) for row in rows}) <= 1
+
+
+def _numbers(rows: Collection[Collection[Any]]) -> bool:
+    return all(_is_number(value) for row in rows for value in row)
 
 
 def _is_number(value: Any) -> bool:

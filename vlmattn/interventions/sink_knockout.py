@@ -25,14 +25,8 @@ _DRAWS = 2**31  # so many numbers are drawn from
     cost="prefill: dense rows; decode: one comparison per key",
     presets={
         "knockout_sinks": ("text rows do not see image tokens that are sinks", {}),
-        "knockout_as_many": (
-            "control: text rows do not see as many image tokens, drawn from all of them",
-            {"hide": "any"},
-        ),
-        "knockout_others": (
-            "control: text rows do not see as many image tokens, drawn from those that are no sinks",
-            {"hide": "others"},
-        ),
+        "knockout_as_many": ("control: text rows do not see as many image tokens", {"hide": "any"}),
+        "knockout_others": ("control: ... as many image tokens that are no sinks", {"hide": "others"}),
     },
 )
 @dataclass(frozen=True, kw_only=True)

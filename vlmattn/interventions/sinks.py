@@ -73,9 +73,7 @@ class SinkTest(Intervention):
     files: ClassVar[Mapping[str, str]] = {"profile": SinkProfile.FILE_NAME}
     tau: float = option(20.0, 0, 1e3, "sink threshold; phi never exceeds sqrt(hidden size)", source="paper and code")
     dims: tuple[int, ...] = option((), about="sink dimensions; empty: those of the profile or the table, else all")
-    profile: str = option(
-        "", about="SinkProfile file; empty: vlmattn_sinks.json beside an unknown model, if it is there"
-    )
+    profile: str = option("", about="SinkProfile file; empty: vlmattn_sinks.json beside an unknown model")
     sinks: str = option("phi", about="what makes a sink", source="paper: phi", choices=("phi", "cos", "either"))
     layers: str = option("2:-1", about="decoder layers", source="paper: all but the last; sinks exist from layer 2 on")
 

@@ -40,9 +40,7 @@ class SoFA(Intervention):
         OptionError: sigma outside 0..1.
     """
 
-    sigma: float = option(
-        0.5, 0, 1, "how much a key of a later image counts", source="middle of the paper's .25 to .75"
-    )
+    sigma: float = option(0.5, 0, 1, "weight of a key of a later image", source="middle of the paper's .25 to .75")
     mode: str = option("mask", about="soft mask or mixture", source="paper: mask", choices=("mask", "mix"))
     layers: str = option("0:-1:2", about="decoder layers", source="paper: every second; the last would have no effect")
 

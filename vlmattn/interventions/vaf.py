@@ -43,9 +43,7 @@ class VAF(Intervention):
     turns = "used"
     enhance: float = option(1.15, 1, 10, "factor of image scores", source="released script")
     suppress: float = option(0.95, 0, 1, "factor of system prompt scores", source="released script")
-    heads: float = option(
-        1.0, 0.01, 1, "share of heads, those that look most at the image", source="released code: all"
-    )
+    heads: float = option(1.0, 0.01, 1, "share of heads that look most at the image", source="released code: all")
     layers: str = option("9/32:15/32", about="decoder layers", source="released script: 9..14 of 32")
 
     def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:

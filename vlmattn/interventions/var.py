@@ -62,12 +62,8 @@ class VAR(SinkTest):
     """
 
     keep: float = option(0.4, 0, 1, "fraction of a sink's attention that stays", source="paper, p = .6 removed")
-    max_sink: float = option(
-        0.5, 0, 1, "largest share of visual attention on sinks in an image-centric head", source="paper, rho = .5"
-    )
-    min_visual: float = option(
-        0.2, 0, 1, "least attention on the image in an image-centric head", source="paper and code"
-    )
+    max_sink: float = option(0.5, 0, 1, "largest share of a head's visual mass on sinks", source="paper, rho = .5")
+    min_visual: float = option(0.2, 0, 1, "least attention of a head on the image", source="paper and code")
     extend: bool = option(False, about="test generated tokens too", source="released code: no")
     need_visual_sink: bool = option(False, about="leave rows alone that see no visual sink", source="released code")
 
@@ -98,10 +94,7 @@ class VAR(SinkTest):
 
     def _plan(self) -> GainPlan:
         take = 1 - self.keep
-        gates = [
-            MassGate((0, 0, 1, 1), self.min_visual),
-            MassGate((0, 0, self.max_sink, self.max_sink - 1), 0),
-        ]
+        gates = [MassGate((0, 0, 1, 1), self.min_visual), MassGate((0, 0, self.max_sink, self.max_sink - 1), 0)]
         if self.need_visual_sink:
             gates.append(MassGate((0, 0, 0, 1), 1e-30))
         return GainPlan(taken=(0, take, 0, take), given=(0, 0, 1, 0), gates=tuple(gates))

@@ -42,9 +42,7 @@ class VHR(Intervention):
     """
 
     alpha: float = option(2.0, 0, 10, "gain of the chosen heads; 4 and more breaks the model", source="paper")
-    drop_outliers: bool = option(
-        True, about="leave out heads that change most and are loud without the image", source="paper"
-    )
+    drop_outliers: bool = option(True, about="leave out heads that change most and are loud anyway", source="paper")
     ta_power: float = option(2.0, 1, 2, "power of the norm in the outlier rule", source="paper prints the square")
     layers: str = option("1,-14:", about="decoder layers", source="paper for LLaVA-1.5-7B: the second and the last 14")
 

@@ -52,12 +52,10 @@ class AVL(KVPolicy):
 
     keep_secondary: float = option(0.5, 0, 1, "share of the image tokens that is held", source="released: .5 deleted")
     keep_core: float = option(
-        0.35, 0, 1, "share of the image tokens that ordinary steps read", source="released: .6 to .7 not read"
+        0.35, 0, 1, "share of them that ordinary steps read", source="released: .6 to .7 not read"
     )
     refresh: int = option(3, 1, 10**6, "every so many steps all held tokens are read", source="released: 3")
-    text_keep: float = option(
-        0.6, 0, 1, "share of the text that stays when it is pruned", source="released: .4 to .5 pruned"
-    )
+    text_keep: float = option(0.6, 0, 1, "share of text that stays", source="released: .4 to .5 pruned")
     text_every: int = option(8, 1, 10**6, "every so many steps text is pruned", source="released: 8")
     text_first: int = option(20, 0, 10**6, "first text tokens that always stay", source="released: 20")
 

@@ -39,7 +39,7 @@ class DuoAttention(HeadWise):
     sinks: int = option(64, 1, 10**6, "first tokens that every head keeps", source="released, for LongBench: 64")
     recent: int = option(256, 1, 10**6, "last tokens that every head keeps", source="released, for LongBench: 256")
     share: float = option(
-        0.5, 0, 1, "share of the KV heads that keep everything", source="released: half for GQA, a quarter for MHA"
+        0.5, 0, 1, "share of KV heads that keep all", source="released: half for GQA, a quarter for MHA"
     )
 
     def window(self, tokens: int) -> int:

@@ -23,10 +23,7 @@ from vlmattn.request import LayerContext, PruningStage, Weights
     cost="prefill: one attention row in the layer before; later layers run on the rest. Decode: fewer keys",
     presets={
         "fastv": ("paper: half of the image tokens from layer 2 on", {}),
-        "fastv_k3_r75": (
-            "released demo: a quarter of the image tokens from layer 3 on",
-            {"layer": 3, "keep_ratio": 0.25},
-        ),
+        "fastv_k3_r75": ("released demo: a quarter from layer 3 on", {"layer": 3, "keep_ratio": 0.25}),
     },
 )
 @dataclass(frozen=True, kw_only=True)

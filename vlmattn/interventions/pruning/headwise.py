@@ -9,7 +9,7 @@ from typing import ClassVar
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.files import beside
-from vlmattn.interventions.profiles import HeadProfile
+from vlmattn.interventions.profiles import HeadProfile, check_heads
 from vlmattn.interventions.pruning.policy import KVPolicy, host_counts
 from vlmattn.options import option, parse_heads
 from vlmattn.request import HeadSplit, LayerContext
@@ -63,12 +63,7 @@ class HeadWise(KVPolicy):
                     " find_heads(model, samples).save(folder of the model)"
                 )
             chosen = self._best(path, anatomy)
-        for layer, head in chosen:
-            if layer >= anatomy.layers or head >= anatomy.kv_heads:
-                raise OptionError(
-                    f"{self.info.name}.heads names KV head {head} of layer {layer}, but the model has {anatomy.layers} layers of"
-                    f" {anatomy.kv_heads} KV heads"
-                )
+        check_heads(chosen, anatomy, anatomy.kv_heads, f"{self.info.name}.heads", "KV head")
         return replace(self, heads=",".join(f"{layer}.{head}" for layer, head in sorted(chosen)), profile=path)
 
     def _best(self, path: str, anatomy: Anatomy) -> list[tuple[int, int]]:
@@ -84,8 +79,7 @@ class HeadWise(KVPolicy):
 
     def _full(self, layer: int) -> tuple[int, ...]:
         """KV heads of a layer that keep everything (once bound)."""
-        places = (place.split(".") for place in self.heads.split(",") if place)
-        return tuple(int(head) for number, head in places if int(number) == layer)
+        return tuple(head for number, head in parse_heads(self.heads, "heads") if number == layer)
 
     def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float]:
         """A mean of what was let go counts as one more slot."""

@@ -23,13 +23,10 @@ from vlmattn.request import PruningStage
     cost="prefill: queries and keys of three layers once more; later layers run on the rest. Decode: fewer keys",
     presets={
         "pyramiddrop": (
-            "released code: .5, .25, .125 of the image tokens from a quarter, half, three quarters of the depth on",
+            "released code: half of the image tokens, a quarter, an eighth, at each quarter of the depth",
             {},
         ),
-        "pyramiddrop_positions": (
-            "the same with the tokens' own position ids (models with several axes)",
-            {"positions": "original"},
-        ),
+        "pyramiddrop_positions": ("the same with the tokens' own position ids", {"positions": "original"}),
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +46,12 @@ class PyramidDrop(Staged):
     """
 
     looks_ahead: ClassVar[bool] = True
-    layers: str = option(
-        "8/32,16/32,24/32",
-        about="first layers of the stages; a/b is a share of the depth",
-        source="released: 8, 16, 24 of 32",
-    )
+    layers: str = option("8/32,16/32,24/32", about="first layers of the stages", source="released: 8, 16, 24 of 32")
     keep_ratios: tuple[float, ...] = option(
-        (0.5, 0.25, 0.125), about="share of the image tokens that stays, stage by stage", source="released"
+        (0.5, 0.25, 0.125), about="share of the image tokens, by stage", source="released"
     )
     positions: str = option(
-        "compact", about="position ids of kept tokens", source="released: counted anew", choices=("compact", "original")
+        "compact", about="position ids", source="released: counted anew", choices=("compact", "original")
     )
 
     @property

@@ -40,11 +40,9 @@ class RazorAttention(HeadWise):
     compensate: ClassVar[bool] = True
     sinks: int = option(4, 1, 10**6, "first tokens that every head keeps", source="paper, recalled: N0 = 4")
     recent: int = option(4000, 1, 10**6, "least length of the window", source="paper, recalled: S0 = 4000")
-    fraction: float = option(
-        5.0, 1, 10**6, "the window is this part of the prompt, if that is more", source="paper, recalled: C = 5"
-    )
+    fraction: float = option(5.0, 1, 10**6, "or this part of the prompt, if more", source="paper, recalled: C = 5")
     share: float = option(
-        0.15, 0, 1, "share of the KV heads that keep everything", source="paper, recalled: 1 % echo + 14 % induction"
+        0.15, 0, 1, "share of KV heads that keep all", source="paper, recalled: 1 % echo, 14 % induction"
     )
 
     def window(self, tokens: int) -> int:

@@ -67,13 +67,9 @@ class SparseVLM(Staged):
     """
 
     keeping: ClassVar[str] = "use version='2'"
-    layers: str = option(
-        "3/32,7/32,16/32",
-        about="first layers of the stages; a/b is a share of the depth",
-        source="released: after 2, 6, 15 of 32",
-    )
+    layers: str = option("3/32,7/32,16/32", about="first layers of the stages", source="released: after 2, 6, 15 of 32")
     keep_ratios: tuple[float, ...] = option(
-        _of_576(300, 200, 110), about="share of the image tokens that stays, stage by stage", source="released"
+        _of_576(300, 200, 110), about="share of the image tokens, by stage", source="released"
     )
     version: str = option("1", about="released version of the code", choices=("1", "2"))
     recycle: float = option(0.3, 0, 1, "version 1: share of the dropped tokens that is merged", source="released")

@@ -30,10 +30,7 @@ from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
         "visionzip": ("released README: 64 of the 576 tokens of LLaVA-1.5", {}),
         "visionzip_128": ("paper: 128 tokens", {"dominant": 108 / 576, "contextual": 20 / 576}),
         "visionzip_192": ("paper: 192 tokens", {"dominant": 162 / 576, "contextual": 30 / 576}),
-        "visionzip_positions": (
-            "64 of 576 tokens at their own positions (models with several axes)",
-            {"positions": "original"},
-        ),
+        "visionzip_positions": ("64 of 576 tokens at their own positions", {"positions": "original"}),
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +56,7 @@ class VisionZip(Pruning):
     """
 
     earliest: ClassVar[int] = 0
-    dominant: float = option(
-        54 / 576, 0, 1, "share of an image's tokens that is kept", source="released README: 54 of 576"
-    )
+    dominant: float = option(54 / 576, 0, 1, "share of tokens kept", source="released README: 54 of 576")
     contextual: float = option(10 / 576, 0, 1, "share of merged tokens", source="released README: 10 of 576")
     positions: str = option(
         "compact", about="position ids", source="released: counted anew", choices=("compact", "original")
