@@ -71,8 +71,8 @@ def compare_profiles(
     if first.fingerprint != second.fingerprint:
         raise InputError(
             f"the profiles belong to two language models, '{first.source or 'unknown'}' ({first.fingerprint}) and"
-            f" '{second.source or 'unknown'}' ({second.fingerprint}); only profiles of one can be compared, so look at each"
-            " alone"
+            f" '{second.source or 'unknown'}' ({second.fingerprint}); only profiles of one can be compared, so look at"
+            " each alone"
         )
     if isinstance(first, SinkProfile) and isinstance(second, SinkProfile):
         return SinkDifference(first, second, *_split(sorted(first.dims), sorted(second.dims)))
@@ -81,8 +81,8 @@ def compare_profiles(
     both, only_first, only_second = _split(first.scores, second.scores)
     if not both:
         raise InputError(
-            f"the profiles have no score in common: {', '.join(first.scores)} and {', '.join(second.scores)}; look at each"
-            " alone"
+            f"the profiles have no score in common: {', '.join(first.scores)} and {', '.join(second.scores)}; look at"
+            " each alone"
         )
     scores = {name: _difference(first, second, name) for name in both}
     return HeadDifference(first, second, scores, only_first, only_second)
@@ -91,7 +91,8 @@ def compare_profiles(
 def _split(first: Collection[T], second: Collection[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
     """What both hold, and what only one does, in their order."""
     both = tuple(item for item in first if item in second)
-    return both, *(tuple(item for item in of if item not in both) for of in (first, second))  # type: ignore[return-value]
+    only_first, only_second = (tuple(item for item in of if item not in both) for of in (first, second))
+    return both, only_first, only_second
 
 
 def _difference(first: HeadProfile, second: HeadProfile, score: str) -> ScoreDifference:

@@ -42,16 +42,17 @@ def fit_directions(
 
         minimise over u    -mean over heads and rows of the answer of sum_{j in span} a_j
 
-    by AdamW, one example a step, from normal numbers of standard deviation .01. Each layer is fitted by itself, on inputs
-    that no direction has changed. The model's weights are only read; edits of a wrapped model do not act meanwhile.
+    by AdamW, one example a step, from normal numbers of standard deviation .01. Each layer is fitted by itself, on
+    inputs that no direction has changed. The model's weights are only read; edits of a wrapped model do not act
+    meanwhile.
 
     Each step changes a number by about ``lr`` at most, and the released directions have a length of 24 to 30: with few
     examples take more epochs.
 
     Args:
         examples: prompts, each with its span and maybe an answer.
-        heads: (layer, head) of the heads to steer, as ``HeadProfile.top`` gives them; or how many: those whose answer rows
-            attend most to the spans, in the mean over the examples, as released.
+        heads: (layer, head) of the heads to steer, as ``HeadProfile.top`` gives them; or how many: those whose answer
+            rows attend most to the spans, in the mean over the examples, as released.
         epochs: how often each example is seen, in an order drawn anew.
         lr: of AdamW.
         seed: of the start and the order.
@@ -59,8 +60,8 @@ def fit_directions(
         path: file or folder to save them to, where ``wrap(model, "focus", file=...)`` reads them; None = nowhere.
 
     Returns:
-        ``"query.{layer}"``: float32 ``[heads, dim]`` of each layer with a chosen head, on the cpu, zero for heads that are
-        not chosen.
+        ``"query.{layer}"``: float32 ``[heads, dim]`` of each layer with a chosen head, on the cpu, zero for heads that
+        are not chosen.
 
     Raises:
         OptionError: no heads, heads that the model does not have, epochs below 1, lr not above 0.
@@ -89,7 +90,7 @@ def fit_directions(
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """A prompt on the model's device, its span, and the rows of its answer; both as first and the one after the last."""
+    """A prompt on the model's device, its span, and the rows of its answer, both from and to."""
 
     inputs: dict[str, Any]
     span: tuple[int, int]
@@ -154,8 +155,8 @@ def _check(heads: int | Sequence[tuple[int, int]], epochs: int, lr: float, anato
         exist = len(heads) > 0 and all(n in layers and 0 <= h < anatomy.heads for n, h in heads)
     if not exist:
         raise OptionError(
-            f"heads must be (layer, head) pairs, at least one, within {anatomy.layers} layers and {anatomy.heads} heads, or"
-            f" how many of these; got {heads}"
+            f"heads must be (layer, head) pairs, at least one, within {anatomy.layers} layers and {anatomy.heads}"
+            f" heads, or how many of these; got {heads}"
         )
 
 

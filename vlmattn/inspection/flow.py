@@ -215,8 +215,8 @@ class _Mixed:
         tokens = self._tokens
         if context.queries != tokens or context.keys != tokens:
             raise UnsupportedError(
-                f"'{context.step.recipe}' drops tokens before layer {context.layer}, and attention cannot be followed"
-                " through rows that are gone; look shows the rows that are left"
+                f"'{context.step.recipe}' drops tokens before layer {context.layer}, and attention cannot be"
+                " followed through rows that are gone; look shows the rows that are left"
             )
         size = max(1, _CHUNK // (context.heads * tokens))
         for start in range(0, tokens, size):
@@ -246,6 +246,7 @@ def _each_layer(model: PreTrainedModel, inputs: Inputs, recipe: Any, residual: f
         record = record_of(model)
         if record is not None and record.now.acting.policies:
             raise UnsupportedError(
-                f"'{name}' changes what an answer sees of the cache, and attention is followed in the prompt; leave it out"
+                f"'{name}' changes what an answer sees of the cache, and attention is followed in the prompt;"
+                " leave it out"
             )
         model(**given, position_ids=positions, use_cache=False, logits_to_keep=1)

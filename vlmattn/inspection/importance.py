@@ -35,10 +35,10 @@ def ablate_heads(
 
         importance = mean over prompts and answer tokens t of log p(t) - log p'(t)
 
-    with p the model's probabilities, and p' those of the model in which that head's output is replaced, in every row, by
-    its mean at the last rows of the prompts, or by zero; both read the same answer (nats; above 0 the head helps, below it
-    is in the way). Ablation of single heads as in arXiv 1905.10650, there on a task's score; log-probabilities are ours.
-    Costs one row of a forward for each head and prompt. Edits of a wrapped model do not act meanwhile.
+    with p the model's probabilities, and p' those of the model in which that head's output is replaced, in every row,
+    by its mean at the last rows of the prompts, or by zero; both read the same answer (nats; above 0 the head helps,
+    below it is in the way). Ablation of single heads as in arXiv 1905.10650, there on a task's score; log-probabilities
+    are ours. Costs one row of a forward for each head and prompt. Edits of a wrapped model do not act meanwhile.
 
     Args:
         inputs: processor outputs, one prompt or one padded batch each.
@@ -56,8 +56,8 @@ def ablate_heads(
 
     Raises:
         OptionError: another ablation, batch_size or answer_tokens below 1.
-        InputError: no inputs, inputs without token ids or without an image; not one answer for each prompt, an empty one,
-            ids that are not text of the vocabulary; greedy answers that are all empty.
+        InputError: no inputs, inputs without token ids or without an image; not one answer for each prompt, an empty
+            one, ids that are not text of the vocabulary; greedy answers that are all empty.
         UnsupportedError: a family or an attention implementation that is not supported.
     """
     check(ablation, batch_size)

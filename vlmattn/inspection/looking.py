@@ -42,9 +42,9 @@ def look(
 ) -> Trace:
     """Let a model answer one prompt and keep what it attends to, layer by layer and head by head.
 
-    The model runs as ever, with a cache and its own attention (sdpa or eager); only the few rows that are kept are computed
-    once more, one layer at a time. Attention is what the layers used: with a recipe, after its masks, changed scores and
-    group gains; gains of whole heads are kept beside it.
+    The model runs as ever, with a cache and its own attention (sdpa or eager); only the few rows that are kept are
+    computed once more, one layer at a time. Attention is what the layers used: with a recipe, after its masks, changed
+    scores and group gains; gains of whole heads are kept beside it.
 
     Args:
         inputs: what the processor made of one prompt with images, without padding.
@@ -55,8 +55,9 @@ def look(
         folder: new folder to write the attention to while it is computed; None = keep it in memory.
 
     Raises:
-        InputError: several prompts, padding, no image tokens, a row that is not in the prompt, an answer that is empty or not
-            of text tokens, more attention than 2 GB without a folder (or than the disk holds), a folder that exists.
+        InputError: several prompts, padding, no image tokens, a row that is not in the prompt, an answer that is empty
+            or not of text tokens, more attention than 2 GB without a folder (or than the disk holds), a folder that
+            exists.
         OptionError: no new tokens.
         UnsupportedError: a family or an attention implementation that is not supported, a recipe that searches or keeps
             heads apart.
@@ -166,7 +167,7 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
 
 @contextmanager
 def watched(model: PreTrainedModel, processor: Any, recipe: Any, watcher: Watcher) -> Iterator[str]:
-    """A recipe in force and a watcher at work in this thread; the model is as before, all along for others. The recipe's name."""
+    """A recipe in force and a watcher at work, in this thread only and within the block; gives the recipe's name."""
     with borrowed(model, processor) as record, ExitStack() as stack:
         if recipe is not None or not record.now.enabled:
             stack.enter_context(record.temporarily("none" if recipe is None else recipe))
@@ -200,8 +201,8 @@ def _answered(
     said = out.sequences[0, prompt:]
     if answer is not None and said.tolist() != list(answer):
         raise InputError(
-            f"the model said {len(said)} tokens of the answer of {len(answer)}: it ends at an end token, and the tokens must"
-            " be ones that it can say"
+            f"the model said {len(said)} tokens of the answer of {len(answer)}: it ends at an end token, and the"
+            " tokens must be ones that it can say"
         )
     logprobs = torch.stack(out.logits, 1)[0].float().log_softmax(-1)
     best = logprobs.topk(_RIVALS)

@@ -1,7 +1,7 @@
 """Multi-view, multi-path answers: several captions, several first words, and how sure the model is where it answers.
 
-Written from the formula: the released code (GasolSun36/MVP) does not run to its end, adds paths without an answer to "yes",
-and p_first alone where the first token is the answer. It samples captions; ``VIEWS`` are in our words.
+Written from the formula: the released code (GasolSun36/MVP) does not run to its end, adds paths without an answer to
+"yes", and p_first alone where the first token is the answer. It samples captions; ``VIEWS`` are in our words.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from vlmattn.wrapping import record_of
 
 #: Requests for captions from three sides: from the details up, from the whole down, and as usual (in our words).
 VIEWS = (
-    "Start from the details, their shapes, colors and textures, and work out what objects they make. Describe the image.",
+    "Start from the details, their shapes, colors and textures, and work out what objects they make."
+    " Describe the image.",
     "Start from the whole, what kind of scene it is and what would go with it. Describe the image.",
     "Describe the image.",
 )
@@ -92,12 +93,12 @@ def multi_path(
 
         S(a) = sum over views v of w_v  sum over paths with answer a of p_first (p1 - p2)
 
-    A path begins with one of the likeliest first tokens, of probability p_first, and goes on by sampling until it says an
-    answer word; p1 and p2 are the two highest probabilities where that word begins. A path without one counts for nobody.
-    Views are captions of the image by the model itself, each before the question (MVP, arXiv 2408.17150).
+    A path begins with one of the likeliest first tokens, of probability p_first, and goes on by sampling until it says
+    an answer word; p1 and p2 are the two highest probabilities where that word begins. A path without one counts for
+    nobody. Views are captions of the image by the model itself, each before the question (MVP, arXiv 2408.17150).
 
-    All probabilities are the model's own; temperature acts on the draw alone. Captions are greedy. All paths of a view are
-    rows of one batch after one pass over the prompt. The edits of a wrapped model act throughout.
+    All probabilities are the model's own; temperature acts on the draw alone. Captions are greedy. All paths of a view
+    are rows of one batch after one pass over the prompt. The edits of a wrapped model act throughout.
 
     Args:
         processor: the model's processor, with a chat template.
@@ -108,9 +109,8 @@ def multi_path(
         answers: words or phrases; whole words count, in upper or lower case.
         first_tokens: paths of each view, at most.
         min_probability: least p_first.
-        temperature: of the draw; 0 always takes the likeliest token.
+        temperature, seed: of the draw; at temperature 0 the likeliest token is always taken.
         max_new_tokens, caption_tokens: longest path, with its first token, and longest caption.
-        seed: of the draw.
 
     Raises:
         OptionError: a value out of range, not as many weights as views, fewer than two answers.
@@ -168,13 +168,13 @@ def _check_numbers(min_probability: float, temperature: float, counts: tuple[int
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    """Refuse other families, and rules and searches: they act in generate() only, so captions would have them and paths not."""
+    """Refuse other families, and rules and searches: those act in generate() only, for captions and not for paths."""
     find_family(model)
     record = record_of(model)
     if record is not None and record.now.acting.rule:
         raise UnsupportedError(
-            f"multi_path draws its tokens itself, so '{record.now.acting.rule}' of '{record.now.recipe.name}' cannot act in it;"
-            " use a recipe of attention methods, or model.vlmattn.disable()"
+            f"multi_path draws its tokens itself, so '{record.now.acting.rule}' of '{record.now.recipe.name}' cannot act"
+            " in it; use a recipe of attention methods, or model.vlmattn.disable()"
         )
 
 

@@ -1,4 +1,4 @@
-"""One answer, or the same question under two recipes, as an HTML page with sliders that needs nothing from elsewhere."""
+"""One answer, or the same question under two recipes, as one HTML file with sliders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def inspect_page(
     Args:
         sides: one answer or more, of one question (``compare_answers``).
         pictures: PIL images, in the order of the prompt.
-        scores: name -> ``[layers][heads]``, of the model's saved HeadProfile; those of other sizes, or with nan, are left out.
+        scores: name -> ``[layers][heads]``, of the model's saved HeadProfile; those of other sizes, or with nan, are
+            left out.
         facts: what to say about how it was made, by name.
         tau: sink threshold of phi.
 

@@ -46,8 +46,8 @@ def find_sinks(
     and l lies between the largest rise and the largest fall of the first token's norm; primary when that holds in at
     least 60% of the layers, secondary in at least 12%. The first token itself is not counted.
 
-    Where dimensions of this language model are known, or reported by others, and none of them is found, a warning says so.
-    Edits of a wrapped model do not act meanwhile. Whatever the padding, the first real token counts as the first.
+    Where dimensions of this language model are known, or reported by others, and none of them is found, a warning says
+    so. Edits of a wrapped model do not act meanwhile. Whatever the padding, the first real token counts as the first.
 
     Args:
         inputs: processor outputs, one prompt or one padded batch each; four varied prompts are enough.
@@ -89,8 +89,8 @@ def find_sinks(
 def _check_tau(tau: float, hidden_size: int) -> None:
     if not 0 < tau < hidden_size**0.5:
         raise OptionError(
-            f"tau must be above 0 and below {hidden_size**0.5:.1f}, the square root of the hidden size {hidden_size}: no"
-            f" token's phi exceeds it; got {tau:g}"
+            f"tau must be above 0 and below {hidden_size**0.5:.1f}, the square root of the hidden size {hidden_size}:"
+            f" no token's phi exceeds it; got {tau:g}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a model looked at while it answered: attention of the rows that predict the answer, and what entered the layers."""
+"""What a model looked at while it answered: attention of the rows that predict it, and what entered the layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmattn.models import Piece
 from vlmattn.texts import read_json
 
 GROUPS = ("system", "image", "question", "answer")
-"""Kinds of tokens: what the chat template writes (and text before the user's), image tokens, the user's text, the answer."""
+"""Kinds of tokens: of the chat template (and text before the user's), the images, the user's text, the answer."""
 
 _FACTS, _STATES = "trace.json", "trace.safetensors"
 
@@ -38,12 +38,14 @@ class Trace:
         pieces: for each image where its tokens lie in the picture; empty where that is not known.
         prompt: tokens of the prompt. answer: token ids of the answer. said: the answer as text, without special tokens.
         layers: decoder layers with attention; the axis "layer" of everything counts within these.
-        rows: for each row that was kept its attention, float32 ``[layer, head, key]``, after masks, changed scores and group
-            gains; 0 for tokens that the layer no longer has. Keys are the prompt, and the answer up to the row.
+        rows: for each row that was kept its attention, float32 ``[layer, head, key]``, after masks, changed scores and
+            group gains; 0 for tokens that the layer no longer has. Keys are the prompt, and the answer up to the row.
         gains: for each such row what each head's output was multiplied with, ``[layer, head]``.
-        phi: sink value max_d abs(x_d) / RMS(x) of each token that entered a layer, float32 ``[layer, token]``; nan where it did
-            not. dims: the d of it. norms: of x. likeness: abs(cos(x, x_first)) with the first token of the prompt.
-        logprobs: of each answer token, ``[token]``; rivals: the most likely tokens there and their log-probabilities, as text.
+        phi: sink value max_d abs(x_d) / RMS(x) of each token that entered a layer, float32 ``[layer, token]``; nan
+            where it did not. dims: the d of it. norms: of x. likeness: abs(cos(x, x_first)) with the first token of the
+            prompt.
+        logprobs: of each answer token, ``[token]``; rivals: the most likely tokens there and their log-probabilities,
+            as text.
         notes: what else should be said beside the figures.
     """
 
@@ -73,7 +75,7 @@ class Trace:
 
     @property
     def answer_rows(self) -> tuple[int, ...]:
-        """Rows that predict the answer tokens, in order: the last of the prompt, then each answer token but the last."""
+        """Rows that predict the answer, in order: the last of the prompt, then each answer token but the last."""
         return tuple(range(self.prompt - 1, self.prompt - 1 + len(self.answer)))
 
     def row_of(self, step: int) -> int:
@@ -83,13 +85,12 @@ class Trace:
             InputError: the answer has no such token.
         """
         if not -len(self.answer) <= step < len(self.answer):
-            raise InputError(
-                f"answer token {step} is out of range: the answer has {len(self.answer)} tokens (0 to {len(self.answer) - 1})"
-            )
+            count = len(self.answer)
+            raise InputError(f"answer token {step} is out of range: the answer has {count} tokens (0 to {count - 1})")
         return self.answer_rows[step]
 
     def attention(self, row: int) -> Named:
-        """Attention of a row that was kept: float32 ``[layer, head, key]``, a key for each token, 0 for those it does not see.
+        """Attention of a row that was kept: float32 ``[layer, head, key]``, 0 for tokens that it does not see.
 
         Raises:
             InputError: a row that was not kept.
