@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import Family
 
-_HINT = "add one with vlmattn.register_family (docs/families.md)"
+_HINT = "add one with vlmattn.register_family (docs/extend/family.md)"
 
 
 class Generic(Family):
