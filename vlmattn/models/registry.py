@@ -13,25 +13,27 @@ from vlmattn.models.generic import generic_family
 from vlmattn.registry import load_plugins
 
 _FAMILIES: dict[str, Family] = {}
-_F = TypeVar("_F", bound=Family)
+_F = TypeVar("_F", bound="Family | type[Family]")
 
 
-def register_family(cls: type[_F]) -> type[_F]:
-    """Class decorator: make a family known, so that ``wrap`` serves its model types.
+def register_family(given: _F) -> _F:
+    """Class decorator, also for an instance: make a family known, so that ``wrap`` serves its model types.
 
     Raises:
         UnsupportedError: a model type that is served already, or none at all.
     """
-    family = cls()
+    family = given() if isinstance(given, type) else given
     if not family.model_types:
-        raise UnsupportedError(f"{cls.__name__} names no model types; give it model_types = {{'type': 'checkpoint'}}")
+        raise UnsupportedError(
+            f"{type(family).__name__} names no model types; give it model_types = {{'type': 'checkpoint'}}"
+        )
     for model_type in family.model_types:
         if model_type in _FAMILIES:
             raise UnsupportedError(
                 f"model type '{model_type}' is already served by {type(_FAMILIES[model_type]).__name__}"
             )
     _FAMILIES.update(dict.fromkeys(family.model_types, family))
-    return cls
+    return given
 
 
 def registered() -> dict[str, Family]:
