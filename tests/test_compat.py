@@ -98,6 +98,17 @@ def test_only_compat_knows_versions():
             assert "transformers.__version__ " not in file.read_text()  # compared; printing it is fine
 
 
+def test_only_compat_knows_the_inside_of_transformers():
+    """A family may build on the modeling module that it serves; bundled models and programs are no part of the engine."""
+    inside = re.compile(r"(?:from|import) (transformers\.[\w.]+)|\._attn_implementation|_(?:eos|pad)_token_tensor")
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        place = file.relative_to(PACKAGE)
+        if place.name != "compat.py" and place.parts[0] not in ("embedded", "evals", "tracking", "cli", "lmms_eval"):
+            found |= {f"{place.as_posix()}: {hit.group()}" for hit in inside.finditer(file.read_text())}
+    assert found == {"models/llava_next.py: from transformers.models.llava_next.modeling_llava_next"}
+
+
 def test_a_newer_version_is_named_once(monkeypatch):
     compat.warn_if_untested.cache_clear()
     monkeypatch.setattr(compat, "INSTALLED", "5.99.1")

@@ -299,19 +299,3 @@ def test_other_texts_are_no_layers(text):
         OptionError, match=r"pai\.layers must look like '2:-1', '1,-14:', '0:-1:2' or '9/32:15/32', got"
     ):
         PAI(layers=text)
-
-
-def test_binding_puts_methods_into_their_layers():
-    plan = bind(Recipe.of([PAI(layers="0,-1"), VHR(layers="1:3")]), SIZES)
-    assert [tuple(m.info.name for m in methods) for methods in plan.by_layer] == [
-        ("pai",),
-        ("vhr",),
-        ("vhr",),
-        *[()] * 28,
-        ("pai",),
-    ]
-    assert [m.info.name for m in plan.before_prefill] == ["vhr"]
-    assert not any(plan.on_hidden_states)
-    var = bind(Recipe.of("var"), SIZES)
-    assert [bool(methods) for methods in var.on_hidden_states] == [2 <= layer < 31 for layer in range(32)]
-    assert var.by_layer[2][0].dims == (1415, 2533), "looked up by the language model"

@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, cache_utils
 from transformers import __version__ as INSTALLED
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -23,6 +24,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput as Searc
 from transformers.generation.utils import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.utils import cached_file
 
 __all__ = ["DynamicLayer", "DynamicSlidingWindowLayer", "SearchOutput"]
 
@@ -189,3 +191,23 @@ def drafts_asked(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> list[str]
 
 
 _DRAFTING = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+def file_beside(source: str, name: str) -> str | None:
+    """A file of the repository that a model came from, downloaded where it must be; None if there is none."""
+    found: str | None = cached_file(
+        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return found
+
+
+def window_order(tower: Any, grid: Tensor) -> Tensor:
+    """Position of each token in the prompt, in the order in which Qwen2.5-VL's tower has them, window by window."""
+    try:
+        from transformers.vision_utils import get_vision_window_index
+    except ImportError:  # before 5.20 or so
+        return torch.as_tensor(tower.get_window_index(grid)[0])
+    order: Tensor = get_vision_window_index(
+        grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
+    )[0]
+    return order

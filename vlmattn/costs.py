@@ -30,7 +30,8 @@ class Load:
 
     Attributes:
         rows: rows of each sequence in each layer, padding and fillers included.
-        slots, read: slots of a layer's cache after the prompt, and slots that a step reads, mean over KV heads and sequences.
+        slots, read: slots of a layer's cache after the prompt, and slots that a step reads, mean over KV heads and
+            sequences.
         image_tokens: of a sequence with images, on average, in each layer.
         linear_flops, attention_flops: prefill, of the layers' matrices and of attention.
         score_flops: prefill, of what methods look at to choose tokens.
@@ -134,9 +135,9 @@ def cost(
 
         prefill = B sum_l (2 W_l n_l + 4 h d n_l^2) + score + 2 B H V;   KV bytes = 2 b B h_kv d sum_l (n_l + t)
 
-    A decode step reads all weights and the KV bytes. Policies change what is held and read (mean over steps; what is evicted
-    while the answer is written is not counted). Of mixtures of experts the active ones count (in a decode step as
-    many as the batch can ask for). n_l is the padded length of the prompt until tokens are dropped, then the longest
+    A decode step reads all weights and the KV bytes. Policies change what is held and read (mean over steps; what is
+    evicted while the answer is written is not counted). Of mixtures of experts the active ones count (in a decode step
+    as many as the batch can ask for). n_l is the padded length of the prompt until tokens are dropped, then the longest
     sequence of the batch: real text and kept image tokens. Score is one row of attention for each layer that a method
     looks at (SparseVLM looks at one for each rater), and the projections of a layer that it looks at in advance.
 
@@ -288,8 +289,8 @@ class _Sizes:
             ]
             if any(one is None for one in found):
                 raise UnsupportedError(
-                    f"what {policy.info.name} holds or reads is known only once the prompt is read; leave it out of cost(), or"
-                    " measure it with vlmattn bench"
+                    f"what {policy.info.name} holds or reads is known only once the prompt is read; leave it out of"
+                    " cost(), or measure it with vlmattn bench"
                 )
             if policy.shrinks and policy.drops:
                 held = max(one[0] for one in found)

@@ -35,11 +35,9 @@ def beside(source: str, file_name: str) -> Path | None:
     if Path(source).is_dir():
         found = Path(source) / file_name
         return found if found.is_file() else None
-    from transformers.utils import cached_file
+    from vlmattn.compat import file_beside  # transformers takes a while, and most files are beside nothing
 
-    cached = cached_file(
-        source, file_name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    cached = file_beside(source, file_name)
     return None if cached is None else Path(cached)
 
 

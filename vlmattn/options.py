@@ -61,27 +61,10 @@ class Options:
             self._check(spec)
 
     def _check(self, spec: dataclasses.Field[Any]) -> None:
-        value, where = getattr(self, spec.name), f"{self.info.name}.{spec.name}"
-        default = spec.default
-        if isinstance(default, (bool, str)):
-            if not isinstance(value, type(default)):
-                raise OptionError(f"{where} must be of type {type(default).__name__}, got {quoted(value)}")
-            if spec.metadata["choices"] and value not in spec.metadata["choices"]:
-                raise OptionError(f"{where} must be one of {', '.join(spec.metadata['choices'])}; got {quoted(value)}")
-        elif isinstance(default, tuple):
-            fractions = any(isinstance(item, float) for item in default)
-            kinds, what = ((int, float), "positive numbers") if fractions else ((int,), "whole numbers from 0 on")
-            if not isinstance(value, tuple) or any(
-                type(item) not in kinds or item < 0 or (type(item) is int and item >= 2**31) for item in value
-            ):
-                raise OptionError(f"{where} must be a list of {what}, got {quoted(value)}")
-        elif isinstance(default, (int, float)):
-            low, high = spec.metadata["low"], spec.metadata["high"]
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if type(default) is int and type(value) is not int:
-                raise OptionError(f"{where} must be a whole number, got {quoted(value)}")
-            if not number or not low <= value <= high:  # no comparison with nan holds
-                raise OptionError(f"{where} must be a number within {low}..{high}, got {quoted(value)}")
+        value = getattr(self, spec.name)
+        wrong = next((check(value, spec) for kinds, check in _CHECKS if isinstance(spec.default, kinds)), None)
+        if wrong is not None:
+            raise OptionError(f"{self.info.name}.{spec.name} must be {wrong}")
 
     def at(self, share: float) -> Options:
         """This method with a budget: the share of the image tokens that it keeps (in its first stage, if there are several).
@@ -96,6 +79,43 @@ class Options:
         values = ((spec.name, getattr(self, spec.name)) for spec in dataclasses.fields(self))
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
+
+def _wrong_choice(value: Any, spec: dataclasses.Field[Any]) -> str | None:
+    """What the value of a switch or a text must be, and is not."""
+    if not isinstance(value, type(spec.default)):
+        return f"of type {type(spec.default).__name__}, got {quoted(value)}"
+    if spec.metadata["choices"] and value not in spec.metadata["choices"]:
+        return f"one of {', '.join(spec.metadata['choices'])}; got {quoted(value)}"
+    return None
+
+
+def _wrong_list(value: Any, spec: dataclasses.Field[Any]) -> str | None:
+    """What a list of numbers must be, and is not."""
+    default: Any = spec.default
+    fractions = any(isinstance(item, float) for item in default)
+    kinds, what = ((int, float), "positive numbers") if fractions else ((int,), "whole numbers from 0 on")
+    fitting = isinstance(value, tuple) and all(
+        type(item) in kinds and not item < 0 and not (type(item) is int and item >= 2**31) for item in value
+    )
+    return None if fitting else f"a list of {what}, got {quoted(value)}"
+
+
+def _wrong_number(value: Any, spec: dataclasses.Field[Any]) -> str | None:
+    """What a number must be, and is not."""
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    if type(spec.default) is int and type(value) is not int:
+        return f"a whole number, got {quoted(value)}"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not low <= value <= high:  # no comparison with nan holds
+        return f"a number within {low}..{high}, got {quoted(value)}"
+    return None
+
+
+_CHECKS = (
+    ((bool, str), _wrong_choice),
+    (tuple, _wrong_list),
+    ((int, float), _wrong_number),
+)  # by the kind of the default
 
 MANY = 10**4  # more layers than any decoder has: checks the form of a layer range before there is a model
 
@@ -125,6 +145,14 @@ def parse_layers(spec: str, count: int, name: str) -> tuple[int, ...]:
         except IndexError:
             raise OptionError(f"{name} names layer {part.strip()}, but the decoder has layers 0..{count - 1}") from None
     return tuple(sorted(found))
+
+
+def some_layers(spec: str, count: int, name: str) -> tuple[int, ...]:
+    """As ``parse_layers``; a range that selects no layer is an ``OptionError`` too."""
+    found = parse_layers(spec, count, name)
+    if not found:
+        raise OptionError(f"{name} '{spec}' selects none of the layers 0..{count - 1}")
+    return found
 
 
 def _layer_number(text: str, count: int) -> int | None:

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from vlmattn.errors import one_line
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#777777", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
+_STYLE = Path(__file__).with_name("pages.css").read_text(encoding="utf-8")
 _LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: no file holds it
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
@@ -27,7 +29,8 @@ class Html(str):
 
 
 def filled(template: str, parts: Mapping[str, Any]) -> str:
-    """A template with ``{{name}}`` replaced by the part of that name, in one pass: what a part holds is never a place itself.
+    """A template with ``{{name}}`` replaced by the part of that name, in one pass: what a part holds is never a place
+    itself.
 
     Args:
         parts: ``Html`` enters as it is, any other string as text, everything else as JSON for a ``<script>`` element.
@@ -88,8 +91,8 @@ def heated(picture: Any, maps: Sequence[tuple[tuple[float, float, float, float],
     """A PIL image under maps: the redder, the higher, relative to the highest value that is drawn.
 
     Args:
-        maps: boxes (left, top, right, bottom in shares of the picture), each with its map ``[rows, columns]``. Those of parts of
-            the picture are drawn; if there are none, the finest map of the whole picture.
+        maps: boxes (left, top, right, bottom in shares of the picture), each with its map ``[rows, columns]``. Those of
+            parts of the picture are drawn; if there are none, the finest map of the whole picture.
     """
     drawn = [(box, np.asarray(values, dtype=float)) for box, values in maps]
     parts = [drawn[number] for number in shown([box for box, _ in drawn], [values.size for _, values in drawn])]
@@ -107,26 +110,11 @@ def heated(picture: Any, maps: Sequence[tuple[tuple[float, float, float, float],
 
 
 def shown(boxes: Sequence[tuple[float, float, float, float]], cells: Sequence[int]) -> list[int]:
-    """Which views of a picture are drawn over it, by number: those of its parts; if there are none, the finest of the whole.
+    """Which views of a picture are drawn over it, by number: those of its parts; if there are none, the finest of the
+    whole.
 
     Args:
         boxes: of the views (left, top, right, bottom in shares of the picture). cells: how many each has.
     """
     parts = [number for number, box in enumerate(boxes) if tuple(box) != (0, 0, 1, 1)]
     return parts or sorted(range(len(boxes)), key=lambda number: cells[number])[-1:]
-
-
-_STYLE = """
-:root{--ink:#1c1c1c;--soft:#666;--line:#ddd;--good:#00684a;--bad:#a33c00}
-*{box-sizing:border-box}body{margin:0;font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:#fff}
-main{max-width:70rem;margin:0 auto;padding:1.5rem}h1{margin:0 0 .5rem}h2{margin:2.5rem 0 .5rem;border-bottom:2px solid var(--ink)}
-h3{margin:1.5rem 0 .5rem}small{color:var(--soft);font-weight:400;font-size:.75em}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:40rem;width:100%}th,td{padding:.3rem .6rem;text-align:right;vertical-align:top}
-thead th{border-bottom:1px solid var(--ink)}tbody th{text-align:left;font-weight:600}tr.first>*{border-top:1px solid var(--line)}
-td small,th small{display:block;white-space:nowrap}th.preset{font-weight:400;white-space:nowrap}th i{display:inline-block;width:.7em;height:.7em;margin-right:.4em}
-.better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.note{background:#fff6dd;padding:.5rem .8rem;border-left:4px solid #e0a800}
-figure{margin:1rem 0}.panels{display:flex;flex-wrap:wrap;gap:0 1rem}figure svg{max-width:100%;height:auto}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
-.card{border:1px solid var(--line);border-left:4px solid;padding:.7rem;font-size:.9rem}.card.repaired{border-left-color:var(--good)}.card.broken{border-left-color:var(--bad)}
-.card p{margin:.3rem 0;overflow-wrap:anywhere}.card p.better,.card p.worse{font-weight:400}.card img{image-rendering:pixelated;max-width:100%;margin-right:.3rem}pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}
-@media(max-width:40rem){main{padding:.8rem}h1{font-size:1.5rem}th,td{padding:.25rem .4rem}table{font-size:.85rem}thead th:first-child,tbody th.preset{position:sticky;left:0;background:#fff}}
-"""

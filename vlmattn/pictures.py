@@ -1,7 +1,7 @@
 """Pictures from files: one reader with one manner for everything that users give.
 
-A picture comes out upright, in RGB with 8 bits a channel, as from ``transformers.image_utils.load_image``: alpha is dropped and
-the colours beneath stay. Unlike there, more than 8 bits are scaled to 8 instead of cut off at 255.
+A picture comes out upright, in RGB with 8 bits a channel, as from ``transformers.image_utils.load_image``: alpha is
+dropped and the colours beneath stay. Unlike there, more than 8 bits are scaled to 8 instead of cut off at 255.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def decode_picture(content: bytes) -> Image.Image:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """A picture of Pillow as ``open_picture`` gives it: turned by its EXIF orientation, in RGB, with no orientation left to apply.
+    """A picture of Pillow as ``open_picture`` gives it: turned by its EXIF orientation, in RGB, with no orientation
+    left to apply.
 
     Raises:
         InputError: it is damaged, too large, or has values without a known white.
@@ -131,7 +132,8 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """What Pillow raises at a damaged or hostile file (its plugins raise nearly every kind of exception) as one line."""
+    """What Pillow raises at a damaged or hostile file (its plugins raise nearly every kind of exception) as one
+    line."""
     try:
         yield
     except VlmattnError:

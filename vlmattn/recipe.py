@@ -147,7 +147,7 @@ class Recipe:
         """
         if isinstance(self.decoding, ContrastiveDecoding):
             raise OptionError(
-                "a ContrastiveDecoding made by hand cannot be written down; register a decoding method (docs/howto-decoding.md)"
+                "a ContrastiveDecoding made by hand cannot be written down; register a decoding method (docs/extend/rule.md)"
             )
         return self.record()
 

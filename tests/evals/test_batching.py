@@ -15,7 +15,7 @@ from PIL import Image
 
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError
-from vlmattn.evals import runner
+from vlmattn.evals import asking, runner
 from vlmattn.evals.batching import Parts, batches, is_out_of_memory, lengths
 from vlmattn.evals.prompts import encode
 from vlmattn.evals.report import notes
@@ -98,14 +98,14 @@ def test_a_run_short_of_memory_says_so_and_has_the_same_answers(bundled, tmp_pat
     suite, said = Pope.on_scenes([World("faint", 0.0, 4)]), []
     whole = evaluate(*bundled, [suite], ["pai"], tmp_path / "a", "embedded", 20, say=said.append)
     assert not any("Memory" in note for note in notes(whole))
-    real = runner.answer
+    real = asking.answer
 
     def short(model, processor, prompts, images, most):
         if len(prompts) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, processor, prompts, images, most)
 
-    monkeypatch.setattr(runner, "answer", short)
+    monkeypatch.setattr(asking, "answer", short)
     cut = evaluate(*bundled, [suite], ["pai"], tmp_path / "b", "embedded", 20, say=said.append)
     assert cut.answers == whole.answers
     assert cut.summary["cost"]["pai"]["cut_batches"] > 0

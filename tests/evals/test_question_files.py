@@ -70,7 +70,7 @@ def test_only_line_feeds_end_a_line(tmp_path: Path, mark: str, end: str) -> None
     rows = [{**QUESTION, "text": f"Is there{mark}a dog?", "question_id": n} for n in range(2)]
     text = end.join(json.dumps(row, ensure_ascii=False).replace(json.dumps(mark)[1:-1], mark if mark > "\x1f" else json.dumps(mark)[1:-1]) for row in rows)  # fmt: skip
     found = read_questions(write(tmp_path / "q.json", f"\ufeff{text}{end}"))
-    assert [row["text"] for row in found] == [f"Is there{mark}a dog?"] * 2
+    assert [row.text("text") for row in found] == [f"Is there{mark}a dog?"] * 2
 
 
 @pytest.mark.parametrize(

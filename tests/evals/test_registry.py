@@ -67,8 +67,10 @@ def test_unknown_names_are_said_with_the_nearest():
         find_suite("ambr")
     with pytest.raises(UnknownNameError, match="unknown option of suite 'which' on scenes 'size'; did you mean sizes"):
         make_suite("which", [World("clear", count=4)], size=(2,))
-    with pytest.raises(OptionError, match=r"which\.limit|limit"):
-        make_suite("which", [World("clear", count=4)], limit=0)
+    with pytest.raises(OptionError, match=r"suite pope has no options on scenes; leave out pope\.limit"):
+        make_suite("pope", [World("clear", count=4)], limit=3)
+    with pytest.raises(OptionError, match=r"mme\.limit must be at least 1, got 0"):
+        make_suite("mme", data=DOCS, limit=0)
 
 
 @pytest.mark.parametrize(

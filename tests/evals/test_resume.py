@@ -15,7 +15,7 @@ from PIL import Image
 
 import vlmattn
 from vlmattn.errors import StateError
-from vlmattn.evals import runner
+from vlmattn.evals import asking, runner
 from vlmattn.evals.compare import compare
 from vlmattn.evals.environment import decoding, decoding_in_words, fingerprint
 from vlmattn.evals.report import markdown_tables, notes
@@ -39,7 +39,7 @@ def asked(monkeypatch):
         found.extend(prompts)
         return ["yes" if zlib.crc32(prompt.encode()) % 2 else "no" for prompt in prompts]
 
-    monkeypatch.setattr(runner, "answer", answer)
+    monkeypatch.setattr(asking, "answer", answer)
     return found
 
 

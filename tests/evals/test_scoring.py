@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vlmattn
-from vlmattn.evals import runner
+from vlmattn.evals import asking
 from vlmattn.evals.compare import compare
 from vlmattn.evals.report import change, markdown_tables, notes, spread, verdict, whiskers
 from vlmattn.evals.report.page import html_report
@@ -109,7 +109,7 @@ def small(tmp_path_factory):
         Image.new("RGB", (56, 56)).save(folder / f"{n}.png")
     paths = files(folder, **{"a|b <img src=x>": range(30), "*c*": range(20, 35)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "answer", lambda m, p, prompts, i, n: ["yes" if "3" in t else "no" for t in prompts])
+        patch.setattr(asking, "answer", lambda m, p, prompts, i, n: ["yes" if "3" in t else "no" for t in prompts])
         result = evaluate(
             *vlmattn.load("embedded"), [Pope.on_files(paths, folder)], ["vhr"], folder / "run", "embedded", say=lambda _: None
         )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError, UnknownNameError
-from vlmattn.evals import runner
+from vlmattn.evals import asking
 from vlmattn.evals.runner import evaluate
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites import Chair, Pope, Which, World
@@ -233,7 +233,7 @@ def test_the_recipe_can_be_evaluated(bundled, finished, tmp_path):
 def test_a_finished_run_is_not_asked_again(bundled, finished, monkeypatch):
     folder, found = finished
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(runner, "answer", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(asking, "answer", lambda *_: pytest.fail("asked again"))
     assert tuned(bundled, folder) == found
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -250,8 +250,8 @@ def test_a_run_that_stops_goes_on_with_all_it_knew(bundled, finished, tmp_path, 
         calls.append(arguments)
         return ask(*arguments)
 
-    ask = runner.answer
-    monkeypatch.setattr(runner, "answer", some)
+    ask = asking.answer
+    monkeypatch.setattr(asking, "answer", some)
     with pytest.raises(KeyboardInterrupt):
         tuned(bundled, tmp_path)
     assert not (tmp_path / "tuned.yaml").exists()

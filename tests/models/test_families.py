@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from zoo import ZOO, padded
+from zoo import IMG, ZOO, padded
 
 import vlmattn
 from vlmattn import PAI, VAR, VCD, VHR, FastV, FocusDirections, Knockout, SoFA, UnsupportedError
@@ -295,6 +295,14 @@ def test_dropped_tokens_equal_hidden_ones(name):
         batch = answer(drop, padded(ZOO[name], given))
         for row, one in enumerate(alone):
             same(batch[row], one[0])
+
+
+def test_placeholders_side_by_side_are_images():
+    """Llama 3.2 Vision has one for each image, with nothing between them."""
+    model = ZOO["mllama"].build()
+    ids = torch.tensor([[1, IMG, IMG, 5]])
+    types = find_family(model).token_types(model, ids)
+    assert find_family(model).image_numbers(model, {"input_ids": ids}, types).tolist() == [[-1, 0, 1, -1]]
 
 
 # What is promised

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import types
+import warnings
+from typing import Any
 
 import pytest
 import torch
-from tiny import build, generate, prompt
+from tiny import IMAGE_TOKEN, build, generate, prompt
 from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration
 from zoo import ZOO
 
 import vlmattn
 from vlmattn import PAI, UnsupportedError, compat
-from vlmattn.models import find_family, registry
+from vlmattn.models import base, find_family, registry
 from vlmattn.models.llava import Llava
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -94,18 +96,67 @@ def test_models_that_are_something_else():
         vlmattn.wrap(ZOO["florence2"].build(), EDIT)
 
 
+def side_by_side(between: int = 0) -> dict[str, Any]:
+    """A LLaVA prompt of two images with ``between`` words between them."""
+    image = [IMAGE_TOKEN] * 16
+    ids = torch.tensor([[1, 5, *image, *[6] * between, *image, 7]])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+    }
+
+
+def test_images_side_by_side_that_a_family_does_not_tell_apart(unknown):
+    """Warned of once per process, where it matters; the remedies work."""
+    base._warn_of_runs.cache_clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*side by side")
+        vlmattn.wrap(unknown, EDIT)
+        generate(unknown, side_by_side(between=1))
+        generate(unknown, prompt("llava"))
+    with pytest.warns(
+        UserWarning, match=r"family of llava does not tell images .* side by side .* put text between"
+    ) as told:
+        [generate(unknown, side_by_side()) for _ in range(2)]
+    assert sum("side by side" in str(one.message) for one in told) == 1
+    vlmattn.unwrap(unknown)
+    base._warn_of_runs.cache_clear()
+
+    @vlmattn.register_family
+    class Mine(vlmattn.Family):
+        model_types = {"llava": "me/mine"}  # noqa: RUF012
+        even = True
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*side by side")
+        inputs = side_by_side()
+        found = Mine().image_numbers(unknown, inputs, Mine().token_types(unknown, inputs["input_ids"]))
+    assert found[0].tolist() == [-1, -1, *[0] * 16, *[1] * 16, -1]
+
+
+def test_tokens_have_no_place_unless_a_family_says_square(unknown):
+    class Square(vlmattn.Family):
+        square = True
+
+    inputs = side_by_side(between=1)
+    assert vlmattn.Family().image_layout(unknown, inputs, 0, 16) == ()
+    (piece,) = Square().image_layout(unknown, inputs, 0, 16)
+    assert piece.tokens.shape == (4, 4)
+
+
 def test_families_of_users(unknown):
     """A registered family serves all kinds of methods, without a warning; a model type has one family."""
 
     class Mine(Llava):
         model_types = {"llava": "me/mine"}  # noqa: RUF012
 
-    vlmattn.register_family(Mine())
+    vlmattn.register_family(Mine)
     assert isinstance(find_family(unknown), Mine)
     inputs = prompt("llava")
     bare = generate(unknown, inputs)
     assert not torch.equal(generate(vlmattn.wrap(unknown, "vcd"), inputs), bare)
     with pytest.raises(UnsupportedError, match="'llava' is already served by Mine"):
-        vlmattn.register_family(Mine())
+        vlmattn.register_family(Mine)
     with pytest.raises(UnsupportedError, match="names no model types"):
-        vlmattn.register_family(vlmattn.Family())
+        vlmattn.register_family(vlmattn.Family)

@@ -17,6 +17,7 @@ from tiny import build, prompt
 import vlmattn
 from vlmattn import StateError
 from vlmattn.decoding import Branch, Contrast, ContrastiveDecoding
+from vlmattn.wrapping import record_of
 from vlmattn.wrapping.record import WRAPPED
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:va[rf]|vlmattn:UserWarning")]
@@ -48,7 +49,7 @@ def test_a_pickled_model_is_wrapped_with_the_same_recipe(name):
     assert loaded.vlmattn is not model.vlmattn
     assert torch.equal(answer(loaded), answer(model))
     assert loaded.vlmattn.report() == model.vlmattn.report()
-    assert loaded.vlmattn in WRAPPED
+    assert record_of(loaded) in WRAPPED
     vlmattn.unwrap(loaded)
     assert "vlmattn" not in loaded.__dict__
     assert loaded.config.text_config._attn_implementation == "sdpa"

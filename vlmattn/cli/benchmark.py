@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
 from vlmattn.cli.common import DType, app, console, errors, listed, plain
 from vlmattn.errors import InputError, OptionError
@@ -21,8 +19,10 @@ from vlmattn.files import make_folder
 Model = Annotated[
     str,
     typer.Option(
-        help="'embedded', 'smol', a folder, a hub name, or random weights: random-llava (12 layers, 768 wide, 576 image tokens), "
-        "random-llava-7b (LLaVA-1.5-7B's sizes), random-qwen2.5-vl-7b (the language model's sizes, 1296 image tokens, a "
+        help="'embedded', 'smol', a folder, a hub name, or random weights: random-llava "
+        "(12 layers, 768 wide, 576 image tokens), "
+        "random-llava-7b (LLaVA-1.5-7B's sizes), random-qwen2.5-vl-7b (the language model's sizes, 1296 image"
+        " tokens, a "
         "small vision tower: its first token comes sooner than the real one's)."
     ),
 ]
@@ -141,23 +141,18 @@ def _picture(name: str, path: Path | None) -> Any:
 
 def _show(model: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One section for each thing that was measured."""
+    from vlmattn.evals.report import figures_table
+
     facts = rows[0]
     where = facts["gpu"] if facts["device"] == "cuda" else facts["device"]
     batch = "a prompt" if facts["batch_size"] == 1 else f"{facts['batch_size']} prompts"
-    table = Table(
-        title=f"{escape(model)}, {facts['dtype']} on {where}\n"
-        f"{batch} of {facts['prompt_tokens']} tokens, {facts['image_tokens']} of the image",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        caption="extra and ratio (median, quartiles) compare with none in the same round"
-        + ("\nmemory is measured once; that of a process is rough" if facts["device"] == "cpu" else ""),
-        caption_justify="left",
-    )
-    table.add_column("", overflow="fold")
-    for name in ("median", "extra", "ratio", "quartiles", "n", "tokens/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    prompts = f"{batch} of {facts['prompt_tokens']} tokens, {facts['image_tokens']} of the image"
+    title = f"{model}, {facts['dtype']} on {where}\n{prompts}"
+    caption = "extra and ratio (median, quartiles) compare with none in the same round"
+    if facts["device"] == "cpu":
+        caption += "\nmemory is measured once; that of a process is rough"
+    columns = ["median", "extra", "ratio", "quartiles", "n", "tokens/s"]
+    table = figures_table(columns, title, fold=True, caption=caption, caption_justify="left")
     what = ""
     for row in rows:
         if row["what"] != what:

@@ -13,7 +13,8 @@ TRIED = ("vhr", "pai", "fastv", "vcd")
 def tried(presets: tuple[str, ...] = TRIED) -> dict[str, str]:
     """What went wrong when the bundled model answered under each preset; "" if nothing did.
 
-    A preset is well if ``generate`` runs, the method fired, and ``unwrap`` gives back the bare model's logits bit for bit.
+    A preset is well if ``generate`` runs, the method fired, and ``unwrap`` gives back the bare model's logits bit for
+    bit.
     """
     import torch
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 
 from vlmattn.cli.common import app, console, plain
@@ -37,7 +35,7 @@ def compare(
 
     from vlmattn.evals.compare import compare as compare_runs
     from vlmattn.evals.journal import write_json
-    from vlmattn.evals.report import change
+    from vlmattn.evals.report import STYLES, change, figures_table
 
     pairs = None if pair is None else [_pair(text) for text in pair]
     found = compare_runs(first, second, pairs, max(examples, 20))
@@ -45,22 +43,18 @@ def compare(
         plain(f"{name}: {_short(one)} | {_short(other)}", style="dim")
     if any(found.only):
         plain(f"only in {first}: {found.only[0]} questions; only in {second}: {found.only[1]}; they are left out")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for name in ("first", "second", "difference [95 % CI]", "p", "changed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table(["first", "second", "difference [95 % CI]", "p", "changed"])
     last = ""
     for row in found.rows:
         where = f"{row.suite} {row.condition} · {row.presets} ({row.questions})"
         if where != last:
             table.add_row(Text(where, style="bold"), "", "", "", f"{row.p:.3f}", str(row.changed))
             last = where
-        style = {"better": "green", "worse": "red", "": ""}[row.verdict]
         table.add_row(
             f" {row.metric}",
             f"{row.first:.1f}",
             f"{row.second:.1f}",
-            Text(change({"difference": row.difference.to_dict()}), style=style),
+            Text(change({"difference": row.difference.to_dict()}), style=STYLES[row.verdict]),
         )
     console.print(table)
     for one, other in found.changed[:examples]:

@@ -16,8 +16,10 @@ from vlmattn.errors import InputError, OptionError
 if TYPE_CHECKING:
     from vlmattn.evals.suites import Suite
     from vlmattn.evals.suites.registry import SuiteInfo
+    from vlmattn.evals.suites.world import World
 
 DEFAULT_SUITES = "pope,chair"
+_NOTE = "generated scenes were made for the bundled models; give --data and --images for real data"
 
 
 @dataclass(frozen=True)
@@ -59,32 +61,47 @@ class SuiteOptions:
             InputError: a suite has no data, or they cannot be read.
             OptionError: an option that cannot be read or is out of range; data for a suite that is not asked.
         """
-        from vlmattn.evals.suites import World, make_suite
-        from vlmattn.evals.suites.making import lacking, suite_info
-        from vlmattn.evals.suites.world import EVAL_SEED
+        from vlmattn.evals.suites import make_suite
+        from vlmattn.evals.suites.making import suite_info
 
         infos = [suite_info(name.strip()) for name in names]
-        paths = {name: [Path(path) for path in of] for name, of in self._pairs("--data", self.data, infos).items()}
+        paths = self.paths(infos)
         options = self.options(infos, paths)
-        worlds = []
-        if not paths:
-            looks = [look.strip() for look in self.visibility.split(",")]
-            worlds = [World(look, self.prior, self.scenes, EVAL_SEED if seed is None else seed) for look in looks]
-        missing = [info for info in infos if not (paths.get(info.name) or info.own_data)] if paths else []
-        if missing and ",".join(names) != DEFAULT_SUITES:
-            raise InputError(lacking(missing))
-        if missing:
-            errors.print(f"note: {lacking(missing)}", highlight=False, soft_wrap=True, markup=False)
-        if worlds and model not in BUNDLED and not all(info.own_data for info in infos):
-            errors.print(
-                "note: generated scenes were made for the bundled models; give --data and --images for real data"
-            )
+        without = self._without(infos, ",".join(names) == DEFAULT_SUITES, model)
+        worlds = [] if paths else self._worlds(seed)
         usual = {name: getattr(self, name) for name in ("images", "limit", "max_new_tokens", "allow_outside")}
         return [
             make_suite(info, worlds, paths.get(info.name, ()), usual, **options[info.name])
             for info in infos
-            if info not in missing
+            if worlds or info not in without
         ]
+
+    def _without(self, infos: Sequence[SuiteInfo], by_default: bool, model: str) -> list[SuiteInfo]:
+        """Suites that no data are given for, and a note where that may be a slip.
+
+        Raises:
+            InputError: other suites have data, and these were asked for by name.
+        """
+        from vlmattn.evals.suites.making import lacking
+
+        paths = self.paths(infos)
+        without = [info for info in infos if not (paths.get(info.name) or info.own_data)]
+        if paths and without and not by_default:
+            raise InputError(lacking(without))
+        if without and (paths or model not in BUNDLED):
+            errors.print(f"note: {lacking(without) if paths else _NOTE}", highlight=False, soft_wrap=True, markup=False)
+        return without
+
+    def _worlds(self, seed: int | None) -> list[World]:
+        """Generated scenes of each visibility; without a seed those of every evaluation."""
+        from vlmattn.evals.suites.world import EVAL_SEED, World
+
+        looks = [look.strip() for look in self.visibility.split(",")]
+        return [World(look, self.prior, self.scenes, EVAL_SEED if seed is None else seed) for look in looks]
+
+    def paths(self, infos: Sequence[SuiteInfo]) -> dict[str, list[Path]]:
+        """By suite the data that ``--data`` gives it."""
+        return {name: [Path(path) for path in of] for name, of in self._pairs("--data", self.data, infos).items()}
 
     def options(self, infos: Sequence[SuiteInfo], paths: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
         """By suite the options that ``--set`` gives it."""

@@ -47,6 +47,17 @@ def presets(
     _show_recipe(recipe, known.get(name))
 
 
+_PLAIN_COLUMNS = ("preset", "about", "parts", "checked against", "paper", "cost")
+#: On a terminal: columns, whether they wrap, and their width.
+_COLUMNS: tuple[tuple[str, bool, int | None], ...] = (
+    ("preset", False, None),
+    ("about, and what the method costs", True, None),
+    ("parts", True, 13),
+    ("checked against", True, 13),
+    ("paper", False, None),
+)
+
+
 def _list_presets(known: dict[str, PresetInfo]) -> None:
     """One line per preset for other programs; on a terminal a table that fits, with what its method costs said once."""
     from vlmattn.options import checked_against, paper_id
@@ -54,13 +65,8 @@ def _list_presets(known: dict[str, PresetInfo]) -> None:
 
     terminal = console.is_terminal
     table = Table(box=SIMPLE_HEAD if terminal else None, padding=(0, 1 if terminal else 2, 0, 0), pad_edge=False)
-    widest = {"parts": 13, "checked against": 13} if terminal else {}
-    for column in ("preset", "about", "parts", "checked against", "paper", "cost"):
-        header = "about, and what the method costs" if terminal and column == "about" else column
-        if not terminal or column != "cost":
-            table.add_column(
-                header, no_wrap=not terminal or column in ("preset", "paper"), max_width=widest.get(column)
-            )
+    for column, wraps, widest in _COLUMNS if terminal else [(name, False, None) for name in _PLAIN_COLUMNS]:
+        table.add_column(column, no_wrap=not wraps, max_width=widest)
     told = ""
     for preset in sorted(known, key=lambda name: (known[name].method, name)):
         about, method = known[preset].about, find_method(known[preset].method).info
@@ -77,11 +83,11 @@ def _list_presets(known: dict[str, PresetInfo]) -> None:
     if terminal:
         console.print(table)
         plain("vlmattn presets NAME shows one with all its options", style="dim")
-    else:
-        wide = Console(width=10_000, emoji=False)  # a narrower one would fold
-        with wide.capture() as lines:
-            wide.print(table)
-        print("\n".join(line.rstrip() for line in lines.get().splitlines()))
+        return
+    wide = Console(width=10_000, emoji=False)  # a narrower one would fold
+    with wide.capture() as lines:
+        wide.print(table)
+    print("\n".join(line.rstrip() for line in lines.get().splitlines()))
 
 
 def _show_recipe(recipe: Recipe, info: PresetInfo | None) -> None:
@@ -146,17 +152,8 @@ def suites(
 
 
 _PACKAGES = (
-    "vlmattn",
-    "torch",
-    "transformers",
-    "accelerate",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "triton",
-    "torchvision",
-    "timm",
-)
+    "vlmattn", "torch", "transformers", "accelerate", "numpy", "pillow", "safetensors", "triton", "torchvision", "timm",
+)  # fmt: skip
 
 
 @app.command()
@@ -189,35 +186,14 @@ def doctor() -> None:
 
     Example: [bold]vlmattn doctor[/bold]
     """
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
+    from vlmattn.embedded import FOLDER
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("python", platform.python_version())
-    for package in _PACKAGES:
-        try:
-            table.add_row(package, version(package))
-        except PackageNotFoundError:
-            table.add_row(package, "[dim]not installed[/dim]")
+    _add_versions(table)
     if trouble := torchvision_trouble():
         console.print(table)
         raise InputError(trouble)
-    import torch
-
-    from vlmattn.embedded import FOLDER
-    from vlmattn.models import supported_families
-
-    table.add_row("device", f"cpu ({torch.get_num_threads()} threads)")
-    for number in range(torch.cuda.device_count()):
-        table.add_row("device", f"cuda:{number} ({torch.cuda.get_device_name(number)})")
-    flash = torch.cuda.is_available() or hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-    table.add_row("backend reference", "yes (float64, slow; for checks)")
-    table.add_row("backend eager", "yes (decode, and prefill in chunks of rows)")
-    table.add_row(
-        "backend merge", "yes (prefill on flash segments)" if flash else "no (this torch has no flash attention)"
-    )
-    table.add_row("backend triton", _triton())
-    table.add_row("families", f"{len(supported_families())} model types (vlmattn families)")
+    _add_machine(table)
     found = (FOLDER / "model.safetensors").exists()
     table.add_row("bundled model 'embedded'", "found" if found else f"[red]missing[/red] ({FOLDER})")
     table.add_row("bundled model 'smol'", _smol())
@@ -235,6 +211,37 @@ def doctor() -> None:
     if not found:
         raise InputError("the bundled model is missing, so no answer could be tried; install vlmattn again")
     console.print("[green]no trouble found: wrapped answers work[/green]")
+
+
+def _add_versions(table: Table) -> None:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    table.add_row("python", platform.python_version())
+    for package in _PACKAGES:
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "[dim]not installed[/dim]")
+
+
+def _add_machine(table: Table) -> None:
+    """Devices, what computes attention on them, and which models are known."""
+    import torch
+
+    from vlmattn.models import supported_families
+
+    table.add_row("device", f"cpu ({torch.get_num_threads()} threads)")
+    for number in range(torch.cuda.device_count()):
+        table.add_row("device", f"cuda:{number} ({torch.cuda.get_device_name(number)})")
+    flash = torch.cuda.is_available() or hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    table.add_row("backend reference", "yes (float64, slow; for checks)")
+    table.add_row("backend eager", "yes (decode, and prefill in chunks of rows)")
+    table.add_row(
+        "backend merge", "yes (prefill on flash segments)" if flash else "no (this torch has no flash attention)"
+    )
+    table.add_row("backend triton", _triton())
+    table.add_row("families", f"{len(supported_families())} model types (vlmattn families)")
 
 
 def _smol() -> str:

@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from vlmattn.cli.common import LoadOptions, Model, app, console, grouped, plain, say, typed
 from vlmattn.cli.data import SuiteOptions
@@ -89,18 +86,10 @@ def _show_tested(tested: Result | None, out: Path) -> None:
 
 
 def _show_tuned(tuned: Tuned, suite: Suite) -> None:
-    from vlmattn.evals.report import spread
+    from vlmattn.evals.report import figures_table, spread
 
-    table = Table(
-        title=Text(f"{suite.title}\n{len(tuned.samples)} validation samples; {tuned.better} {tuned.metric} is better"),
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("setting")
-    for name in (tuned.metric, "95 % CI", "changed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"{suite.title}\n{len(tuned.samples)} validation samples; {tuned.better} {tuned.metric} is better"
+    table = figures_table([tuned.metric, "95 % CI", "changed"], title, first="setting", fold=True)
     table.add_column("", no_wrap=True)
     table.add_row("none", f"{tuned.none:.1f}")
     for setting in tuned.settings:

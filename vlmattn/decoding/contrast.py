@@ -14,9 +14,8 @@ from vlmattn.decoding.noise import Noise
 from vlmattn.decoding.rules import Contrast, Rule
 from vlmattn.errors import OptionError, quoted
 from vlmattn.interventions import Intervention
-from vlmattn.kernels import AttentionEdit
 from vlmattn.options import Options
-from vlmattn.request import ImageFeatures, LayerContext, Prefill, Request, Weights
+from vlmattn.request import LayerContext, Request, Weights
 
 IMAGES = ("same", "blank", "drop", "given")
 
@@ -77,34 +76,39 @@ class Branch:
     rope: float = 1.0
 
     def __post_init__(self) -> None:
-        where = f"branch '{self.name}'"
-        if not (isinstance(self.name, str) and self.name):
-            raise OptionError(f"a branch needs a name, some text, got {quoted(self.name)}")
-        if isinstance(self.image, type) or not (callable(self.image) or self.image in IMAGES):
-            raise OptionError(
-                f"{where}: image must be one of {', '.join(IMAGES)}, a Noise or a function, got {_short(self.image)}"
-            )
-        says = callable(self.prompt) or isinstance(self.prompt, Instead) or self.prompt in ("same", "given")
-        if isinstance(self.prompt, type) or not says:
-            raise OptionError(
-                f"{where}: prompt must be same, given, Instead(...) or a function, got {quoted(self.prompt)}"
-            )
         if isinstance(self.edits, list):
             object.__setattr__(self, "edits", tuple(self.edits))
-        if self.edits not in ("inherit", "off") and not (
-            isinstance(self.edits, tuple) and all(isinstance(method, Intervention) for method in self.edits)
-        ):
-            raise OptionError(f"{where}: edits must be inherit, off or a list of methods, got {quoted(self.edits)}")
+        if not (isinstance(self.name, str) and self.name):
+            raise OptionError(f"a branch needs a name, some text, got {quoted(self.name)}")
+        if (wrong := self._wrong_field() or self._wrong_together()) is not None:
+            raise OptionError(f"branch '{self.name}': {wrong}")
+
+    def _wrong_field(self) -> str | None:
+        """What is wrong with one of the fields by itself."""
+        image = callable(self.image) or self.image in IMAGES
+        if not image or isinstance(self.image, type):
+            return f"image must be one of {', '.join(IMAGES)}, a Noise or a function, got {_short(self.image)}"
+        prompt = callable(self.prompt) or isinstance(self.prompt, Instead) or self.prompt in ("same", "given")
+        if not prompt or isinstance(self.prompt, type):
+            return f"prompt must be same, given, Instead(...) or a function, got {quoted(self.prompt)}"
+        methods = isinstance(self.edits, tuple) and all(isinstance(method, Intervention) for method in self.edits)
+        if not methods and self.edits not in ("inherit", "off"):
+            return f"edits must be inherit, off or a list of methods, got {quoted(self.edits)}"
         if not isinstance(self.rope, (int, float)) or not 0 < self.rope < float("inf"):
-            raise OptionError(f"{where}: rope must be a positive factor, got {quoted(self.rope)}")
-        if self.tokens is not None and not all(hasattr(self.tokens, name) for name in ("blank", "layers", "choose")):
-            raise OptionError(
-                f"{where}: tokens must be a TokenChoice, as TopAttended is one, got {quoted(self.tokens)}"
-            )
-        if self.tokens is not None and (self.image != "same" or self.prompt != "same" or self.rope != 1):
-            raise OptionError(f"{where}: image tokens are chosen in the main prompt; image, prompt and rope must stay")
+            return f"rope must be a positive factor, got {quoted(self.rope)}"
+        return None
+
+    def _wrong_together(self) -> str | None:
+        """What is wrong with a choice of image tokens, beside the other fields."""
+        if self.tokens is None:
+            return None
+        if not all(hasattr(self.tokens, name) for name in ("blank", "layers", "choose")):
+            return f"tokens must be a TokenChoice, as TopAttended is one, got {quoted(self.tokens)}"
+        if self.image != "same" or self.prompt != "same" or self.rope != 1:
+            return "image tokens are chosen in the main prompt; image, prompt and rope must stay"
         if self.shares_prompt and isinstance(self.edits, tuple):
-            raise OptionError(f"{where}: it shares the main prompt as it was read; its edits must be inherit or off")
+            return "it shares the main prompt as it was read; its edits must be inherit or off"
+        return None
 
     @property
     def shares_prompt(self) -> bool:
@@ -199,7 +203,7 @@ class Decoding(Options):
 class Gaze:
     """Notes how much the row before the first new token attends to each key, for branches that choose tokens by it."""
 
-    follows_hidden_states = follows_attention = False
+    follows_attention = False
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
         row = context.request.prompt_length - 1
@@ -210,12 +214,3 @@ class Gaze:
         """Mean attention over heads, float32 ``[layer, batch, key]``."""
         seen = [request.store(Gaze, layer).rows["gaze"] for layer in layers]
         return torch.stack([one.to(seen[0].device) for one in seen])
-
-    def before_prefill(self, prefill: Prefill) -> None: ...
-
-    def on_image_features(self, sight: ImageFeatures) -> None: ...
-
-    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None: ...
-
-    def edit(self, context: LayerContext) -> AttentionEdit:
-        return AttentionEdit()

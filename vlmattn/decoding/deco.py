@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import ContrastiveDecoding, Decoding
-from vlmattn.errors import OptionError
-from vlmattn.options import MANY, option, parse_layers
+from vlmattn.options import MANY, option, some_layers
 from vlmattn.registry import register
 
 
@@ -68,10 +67,8 @@ class DeCo(Decoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_layers(self.layers, MANY, "deco.layers")
+        some_layers(self.layers, MANY, "deco.layers")
 
     def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
-        found = parse_layers(self.layers, anatomy.layers, "deco.layers")
-        if not found:
-            raise OptionError(f"deco.layers '{self.layers}' selects none of the layers 0..{anatomy.layers - 1}")
-        return ContrastiveDecoding((), SurestLayer(self.alpha, self.top_p, self.top_k), found)
+        layers = some_layers(self.layers, anatomy.layers, "deco.layers")
+        return ContrastiveDecoding((), SurestLayer(self.alpha, self.top_p, self.top_k), layers)

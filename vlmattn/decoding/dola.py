@@ -12,8 +12,7 @@ from torch import Tensor
 from vlmattn.anatomy import Anatomy
 from vlmattn.decoding.contrast import ContrastiveDecoding, Decoding
 from vlmattn.decoding.rules import plausible, possible
-from vlmattn.errors import OptionError
-from vlmattn.options import MANY, option, parse_layers
+from vlmattn.options import MANY, option, some_layers
 from vlmattn.registry import register
 
 _HALF = 20  # layers of a half in the released commands for 60 and 80 layers
@@ -77,10 +76,7 @@ class DoLa(Decoding):
     def _layers(self, count: int) -> tuple[int, ...]:
         """Candidate layers of a decoder of ``count`` layers."""
         ranges = {"low": f"0:{min(count // 2, _HALF)}:2", "high": f"{max(count // 2, count - _HALF)}::2"}
-        return parse_layers(ranges.get(self.layers, self.layers), count, "dola.layers")
+        return some_layers(ranges.get(self.layers, self.layers), count, "dola.layers")
 
     def contrast(self, anatomy: Anatomy) -> ContrastiveDecoding:
-        found = self._layers(anatomy.layers)
-        if not found:
-            raise OptionError(f"dola.layers '{self.layers}' selects none of the layers 0..{anatomy.layers - 1}")
-        return ContrastiveDecoding((), FarthestLayer(self.beta), found, normed=False)
+        return ContrastiveDecoding((), FarthestLayer(self.beta), self._layers(anatomy.layers), normed=False)

@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlmattn.kernels import AttentionEdit
 from vlmattn.options import Options
-from vlmattn.request import ImageFeatures, LayerContext, Prefill, Request, Weights
+from vlmattn.request import LayerContext, Request, Weights
 
 #: Logits processors of the caller: (generated ids ``[rows, length]``, scores ``[rows, vocabulary]``) -> scores.
 Process = Callable[[Tensor, Tensor], Tensor]
@@ -74,7 +73,6 @@ class Search(Options):
 class LastLook:
     """Notes how much the newest token attends to each key in the last layer, maximum over heads."""
 
-    follows_hidden_states = False
     follows_attention = True
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
@@ -85,15 +83,6 @@ class LastLook:
         """float32 ``[row, key]``."""
         seen: Tensor = request.store(LastLook).rows["gaze"]
         return seen
-
-    def before_prefill(self, prefill: Prefill) -> None: ...
-
-    def on_image_features(self, sight: ImageFeatures) -> None: ...
-
-    def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None: ...
-
-    def edit(self, context: LayerContext) -> AttentionEdit:
-        return AttentionEdit()
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError, quoted
-from vlmattn.options import parse_layers
+from vlmattn.options import some_layers
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,7 @@ class TopAttended:
             raise OptionError(f"the share of image tokens that stay must be within 0..1, got {quoted(self.share)}")
 
     def layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        found = parse_layers(self.within, anatomy.layers, self.name)
-        if not found:
-            raise OptionError(f"{self.name} '{self.within}' selects none of the layers 0..{anatomy.layers - 1}")
-        return found
+        return some_layers(self.within, anatomy.layers, self.name)
 
     def choose(self, attention: Tensor, visual: Tensor) -> Tensor:
         mean = attention.mean(0).masked_fill(~visual, -1.0)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from vlmattn import compat
+from vlmattn.compat import DynamicLayer, DynamicSlidingWindowLayer
 from vlmattn.diffusion.gaze import gaze, rotated
 from vlmattn.diffusion.schedules import Constant, Schedule, counts_of, share_of
 from vlmattn.errors import InputError, OptionError, StateError, UnsupportedError, quoted
@@ -207,7 +207,7 @@ class _Eviction:
 
     def check(self, cache: Any) -> None:
         """Raise for what slots cannot be taken out of."""
-        kind = self.text._attn_implementation
+        kind = compat.attention_name(self.text)
         if kind not in ("sdpa", "eager"):
             raise UnsupportedError(
                 f"evicted() makes masks for sdpa and eager attention, not for {kind}; set_attn_implementation('sdpa')"
@@ -336,7 +336,7 @@ class _Eviction:
 
     def mask(self, tokens: TokenMap, given: Tensor | None, width: int, hidden: Tensor, reads: bool) -> Tensor | None:
         """The mask ``[batch, 1, query, width]`` over the slots that a layer sees, from that over all."""
-        queries, eager = hidden.shape[1], self.text._attn_implementation == "eager"
+        queries, eager = hidden.shape[1], compat.attention_name(self.text) == "eager"
         if given is None and tokens.valid is not None and reads:
             given = torch.ones(1, 1, queries, width + tokens.removed, dtype=torch.bool, device=hidden.device)
         if eager and given is not None and given.dtype == torch.bool:

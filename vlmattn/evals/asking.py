@@ -48,13 +48,14 @@ def refuse_moving(done: Sequence[Batch]) -> None:
         for key, source in batch.sources.items():
             if seen.setdefault((batch.suite, key), source) != source:
                 raise StateError(
-                    f"suite {batch.suite}: the image of '{key}' changed during the run, so the presets saw different ones; run the"
+                    f"suite {batch.suite}: the image of '{key}' changed during the run, so the presets saw"
+                    " different ones; run the"
                     " same command again, it asks again about what has changed"
                 )
 
 
 class Progress:
-    """How far a suite is with one preset: a bar on a terminal, a line now and then elsewhere, from the first process only."""
+    """How far a suite is with one preset, said by the first process: a bar on a terminal, else lines."""
 
     def __init__(self, label: str, mine: Work, before: int, processes: Processes, say: Callable[[str], None]) -> None:
         self._label = label if processes.count == 1 else f"{label} (process {processes.rank + 1} of {processes.count})"
@@ -145,7 +146,8 @@ def _read(
         except InputError as error:
             if on_error == "stop":
                 raise InputError(
-                    f"suite {suite.name}, sample '{sample.id}': {error}; mend it and run the same command again, or leave"
+                    f"suite {suite.name}, sample '{sample.id}': {error}; mend it and run the same command"
+                    " again, or leave"
                     " such questions out with --on-error skip"
                 ) from error
             unreadable[sample.id] = str(error)
@@ -153,7 +155,7 @@ def _read(
 
 
 def _peak(model: Any, run: Callable[[], object]) -> int | None:
-    """Memory that ``run`` takes on top of what is in use, on an accelerator; a CPU's figure would cost more than it is worth."""
+    """Memory that ``run`` takes on top of what is in use, on an accelerator; None on a CPU."""
     if model.device.type == "cuda":
         return peak_bytes(run, model.device)
     run()

@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 def lengths(model: Any, processor: Any, samples: Sequence[Sample]) -> list[int]:
-    """About how many tokens each prompt has: those of its text, and as many per image as in the first sample that can be read.
+    """About how many tokens each prompt has: of its text, and per image as in the first sample that can be read.
 
     Raises:
         InputError: a prompt holds a mark for pictures.
@@ -57,7 +57,7 @@ def batches(samples: Sequence[Sample], lengths: Sequence[int], size: int, tokens
 
 
 class Parts:
-    """Runs a batch whole, or in halves and halves of halves when memory is short; what was too much once is not tried again.
+    """Runs a batch whole, or in halves of halves when memory is short; what was too much once is not tried again.
 
     Attributes:
         most: how many items are tried at once from now on.

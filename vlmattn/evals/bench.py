@@ -1,23 +1,30 @@
-"""What presets cost on one model and machine: first token, decode step, whole answer and memory, paired with the bare model.
+"""What presets cost on one model and machine: first token, decode step, answer and memory, beside the bare model.
 
-Also random models, so that it works without any weights: what an edit costs does not depend on what a model has learned.
+Also random models, so that it works without any weights: what an edit costs does not depend on what a model has
+learned.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+import yaml
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, LlavaConfig, Qwen2_5_VLConfig
+from transformers import AutoModelForImageTextToText
 
 import vlmattn
 from vlmattn.errors import InputError, OptionError, StateError, UnknownNameError
+from vlmattn.evals.prompts import encode as encode_prompts
 from vlmattn.evals.runner import recipes_of, refuse_missing
 from vlmattn.evals.timing import Row, paired, peak_bytes, rows, synchronise
 from vlmattn.models import find_family
@@ -80,8 +87,8 @@ def bench(
 ) -> list[Row]:
     """Generate with every preset in every round, and compare with the bare model (``none``) of the same round.
 
-    Decoding is greedy and every answer has ``new_tokens`` tokens. Before the rounds every candidate generates two tokens
-    twice: to warm up, and to measure memory.
+    Decoding is greedy and every answer has ``new_tokens`` tokens. Before the rounds every candidate generates two
+    tokens twice: to warm up, and to measure memory.
 
     Args:
         model: a bare model.
@@ -91,9 +98,9 @@ def bench(
         beside: other candidates on the bare model, by name.
 
     Returns:
-        Rows of ``timing.rows`` about "first token", "decode step", "``new_tokens`` tokens" (with tokens per second) and,
-        where it can be measured, "memory beyond weights" (the peak over prompt and first step), each with what was run. Methods that choose
-        whole answers (OPERA) have no first token and no step.
+        Rows of ``timing.rows`` about "first token", "decode step", "``new_tokens`` tokens" (with tokens per second)
+        and, where it can be measured, "memory beyond weights" (the peak over prompt and first step), each with what was
+        run. Methods that choose whole answers (OPERA) have no first token and no step.
 
     Raises:
         StateError: the model is wrapped.
@@ -174,70 +181,17 @@ def _times(clocks: Mapping[str, Sequence[Clock]], new_tokens: int, batch: int) -
 
 def encode(processor: Any, model: Any, picture: Any, prompt: str, batch_size: int = 1) -> dict[str, Tensor]:
     """The same prompt about one picture, ``batch_size`` times."""
-    if not getattr(processor, "chat_template", None):
-        raise InputError("the model's processor has no chat template; use a checkpoint that comes with one")
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    bos = processor.tokenizer.bos_token
-    inputs = processor(
-        text=[text] * batch_size,
-        images=[picture] * batch_size,
-        padding=True,
-        return_tensors="pt",
-        add_special_tokens=not (bos and text.startswith(bos)),
-    )
-    return dict(inputs.to(model.device, dtype=model.dtype))
+    return dict(encode_prompts(model, processor, [prompt] * batch_size, [[picture]] * batch_size))
 
 
-def _small_llava() -> LlavaConfig:
-    """12 layers, 768 wide, 576 image tokens, a tower of two layers: seconds per prompt on a CPU."""
-    text = dict(
-        model_type="llama", vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=12, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    vision = dict(
-        model_type="clip_vision_model", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        image_size=336, patch_size=14, projection_dim=64,
-    )  # fmt: skip
-    return LlavaConfig(text_config=text, vision_config=vision, image_token_index=999, image_seq_length=576)
+def _config(told: Mapping[str, Any]) -> Any:
+    """A configuration as ``random_models.yaml`` tells it, made anew."""
+    own = copy.deepcopy(dict(told))
+    return getattr(transformers, own.pop("config"))(**own)
 
 
-def _llava_7b() -> LlavaConfig:
-    """LLaVA-1.5-7B, tower included."""
-    text = dict(
-        model_type="llama", vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    vision = dict(
-        model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-        image_size=336, patch_size=14, projection_dim=768,
-    )  # fmt: skip
-    return LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000, image_seq_length=576)
-
-
-def _qwen_7b() -> Qwen2_5_VLConfig:
-    """The language model of Qwen2.5-VL-7B behind a tower of two narrow layers."""
-    text = dict(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=False,
-        bos_token_id=151643, eos_token_id=151645, pad_token_id=151643,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    )  # fmt: skip
-    vision = dict(
-        depth=2, hidden_size=64, out_hidden_size=3584, intermediate_size=128, num_heads=4, patch_size=14, spatial_merge_size=2,
-        temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1],
-    )  # fmt: skip
-    return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
-        vision_end_token_id=151653, tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-RANDOM_MODELS: dict[str, Callable[[], Any]] = {
-    "random-llava": _small_llava,
-    "random-llava-7b": _llava_7b,
-    "random-qwen2.5-vl-7b": _qwen_7b,
-}
+_TOLD = yaml.safe_load(Path(__file__).with_name("random_models.yaml").read_text(encoding="utf-8"))
+RANDOM_MODELS: dict[str, Callable[[], Any]] = {name: partial(_config, told) for name, told in _TOLD.items()}
 _QWEN_GRID = 72  # patches of a picture of 1008 x 1008, which become 36 x 36 image tokens
 
 

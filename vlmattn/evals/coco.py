@@ -45,7 +45,8 @@ def load_coco_objects(instances: Path, captions: Path | None, words: ObjectWords
         name = categories.get(row["category_id"])
         if name is None:
             raise InputError(
-                f"{instances}: annotations[{index}] has category_id {row['category_id']}, which 'categories' lacks; {_SOURCE}"
+                f"{instances}: annotations[{index}] has category_id {row['category_id']}, which 'categories'"
+                f" lacks; {_SOURCE}"
             )
         if row["image_id"] in objects:
             objects[row["image_id"]].add(name)
@@ -58,7 +59,8 @@ def load_coco_captions(path: Path) -> dict[int, tuple[str, list[str]]]:
     """File name and captions of every image of a file like ``captions_val2014.json``, in its order.
 
     Raises:
-        InputError: the file is missing, not valid JSON or in another format; an image is there twice, or has no caption.
+        InputError: the file is missing, not valid JSON or in another format; an image is there twice, or has no
+            caption.
     """
     data = _read(path)
     found: dict[int, tuple[str, list[str]]] = {}
@@ -83,7 +85,8 @@ def _categories(path: Path, data: dict[str, Any], words: ObjectWords) -> dict[in
         name = words.canonical(row["name"])
         if name is None:
             raise InputError(
-                f"{path}: the object words have no category {quoted(row['name'])}; add a line that starts with it to the synonyms file"
+                f"{path}: the object words have no category {quoted(row['name'])}; add a line that starts with"
+                " it to the synonyms file"
             )
         names[row["id"]] = name
     return names
@@ -94,7 +97,8 @@ def _add_captions(path: Path, objects: dict[int, set[str]], words: ObjectWords) 
     of_ours = [row for row in rows if row["image_id"] in objects]
     if objects and not of_ours:
         raise InputError(
-            f"{path}: none of its {len(rows)} captions is of an image in the instances file; give the captions of the same split"
+            f"{path}: none of its {len(rows)} captions is of an image in the instances file; give the captions"
+            " of the same split"
         )
     for row in of_ours:
         objects[row["image_id"]].update(words.mentions(row["caption"]))

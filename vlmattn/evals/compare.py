@@ -1,7 +1,8 @@
-"""Two runs side by side: the same questions, answered by two models, versions or settings; paired statistics over images."""
+"""Two runs side by side: the same questions, answered by two models, versions or settings."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,8 +19,8 @@ from vlmattn.texts import lines_of, parse_json, read_json, read_text
 
 _KINDS: Mapping[str, type[Metric]] = {kind.__name__: kind for kind in (Metric, CorpusBleu)}
 _APART = (
-    "model", "weights", "config", "attention", "processor", "files", "dtype", "quantisation", "batch_size", "batch_tokens",
-    "versions", "libraries", "hardware", "suites", "questions", "decoding",
+    "model", "weights", "config", "attention", "processor", "files", "dtype", "quantisation", "batch_size",
+    "batch_tokens", "versions", "libraries", "hardware", "suites", "questions", "decoding",
 )  # fmt: skip
 _AGAIN = "run vlmattn eval again, it keeps the answers"
 _TEXTS = ("suite", "preset", "id", "image", "condition", "prompt", "expected", "answer")
@@ -86,8 +87,9 @@ def compare(
         InputError: a folder without a finished run, or runs without a question in common.
         OptionError: a preset that the run does not have.
     """
-    summaries, lines = zip(read(first), read(second), strict=True)
-    metrics = {name: [_metric(each) for each in found] for name, found in summaries[0]["metrics"].items()}
+    runs = [read(folder) for folder in (first, second)]
+    summaries, lines = [summary for summary, _ in runs], [own for _, own in runs]
+    metrics = _metrics(summaries[0])
     means = summaries[0].get("mean_of_splits", {})  # missing in runs of earlier versions
     rows: list[Compared] = []
     kept: list[tuple[Line, Line]] = []
@@ -186,6 +188,11 @@ def _pairs(
     return list(pairs)
 
 
+def _metrics(summary: Mapping[str, Any]) -> dict[str, list[Metric]]:
+    """The metrics of each suite of a run."""
+    return {name: [_metric(each) for each in found] for name, found in summary["metrics"].items()}
+
+
 def _metric(told: Any) -> Metric:
     try:
         kind = _KINDS[told["kind"]]
@@ -193,6 +200,10 @@ def _metric(told: Any) -> Metric:
         return kind(**{**given, "over": dict(given["over"]), "under": dict(given["under"])})
     except (KeyError, TypeError, ValueError):
         raise InputError(f"the runs were made by another version of vlmattn; {_AGAIN}") from None
+
+
+def _scores(line: Line, names: Sequence[str]) -> list[float]:
+    return [line["scores"][name] for name in names]
 
 
 def _rows(
@@ -206,14 +217,12 @@ def _rows(
     """Every metric, over the splits as in the runs' own overall figures."""
     repeated = [(pair, split if mean_of_splits else "") for pair in both for split in pair[0]["splits"]]
     names = list(both[0][0]["scores"])
-    if any(line["scores"].keys() != set(names) for pair in both for line in pair):
+    if not all(line["scores"].keys() == set(names) for line in itertools.chain(*both)):
         raise InputError(
             f"suite {suite}: the answers of the runs have different scores; run vlmattn eval again on both"
         )
     bootstrap = Bootstrap([pair[0]["image"] for pair, _ in repeated], seed=SEED, parts=[part for _, part in repeated])
-    one, other = (
-        np.array([list(map(pair[side]["scores"].__getitem__, names)) for pair, _ in repeated]) for side in (0, 1)
-    )
+    one, other = (np.array([_scores(pair[side], names) for pair, _ in repeated]) for side in (0, 1))
     p = mcnemar([pair[0]["right"] for pair in both], [pair[1]["right"] for pair in both])
     changed = sum(pair[0]["answer"] != pair[1]["answer"] for pair in both)
     return [

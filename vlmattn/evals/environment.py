@@ -1,4 +1,4 @@
-"""What can change a result besides questions and images: weights, configuration, files of the presets, versions, machine."""
+"""What can change a result besides questions and images: weights, configuration, files, versions, machine."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ _NOT_DECODING = {
 def fingerprint(model: torch.nn.Module) -> str:
     """A short hash of all weights and buffers, so that answers of other weights are not resumed.
 
-    Of each tensor: name, shape, dtype, bytes at even distances, and the sum of all its 64-bit words, which any single change
-    moves. One pass over memory, about 0.2 s a gigabyte on one core. Offloaded weights (on "meta") count by name and shape only.
+    Of each tensor: name, shape, dtype, bytes at even distances, and the sum of all its 64-bit words, which any single
+        change
+    moves. One pass over memory, about 0.2 s a gigabyte on one core. Offloaded weights (on "meta") count by name and
+    shape only.
     """
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

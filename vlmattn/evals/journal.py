@@ -1,4 +1,4 @@
-"""The answers of a run on disk: one JSON line per batch, written as it is done, complete after any kill of any process."""
+"""The answers of a run on disk: one JSON line per batch, written as it is done, complete after any kill."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ class Batch:
 class Journal:
     """Batches of earlier and present attempts of one run in ``folder``, which all processes of the run share.
 
-    Every process appends to a file of its own. The next attempt, with however many processes, puts them together. Each line
-    has a checksum over itself and the settings: one that is damaged, edited or of another run is not believed, and its batch
+    Every process appends to a file of its own. The next attempt, with however many processes, puts them together. Each
+    line has a checksum over itself and the settings: one that is damaged, edited or of another run is not believed, and
+        its batch
     is asked again.
 
     Args:
@@ -73,7 +74,8 @@ class Journal:
         settings: everything that decides the answers. A folder that holds a run with other settings is refused.
         processes: those of this attempt.
         restart: throw away what the folder holds.
-        unfit: why a batch of an earlier attempt cannot be used, "" if it can: something that it was made from has changed.
+        unfit: why a batch of an earlier attempt cannot be used, "" if it can: something that it was made from has
+            changed.
 
     Attributes:
         done: the batches that were there at the start, by key.
@@ -130,7 +132,8 @@ class Journal:
             if not known:
                 if self._journals() and not batches and any(path.stat().st_size for path in self._journals()):
                     raise StateError(
-                        f"{self._folder} has answers but no settings.json that can be read, and none of them was made with"
+                        f"{self._folder} has answers but no settings.json that can be read, and none of them"
+                        " was made with"
                         " these settings; use another --out, or --restart"
                     )
                 write_json(self._folder / "settings.json", settings)

@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Protocol
 
 from vlmattn.errors import InputError, quoted
-from vlmattn.evals.words import ObjectWords, singular
+from vlmattn.evals.words import ENGLISH, ObjectWords, singular
 
 BEST = 6.0
 #: Ratings below this are of answers with a hallucination (MMHal-Bench, arXiv 2309.14525).
@@ -54,16 +54,7 @@ class Judge(Protocol):
     def __call__(self, question: str, reference: str, known: Sequence[str], answer: str) -> Verdict: ...
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_FILLERS = _words(
-    "a an the this that these those it its he she they them his her their there here is are was were be been being"
-    " am do does did have has had can could will would may might i you we of in on at to from by for with and or but"
-    " so as if than then what which who whose where when why how very also just some any image images picture"
-    " pictures photo photos"
-)
+_FILLERS = frozenset(ENGLISH["fillers"].split())
 _NEGATIONS = frozenset({"no", "not", "none", "nothing", "never", "without", "cannot"})
 
 
@@ -131,7 +122,8 @@ class Ratings:
             verdict = self._judge(question, reference, known, answer)
             if not isinstance(verdict, Verdict):
                 raise InputError(
-                    f"the judge {self.name} returned {quoted(verdict)}; it must return vlmattn.evals.judges.Verdict(...)"
+                    f"the judge {self.name} returned {quoted(verdict)}; it must return"
+                    " vlmattn.evals.judges.Verdict(...)"
                 )
             self._known[key, answer] = verdict
         return self._known[key, answer]

@@ -20,13 +20,15 @@ except ImportError:  # Windows
     _fcntl = None  # type: ignore[assignment]
 _locks: ModuleType | None = _fcntl
 
-# The lock is flock's, which ends with the process however it ends; what the file says is for people. On a network file system
-# flock may hold between hosts (NFS), only within one (Lustre mounted with localflock), or not at all. So a lock that was left behind by
+# The lock is flock's, which ends with the process however it ends; what the file says is for people. On a network file
+# system
+# flock may hold between hosts (NFS), only within one (Lustre mounted with localflock), or not at all. So a lock that
+# was left behind by
 # another host is never taken over by itself, and where there is no flock the process that the file names is looked for.
 
 
 class Lock:
-    """The lock of one process of a run on its folder; every process holds its own, the first one before it looks at the folder.
+    """The lock of one process of a run on its folder; each holds its own, the first one before it looks there.
 
     Args:
         folder: results folder.
@@ -72,7 +74,8 @@ class Lock:
             raise StateError(f"{self._folder} is in use by {who}; wait for its end, stop it, or use another --out")
         if holder and not here:
             raise StateError(
-                f"{self._folder} is in use by {who}, which this host ({socket.gethostname()}) cannot see; if that process is gone,"
+                f"{self._folder} is in use by {who}, which this host ({socket.gethostname()}) cannot see; if"
+                " that process is gone,"
                 f" delete {self._path}"
             )
 

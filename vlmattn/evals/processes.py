@@ -18,7 +18,7 @@ _PATIENCE = timedelta(days=7)  # a process that died ends the others through its
 
 
 class Processes:
-    """Rank, number and device of this process, and what the processes say to each other: at the start and at the end of a run.
+    """Rank, number and device of this process, and what the processes tell each other.
 
     Attributes:
         count: how many there are.
@@ -42,7 +42,7 @@ class Processes:
         return self.rank == 0
 
     def check_launcher(self) -> None:
-        """End with a launcher that was killed: its processes would go on alone, and hold up the same command started anew.
+        """End with a launcher that was killed: its processes would hold up the same command started anew.
 
         Raises:
             StateError: it is gone.

@@ -39,7 +39,8 @@ def refuse_marks(processor: Any, prompts: Iterable[str]) -> None:
     for prompt in prompts:
         if found := next((mark for mark in marks if mark in prompt), None):
             raise InputError(
-                f"the question {quoted(prompt)} holds {found}, which this model takes for a picture; take it out of the text"
+                f"the question {quoted(prompt)} holds {found}, which this model takes for a picture; take it"
+                " out of the text"
             )
 
 

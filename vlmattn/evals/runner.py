@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vlmattn
+from vlmattn import compat
 from vlmattn.errors import InputError, OptionError, StateError
 from vlmattn.evals.asking import Progress, Unfit, ask_all, refuse_moving
 from vlmattn.evals.batching import batches, lengths
@@ -76,11 +77,12 @@ def evaluate(
 ) -> Result:
     """Ask every sample with every preset, score, compare with ``none``, and write ``out``.
 
-    ``none`` is always part of it. Nothing is sampled; what else the model's generation config says (beams, penalties) holds for
-    all presets and is written down. Answers are written batch by batch (journal*.jsonl); after a kill the same call goes on
-    where it stopped, in the same batches: it refuses other weights, settings or files of presets, and asks again about questions
-    and image files that have changed. Started by ``torchrun`` or ``accelerate launch``, the processes share the batches; which
-    batches there are does not depend on how many processes there are, so neither do the answers.
+    ``none`` is always part of it. Nothing is sampled; what else the model's generation config says (beams, penalties)
+    holds for all presets and is written down. Answers are written batch by batch (journal*.jsonl); after a kill the
+    same call goes on where it stopped, in the same batches: it refuses other weights, settings or files of presets, and
+        asks again about questions
+    and image files that have changed. Started by ``torchrun`` or ``accelerate launch``, the processes share the
+    batches; which batches there are does not depend on how many processes there are, so neither do the answers.
 
     Args:
         model, processor: a bare model and its processor (left padding).
@@ -88,16 +90,19 @@ def evaluate(
         out: results folder; one that all processes see.
         say: where plain progress lines go when there is no terminal.
         command: what was typed, for the record.
-        batch_size: at most so many questions at once. Where memory is short they are asked in parts, and the summary says so.
+        batch_size: at most so many questions at once. Where memory is short they are asked in parts, and the summary
+            says so.
         batch_tokens: at most so many prompt tokens at once, padding counted; None for no bound.
-        on_error: "stop" at an image that is missing or damaged, or "skip" its questions, for all presets, and name them.
+        on_error: "stop" at an image that is missing or damaged, or "skip" its questions, for all presets, and name
+            them.
 
     Raises:
-        StateError: ``out`` holds a run with other settings, or another run works in it; the model is wrapped; memory is short
-            for one question; an image file has changed during the run.
+        StateError: ``out`` holds a run with other settings, or another run works in it; the model is wrapped; memory is
+            short for one question; an image file has changed during the run.
         UnknownNameError: no such preset.
         OptionError: a recipe that does not fit the model, or is given twice; an option out of range.
-        InputError: an image is missing or damaged, an id is there twice, no sample can be read, ``out`` cannot be written.
+        InputError: an image is missing or damaged, an id is there twice, no sample can be read, ``out`` cannot be
+            written.
     """
     if (handle := handle_of(model)) is not None:  # its edit would answer for none
         raise StateError(
@@ -130,7 +135,7 @@ class _Run:
             "model": name,
             "weights": fingerprint(self.model),
             "config": config_hash(self.model),
-            "attention": self.model.config._attn_implementation,
+            "attention": compat.attention_name(self.model.config),
             "processor": processor_hash(self.processor),
             "recipes": {name: recipe.to_dict() for name, recipe in self.recipes.items()},
             "files": self._tried(),
@@ -303,7 +308,8 @@ def refuse_missing(model: Any, preset: str) -> None:
     for branch in rule.branches if rule is not None else ():
         if branch.needs:
             raise OptionError(
-                f"preset '{preset}' needs {', '.join(branch.needs)} for its branch '{branch.name}' with every call, which an"
+                f"preset '{preset}' needs {', '.join(branch.needs)} for its branch '{branch.name}' with every"
+                " call, which an"
                 " eval cannot give; leave it out"
             )
 

@@ -1,4 +1,4 @@
-"""From answers to figures: one table per condition and split, and one line per answer for whoever wants to look closer."""
+"""From answers to figures: one table per condition and split, and one line per answer."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Scored:
     def tables(self) -> tuple[list[Table], list[Table]]:
         """One table per condition and split, and one per condition over all of its splits.
 
-        The latter is the mean of the figures of the splits for suites that say so (POPE, as papers report it); for others it
-        counts all answers together, each once for every split it belongs to.
+        The latter is the mean of the figures of the splits for suites that say so (POPE, as papers report it); for
+        others it counts all answers together, each once for every split it belongs to.
         """
         columns: dict[tuple[str, str], list[Sample]] = {}
         for sample in self.samples:

@@ -35,7 +35,7 @@ def questions_hash(suite: Suite) -> str:
 
 
 def image_hash(sample: Sample, of_file: Callable[[Path], str] | None = None) -> str:
-    """Of the bytes of the image files; "" where images are no files: those follow from the settings (seed, revision of a table).
+    """Of the bytes of the image files; "" where images are no files but follow from the settings.
 
     Args:
         of_file: hash of one file; for callers that remember them.

@@ -67,9 +67,9 @@ class Interval:
 class Bootstrap:
     """Resamples images, not questions: the questions about one image are not independent.
 
-    All presets of a table share the resamples, so differences are paired. There is no interval from fewer than ``FEWEST``
-    images that have something to count, nor where all images agree and every resample is the same; but a share of 0 or of
-    everything has the exact interval of Clopper and Pearson, with the images as its trials.
+    All presets of a table share the resamples, so differences are paired. There is no interval from fewer than
+    ``FEWEST`` images that have something to count, nor where all images agree and every resample is the same; but a
+    share of 0 or of everything has the exact interval of Clopper and Pearson, with the images as its trials.
 
     Args:
         images: of each record.

@@ -79,7 +79,8 @@ class Tuned:
             found.append("No setting changed an answer, so nothing was chosen: the first setting stands by default.")
         elif len(self.tied) > 1:
             found.append(
-                f"{', '.join(setting.name for setting in self.tied)} are equally good here; the first of them was taken."
+                f"{', '.join(setting.name for setting in self.tied)} are equally good here; the first of them"
+                " was taken."
             )
         if idle := [setting.name for setting in self.settings if setting.fired == 0]:
             found.append(f"{', '.join(idle)}: never fired on this model.")
@@ -266,10 +267,10 @@ def untouched(suite: Suite, tuned: Tuned) -> list[str]:
 def test_once(
     model: Any, processor: Any, suite: Suite, recipe: Any, tuned: Tuned, out: Path, model_name: str, **options: Any
 ) -> Result:
-    """Answer the samples that had no part in the choice, with the bare model, the preset as it was, and the chosen setting.
+    """Ask the samples that had no part in the choice, of the bare model, the preset as it was, and the chosen setting.
 
-    Samples that share an image with a validation sample are left out. The figures stay in ``out/test``: later calls read
-    them again, and a second choice is not tested on the samples that have been looked at.
+    Samples that share an image with a validation sample are left out. The figures stay in ``out/test``: later calls
+    read them again, and a second choice is not tested on the samples that have been looked at.
 
     Args:
         suite, recipe, out: as they were given to ``tune``.
@@ -284,7 +285,8 @@ def test_once(
     seen = read_summary(folder)
     if seen and tuned.recipe.name not in seen["recipes"]:
         raise StateError(
-            f"the test samples of {out} were looked at with {', '.join(seen['recipes'])}; a second choice would be made on"
+            f"the test samples of {out} were looked at with {', '.join(seen['recipes'])}; a second choice"
+            " would be made on"
             " them. Take other samples (--seed, or other files) and another --out, or --no-test"
         )
     rest = untouched(suite, tuned)

@@ -30,14 +30,14 @@ _ANIMAL_WORDS = frozenset({"animal", "cub"})
 _VEHICLES = frozenset({"airplane", "train", "bus", "car", "truck", "boat"})
 
 _Key = tuple[str, ...]
-_ENGLISH = yaml.safe_load(Path(__file__).with_name("english.yaml").read_text(encoding="utf-8"))
-_IRREGULAR = dict(pair.split(":") for pair in _ENGLISH["irregular"].split())
+ENGLISH = yaml.safe_load(Path(__file__).with_name("english.yaml").read_text(encoding="utf-8"))
+_IRREGULAR: dict[str, str] = dict(pair.split(":") for pair in ENGLISH["irregular"].split())
 _UNCHANGED, _VOWEL_PLURALS, _IE_PLURALS, _OE_PLURALS = (
-    frozenset(_ENGLISH[name].split()) for name in ("unchanged", "vowel_plurals", "ie_plurals", "oe_plurals")
+    frozenset(ENGLISH[name].split()) for name in ("unchanged", "vowel_plurals", "ie_plurals", "oe_plurals")
 )
 #: Two words that the reference takes for one, and for which: the phrase itself, an animal, a vehicle.
 _JOINED: Mapping[_Key, _Key] = {
-    **{(one, two): (one, two) for two, firsts in _ENGLISH["reference_phrases"].items() for one in firsts.split()},
+    **{(one, two): (one, two) for two, firsts in ENGLISH["reference_phrases"].items() for one in firsts.split()},
     **{(age, animal): (animal,) for age in ("baby", "adult") for animal in _ANIMALS | _ANIMAL_WORDS},
     **{("passenger", vehicle): (vehicle,) for vehicle in ("jet", "train")},
     **{("bow", "tie"): ("tie",), ("toilet", "seat"): ("toilet",)},
@@ -140,7 +140,8 @@ class ObjectWords:
         """Read the published ``synonyms.txt`` format: one object a line, words separated by commas, its name first.
 
         The rules are those of the reference then (``ReferenceWords``), no compounds or hyphens of our own. Words with
-        stray blanks or capitals in the file, or in the plural, are found here ("iPhone"); the reference never finds them.
+        stray blanks or capitals in the file, or in the plural, are found here ("iPhone"); the reference never finds
+        them.
 
         Raises:
             InputError: the file cannot be read or used; the message starts with the file and the line.
@@ -254,9 +255,10 @@ class ReferenceWords(ObjectWords):
     """Which words name which object, by the rules of the CHAIR reference alone.
 
     1. Lower case, the Penn Treebank's tokens ("hot-dog" and "bicycle/bike" are one each), singulars.
-    2. From left to right two words become one: a phrase of the file or of the reference's list ("home plate", "train track",
-       which name nothing), "baby" or "adult" with one of twelve animal words (the animal), "passenger" with jet or train
-       (the vehicle). A phrase of three words is never found: "stove top oven" is a stove and an oven.
+    2. From left to right two words become one: a phrase of the file or of the reference's list ("home plate", "train
+    track",
+       which name nothing), "baby" or "adult" with one of twelve animal words (the animal), "passenger" with jet or
+       train (the vehicle). A phrase of three words is never found: "stove top oven" is a stove and an oven.
     3. Where the word "toilet" is left, "seat" is none. Every other word is looked up.
     """
 

@@ -1,4 +1,4 @@
-"""Measuring a model, and answers that need measuring: its sinks, what its heads do, the order and the views of a prompt."""
+"""Measuring a model (its sinks, what its heads do), looking at one answer, and prompts that need measuring."""
 
 from vlmattn.inspection.directions import fit_directions
 from vlmattn.inspection.flow import attention_flow, rollout

@@ -52,6 +52,10 @@ class Ablations:
         heads = [(layer, head) for layer in range(self.anatomy.layers) for head in range(self.anatomy.heads)]
         return [None, *heads, *[None] * (-(1 + len(heads)) % self.copies)]  # batches of one shape round alike
 
+    def bar(self, prompts: int, progress: bool) -> tqdm[Any]:
+        """A bar over all copies of so many prompts."""
+        return tqdm(total=len(self.places) * prompts, desc="heads", unit="row", disable=not progress)
+
     def run(self, inputs: dict[str, Any], rows: int, read: Callable[[Tensor], Tensor], bar: tqdm[Any]) -> Tensor:
         """What each head does to a number that is read from the logits of a prompt, or of a batch of prompts.
 

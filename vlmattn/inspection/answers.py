@@ -15,14 +15,18 @@ from vlmattn.models import find_family
 from vlmattn.request import TEXT
 
 
+def stop_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end an answer."""
+    found = model.generation_config.eos_token_id
+    return frozenset(found if isinstance(found, list) else () if found is None else (found,))
+
+
 def greedy_answer(model: PreTrainedModel, batch: dict[str, Any], tokens: int) -> Tensor:
     """The greedy answer of the bare model ``[batch, steps]``, at most ``tokens`` long, -1 from its end on."""
     with bare(model):
         out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, num_beams=1)
     answer: Tensor = out[:, batch["input_ids"].shape[1] :]
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [-1 if stops is None else stops]
-    last = torch.isin(answer, torch.tensor(stops, device=answer.device))
+    last = torch.isin(answer, torch.tensor([-1, *stop_tokens(model)], device=answer.device))
     last = last | (find_family(model).token_types(model, answer) != TEXT)  # a placeholder would ask for an image
     return answer.masked_fill(last.cumsum(1) > 0, -1)
 

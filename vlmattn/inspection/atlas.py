@@ -40,14 +40,13 @@ def page(shown: Shown, title: str, top: int = 10) -> str:
         facts = f"<p><b>first</b>: {_facts(shown.first)}</p><p><b>second</b>: {_facts(shown.second)}</p>"
     drawn = "".join(map(pages.figure, figures(shown).values()))
     tables = "".join(map(_table, listings(shown, top)))
-    return pages.document(
-        f"vlmattn profile: {title}",
-        f"<h1 style='overflow-wrap:anywhere'>{html.escape(title)}</h1>{facts}<div class='panels'>{drawn}</div>{_legend(shown)}{tables}",
-    )
+    heading = f"<h1 style='overflow-wrap:anywhere'>{html.escape(title)}</h1>"
+    body = f"{heading}{facts}<div class='panels'>{drawn}</div>{_legend(shown)}{tables}"
+    return pages.document(f"vlmattn profile: {title}", body)
 
 
 def figures(shown: Shown) -> dict[str, Any]:
-    """Matplotlib figures by name: a map of each score (layers x heads), or the sinks of each layer if they were counted.
+    """Matplotlib figures by name: a map of each score (layers x heads), or counted sinks of each layer.
 
     Colours begin at 0 for scores that are never negative; for others, and for differences, 0 is white in the middle.
     """

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmattn.errors import InputError
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile
+
+T = TypeVar("T")
 
 SHARE = 0.05
 """Share of the heads whose overlap is told: the usual one to act on (``heads_*``)."""
@@ -68,25 +71,28 @@ def compare_profiles(
     if first.fingerprint != second.fingerprint:
         raise InputError(
             f"the profiles belong to two language models, '{first.source or 'unknown'}' ({first.fingerprint}) and"
-            f" '{second.source or 'unknown'}' ({second.fingerprint}); only profiles of one can be compared, so look at each alone"
+            f" '{second.source or 'unknown'}' ({second.fingerprint}); only profiles of one can be compared, so look at"
+            " each alone"
         )
     if isinstance(first, SinkProfile) and isinstance(second, SinkProfile):
-        one, other = set(first.dims), set(second.dims)
-        return SinkDifference(first, second, *(tuple(sorted(dims)) for dims in (one & other, one - other, other - one)))
+        return SinkDifference(first, second, *_split(sorted(first.dims), sorted(second.dims)))
     if isinstance(first, SinkProfile) or isinstance(second, SinkProfile):
         raise InputError("one profile is of sinks and the other of heads; only profiles of one kind can be compared")
-    common = [name for name in first.scores if name in second.scores]
-    if not common:
+    both, only_first, only_second = _split(first.scores, second.scores)
+    if not both:
         raise InputError(
-            f"the profiles have no score in common: {', '.join(first.scores)} and {', '.join(second.scores)}; look at each alone"
+            f"the profiles have no score in common: {', '.join(first.scores)} and {', '.join(second.scores)}; look at"
+            " each alone"
         )
-    return HeadDifference(
-        first,
-        second,
-        {name: _difference(first, second, name) for name in common},
-        tuple(name for name in first.scores if name not in second.scores),
-        tuple(name for name in second.scores if name not in first.scores),
-    )
+    scores = {name: _difference(first, second, name) for name in both}
+    return HeadDifference(first, second, scores, only_first, only_second)
+
+
+def _split(first: Collection[T], second: Collection[T]) -> tuple[tuple[T, ...], tuple[T, ...], tuple[T, ...]]:
+    """What both hold, and what only one does, in their order."""
+    both = tuple(item for item in first if item in second)
+    only_first, only_second = (tuple(item for item in of if item not in both) for of in (first, second))
+    return both, only_first, only_second
 
 
 def _difference(first: HeadProfile, second: HeadProfile, score: str) -> ScoreDifference:

@@ -112,8 +112,6 @@ def attention_flow(
         OptionError: layers or merge out of range.
         OptionError, InputError, UnsupportedError: also as for ``rollout``.
     """
-    from networkx.algorithms.flow import build_residual_network, maximum_flow_value, shortest_augmenting_path
-
     family, given, types = prompt_of(model, inputs)
     anatomy, tokens = family.anatomy(model), types.shape[1]
     for place in (row, *(keys or ())):
@@ -125,37 +123,56 @@ def attention_flow(
         raise OptionError(f"merge must be at least 1, got {merge}")
     nodes = _nodes(number_images(types, family.image_lengths(model, given))[0].tolist(), merge)
     depth, count = layers or anatomy.layers, int(nodes[-1]) + 1
-    edges = depth * (count * (count + 1) // 2 if anatomy.causal else count**2)
-    if edges > _EDGES:
-        raise InputError(
-            f"the flow graph would have {edges:,} edges ({depth} layers, {count} nodes; at most {_EDGES:,}); give"
-            " merge= (image tokens that count as one) or layers=, or use rollout"
-        )
-    capacities: deque[Tensor] = deque(maxlen=depth)
-    sizes = nodes.bincount()
-
-    def add(start: int, rows: Tensor) -> None:
-        if not start:
-            capacities.append(torch.zeros(count, count))
-        own = nodes[start : start + len(rows)]
-        merged = torch.zeros(len(rows), count).index_add_(1, nodes, rows.cpu())
-        capacities[-1].index_add_(0, own, merged / sizes[own, None])
-
-    _each_layer(model, inputs, recipe, residual, processor, add)
-    source = (depth, int(nodes[row]))
-    graph = _graph(capacities, source)
-    residue = build_residual_network(graph, "capacity")  # once: every flow begins by clearing it
+    _check_size(depth, count, anatomy.causal)
+    merged = _Merged(nodes, depth)
+    _each_layer(model, inputs, recipe, residual, processor, merged.add)
     wanted = range(tokens) if keys is None else [key % tokens for key in keys]
-    flows: dict[int, float] = {}
-    for node in tqdm(sorted({int(nodes[key]) for key in wanted}), desc="flow", unit="key", disable=not progress):
-        flows[node] = 0.0
-        if (0, node) in graph:
-            found = maximum_flow_value(graph, source, (0, node), flow_func=shortest_augmenting_path, residual=residue)
-            flows[node] = found / _UNIT
+    flows = _flows(merged.capacities, int(nodes[row]), sorted({int(nodes[key]) for key in wanted}), progress)
     flow = torch.full((tokens,), float("nan"))
     for key in wanted:
         flow[key] = flows[int(nodes[key])]
     return Named(flow, ("key",))
+
+
+def _check_size(layers: int, nodes: int, causal: bool) -> None:
+    edges = layers * (nodes * (nodes + 1) // 2 if causal else nodes**2)
+    if edges > _EDGES:
+        raise InputError(
+            f"the flow graph would have {edges:,} edges ({layers} layers, {nodes} nodes; at most {_EDGES:,}); give"
+            " merge= (image tokens that count as one) or layers=, or use rollout"
+        )
+
+
+class _Merged:
+    """Capacities ``[node, node]`` of the last ``depth`` layers, from A' of all layers and the node of each token."""
+
+    def __init__(self, nodes: Tensor, depth: int) -> None:
+        self.capacities: deque[Tensor] = deque(maxlen=depth)
+        self._nodes, self._sizes = nodes, nodes.bincount()
+
+    def add(self, start: int, rows: Tensor) -> None:
+        """What the next rows of a layer add (``Use``)."""
+        count = len(self._sizes)
+        if not start:
+            self.capacities.append(torch.zeros(count, count))
+        own = self._nodes[start : start + len(rows)]
+        merged = torch.zeros(len(rows), count).index_add_(1, self._nodes, rows.cpu())
+        self.capacities[-1].index_add_(0, own, merged / self._sizes[own, None])
+
+
+def _flows(capacities: Sequence[Tensor], node: int, targets: Sequence[int], progress: bool) -> dict[int, float]:
+    """Maximum flow from a node after the last layer to each of some input nodes, through capacities of each layer."""
+    from networkx.algorithms.flow import build_residual_network, maximum_flow_value, shortest_augmenting_path
+
+    source = (len(capacities), node)
+    graph = _graph(capacities, source)
+    residue = build_residual_network(graph, "capacity")  # once: every flow begins by clearing it
+    flows = dict.fromkeys(targets, 0.0)
+    for target in tqdm(targets, desc="flow", unit="key", disable=not progress):
+        if (0, target) in graph:
+            found = maximum_flow_value(graph, source, (0, target), flow_func=shortest_augmenting_path, residual=residue)
+            flows[target] = found / _UNIT
+    return flows
 
 
 def _nodes(images: Sequence[int], merge: int) -> Tensor:
@@ -198,8 +215,8 @@ class _Mixed:
         tokens = self._tokens
         if context.queries != tokens or context.keys != tokens:
             raise UnsupportedError(
-                f"'{context.step.recipe}' drops tokens before layer {context.layer}, and attention cannot be followed"
-                " through rows that are gone; look shows the rows that are left"
+                f"'{context.step.recipe}' drops tokens before layer {context.layer}, and attention cannot be"
+                " followed through rows that are gone; look shows the rows that are left"
             )
         size = max(1, _CHUNK // (context.heads * tokens))
         for start in range(0, tokens, size):
@@ -229,6 +246,7 @@ def _each_layer(model: PreTrainedModel, inputs: Inputs, recipe: Any, residual: f
         record = record_of(model)
         if record is not None and record.now.acting.policies:
             raise UnsupportedError(
-                f"'{name}' changes what an answer sees of the cache, and attention is followed in the prompt; leave it out"
+                f"'{name}' changes what an answer sees of the cache, and attention is followed in the prompt;"
+                " leave it out"
             )
         model(**given, position_ids=positions, use_cache=False, logits_to_keep=1)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError, OptionError
@@ -141,7 +140,7 @@ def find_heads(
     _, means = head_outputs(model, anatomy, batches)
     each = Ablations(model, anatomy, means, ablation, batch_size)
     total = torch.zeros(anatomy.layers, anatomy.heads)
-    with tqdm(total=len(each.places) * len(samples), desc="heads", unit="row", disable=not progress) as bar:
+    with each.bar(len(samples), progress) as bar:
         for sample, batch in zip(samples, batches, strict=True):
 
             def margin(logits: Tensor, a: int = sample.a, b: int = sample.b) -> Tensor:

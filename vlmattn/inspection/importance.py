@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError, OptionError
@@ -35,10 +35,10 @@ def ablate_heads(
 
         importance = mean over prompts and answer tokens t of log p(t) - log p'(t)
 
-    with p the model's probabilities, and p' those of the model in which that head's output is replaced, in every row, by
-    its mean at the last rows of the prompts, or by zero; both read the same answer (nats; above 0 the head helps, below it
-    is in the way). Ablation of single heads as in arXiv 1905.10650, there on a task's score; log-probabilities are ours.
-    Costs one row of a forward for each head and prompt. Edits of a wrapped model do not act meanwhile.
+    with p the model's probabilities, and p' those of the model in which that head's output is replaced, in every row,
+    by its mean at the last rows of the prompts, or by zero; both read the same answer (nats; above 0 the head helps,
+    below it is in the way). Ablation of single heads as in arXiv 1905.10650, there on a task's score; log-probabilities
+    are ours. Costs one row of a forward for each head and prompt. Edits of a wrapped model do not act meanwhile.
 
     Args:
         inputs: processor outputs, one prompt or one padded batch each.
@@ -56,8 +56,8 @@ def ablate_heads(
 
     Raises:
         OptionError: another ablation, batch_size or answer_tokens below 1.
-        InputError: no inputs, inputs without token ids or without an image; not one answer for each prompt, an empty one,
-            ids that are not text of the vocabulary; greedy answers that are all empty.
+        InputError: no inputs, inputs without token ids or without an image; not one answer for each prompt, an empty
+            one, ids that are not text of the vocabulary; greedy answers that are all empty.
         UnsupportedError: a family or an attention implementation that is not supported.
     """
     check(ablation, batch_size)
@@ -74,18 +74,19 @@ def ablate_heads(
     _, means = head_outputs(model, anatomy, batches)
     each = Ablations(model, anatomy, means, ablation, batch_size)
     total = torch.zeros(anatomy.layers, anatomy.heads)
-    with tqdm(total=len(each.places) * len(batches), desc="heads", unit="row", disable=not progress) as bar:
+    with each.bar(len(batches), progress) as bar:
         for batch, answer in zip(batches, said, strict=True):
-
-            def read(logits: Tensor, answer: Tensor = answer) -> Tensor:
-                return _log_likelihood(logits[:, :, :-1], answer)
-
-            total += each.run(answered(model, batch, answer), answer.shape[1] + 1, read, bar)
+            total += each.run(answered(model, batch, answer), answer.shape[1] + 1, partial(_likelihood, answer), bar)
     return head_profile(anatomy, {"importance": total / steps}, seed, prompts, means)
 
 
-def _log_likelihood(logits: Tensor, answer: Tensor) -> Tensor:
-    """Log-probability of all answer tokens together ``[copies]``, from logits of the rows that predict them ``[copies, batch, steps, words]``."""
+def _likelihood(answer: Tensor, logits: Tensor) -> Tensor:
+    """Log-probability of all answer tokens ``[batch, steps]`` together, ``[copies]``.
+
+    Args:
+        logits: ``[copies, batch, steps + 1, words]``, of the rows that predict them and the last one.
+    """
+    logits = logits[:, :, :-1]
     wanted = answer.clamp_min(0).expand(logits.shape[:-1])[..., None]
     found = logits.log_softmax(-1).gather(-1, wanted.to(logits.device))[..., 0]
     return found.masked_fill(answer < 0, 0).sum((1, 2))

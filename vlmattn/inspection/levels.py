@@ -12,8 +12,8 @@ def split_levels(norms: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
     """Primary and secondary sinks, bool ``[layer, prompt, token]`` each.
 
     Args:
-        norms: of the first token as it enters each layer, and of what the decoder returns, ``[prompt, layer + 1]``. Sinks
-            are looked for between its largest rise and its largest fall.
+        norms: of the first token as it enters each layer, and of what the decoder returns, ``[prompt, layer + 1]``.
+            Sinks are looked for between its largest rise and its largest fall.
         near: which tokens point where the first one does as they enter a layer, bool ``[layer, prompt, token]``.
     """
     rise = norms.diff(dim=1)  # [prompt, layer]

@@ -20,7 +20,7 @@ from vlmattn.errors import InputError, OptionError, UnsupportedError, VlmattnErr
 from vlmattn.inspection.answers import given_answers
 from vlmattn.inspection.measuring import Inputs, prepared_one
 from vlmattn.inspection.recorder import Recorder
-from vlmattn.inspection.trace import GROUPS, Trace, begin, write_row
+from vlmattn.inspection.trace import GROUPS, Trace, new_trace, write_row
 from vlmattn.models import Family, Turns, find_family, marker_ids_of
 from vlmattn.request import TEXT, USER, Watcher
 from vlmattn.wrapping import borrowed
@@ -42,9 +42,9 @@ def look(
 ) -> Trace:
     """Let a model answer one prompt and keep what it attends to, layer by layer and head by head.
 
-    The model runs as ever, with a cache and its own attention (sdpa or eager); only the few rows that are kept are computed
-    once more, one layer at a time. Attention is what the layers used: with a recipe, after its masks, changed scores and
-    group gains; gains of whole heads are kept beside it.
+    The model runs as ever, with a cache and its own attention (sdpa or eager); only the few rows that are kept are
+    computed once more, one layer at a time. Attention is what the layers used: with a recipe, after its masks, changed
+    scores and group gains; gains of whole heads are kept beside it.
 
     Args:
         inputs: what the processor made of one prompt with images, without padding.
@@ -55,45 +55,55 @@ def look(
         folder: new folder to write the attention to while it is computed; None = keep it in memory.
 
     Raises:
-        InputError: several prompts, padding, no image tokens, a row that is not in the prompt, an answer that is empty or not
-            of text tokens, more attention than 2 GB without a folder (or than the disk holds), a folder that exists.
+        InputError: several prompts, padding, no image tokens, a row that is not in the prompt, an answer that is empty
+            or not of text tokens, more attention than 2 GB without a folder (or than the disk holds), a folder that
+            exists.
         OptionError: no new tokens.
         UnsupportedError: a family or an attention implementation that is not supported, a recipe that searches or keeps
             heads apart.
     """
     family, given, types = prompt_of(model, inputs)
-    anatomy = family.anatomy(model)
     if answer is not None:
         given_answers(model, [given], [answer])
     elif max_new_tokens < 1:
         raise OptionError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     prompt, steps = types.shape[1], max_new_tokens if answer is None else len(answer)
     kept = _checked_rows(rows, prompt)
-    _check_size(anatomy, len(kept) + steps, prompt + steps, folder)
-    target, partial = (None, None) if folder is None else begin(folder)
-    try:
-        store = _Store(anatomy, partial)
-        recorder = Recorder({*kept, prompt - 1}, store.layers, store.keep)
-        found, name = _answered(model, processor, given, recipe, recorder, answer, steps)
-        facts = _facts(model, family, processor, given, types, found)
-        facts |= _states(recorder, anatomy.layers, len(facts["tokens"]) - 1)
-        if others := sorted(set(range(anatomy.layers)) - set(store.layers)):
-            what = (
-                "have no attention over the tokens (a state of them, or cross-attention to images), so it is not shown"
-            )
-            facts["notes"] += (f"layers {', '.join(map(str, others))} {what}",)
-        trace = Trace(
-            recipe=name, source=anatomy.source, layers=store.layers, rows=store.rows, gains=store.gains, **facts
-        )
-        if target is None or partial is None:
-            return trace
-        store.flush()
-        trace.finish(target, partial)
-    except BaseException:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Trace.load(target)
+    _check_size(family.anatomy(model), len(kept) + steps, prompt + steps, folder)
+
+    def run(place: Path | None) -> Trace:
+        return _run(model, processor, (family, given, types), recipe, answer, steps, {*kept, prompt - 1}, place)
+
+    if folder is None:
+        return run(None)
+    with new_trace(folder) as place:
+        run(place).write_facts(place)
+    return Trace.load(folder)
+
+
+def _run(
+    model: PreTrainedModel,
+    processor: Any,
+    prompt: tuple[Family, dict[str, Any], Tensor],
+    recipe: Any,
+    answer: Sequence[int] | None,
+    steps: int,
+    rows: set[int],
+    place: Path | None,
+) -> Trace:
+    """The trace of an answer; its rows are written to ``place`` if there is one."""
+    family, given, types = prompt
+    anatomy = family.anatomy(model)
+    store = _Store(anatomy, place)
+    recorder = Recorder(rows, store.layers, store.keep)
+    found, name = _answered(model, processor, given, recipe, recorder, answer, steps)
+    facts = _facts(model, family, processor, given, types, found)
+    facts |= _states(recorder, anatomy.layers, len(facts["tokens"]) - 1)
+    if others := sorted(set(range(anatomy.layers)) - set(store.layers)):
+        what = "have no attention over the tokens (a state of them, or cross-attention to images), so it is not shown"
+        facts["notes"] += (f"layers {', '.join(map(str, others))} {what}",)
+    store.flush()
+    return Trace(recipe=name, source=anatomy.source, layers=store.layers, rows=store.rows, gains=store.gains, **facts)
 
 
 def prompt_of(model: PreTrainedModel, inputs: Inputs) -> tuple[Family, dict[str, Any], Tensor]:
@@ -139,9 +149,9 @@ class _Store:
 
     def flush(self) -> None:
         """Write rows that did not reach every layer."""
-        assert self._folder is not None
-        for row in list(self.rows):
-            write_row(self._folder, row, self.rows.pop(row))
+        if self._folder is not None:
+            for row in list(self.rows):
+                write_row(self._folder, row, self.rows.pop(row))
 
 
 class _Forced(LogitsProcessor):  # type: ignore[misc]
@@ -157,7 +167,7 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
 
 @contextmanager
 def watched(model: PreTrainedModel, processor: Any, recipe: Any, watcher: Watcher) -> Iterator[str]:
-    """A recipe in force and a watcher at work in this thread; the model is as before, all along for others. The recipe's name."""
+    """A recipe in force and a watcher at work, in this thread only and within the block; gives the recipe's name."""
     with borrowed(model, processor) as record, ExitStack() as stack:
         if recipe is not None or not record.now.enabled:
             stack.enter_context(record.temporarily("none" if recipe is None else recipe))
@@ -191,8 +201,8 @@ def _answered(
     said = out.sequences[0, prompt:]
     if answer is not None and said.tolist() != list(answer):
         raise InputError(
-            f"the model said {len(said)} tokens of the answer of {len(answer)}: it ends at an end token, and the tokens must"
-            " be ones that it can say"
+            f"the model said {len(said)} tokens of the answer of {len(answer)}: it ends at an end token, and the"
+            " tokens must be ones that it can say"
         )
     logprobs = torch.stack(out.logits, 1)[0].float().log_softmax(-1)
     best = logprobs.topk(_RIVALS)
@@ -230,7 +240,9 @@ def _facts(
             *(GROUPS.index("answer"),) * len(answer),
         ),
         "images": (*numbers.tolist(), *(-1,) * len(answer)),
-        "pieces": tuple(family.pieces(model, given, image, count, marker_ids) for image, count in enumerate(counts)),
+        "pieces": tuple(
+            family.image_layout(model, given, image, count, marker_ids) for image, count in enumerate(counts)
+        ),
         "prompt": prompt,
         "said": str(tokenizer.decode(answer, skip_special_tokens=True)).strip(),
         "rivals": tuple(tuple((decode(token), value) for token, value in pairs) for pairs in found["rivals"]),

@@ -16,14 +16,14 @@ from vlmattn.request import LayerContext, Weights
 def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> list[tuple[tuple[Box, Tensor], ...]]:
     """Attention of the last prompt row on each image, by the bare model.
 
-        map[y, x] = mean over layers and heads of a_j,   a the attention of the last prompt row, j the image token at (y, x)
+        map[y, x] = mean over layers and heads of a_j,   j the image token at (y, x), a the last prompt row's attention
 
     Args:
         inputs: what the processor made of one prompt, without padding.
 
     Returns:
-        For each image its pieces (``vlmattn.models.Piece``) with their maps ``[rows, columns]``, float32 on the CPU: tiles, and
-        views of the whole picture. Nothing for an image whose tokens have no known place.
+        For each image its pieces (``vlmattn.models.Piece``) with their maps ``[rows, columns]``, float32 on the CPU:
+        tiles, and views of the whole picture. Nothing for an image whose tokens have no known place.
 
     Raises:
         InputError: several prompts, or padding.
@@ -37,14 +37,14 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
     found = []
     for image in range(int(numbers.max()) + 1):
         own = row[numbers == image]
-        pieces = family.pieces(model, given, image, len(own), marker_ids)
+        pieces = family.image_layout(model, given, image, len(own), marker_ids)
         found.append(tuple((piece.box, own[piece.tokens]) for piece in pieces))
     return found
 
 
 def last_row(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-    """Attention of the last row of one prompt on its keys ``[keys]``, by the bare model: a mean over layers and heads; on the
-    cpu."""
+    """Attention of the last row of one prompt on its keys ``[keys]``, by the bare model: a mean over layers and heads;
+    on the cpu."""
 
     def mean(context: LayerContext, weights: Weights) -> Tensor:
         return weights(context.queries - 1, context.queries)[0, :, 0].mean(0).float().cpu()

@@ -197,10 +197,10 @@ def sink_tokens(trace: Trace, tau: float = 20.0, dims: Sequence[int] = ()) -> Na
 def sink_levels(trace: Trace) -> Named:
     """Levels of sinks, int64 ``[layer, token]``: 2 primary, 1 secondary, 0 none (arXiv 2512.22213).
 
-    A token is a sink of a layer when abs(cos(x, x_first)) > .9 and the layer lies between the largest rise and the largest
-    fall of the first token's norm; primary when that holds in at least 60% of the layers, secondary in at least 12%. The
-    first token itself stays at 0. All decoder layers are there; the last answer token enters none and is left out.
-    ``find_sinks`` counts the same over many prompts.
+    A token is a sink of a layer when abs(cos(x, x_first)) > .9 and the layer lies between the largest rise and the
+    largest fall of the first token's norm; primary when that holds in at least 60% of the layers, secondary in at least
+    12%. The first token itself stays at 0. All decoder layers are there; the last answer token enters none and is left
+    out. ``find_sinks`` counts the same over many prompts.
     """
     norms = torch.nn.functional.pad(trace.norms[:, 0], (0, 1)).nan_to_num()[None]  # the decoder's norm ends every sink
     near = (trace.likeness > LIKE_FIRST)[:, None]

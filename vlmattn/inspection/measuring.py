@@ -33,7 +33,7 @@ Keep = Callable[[LayerContext, Weights], Any]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measure(Intervention):
-    """Puts what ``keep`` makes of attention into ``kept``, by layer for one forward after another, and changes nothing."""
+    """Puts what ``keep`` makes of attention into ``kept``: by layer, one item for each forward. Changes nothing."""
 
     info: ClassVar[MethodInfo] = INFO
     needs_images: ClassVar[bool] = False

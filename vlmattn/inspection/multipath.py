@@ -1,4 +1,8 @@
-"""Multi-view, multi-path answers: several captions, several first words, and how sure the model is where it answers."""
+"""Multi-view, multi-path answers: several captions, several first words, and how sure the model is where it answers.
+
+Written from the formula: the released code (GasolSun36/MVP) does not run to its end, adds paths without an answer to
+"yes", and p_first alone where the first token is the answer. It samples captions; ``VIEWS`` are in our words.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +19,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vlmattn import compat
 from vlmattn.errors import OptionError, UnsupportedError, quoted
-from vlmattn.inspection.sorting import chat_inputs
-from vlmattn.models import Family, find_family
+from vlmattn.inspection.answers import stop_tokens
+from vlmattn.inspection.sorting import chat_inputs, user_turn
+from vlmattn.models import find_family
 from vlmattn.wrapping import record_of
 
 #: Requests for captions from three sides: from the details up, from the whole down, and as usual (in our words).
 VIEWS = (
-    "Start from the details, their shapes, colors and textures, and work out what objects they make. Describe the image.",
+    "Start from the details, their shapes, colors and textures, and work out what objects they make."
+    " Describe the image.",
     "Start from the whole, what kind of scene it is and what would go with it. Describe the image.",
     "Describe the image.",
 )
@@ -86,15 +93,12 @@ def multi_path(
 
         S(a) = sum over views v of w_v  sum over paths with answer a of p_first (p1 - p2)
 
-    A path begins with one of the likeliest first tokens, of probability p_first, and goes on by sampling until it says an
-    answer word; p1 and p2 are the two highest probabilities where that word begins. A path without one counts for nobody.
-    Views are captions of the image by the model itself, each before the question (MVP, arXiv 2408.17150).
+    A path begins with one of the likeliest first tokens, of probability p_first, and goes on by sampling until it says
+    an answer word; p1 and p2 are the two highest probabilities where that word begins. A path without one counts for
+    nobody. Views are captions of the image by the model itself, each before the question (MVP, arXiv 2408.17150).
 
-    Written from the formula: the released code (GasolSun36/MVP) does not run to its end, adds paths without an answer to
-    "yes", and p_first alone where the first token is the answer. All probabilities here are the model's own; temperature
-    acts on the draw alone. Captions are greedy here, sampled there; ``VIEWS`` are in our words.
-
-    All paths of a view are rows of one batch after one pass over the prompt. The edits of a wrapped model act throughout.
+    All probabilities are the model's own; temperature acts on the draw alone. Captions are greedy. All paths of a view
+    are rows of one batch after one pass over the prompt. The edits of a wrapped model act throughout.
 
     Args:
         processor: the model's processor, with a chat template.
@@ -105,38 +109,33 @@ def multi_path(
         answers: words or phrases; whole words count, in upper or lower case.
         first_tokens: paths of each view, at most.
         min_probability: least p_first.
-        temperature: of the draw; 0 always takes the likeliest token.
-        max_new_tokens: longest path, with its first token.
-        caption_tokens: longest caption.
-        seed: of the draw.
+        temperature, seed: of the draw; at temperature 0 the likeliest token is always taken.
+        max_new_tokens, caption_tokens: longest path, with its first token, and longest caption.
 
     Raises:
         OptionError: a value out of range, not as many weights as views, fewer than two answers.
         InputError: a processor without chat template.
         UnsupportedError: a family that is not supported, a model wrapped with a decoding rule.
     """
-    family, given = find_family(model), views if captions is None else captions
-    _check(weights, given, answers, first_tokens, min_probability, temperature, max_new_tokens, caption_tokens)
-    _refuse_rules(model)
-    tokenizer, generator = processor.tokenizer, torch.Generator().manual_seed(seed)
-    pictures = list(image) if isinstance(image, (list, tuple)) else [image]
-
-    def ask(text: str) -> dict[str, Any]:
-        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}]
-        return chat_inputs(model, processor, [{"role": "user", "content": content}])
-
+    _check_model(model)
+    _check_words(weights, views if captions is None else captions, answers)
+    _check_numbers(min_probability, temperature, (first_tokens, max_new_tokens, caption_tokens))
+    ask, generator = partial(_ask, model, processor, image), torch.Generator().manual_seed(seed)
     if captions is None:
-        captions = [_caption(model, tokenizer, ask(view), caption_tokens) for view in views]
-    read = _Reader(tokenizer, tuple(answers), _stops(model))
+        captions = [_caption(model, processor.tokenizer, ask(view), caption_tokens) for view in views]
+    read = _Reader(processor.tokenizer, tuple(answers), stop_tokens(model))
     paths: list[Path] = []
     for view, caption in enumerate(captions):
         inputs = ask(f"{caption}\n{question}" if caption else question)
-        walks = _Walks(model, family, inputs, first_tokens, min_probability)
-        walks.walk(read, max_new_tokens, temperature, generator)
-        paths += walks.paths(read, view)
+        walks = _Walks(model, inputs, first_tokens, min_probability)
+        paths += walks.walk(read, view, max_new_tokens, temperature, generator)
     scores = score(paths, weights, answers)
     best = max(scores, key=scores.__getitem__)
     return MultiPath(best if scores[best] > 0 else None, scores, tuple(captions), tuple(paths))
+
+
+def _ask(model: PreTrainedModel, processor: Any, image: Any, text: str) -> dict[str, Any]:
+    return chat_inputs(model, processor, [user_turn(image, text)])
 
 
 def score(paths: Iterable[Path], weights: Sequence[float], answers: Sequence[str]) -> dict[str, float]:
@@ -148,16 +147,7 @@ def score(paths: Iterable[Path], weights: Sequence[float], answers: Sequence[str
     return found
 
 
-def _check(
-    weights: Sequence[float],
-    views: Sequence[str],
-    answers: Sequence[str],
-    first_tokens: int,
-    min_probability: float,
-    temperature: float,
-    max_new_tokens: int,
-    caption_tokens: int,
-) -> None:
+def _check_words(weights: Sequence[float], views: Sequence[str], answers: Sequence[str]) -> None:
     if isinstance(views, str) or not views or len(weights) != len(views):
         raise OptionError(f"each view needs a weight; got {len(weights)} weights and the views {quoted(views)}")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
@@ -165,11 +155,10 @@ def _check(
     words = [] if isinstance(answers, str) else [answer.strip().casefold() for answer in answers]
     if len(set(words)) < max(2, len(words)) or "" in words:
         raise OptionError(f'answers must be at least two different words, as in ("yes", "no"), got {quoted(answers)}')
-    for name, number in (
-        ("first_tokens", first_tokens),
-        ("max_new_tokens", max_new_tokens),
-        ("caption_tokens", caption_tokens),
-    ):
+
+
+def _check_numbers(min_probability: float, temperature: float, counts: tuple[int, int, int]) -> None:
+    for name, number in zip(("first_tokens", "max_new_tokens", "caption_tokens"), counts, strict=True):
         if type(number) is not int or number < 1:
             raise OptionError(f"{name} must be a whole number from 1 on, got {quoted(number)}")
     if not 0 <= min_probability < 1:
@@ -178,25 +167,20 @@ def _check(
         raise OptionError(f"temperature must be 0 (greedy) or above, got {temperature}")
 
 
-def _refuse_rules(model: PreTrainedModel) -> None:
-    """Rules and searches act in generate() only: captions would have them and paths would not."""
+def _check_model(model: PreTrainedModel) -> None:
+    """Refuse other families, and rules and searches: those act in generate() only, for captions and not for paths."""
+    find_family(model)
     record = record_of(model)
     if record is not None and record.now.acting.rule:
         raise UnsupportedError(
-            f"multi_path draws its tokens itself, so '{record.now.acting.rule}' of '{record.now.recipe.name}' cannot act in it;"
-            " use a recipe of attention methods, or model.vlmattn.disable()"
+            f"multi_path draws its tokens itself, so '{record.now.acting.rule}' of '{record.now.recipe.name}' cannot act"
+            " in it; use a recipe of attention methods, or model.vlmattn.disable()"
         )
 
 
 def _caption(model: PreTrainedModel, tokenizer: Any, inputs: dict[str, Any], tokens: int) -> str:
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1)
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def _stops(model: PreTrainedModel) -> frozenset[int]:
-    """Tokens that end an answer."""
-    found = model.generation_config.eos_token_id
-    return frozenset(found if isinstance(found, list) else () if found is None else (found,))
 
 
 class _Reader:
@@ -232,11 +216,11 @@ class _Walks:
     """The paths of one prompt: rows of one batch, each with a first token of its own."""
 
     def __init__(
-        self, model: PreTrainedModel, family: Family, inputs: dict[str, Any], first_tokens: int, min_probability: float
+        self, model: PreTrainedModel, inputs: dict[str, Any], first_tokens: int, min_probability: float
     ) -> None:
         """Read the prompt once and repeat its keys and values for every first token that is likely enough."""
         self._model, self._mask = model, inputs["attention_mask"]
-        positions = family.positions(model, inputs)  # ours, so that no state of the model counts
+        positions = find_family(model).positions(model, inputs)  # ours, so that no state of the model counts
         self._cache = DynamicCache(config=model.config.get_text_config())
         logits = model(
             **inputs, position_ids=positions, **{compat.cache_name(): self._cache}, use_cache=True, logits_to_keep=1
@@ -251,8 +235,10 @@ class _Walks:
         if self.tokens:
             self._cache.batch_repeat_interleave(len(self.tokens))
 
-    def walk(self, read: _Reader, max_new_tokens: int, temperature: float, generator: torch.Generator) -> None:
-        """Go on until every path is done."""
+    def walk(
+        self, read: _Reader, view: int, max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> list[Path]:
+        """Go on until every path is done; what each came to."""
         going = [not read.is_done(tokens) for tokens in self.tokens]
         while any(going) and len(self.tokens[going.index(True)]) < max_new_tokens:
             logits = self._step()
@@ -267,6 +253,7 @@ class _Walks:
                     self.tokens[row].append(token)
                     self.certainty[row].append(_margin(likely[row]))
                     going[row] = not read.is_done(self.tokens[row])
+        return [self._path(read, view, *of) for of in zip(self.tokens, self.p_first, self.certainty, strict=True)]
 
     def _step(self) -> Tensor:
         """Logits ``[paths, vocabulary]`` after the newest token of every path; a path that is done repeats its last."""
@@ -286,14 +273,10 @@ class _Walks:
         found: Tensor = out.logits[:, -1]
         return found
 
-    def paths(self, read: _Reader, view: int) -> list[Path]:
-        """What every path came to."""
-        found = []
-        for tokens, p_first, certainty in zip(self.tokens, self.p_first, self.certainty, strict=True):
-            answer, begins = read.answer(tokens) or (None, None)
-            sure = 0.0 if begins is None else certainty[begins]
-            found.append(Path(view, read.text(tokens[:1]), p_first, sure, answer, read.text(tokens)))
-        return found
+    def _path(self, read: _Reader, view: int, tokens: list[int], p_first: float, certainty: list[float]) -> Path:
+        answer, begins = read.answer(tokens) or (None, None)
+        sure = 0.0 if begins is None else certainty[begins]
+        return Path(view, read.text(tokens[:1]), p_first, sure, answer, read.text(tokens))
 
 
 def _margin(likely: Tensor) -> float:

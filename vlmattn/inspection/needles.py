@@ -13,7 +13,7 @@ from vlmattn.errors import InputError, OptionError
 from vlmattn.inspection.answers import answered, greedy_answer
 from vlmattn.inspection.measuring import Keep, attention_of, by_layer, head_profile
 from vlmattn.inspection.prompt_spans import Span, prepared_spans
-from vlmattn.inspection.sorting import chat_inputs
+from vlmattn.inspection.sorting import chat_inputs, user_turn
 from vlmattn.interventions.profiles import HeadProfile
 from vlmattn.models import find_family, marker_ids_of
 from vlmattn.request import TEXT, LayerContext, Weights
@@ -30,18 +30,19 @@ def retrieve_images(
 ) -> HeadProfile:
     """Score every head by how often it finds the image that holds the answer, among others.
 
-        hit    = 1 if argmax_{j in image tokens} a_j lies in the needle, a the attention of a row that predicts a token of
-                 the answer, else 0
+        hit    = 1 if argmax_{j in image tokens} a_j lies in the needle, else 0;
+                 a the attention of a row that predicts a token of the answer
         chance = image tokens of the needle / image tokens of the prompt
         needle = (mean of hit - mean of chance) / (1 - mean of chance),   means over needles and answer tokens
 
     So 1 is a head that always looks at the needle, 0 one that does not know which image that is, whatever the number of
     images, if the needle stands at each place equally often (``needle_prompts``). The mean of hit is
-    chance + needle (1 - chance). After arXiv 2404.15574, whose retrieval heads copy the token that they attend to; an image
-    token cannot be copied, so what counts is where the head looks (the adaptation is ours).
+    chance + needle (1 - chance). After arXiv 2404.15574, whose retrieval heads copy the token that they attend to; an
+    image token cannot be copied, so what counts is where the head looks (the adaptation is ours).
 
-    The answer is the greedy one of the unedited model, right or wrong, up to the end-of-sequence token. Edits of a wrapped
-    model do not act meanwhile. The score says where a head looks, not that the answer needs it: for that, ``ablate_heads``.
+    The answer is the greedy one of the unedited model, right or wrong, up to the end-of-sequence token. Edits of a
+    wrapped model do not act meanwhile. The score says where a head looks, not that the answer needs it: for that,
+    ``ablate_heads``.
 
     Args:
         needles: prompts of several images; the span is the image that the question is about.
@@ -55,8 +56,8 @@ def retrieve_images(
 
     Raises:
         OptionError: fewer than one answer token.
-        InputError: no needles, one that is not a single prompt, a span outside of its prompt, without image tokens or with
-            all of them; answers that are all empty.
+        InputError: no needles, one that is not a single prompt, a span outside of its prompt, without image tokens or
+            with all of them; answers that are all empty.
         UnsupportedError: a family or an attention implementation that is not supported.
     """
     if answer_tokens < 1:
@@ -103,8 +104,7 @@ def needle_prompts(
     family, found = find_family(model), []
     for place in range(len(distractors) + 1):
         pictures = [*distractors[:place], needle, *distractors[place:]]
-        content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": question}]
-        inputs = chat_inputs(model, processor, [{"role": "user", "content": content}])
+        inputs = chat_inputs(model, processor, [user_turn(pictures, question)])
         types = family.token_types(model, inputs["input_ids"])
         numbers = family.image_numbers(model, inputs, types, marker_ids_of(family, processor))[0]
         images = int(numbers.max()) + 1
@@ -123,8 +123,8 @@ def _share(types: Tensor, span: Span) -> float:
     share = float(visual[span.start : span.stop].sum() / visual.sum())
     if not 0 < share < 1:
         raise InputError(
-            f"the span {span.start}..{span.stop} must hold some of the image tokens of its prompt and leave some out; it is"
-            " the needle among several images"
+            f"the span {span.start}..{span.stop} must hold some of the image tokens of its prompt and leave some out;"
+            " it is the needle among several images"
         )
     return share
 

@@ -40,8 +40,8 @@ def head_outputs(
     with only(model, outputs, *beside):
         if anatomy.attending is not None:
             raise UnsupportedError(
-                f"{type(model).__name__} has layers without attention, and the pass that measures what heads say with the image"
-                " and without it needs attention in every layer; retrieve_images works on such models"
+                f"{type(model).__name__} has layers without attention, and the pass that measures what heads say with"
+                " the image and without it needs attention in every layer; retrieve_images works on such models"
             )
         for batch in batches:
             model(**batch, use_cache=False, logits_to_keep=1)

@@ -1,4 +1,4 @@
-"""One answer, or the same question under two recipes, as an HTML page with sliders that needs nothing from elsewhere."""
+"""One answer, or the same question under two recipes, as one HTML file with sliders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def inspect_page(
     Args:
         sides: one answer or more, of one question (``compare_answers``).
         pictures: PIL images, in the order of the prompt.
-        scores: name -> ``[layers][heads]``, of the model's saved HeadProfile; those of other sizes, or with nan, are left out.
+        scores: name -> ``[layers][heads]``, of the model's saved HeadProfile; those of other sizes, or with nan, are
+            left out.
         facts: what to say about how it was made, by name.
         tau: sink threshold of phi.
 
@@ -54,6 +55,7 @@ def inspect_page(
     first = sides[0].trace
     if len(pictures) != len(first.pieces):
         raise InputError(f"the prompt has {len(first.pieces)} images and {len(pictures)} pictures were given")
+    tables = {name: _of_layers(table, first) for name, table in (scores or {}).items()}
     data: dict[str, Any] = {
         "pictures": [_picture(picture) for picture in pictures],
         "layers": first.layers,
@@ -62,34 +64,33 @@ def inspect_page(
         "colours": pages.COLOURS,
         "images": [_drawn(pieces) for pieces in first.pieces],
         "counts": [int(first.keys_of("image", image).sum()) for image in range(len(first.pieces))],
-        "scores": {
-            name: table for name, own in (scores or {}).items() if (table := _of_layers(own, first)) is not None
-        },
+        "scores": {name: table for name, table in tables.items() if table is not None},
         "tau": tau,
         "sides": [_side(side, tau) for side in sides],
     }
-    kept = all(side["some"] is None for side in data["sides"])
-    heads = (
-        "every head" if kept else f"the {_FEW} heads of each layer that look at the images most, and the mean of all"
-    )
-    rows = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in (facts or {}).items()
-    )
-    notes = "".join(
-        f"<p class='note'>{html.escape(side.trace.recipe)}: {html.escape(note)}</p>"
-        for side in sides
-        for note in side.trace.notes
-    )
+    every = all(side["some"] is None for side in data["sides"])
+    some = f"the {_FEW} heads of each layer that look at the images most, and the mean of all"
     parts = {
         "question": question,
-        "notes": pages.Html(notes),
-        "heads": heads,
-        "facts": pages.Html(rows),
+        "notes": _notes(sides),
+        "heads": "every head" if every else some,
+        "facts": _facts(facts or {}),
         "style": pages.Html(_own("page.css")),
         "data": data,
         "script": pages.Html(_own("page.js")),
     }
     return pages.document(f"vlmattn inspect: {question}", pages.filled(_own("page.html"), parts))
+
+
+def _notes(sides: Sequence[Side]) -> pages.Html:
+    notes = [html.escape(f"{side.trace.recipe}: {note}") for side in sides for note in side.trace.notes]
+    return pages.Html("".join(f"<p class='note'>{note}</p>" for note in notes))
+
+
+def _facts(facts: Mapping[str, str]) -> pages.Html:
+    return pages.Html(
+        "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(fact)}</dd>" for name, fact in facts.items())
+    )
 
 
 def _own(name: str) -> str:
@@ -110,16 +111,13 @@ def _side(side: Side, tau: float) -> dict[str, Any]:
     """What the script knows of one answer."""
     trace = side.trace
     visual = trace.keys_of("image")
-    every = torch.stack(
-        [trace.attention(row).values[..., visual] for row in trace.answer_rows]
-    )  # [step, layer, head, cell]
-    masses = group_masses(trace).values
-    some = None
+    attention = [trace.attention(row).values for row in trace.answer_rows]
+    every = torch.stack([of_row[..., visual] for of_row in attention])  # [step, layer, head, cell]
+    masses, some, single = group_masses(trace).values, None, every
     if every.numel() > _MOST:
         some = every.sum((0, 3)).topk(min(_FEW, trace.heads), 1).indices.sort(1).values  # [layer, few]
-    single = (
-        every if some is None else every.gather(2, some[None, :, :, None].expand(len(every), -1, -1, every.shape[-1]))
-    )
+        single = every.gather(2, some[None, :, :, None].expand(len(every), -1, -1, every.shape[-1]))
+    phi = trace.phi[list(trace.layers), :][:, visual[: trace.phi.shape[1]]].nan_to_num(0.0)
     return {
         "name": trace.recipe,
         "tokens": [
@@ -137,39 +135,37 @@ def _side(side: Side, tau: float) -> dict[str, Any]:
         "masses": _rounded(masses.mean(2)),
         "gains": _rounded(torch.stack([trace.gains[row] for row in trace.answer_rows])),
         "sinks": _sinks(trace, tau),
-        "phi": [
-            _rounded(row, 1)
-            for row in trace.phi[list(trace.layers), :][:, visual[: trace.phi.shape[1]]].nan_to_num(0.0)
-        ],
+        "phi": [_rounded(row, 1) for row in phi],
     }
 
 
 def _sinks(trace: Trace, tau: float) -> list[dict[str, Any]]:
     """For each layer: how many tokens are sinks, and those with the largest phi."""
     massive, received, levels = sink_tokens(trace, tau).values, sink_scores(trace).values, sink_levels(trace).values
-    found = []
+    visual, found = trace.keys_of("image")[: trace.phi.shape[1]], []
     for place, layer in enumerate(trace.layers):
         phi = trace.phi[layer].nan_to_num(-1.0)
+
+        def row(token: int, layer: int = layer, phi: Tensor = phi, place: int = place) -> dict[str, Any]:
+            image = trace.images[token]
+            return {
+                "token": token,
+                "text": trace.tokens[token] if image < 0 else f"image {image + 1}",
+                "phi": round(float(phi[token]), 1),
+                "dim": int(trace.dims[layer, token]),
+                "level": _LEVELS[int(levels[layer, token])],
+                "norm": round(float(trace.norms[layer, token]), 1),
+                "received": round(float(received[place, token].nan_to_num(0.0)), 4),
+            }
+
         top = phi.topk(min(_LISTED, len(phi))).indices.tolist()
         found.append(
             {
-                "text": int((massive[layer] & ~trace.keys_of("image")[: len(phi)]).sum()),
-                "image": int((massive[layer] & trace.keys_of("image")[: len(phi)]).sum()),
+                "text": int((massive[layer] & ~visual).sum()),
+                "image": int((massive[layer] & visual).sum()),
                 "primary": int((levels[layer] == 2).sum()),
                 "secondary": int((levels[layer] == 1).sum()),
-                "tokens": [
-                    {
-                        "token": token,
-                        "text": trace.tokens[token] if trace.images[token] < 0 else f"image {trace.images[token] + 1}",
-                        "phi": round(float(phi[token]), 1),
-                        "dim": int(trace.dims[layer, token]),
-                        "level": _LEVELS[int(levels[layer, token])],
-                        "norm": round(float(trace.norms[layer, token]), 1),
-                        "received": round(float(received[place, token].nan_to_num(0.0)), 4),
-                    }
-                    for token in top
-                    if phi[token] >= 0
-                ],
+                "tokens": [row(token) for token in top if phi[token] >= 0],
             }
         )
     return found

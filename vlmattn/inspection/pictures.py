@@ -18,7 +18,7 @@ _COLUMNS = 6
 
 
 def figures(sides: Sequence[Side], pictures: Sequence[Any]) -> dict[str, Any]:
-    """All figures by name: for each side its tokens, layers, heads and masses, its sinks if it has some; and log-probabilities.
+    """All figures by name: tokens, layers, heads, masses and sinks (if any) of each side; and log-probabilities.
 
     Args:
         pictures: PIL images, in the order of the prompt.
@@ -82,7 +82,7 @@ def head_map(trace: Trace, step: int) -> Any:
 
 
 def group_lines(trace: Trace) -> Any:
-    """Mass on each kind of token through the layers (mean over the answer), and through the answer (mean over layers)."""
+    """Mass on each kind of token through the layers (mean over the answer), and the answer (mean over layers)."""
     from vlmattn.drawing import Figure
 
     masses = group_masses(trace).mean("head")

@@ -23,7 +23,8 @@ class Side:
 
     Attributes:
         trace: the answer and what was looked at.
-        logprobs: name of a recipe -> log-probability of each token of this answer under it, ``[step]``; its own is among them.
+        logprobs: name of a recipe -> log-probability of each token of this answer under it, ``[step]``; its own is
+            among them.
     """
 
     trace: Trace

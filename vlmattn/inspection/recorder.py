@@ -15,8 +15,8 @@ from vlmattn.kernels import AttentionEdit, scale_heads
 from vlmattn.request import LayerContext, Request, Step, Weights
 
 Keep = Callable[[int, int, Tensor, Tensor], None]
-"""``keep(row, layer, attention, gain)``: attention float32 ``[heads, key]`` and head gains ``[heads]`` of one row, on the CPU. Keys
-are the original slots that were there when the row was read."""
+"""``keep(row, layer, attention, gain)``: attention float32 ``[heads, key]`` and head gains ``[heads]`` of one row, on
+the CPU. Keys are the original slots that were there when the row was read."""
 
 
 class Recorder:
@@ -25,8 +25,9 @@ class Recorder:
     Rows and keys count in original slots, whatever tokens a layer goes on with. One sequence, no padding.
 
     Attributes:
-        phi, dims, norms, likeness: (layer) -> one tensor for each forward: sink value over all dimensions, its dimension, norm, and
-            abs(cos) with the first token (nan if that is gone) of each token that entered, with the tokens' slots in ``slots``.
+        phi, dims, norms, likeness: (layer) -> one tensor for each forward: sink value over all dimensions, its
+            dimension, norm, and abs(cos) with the first token (nan if that is gone) of each token that entered, with
+            the tokens' slots in ``slots``.
     """
 
     def __init__(self, rows: Collection[int], layers: Collection[int], keep: Keep) -> None:

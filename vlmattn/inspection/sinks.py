@@ -46,8 +46,8 @@ def find_sinks(
     and l lies between the largest rise and the largest fall of the first token's norm; primary when that holds in at
     least 60% of the layers, secondary in at least 12%. The first token itself is not counted.
 
-    Where dimensions of this language model are known, or reported by others, and none of them is found, a warning says so.
-    Edits of a wrapped model do not act meanwhile. Whatever the padding, the first real token counts as the first.
+    Where dimensions of this language model are known, or reported by others, and none of them is found, a warning says
+    so. Edits of a wrapped model do not act meanwhile. Whatever the padding, the first real token counts as the first.
 
     Args:
         inputs: processor outputs, one prompt or one padded batch each; four varied prompts are enough.
@@ -65,33 +65,14 @@ def find_sinks(
     """
     family = find_family(model)
     anatomy = family.anatomy(model)
-    bound = anatomy.hidden_size**0.5
-    if not 0 < tau < bound:
-        raise OptionError(
-            f"tau must be above 0 and below {bound:.1f}, the square root of the hidden size {anatomy.hidden_size}: no"
-            f" token's phi exceeds it; got {tau:g}"
-        )
-    looks = []
+    _check_tau(tau, anatomy.hidden_size)
     with bare(model):
-        for batch in prepared(model, inputs):
-            looks.append(_look(model, family, batch, tau))
+        looks = [_look(model, family, batch, tau) for batch in prepared(model, inputs)]
     dims = _agreed([row for look in looks for row in look.leading], anatomy.layers)
     rows = [row for look in looks for row in look.massive]
     hit = [layer for layer in range(anatomy.layers) if 2 * sum(bool(dims & row[layer]) for row in rows) >= len(rows)]
-    if not dims:
-        warnings.warn(
-            f"no sink dimensions: no dimension of the residual stream exceeds tau = {tau:g} in most layers and prompts;"
-            " give a smaller tau, or more varied prompts",
-            stacklevel=3,  # above no_grad
-        )
-    told = {*SINK_DIMS.get(anatomy.backbone, ()), *REPORTED_SINK_DIMS.get(anatomy.backbone, ())}
-    if dims and told and not dims & told:
-        where = "known" if anatomy.backbone in SINK_DIMS else "reported by others"
-        warnings.warn(
-            f"found sink dimensions {sorted(dims)}, where {sorted(told)} are {where} for this language model; these weights"
-            " may be others: give the profile to the methods about sinks",
-            stacklevel=3,
-        )
+    if surprise := _surprise(dims, tau, anatomy.backbone):
+        warnings.warn(surprise, stacklevel=3)  # above no_grad
     levels = torch.stack([look.levels() for look in looks]).sum(0) / len(rows)
     return SinkProfile(
         fingerprint=anatomy.fingerprint,
@@ -102,6 +83,31 @@ def find_sinks(
         tau=tau,
         layers=(hit[0], hit[-1] + 1) if hit else (0, 0),
         levels=tuple((float(primary), float(secondary)) for primary, secondary in levels.tolist()),
+    )
+
+
+def _check_tau(tau: float, hidden_size: int) -> None:
+    if not 0 < tau < hidden_size**0.5:
+        raise OptionError(
+            f"tau must be above 0 and below {hidden_size**0.5:.1f}, the square root of the hidden size {hidden_size}:"
+            f" no token's phi exceeds it; got {tau:g}"
+        )
+
+
+def _surprise(dims: frozenset[int], tau: float, backbone: tuple[str, int, int, int]) -> str | None:
+    """What to warn of in what was found: nothing, or other dimensions than are told of the language model."""
+    if not dims:
+        return (
+            f"no sink dimensions: no dimension of the residual stream exceeds tau = {tau:g} in most layers and prompts;"
+            " give a smaller tau, or more varied prompts"
+        )
+    told = {*SINK_DIMS.get(backbone, ()), *REPORTED_SINK_DIMS.get(backbone, ())}
+    if not told or dims & told:
+        return None
+    where = "known" if backbone in SINK_DIMS else "reported by others"
+    return (
+        f"found sink dimensions {sorted(dims)}, where {sorted(told)} are {where} for this language model; these weights"
+        " may be others: give the profile to the methods about sinks"
     )
 
 

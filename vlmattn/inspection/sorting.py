@@ -19,7 +19,8 @@ from vlmattn.models import Family, find_family, marker_ids_of
 from vlmattn.request import TEXT
 
 Message = Mapping[str, Any]
-"""One message of a chat: ``{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", ...}]}``."""
+"""One message of a chat:
+``{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", ...}]}``."""
 
 Units = tuple[tuple[int, ...], ...]
 
@@ -58,13 +59,13 @@ def sort_context(
     *,
     iterations: int = 1,
 ) -> Sorted:
-    """Sort the images or documents of a prompt by the attention that its last row, which predicts the answer, pays them.
+    """Sort the images or documents of a prompt by the attention of its last row, which predicts the answer.
 
         score(unit) = mean over layers, heads and tokens j of the unit of a_j,   a the attention of the last prompt row
 
     Ascending and stable, so the unit with the highest score comes last, next to the question (Attention Sorting, arXiv
-    2310.01427, which uses 1 to 5 iterations; its code, adamlerer/synthwiki, sums over a unit's tokens where the text and
-    this function average, the same order for units of one length). Stops early once an order stays as it is. Each
+    2310.01427, which uses 1 to 5 iterations; its code, adamlerer/synthwiki, sums over a unit's tokens where the text
+    and this function average, the same order for units of one length). Stops early once an order stays as it is. Each
     iteration reads the prompt once; no matrix of query x key is made. Edits of a wrapped model do not act meanwhile.
 
     The tokens of a unit are those of its images and of its text, not those that the template writes around them.
@@ -74,8 +75,8 @@ def sort_context(
         messages: a chat that ends with the user's turn, images in it (``{"type": "image", "image": picture}``, or a
             ``url`` or ``path``).
         units: numbers of the parts of the last message that move together, each unit a run of neighbours; other parts
-            keep their places. None: each image moves, with its caption where the same number of text parts follows every
-            image; without images each text part moves. The last text part is the question and stays.
+            keep their places. None: each image moves, with its caption where the same number of text parts follows
+            every image; without images each text part moves. The last text part is the question and stays.
         iterations: how often to sort, at most.
 
     Raises:
@@ -122,6 +123,13 @@ def chat_inputs(model: PreTrainedModel, processor: Any, messages: Sequence[Messa
     return prepared_one(model, processor.apply_chat_template([dict(message) for message in messages], **settings))
 
 
+def user_turn(images: Any, text: str) -> Message:
+    """A message of the user: one image or a list of them, then the text."""
+    pictures = images if isinstance(images, (list, tuple)) else [images]
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+
+
 def default_units(content: Sequence[Message]) -> Units:
     """Which parts move together when nobody says it.
 
@@ -149,14 +157,18 @@ def _content(messages: Sequence[Message]) -> Sequence[Message]:
     content = last.get("content")
     if last.get("role") != "user" or not isinstance(content, (list, tuple)) or not content:
         raise InputError(
-            'the chat must end with a user\'s message in parts: {"role": "user", "content": [{"type": "text", ...}, ...]}'
+            "the chat must end with a user's message in parts:"
+            ' {"role": "user", "content": [{"type": "text", ...}, ...]}'
         )
     return content
 
 
 def _checked(units: Sequence[Sequence[int]], parts: int) -> Units:
     """Units in the order of their places."""
-    wrong = f"units must be runs of neighbours among the parts 0..{parts - 1}, none twice, as in [[0, 1], [2, 3]]; got {units}"
+    wrong = (
+        f"units must be runs of neighbours among the parts 0..{parts - 1}, none twice, as in [[0, 1], [2, 3]];"
+        f" got {units}"
+    )
     try:
         found = tuple(sorted(tuple(unit) for unit in units))
         runs = all(unit and unit == tuple(range(unit[0], unit[0] + len(unit))) for unit in found)
@@ -169,7 +181,7 @@ def _checked(units: Sequence[Sequence[int]], parts: int) -> Units:
 
 
 def _arranged(messages: Sequence[Message], units: Units, order: Sequence[int]) -> tuple[list[Message], list[int]]:
-    """The chat with unit ``order[n]`` at the n-th place, and the unit of every part of its last message, -1 for none."""
+    """The chat with unit ``order[n]`` at place n, and the unit of every part of its last message, -1 for none."""
     content, places = messages[-1]["content"], {unit[0]: n for n, unit in enumerate(units)}
     moved = {number for unit in units for number in unit}
     parts: list[Message] = []
@@ -202,7 +214,8 @@ def _owners(
     by_image = [-1] * earlier + [unit for part, unit in zip(content, owners, strict=True) if _is_visual(part)]
     if int(numbers.max()) + 1 != len(by_image):
         raise InputError(
-            f"the chat has {len(by_image)} images and its prompt {int(numbers.max()) + 1}; does the chat template place each?"
+            f"the chat has {len(by_image)} images and its prompt {int(numbers.max()) + 1}; does the chat template place"
+            " each?"
         )
     found = torch.tensor([*by_image, -1])[numbers]  # text has number -1, the last entry
     texts = {n: unit for n, unit in enumerate(owners) if unit >= 0 and not _is_visual(content[n])}
@@ -262,6 +275,6 @@ def _marked(chat: Sequence[Message], parts: Sequence[int]) -> list[Message]:
 
 
 def _scores(model: PreTrainedModel, inputs: Mapping[str, Any], owners: Tensor) -> tuple[float, ...]:
-    """The score of every unit, from one pass over the prompt by the bare model; ``owners``: unit of every token, -1 for none."""
+    """The score of every unit by the bare model, from the unit of every token (-1 for none)."""
     row = last_row(model, inputs)
     return tuple(float(row[owners == unit].mean()) for unit in range(int(owners.max()) + 1))

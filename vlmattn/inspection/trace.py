@@ -1,4 +1,4 @@
-"""What a model looked at while it answered: attention of the rows that predict the answer, and what entered the layers."""
+"""What a model looked at while it answered: attention of the rows that predict it, and what entered the layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlmattn.errors import InputError
-from vlmattn.files import file_errors, path_text, reading
+from vlmattn.files import file_errors, path_text, reading, written_whole
 from vlmattn.inspection.named import Named
 from vlmattn.models import Piece
 from vlmattn.texts import read_json
 
 GROUPS = ("system", "image", "question", "answer")
-"""Kinds of tokens: what the chat template writes (and text before the user's), image tokens, the user's text, the answer."""
+"""Kinds of tokens: of the chat template (and text before the user's), the images, the user's text, the answer."""
 
 _FACTS, _STATES = "trace.json", "trace.safetensors"
 
@@ -37,12 +38,14 @@ class Trace:
         pieces: for each image where its tokens lie in the picture; empty where that is not known.
         prompt: tokens of the prompt. answer: token ids of the answer. said: the answer as text, without special tokens.
         layers: decoder layers with attention; the axis "layer" of everything counts within these.
-        rows: for each row that was kept its attention, float32 ``[layer, head, key]``, after masks, changed scores and group
-            gains; 0 for tokens that the layer no longer has. Keys are the prompt, and the answer up to the row.
+        rows: for each row that was kept its attention, float32 ``[layer, head, key]``, after masks, changed scores and
+            group gains; 0 for tokens that the layer no longer has. Keys are the prompt, and the answer up to the row.
         gains: for each such row what each head's output was multiplied with, ``[layer, head]``.
-        phi: sink value max_d abs(x_d) / RMS(x) of each token that entered a layer, float32 ``[layer, token]``; nan where it did
-            not. dims: the d of it. norms: of x. likeness: abs(cos(x, x_first)) with the first token of the prompt.
-        logprobs: of each answer token, ``[token]``; rivals: the most likely tokens there and their log-probabilities, as text.
+        phi: sink value max_d abs(x_d) / RMS(x) of each token that entered a layer, float32 ``[layer, token]``; nan
+            where it did not. dims: the d of it. norms: of x. likeness: abs(cos(x, x_first)) with the first token of the
+            prompt.
+        logprobs: of each answer token, ``[token]``; rivals: the most likely tokens there and their log-probabilities,
+            as text.
         notes: what else should be said beside the figures.
     """
 
@@ -72,7 +75,7 @@ class Trace:
 
     @property
     def answer_rows(self) -> tuple[int, ...]:
-        """Rows that predict the answer tokens, in order: the last of the prompt, then each answer token but the last."""
+        """Rows that predict the answer, in order: the last of the prompt, then each answer token but the last."""
         return tuple(range(self.prompt - 1, self.prompt - 1 + len(self.answer)))
 
     def row_of(self, step: int) -> int:
@@ -82,13 +85,12 @@ class Trace:
             InputError: the answer has no such token.
         """
         if not -len(self.answer) <= step < len(self.answer):
-            raise InputError(
-                f"answer token {step} is out of range: the answer has {len(self.answer)} tokens (0 to {len(self.answer) - 1})"
-            )
+            count = len(self.answer)
+            raise InputError(f"answer token {step} is out of range: the answer has {count} tokens (0 to {count - 1})")
         return self.answer_rows[step]
 
     def attention(self, row: int) -> Named:
-        """Attention of a row that was kept: float32 ``[layer, head, key]``, a key for each token, 0 for those it does not see.
+        """Attention of a row that was kept: float32 ``[layer, head, key]``, 0 for tokens that it does not see.
 
         Raises:
             InputError: a row that was not kept.
@@ -111,25 +113,19 @@ class Trace:
         Raises:
             InputError: the folder exists.
         """
-        target, partial = begin(folder)
-        try:
+        with new_trace(folder) as place:
             for row, attention in self.rows.items():
-                write_row(partial, row, attention)
-            return self.finish(target, partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+                write_row(place, row, attention)
+            self.write_facts(place)
+        return Path(folder)
 
-    def finish(self, target: Path, partial: Path) -> Path:
-        """Write all but the rows, and give the folder its name."""
+    def write_facts(self, place: Path) -> None:
+        """Write all but the rows."""
         facts = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in _TENSORS}
         facts["pieces"] = [[piece.to_dict() for piece in pieces] for pieces in self.pieces]
         states = {name: getattr(self, name).contiguous() for name in _STREAM}
-        with file_errors("write", target):
-            (partial / _FACTS).write_text(json.dumps(facts))
-            save_file(states | {f"gains.{row}": gain for row, gain in self.gains.items()}, partial / _STATES)
-            partial.rename(target)
-        return target
+        (place / _FACTS).write_text(json.dumps(facts))
+        save_file(states | {f"gains.{row}": gain for row, gain in self.gains.items()}, place / _STATES)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Trace:
@@ -180,26 +176,26 @@ class Rows(Mapping[int, Tensor]):
         return len(self._files)
 
 
-def begin(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """A folder for a trace, and the one beside it that is filled first.
+@contextmanager
+def new_trace(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write a trace; it gets the name of the folder at the end, and nothing is left if anything goes wrong.
 
     Raises:
         InputError: the folder exists.
     """
     target = Path(folder)
-    partial = target.with_name(target.name + ".partial")
     with file_errors("make the folder", target):
         if target.exists():
             raise InputError(f"{path_text(target)} exists; give a new folder for the trace")
+    with written_whole(target) as partial:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    return target, partial
+        yield partial
 
 
-def write_row(folder: Path, row: int, attention: Tensor) -> None:
+def write_row(place: Path, row: int, attention: Tensor) -> None:
     """Write the attention of one row."""
-    with file_errors("write", folder):
-        save_file({"attention": attention.contiguous()}, folder / f"row-{row:06}.safetensors")
+    save_file({"attention": attention.contiguous()}, place / f"row-{row:06}.safetensors")
 
 
 def _frozen(value: Any) -> Any:

@@ -26,8 +26,8 @@ def attend(problem: Problem, backend: str | None = None) -> tuple[Tensor, str]:
 
     Args:
         backend: one of ``BACKENDS``; None takes ``VLMATTN_BACKEND`` or, without it, the fastest that can run the edit:
-            ``triton`` for up to 16 query rows on a GPU in half precision, otherwise dense for one query row, flash segments
-            (``merge``) for several, dense in chunks of rows for the rest.
+            ``triton`` for up to 16 query rows on a GPU in half precision, otherwise dense for one query row, flash
+            segments (``merge``) for several, dense in chunks of rows for the rest.
 
     Returns:
         output ``[batch, heads, query, dim]`` in the dtype of the queries, and the backend's name.

@@ -32,7 +32,8 @@ Relation = Literal["any", "same", "different"]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Query rows that a part applies to: ``mask`` bool ``[batch, query]``; no row before ``first`` (known on the host) is set."""
+    """Query rows that a part applies to: ``mask`` bool ``[batch, query]``; no row before ``first`` (known on the host)
+    is set."""
 
     mask: Tensor
     first: int = 0
@@ -143,8 +144,8 @@ class AttentionEdit:
     """The parts of an edit (module docstring); mask, logit, gain and head gain are tuples applied in order.
 
     ``keep`` (bool ``[batch, key]``) names the cache slots that go on from this layer: others are invisible here and no
-    mask part opens them. ``read`` (int ``[batch, kv_heads, n]``, each slot at most once, -1 = none) does the same for each
-    KV head, for few slots of a long cache: the others are not even loaded by the decode kernel. ``shift`` (float
+    mask part opens them. ``read`` (int ``[batch, kv_heads, n]``, each slot at most once, -1 = none) does the same for
+    each KV head, for few slots of a long cache: the others are not even loaded by the decode kernel. ``shift`` (float
     ``[heads, dim]``) is added to the queries of all rows as they come, that is after the rotation.
     """
 

@@ -46,8 +46,8 @@ def supports(problem: Problem) -> str | None:
 
 
 def attention(problem: Problem, from_row: int) -> Tensor:
-    """Edited attention ``[batch, heads, query, dim]`` of the query rows from ``from_row`` on, for what ``supports`` accepts
-    (head gains not applied); keys beyond the last row are not read."""
+    """Edited attention ``[batch, heads, query, dim]`` of the query rows from ``from_row`` on, for what ``supports``
+    accepts (head gains not applied); keys beyond the last row are not read."""
     (part,) = problem.edit.slice_rows(from_row, problem.rows).gain
     query, dim = problem.query[:, :, from_row:], problem.value.shape[-1]
     found = [Merger(query, dim) for _ in range(part.plan.groups)]
@@ -68,8 +68,8 @@ def attention(problem: Problem, from_row: int) -> Tensor:
 
 
 def _pieces(problem: Problem, part: GainPart, from_row: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each group and each run of its keys: the group, the first row that looks there (of those from ``from_row`` on),
-    and output and log-sum-exp of the rows from there."""
+    """For each group and each run of its keys: the group, the first row that looks there (of those from ``from_row``
+    on), and output and log-sum-exp of the rows from there."""
     query = problem.query[:, :, from_row:]
     rows, repeat = query.shape[2], query.shape[1] // problem.key.shape[1]
     start = (problem.visibility.offset or 0) + from_row

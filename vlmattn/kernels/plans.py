@@ -28,7 +28,7 @@ class Plan(Protocol):
     def groups(self) -> int: ...
 
     def gains(self, mass: Tensor, weighted: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """gamma and delta (None = 0) from M_g and W_g (None without key weights), each ``[batch, heads, query, groups]``."""
+        """gamma and delta (None = 0) from M_g and W_g (None = no weights), each ``[batch, heads, query, groups]``."""
         ...
 
 
@@ -75,7 +75,7 @@ class GainPlan:
         return gamma, None
 
     def _tables(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Weights ``[3 + gates, groups]`` and margins of pool, room, enough room and gates; what is kept; what is given.
+        """Weights ``[3 + gates, groups]`` and margins of pool, room, enough room, gates; what is kept; what is given.
 
         Made once: in a decode step the number of operations is the cost.
         """
@@ -94,7 +94,7 @@ class BoostPlan:
 
     With H_1 and H_2 the floor(``share`` heads) heads of largest M_1 and M_2 in a row:
 
-        a_j <- w_j a_j in group 1 and heads H_1,   r = sum_{H_1} W_1 / sum_{H_1} M_1,   a_j <- r a_j in group 2, heads H_2
+        a_j <- w_j a_j in group 1, heads H_1;   r = sum_{H_1} W_1 / sum_{H_1} M_1;   a_j <- r a_j in group 2, heads H_2
 
     then every row gets back the mass it had. Groups: 0 the rest, 1, 2. Of equal heads (to 1e-5) the first count.
     """

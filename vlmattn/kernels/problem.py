@@ -16,8 +16,8 @@ class Problem:
 
     Attributes:
         query: ``[batch, heads, query, dim]``, after the rotation.
-        key, value: ``[batch, kv_heads, key, dim]``; ``heads`` is a multiple of ``kv_heads`` (grouped-query attention), and
-            the values may be of another size.
+        key, value: ``[batch, kv_heads, key, dim]``; ``heads`` is a multiple of ``kv_heads`` (grouped-query attention),
+            and the values may be of another size.
         visibility: what the unedited model sees, and which keys are padding.
         scale: factor of the dot products, usually ``dim ** -0.5``.
         edit: what to change.

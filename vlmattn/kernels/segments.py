@@ -61,8 +61,8 @@ def attend(query: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scale: floa
 
     Args:
         query: ``[batch, heads, query, dim]``.
-        segments: keys and values ``[batch or 1, heads, key, dim]``. One of batch 1 serves all rows of the batch as it is,
-            and one of another dtype (a cache in half precision) is read in its own.
+        segments: keys and values ``[batch or 1, heads, key, dim]``. One of batch 1 serves all rows of the batch as it
+            is, and one of another dtype (a cache in half precision) is read in its own.
         scale: of the scores, usually ``dim ** -0.5``.
 
     Returns:

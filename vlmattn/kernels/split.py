@@ -40,7 +40,8 @@ class SplitStates:
         return torch.cat([self.full_heads, self.near_heads]).argsort()
 
     def near_mask(self, queries: int, like: Tensor, additive: bool) -> Tensor | None:
-        """``[batch, 1, query, place]`` for the newest ``queries`` rows, which see each other causally; None = everything is seen."""
+        """``[batch, 1, query, place]`` for the newest ``queries`` rows, which see each other causally; None =
+        everything is seen."""
         if queries == 1 and self.valid is None and self.count is None:
             return None
         batch, _, places, _ = self.near.shape

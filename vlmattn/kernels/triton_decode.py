@@ -1,9 +1,9 @@
 """Edited attention of a few query rows against a long cache, as two Triton kernels (CUDA and ROCm).
 
-Split-KV flash decoding in which the groups of an edit are virtual query rows: tile row (token, head, group) is the query
-of that head and sees the keys of that group only, so every row is an ordinary online softmax and costs hardly a register
-more than plain decoding; the padding of the tile to 16 rows holds them. The first kernel leaves (o_g, lse_g) for each split of
-the keys; the second merges the splits, turns lse_g into masses M_g, decides the gains and writes
+Split-KV flash decoding in which the groups of an edit are virtual query rows: tile row (token, head, group) is the
+query of that head and sees the keys of that group only, so every row is an ordinary online softmax and costs hardly a
+register more than plain decoding; the padding of the tile to 16 rows holds them. The first kernel leaves (o_g, lse_g)
+for each split of the keys; the second merges the splits, turns lse_g into masses M_g, decides the gains and writes
 
     out = eta_h sum_g gamma_g M_g o_g
 
@@ -50,8 +50,8 @@ def _tensors_not_allowed(problem: Problem) -> str | None:
     batch, heads, _, dim = query.shape
     if key.shape[0] != batch or key.shape[3] != dim or heads % key.shape[1]:
         return (
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit: same batch and dim, and heads a multiple of"
-            " kv_heads"
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit: same batch and dim, and heads a"
+            " multiple of kv_heads"
         )
     if dim > MOST_DIM:
         return f"it runs head dimensions up to {MOST_DIM}, got {dim}"
@@ -154,7 +154,8 @@ def _merge(
     """Merge the splits into ``out`` ``[batch, query, heads, dim]``; returns the edit less the head gains that went in.
 
     Args:
-        partial: float32 ``[batch, kv_heads, splits, virtual rows, dim]``; lse: base 2, ``[batch, kv_heads, splits, virtual rows]``.
+        partial: float32 ``[batch, kv_heads, splits, virtual rows, dim]``; lse: base 2,
+            ``[batch, kv_heads, splits, virtual rows]``.
     """
     batch, tokens, heads, dim = out.shape
     part = edit.gain[0] if len(edit.gain) else None
@@ -174,12 +175,14 @@ def _merge(
     gain = None if head is None else head.gain.contiguous()
     head_row = None if head is None or head.rows is None else _row_flags(head.rows)
     merge_kernel[(heads, tokens, batch)](
-        partial, lse, out, *_given(out, plan, gain_row, gamma, sinks, gain, head_row), _batch_stride(gain), tokens, lse.shape[2],
+        partial, lse, out, *_given(out, plan, gain_row, gamma, sinks, gain, head_row), _batch_stride(gain),
+        tokens, lse.shape[2],
         GROUPS=groups, WEIGHTED=weighted, REPEAT=heads // lse.shape[1], DIM=dim,
         BLOCK_G=triton.next_power_of_2(groups * (1 + weighted)), BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_S=max(MOST_SPLITS, triton.next_power_of_2(lse.shape[2])), MOVES=plan is not None,
         GATES=0 if plan is None else len(plan) - 3, RENORMALISE=renormalise, GIVEN=gamma is not None,
-        HAS_GAIN_ROW=gain_row is not None, HAS_SINK=sinks is not None, HAS_HEAD=gain is not None, HAS_HEAD_ROW=head_row is not None,
+        HAS_GAIN_ROW=gain_row is not None, HAS_SINK=sinks is not None, HAS_HEAD=gain is not None,
+        HAS_HEAD_ROW=head_row is not None,
     )  # fmt: skip
     return edit if head is None else replace(edit, head_gain=edit.head_gain[1:])
 
@@ -221,7 +224,8 @@ class _Scores:
                 table[:, None].expand(-1, heads, -1) if table is not None and table.ndim == 2 else table
                 for table in tables
             )
-        return cls(tuple(None if table is None else _readable(table) for table in tables), of_heads, rows)  # type: ignore[arg-type]
+        scale, lift, bias = (None if table is None else _readable(table) for table in tables)
+        return cls((scale, lift, bias), of_heads, rows)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -232,7 +236,8 @@ class _Scores:
 
 
 def _mask_of_rows(see: Visibility, edit: AttentionEdit) -> tuple[Tensor | None, None]:
-    """Mask of several query rows: padding and kept slots ``[batch, 1, key]``, or every row's ``[batch, query, key]``."""
+    """Mask of several query rows: padding and kept slots ``[batch, 1, key]``, or every row's
+    ``[batch, query, key]``."""
     if see.mask is not None and not _is_causal(see, 2):
         mask = _readable(see.mask[:, 0])
         return (mask[:, :1] if mask.stride(1) == 0 else mask), None  # one mask for all rows: a camera against its map
@@ -270,7 +275,8 @@ def _one_row_mask(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _gains(part: GainPart, lse: Tensor, sinks: Tensor | None, tokens: int, weighted: bool) -> Tensor:
-    """Gains ``[batch, heads, query, virtual]`` of a plan that looks at all heads, from the splits' log-sum-exp (base 2)."""
+    """Gains ``[batch, heads, query, virtual]`` of a plan that looks at all heads, from the splits' log-sum-exp (base
+    2)."""
     (batch, kv_heads), groups = lse.shape[:2], part.plan.groups
     virtual = groups * (1 + weighted)
     merged = (lse * math.log(2)).logsumexp(2).view(batch, kv_heads, tokens, -1, virtual)
@@ -287,7 +293,8 @@ def _gains(part: GainPart, lse: Tensor, sinks: Tensor | None, tokens: int, weigh
 
 @functools.lru_cache(maxsize=256)
 def _plan_table(plan: GainPlan, width: int, device: torch.device) -> Tensor:
-    """float32 ``[3 + gates, width + 1]``: taken, given, scale, then each gate's weights with its bound in the last column."""
+    """float32 ``[3 + gates, width + 1]``: taken, given, scale, then each gate's weights with its bound in the last
+    column."""
     lines = [(plan.taken, 0.0), (plan.given, 0.0), (plan.scale or (1.0,) * plan.groups, 0.0)]
     lines += [(gate.weights, gate.bound) for gate in plan.gates]
     padding = (0.0,) * (width - plan.groups)

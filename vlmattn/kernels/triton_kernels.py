@@ -16,7 +16,8 @@ def _table(POINTER, b, stride_b, slot, live, other):
 
 @triton.jit
 def _table_of_heads(POINTER, b, stride_b, head, stride_h, slot, live, other, SHARED: tl.constexpr):
-    """Values of a table ``[batch, heads, key]``: ``[1, BLOCK_N]`` if the heads share them, else ``[BLOCK_M, BLOCK_N]``."""
+    """Values of a table ``[batch, heads, key]``: ``[1, BLOCK_N]`` if the heads share them, else
+    ``[BLOCK_M, BLOCK_N]``."""
     if SHARED:
         found = tl.load(POINTER + b * stride_b + slot, mask=live, other=other)[None, :]
     else:
@@ -39,7 +40,8 @@ def split_kernel(
 ):  # fmt: skip
     """One split of the keys, one KV head, one tile of virtual rows.
 
-    MASKED: 0 no mask, 1 bool, 2 additive (hidden up to ``floor``). WHOLE: there is one split and no group, and the output is written at once.
+    MASKED: 0 no mask, 1 bool, 2 additive (hidden up to ``floor``). WHOLE: there is one split and no group, and the
+    output is written at once.
     """
     number = tl.program_id(0)
     tiles = tl.cdiv(tokens * REPEAT * GROUPS * (2 if WEIGHTED else 1), BLOCK_M)

@@ -1,7 +1,7 @@
 """What the unedited model sees: the mask as transformers hands it over, and what is known about it on the host.
 
-Masks have two forms, bool (True = visible) and additive floats. ``visible`` and ``additive`` turn one into the other; nobody
-else does.
+Masks have two forms, bool (True = visible) and additive floats. ``visible`` and ``additive`` turn one into the other;
+nobody else does.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class Mask:
         """From a mask of either form."""
         shown = visible(given)
         hidden = ~shown
-        blind: Tensor | None = hidden.all(-1, keepdim=True)
-        if given.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(blind.any()):  # type: ignore[union-attr]
-            blind = None  # a CPU is asked at no cost
+        nothing = hidden.all(-1, keepdim=True)
+        # a CPU is asked at no cost
+        asked = given.device.type == "cpu" and not torch.compiler.is_compiling()
+        blind = None if asked and not bool(nothing.any()) else nothing
         bias = None if given.dtype == torch.bool else given.float().masked_fill(hidden, 0.0)
         return cls(shown, hidden, bias, blind, reach)
 

@@ -1,1 +1,1 @@
-"""The way into lmms-eval: a chat model and tasks. lmms-eval finds them; nothing else of vlmattn imports this package."""
+"""The way into lmms-eval, which finds them: a chat model and tasks. Nothing else of vlmattn imports this."""

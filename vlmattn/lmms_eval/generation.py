@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: What lmms-eval adds to every task that names no stop; its own models drop it too, or answers would end after a paragraph.
+#: What lmms-eval adds to every task that names no stop; its own models drop it too.
 _ADDED = "\n\n"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 _LENGTH = 1024  # of tasks that do not say, as in lmms-eval's own models
@@ -25,9 +25,9 @@ def options_of(settings: Mapping[str, Any], max_new_tokens: int | None) -> dict[
 
     known = GenerationConfig()
     given = {key: value for key, value in settings.items() if key != "until" and value is not None}
-    if unknown := sorted(key for key in given if not hasattr(known, key)):
+    found = {key: value for key, value in given.items() if hasattr(known, key)}
+    if unknown := sorted(given.keys() - found.keys()):
         warnings.warn(f"vlmattn: transformers has no generation setting {', '.join(unknown)}; ignored", stacklevel=2)
-    found = {key: value for key, value in given.items() if key not in unknown}
     heat = found.get("temperature")
     found["do_sample"] = bool(found.get("do_sample", heat)) and heat != 0
     if not found["do_sample"]:

@@ -33,8 +33,10 @@ class Vlmattn(lmms):
     """A chat model of lmms-eval that answers under a recipe; between two evaluations its model is bare.
 
     Args:
-        pretrained: ``embedded``, ``smol``, a folder, a hub name, or a bare model (then with its ``processor``), which stays yours.
-        preset: names joined by ``+``, or a recipe file. lmms-eval's response cache knows it as part of the model arguments.
+        pretrained: ``embedded``, ``smol``, a folder, a hub name, or a bare model (then with its ``processor``), which
+            stays yours.
+        preset: names joined by ``+``, or a recipe file. lmms-eval's response cache knows it as part of the model
+            arguments.
         batch_size: at most so many questions at once; only those with the same generation settings.
         device: as ``device_map``, for a single process.
         dtype: auto, float32, bfloat16 or float16.

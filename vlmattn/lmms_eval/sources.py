@@ -30,7 +30,8 @@ def make_suite(**options: Any) -> Suite:
         suite: its name; "pope" if not given.
         worlds: generated scenes, each by the fields of ``World``.
         data_files: POPE's questions: JSON (lines) in the published form, or parquet with ``question``, ``answer``,
-            ``image_source`` and ``image``; a path, a pattern, or several. Default: the environment variable ``VLMATTN_POPE``.
+            ``image_source`` and ``image``; a path, a pattern, or several. Default: the environment variable
+            ``VLMATTN_POPE``.
         images: the folder of the images that JSON names. Default: ``VLMATTN_POPE_IMAGES``.
 
     Raises:

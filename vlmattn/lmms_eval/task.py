@@ -30,10 +30,10 @@ _DEFAULTS = {
 class SuiteTask(ConfigurableMessagesTask):
     """A suite of ``vlmattn.evals`` as a task for chat models; a YAML file names the suite in ``dataset_kwargs``.
 
-    Every metric comes as a fraction over all splits (``accuracy``; for POPE the mean over splits, a question that several share
-    counts in each) and for each split (``accuracy_random``), with the values that ``vlmattn eval`` finds for the same answers.
-    ``score`` is the share of right answers, each question once: lmms-eval finds its standard error over images, and compares it
-    in pairs (``--baseline``).
+    Every metric comes as a fraction over all splits (``accuracy``; for POPE the mean over splits, a question that
+    several share counts in each) and for each split (``accuracy_random``), with the values that ``vlmattn eval`` finds
+    for the same answers. ``score`` is the share of right answers, each question once: lmms-eval finds its standard
+    error over images, and compares it in pairs (``--baseline``).
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None, **options: Any) -> None:

@@ -1,39 +1,8 @@
 """Model-specific patchers: one small file per family."""
 
-from vlmattn.models import (  # noqa: F401  (they register themselves)
-    aria,
-    aya_vision,
-    blip2,
-    cohere2_vision,
-    deepseek_vl,
-    emu3,
-    fast_vlm,
-    florence2,
-    gemma3,
-    gemma3n,
-    glm4v,
-    idefics2,
-    idefics3,
-    internvl,
-    janus,
-    kimi_k25,
-    lfm2_vl,
-    llama4,
-    llava,
-    llava_next,
-    llava_onevision,
-    mistral3,
-    mllama,
-    ovis2,
-    paligemma,
-    perception_lm,
-    qwen2_5_vl,
-    qwen2_vl,
-    qwen3_vl,
-    smolvlm,
-    video_llava,
-    vipllava,
-)
+import pkgutil
+from importlib import import_module
+
 from vlmattn.models.base import KINDS, Family, marker_ids_of
 from vlmattn.models.generic import Generic
 from vlmattn.models.image_layout import WHOLE, Box, Piece
@@ -41,19 +10,10 @@ from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS
 from vlmattn.models.registry import find_family, register_family, registered, supported_families
 from vlmattn.models.turns import Turns
 
+for _family in pkgutil.iter_modules(__path__):  # families register themselves
+    import_module(f"{__name__}.{_family.name}")
+
 __all__ = [
-    "KINDS",
-    "OF_IMAGES",
-    "OF_TOKENS",
-    "WHOLE",
-    "Box",
-    "Family",
-    "Generic",
-    "Piece",
-    "Turns",
-    "find_family",
-    "marker_ids_of",
-    "register_family",
-    "registered",
-    "supported_families",
-]
+    "KINDS", "OF_IMAGES", "OF_TOKENS", "WHOLE", "Box", "Family", "Generic", "Piece", "Turns", "find_family",
+    "marker_ids_of", "register_family", "registered", "supported_families",
+]  # fmt: skip

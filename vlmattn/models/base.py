@@ -1,8 +1,10 @@
-"""What a family of models has to say about itself, and the registry of families."""
+"""What a family of models has to say about itself."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +13,8 @@ from transformers import PreTrainedModel
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, UnsupportedError
-from vlmattn.models.image_layout import Piece, by_grid, square
-from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS, share_out
+from vlmattn.models.image_layout import Piece, square
+from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS, encoded_lengths, even_lengths, share_out
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_images
 
 #: Kinds of methods, as families support or refuse them.
@@ -30,6 +32,12 @@ class Family:
     model_types: ClassVar[Mapping[str, str]] = {}
     #: Config fields with ids of tokens that are in a prompt for the sake of its images, placeholders aside.
     markers: ClassVar[tuple[str, ...]] = ()
+    #: All images have the same number of tokens.
+    even: ClassVar[bool] = False
+    #: Other tokens always stand between images, also where ``markers`` names none.
+    separated: ClassVar[bool] = False
+    #: Tokens of an image are cells of a square, row by row, and show the whole picture.
+    square: ClassVar[bool] = False
     #: False: the bare model lets image tokens see tokens behind them.
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
@@ -101,7 +109,7 @@ class Family:
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         """Tokens of each image of a forward call, in (row, token) order; None: unbroken runs of image tokens are images."""
-        return None
+        return even_lengths(model, inputs) if self.even else None
 
     def image_numbers(
         self,
@@ -113,11 +121,17 @@ class Family:
         """int16 ``[batch, tokens]``: number of the image of each visual token within its row, -1 for text.
 
         Args:
-            types: of the tokens of the call; marks: ids of the tokens ``marker_ids``, None = the tokenizer is not known.
+            types: of the tokens of the call.
+            marker_ids: ids of the tokens in ``Family.marker_ids``, None = the tokenizer is not known.
         """
-        return number_images(types, self.image_lengths(model, inputs))
+        lengths = self.image_lengths(model, inputs)
+        numbers = number_images(types, lengths)
+        images = 0 if lengths is not None or self.separated or self.markers else _given_images(inputs)
+        if images > 1 and images > int((numbers.amax(1) + 1).sum()):
+            _warn_of_runs(model.config.model_type)
+        return numbers
 
-    def pieces(
+    def image_layout(
         self,
         model: PreTrainedModel,
         inputs: Mapping[str, Any],
@@ -142,11 +156,8 @@ class Family:
         return self.layout(model, inputs, image, slots) if len(slots) == tokens else ()
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]`` on the CPU; see ``pieces``."""
-        if inputs.get("image_grid_thw") is None:
-            return square(len(slots))
-        merge = getattr(_vision(model), "spatial_merge_size", 1)
-        return by_grid(inputs, image, len(slots), merge, merge)
+        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]`` on the CPU; see ``image_layout``."""
+        return square(len(slots)) if self.square else ()
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """Rows of each pixel tensor of a call that belong to each sequence of the batch: name -> counts."""
@@ -324,6 +335,24 @@ class Family:
             row = table(torch.tensor(token, device=embeds.device))
             types[(embeds == row).all(-1)] = kind
         return types
+
+
+def _given_images(inputs: Mapping[str, Any]) -> int:
+    """How many images a call brings, or tiles where images are cut; 0 where that cannot be counted."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return len(encoded_lengths(inputs) or ())
+    return len(pixels) if isinstance(pixels, Tensor) and pixels.ndim >= 4 else 0
+
+
+@cache
+def _warn_of_runs(model_type: str) -> None:
+    """Once per process and model type."""
+    warnings.warn(
+        f"vlmattn: the family of {model_type} does not tell images (or tiles) side by side apart, so those in one run of image"
+        " tokens count as one image; put text between images, or let the family say how long they are (docs/extend/family.md)",
+        stacklevel=3,
+    )
 
 
 def _vision(model: PreTrainedModel) -> Any:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import Family
-from vlmattn.models.image_layout import Piece
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class Blip2(Family):
     """``generate`` hands embeddings over to the language model's own ``generate``, so that is where hooks are."""
 
@@ -47,11 +47,5 @@ class Blip2(Family):
         decoder: Any = self.decoder(model)
         return decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm  # type: ignore[no-any-return]
 
-    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        return ()  # every query sees all patches
-
     def leading(self, model: PreTrainedModel) -> int:
         return int(model.config.num_query_tokens)
-
-
-register_family(Blip2())

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
-
-from transformers import PreTrainedModel
+from typing import ClassVar
 
 from vlmattn.models.base import Family
-from vlmattn.models.inputs import even_lengths
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class DeepseekVL(Family):
     """576 tokens for each image, without separators."""
 
@@ -19,9 +17,5 @@ class DeepseekVL(Family):
         "deepseek_vl": "deepseek-community/deepseek-vl-1.3b-chat",
         "deepseek_vl_hybrid": "deepseek-community/deepseek-vl-7b-chat",
     }
-
-    def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        return even_lengths(model, inputs)
-
-
-register_family(DeepseekVL())
+    square: ClassVar[bool] = True
+    even: ClassVar[bool] = True

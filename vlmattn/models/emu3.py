@@ -15,10 +15,12 @@ from vlmattn.models.registry import register_family
 from vlmattn.request import IMAGE
 
 
+@register_family
 class Emu3(Family):
     """Row ends stand on image tokens of the prompt too, so an image is one run."""
 
     model_types: ClassVar[Mapping[str, str]] = {"emu3": "BAAI/Emu3-Chat-hf"}
+    separated: ClassVar[bool] = True
 
     def check(self, model: PreTrainedModel) -> None:
         if "<image>" not in (model.config.vocabulary_map or {}):
@@ -36,6 +38,3 @@ class Emu3(Family):
         height, width = inputs["image_sizes"][image].tolist()
         side = model.model.vqmodel.vision_spatial_factor  # type: ignore[union-attr]
         return whole(len(slots), height // side, width // side, behind=1)
-
-
-register_family(Emu3())

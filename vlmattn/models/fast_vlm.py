@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
-
-from transformers import PreTrainedModel
+from typing import ClassVar
 
 from vlmattn.models.base import Family
-from vlmattn.models.inputs import even_lengths
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class FastVLM(Family):
-    """All images have the same number of tokens; the tower (of timm) has hardly any attention and is not looked at."""
+    """The tower (of timm) has hardly any attention and is not looked at."""
 
     model_types: ClassVar[Mapping[str, str]] = {"fast_vlm": "KamilaMila/FastVLM-7B"}
-
-    def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        return even_lengths(model, inputs)
-
-
-register_family(FastVLM())
+    square: ClassVar[bool] = True
+    even: ClassVar[bool] = True

@@ -12,11 +12,13 @@ from vlmattn.models.base import Family
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class Gemma3n(Family):
     """Every layer also gets embeddings of its own for each token."""
 
     model_types: ClassVar[Mapping[str, str]] = {"gemma3n": "google/gemma-3n-E4B-it"}
     markers: ClassVar[tuple[str, ...]] = ("boi_token_id", "eoi_token_id")
+    square: ClassVar[bool] = True
     also_given: ClassVar[tuple[str, ...]] = ("per_layer_inputs",)
     refused: ClassVar[Mapping[str, str]] = {
         "pruning": "its residual stream is four streams side by side, and its last layers reuse keys and values of others",
@@ -28,6 +30,3 @@ class Gemma3n(Family):
     def logits(self, model: PreTrainedModel, hidden: Tensor, normed: bool = True) -> Tensor:
         found, cap = super().logits(model, hidden, normed), model.config.get_text_config().final_logit_softcapping
         return found if cap is None else cap * (found / cap).tanh()
-
-
-register_family(Gemma3n())

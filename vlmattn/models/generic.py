@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import Family
-from vlmattn.models.image_layout import Piece
 
-_HINT = "add one with vlmattn.register_family (docs/families.md)"
+_HINT = "add one with vlmattn.register_family (docs/extend/family.md)"
 
 
 class Generic(Family):
@@ -31,9 +30,6 @@ class Generic(Family):
 
     def layers(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         return self.decoder(model).layers  # type: ignore[return-value]
-
-    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        return ()  # a square number of tokens may be tiles, or queries that have no place
 
 
 def generic_family(model: PreTrainedModel, known: str) -> Generic:

@@ -12,6 +12,7 @@ from vlmattn.models.qwen2_5_vl import Qwen25VL
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class Glm4v(Qwen25VL):
     """Frames of a video have timestamps between them and count as images. The tower ends in a convolution and is not looked
     at."""
@@ -33,6 +34,3 @@ class Glm4v(Qwen25VL):
 
     def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         return ()
-
-
-register_family(Glm4v())

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
-from vlmattn.models.image_layout import Piece
 from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import real_tiles
 from vlmattn.request import TEXT, number_images
@@ -18,6 +17,7 @@ from vlmattn.request import TEXT, number_images
 _PARTS = 5
 
 
+@register_family
 class Idefics2(Family):
     """Parts of an image have one <fake_token_around_image> between them, and so have adjacent images: runs with one token
     between them are images by fives, if there are that many, else images of their own."""
@@ -52,11 +52,5 @@ class Idefics2(Family):
         assert bool(((found >= 0) == (types != TEXT)).all())
         return found
 
-    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        return ()  # every latent of the perceiver sees all patches of its part
-
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return real_tiles(inputs[name][rows])
-
-
-register_family(Idefics2())

@@ -1,4 +1,4 @@
-"""Idefics3: an image is tiles, <row_1_col_1> and so on, and then the whole image in small behind <global-img>."""
+"""Idefics3, SmolVLM and SmolVLM2: an image is tiles, <row_1_col_1> and so on, and then the whole image in small behind <global-img>."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled, real_tiles
 
 
+@register_family
 class Idefics3(Tiled):
-    """Patches are shuffled into tokens, so the tower is not looked at."""
+    """Patches are shuffled into tokens, so the tower is not looked at. Frames of a video count as images."""
 
-    model_types: ClassVar[Mapping[str, str]] = {"idefics3": "HuggingFaceM4/Idefics3-8B-Llama3"}
+    model_types: ClassVar[Mapping[str, str]] = {
+        "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+        "smolvlm": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    }
     by_sequence: ClassVar[bool] = True
     last: ClassVar[str] = "<global-img>"
 
@@ -27,6 +31,3 @@ class Idefics3(Tiled):
 
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return real_tiles(inputs[name][rows])
-
-
-register_family(Idefics3())

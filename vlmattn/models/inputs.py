@@ -40,11 +40,14 @@ def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
     return [len(features) for features in found[0]] if len(found) == 1 and found[0] is not None else None
 
 
-def even_lengths(model: PreTrainedModel, inputs: Mapping[str, Any], name: str = "pixel_values") -> list[int] | None:
-    """Tokens of each image of families whose images all have the same number of them; ``name``: of the pixels."""
-    pixels, ids = inputs.get(name), inputs.get("input_ids")
+def even_lengths(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of each image, where all images have the same number of them; None where there are videos, or no pixels."""
+    given = (inputs.get(name) for name in ("pixel_values", "pixel_values_images"))
+    pixels, ids = next((found for found in given if found is not None), None), inputs.get("input_ids")
     if (found := encoded_lengths(inputs)) is not None or pixels is None or ids is None:
         return found
+    if inputs.get("pixel_values_videos") is not None:
+        return None
     return [int((ids == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
 
 

@@ -9,10 +9,10 @@ from vlmattn.models.base import Family
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class Janus(Family):
     """Every image lies between <begin_of_image> and <end_of_image>. Edits act where text is generated."""
 
     model_types: ClassVar[Mapping[str, str]] = {"janus": "deepseek-community/Janus-Pro-7B"}
-
-
-register_family(Janus())
+    separated: ClassVar[bool] = True
+    square: ClassVar[bool] = True

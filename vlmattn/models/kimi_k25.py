@@ -14,6 +14,7 @@ from vlmattn.models.qwen2_5_vl import rows_by_grid
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class KimiK25(Family):
     """Keys are longer than values; positions are counted in one dimension."""
 
@@ -28,6 +29,3 @@ class KimiK25(Family):
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         high, wide = model.config.vision_config.merge_kernel_size
         return rows_by_grid(self.token_types(model, inputs["input_ids"]), inputs, high * wide)
-
-
-register_family(KimiK25())

@@ -13,6 +13,7 @@ from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
 
 
+@register_family
 class Lfm2VL(Tiled):
     """Edits act in the layers that have attention."""
 
@@ -54,6 +55,3 @@ def cells_of(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[tuple[in
     """Rows and columns of the tokens of each tile."""
     factor = model.config.downsample_factor
     return [(-(-height // factor), -(-width // factor)) for height, width in inputs["spatial_shapes"].tolist()]
-
-
-register_family(Lfm2VL())

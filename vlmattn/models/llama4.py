@@ -13,6 +13,7 @@ from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled, joined, tiles_of
 
 
+@register_family
 class Llama4(Tiled):
     """Layers without rotary positions see everything and scale their queries by position."""
 
@@ -63,6 +64,3 @@ def filled(canvas: Tensor, small: Tensor) -> tuple[float, float]:
             ends.append((int(other[-1]) + 1) / pixels.shape[2 - axis] if len(other) else 1.0)
         shares.append(min(1.0, ends[0] / ends[1]))
     return shares[0], shares[1]
-
-
-register_family(Llama4())

@@ -15,53 +15,36 @@ from vlmattn.models.registry import register_family
 from vlmattn.models.towers import PatchTower
 
 
-def pixtral_lengths(model: PreTrainedModel, inputs: Mapping[str, Any], merge: int = 1) -> list[int] | None:
-    """Image tokens of images of any size, whose rows have a token between them in the prompt."""
-    sizes = inputs.get("image_sizes")
-    if (found := encoded_lengths(inputs)) is not None or sizes is None:
-        return found
-    side = model.config.vision_config.patch_size * merge
-    return [(int(height) // side) * (int(width) // side) for height, width in sizes.tolist()]
-
-
-def pixtral_pieces(
-    model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor, merge: int = 1
-) -> tuple[Piece, ...]:
-    """The whole of an image of any size; the token behind a row is no image token."""
-    side = model.config.vision_config.patch_size * merge
-    high, wide = (length // side for length in inputs["image_sizes"][image].tolist())
-    return whole(len(slots), high, wide)
-
-
-def own_of_sizes(inputs: Mapping[str, Any], rows: slice) -> tuple[slice, ...]:
-    """The part of images ``[n, channels, height, width]`` of several sizes that is not padding."""
-    sizes = inputs.get("image_sizes")
-    if sizes is None or not len(sizes[rows]):
-        return ()
-    height, width = sizes[rows].amax(0).tolist()
-    return (slice(None), slice(height), slice(width))
-
-
+@register_family
 class Llava(PatchTower):
-    """Images have no separators, and as many tokens each: adjacent ones are told apart by that number."""
+    """Images have no separators: adjacent ones are told apart by their number of tokens, all the same, or with a Pixtral tower by size."""
 
     model_types: ClassVar[Mapping[str, str]] = {"llava": "llava-hf/llava-1.5-7b-hf"}
 
+    def patch(self, model: PreTrainedModel) -> int:
+        """Pixels along a side of what becomes a token of a Pixtral tower."""
+        return int(model.config.vision_config.patch_size)
+
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        if model.config.vision_config.model_type == "pixtral":
-            return pixtral_lengths(model, inputs)
-        pixels = inputs.get("pixel_values")
-        if (found := encoded_lengths(inputs)) is not None or pixels is None:
+        pixels, sizes, side = inputs.get("pixel_values"), inputs.get("image_sizes"), self.patch(model)
+        if (found := encoded_lengths(inputs)) is not None:
             return found
-        return [model.config.image_seq_length] * len(pixels)
+        if model.config.vision_config.model_type != "pixtral":
+            return None if pixels is None else [model.config.image_seq_length] * len(pixels)
+        return None if sizes is None else [(int(high) // side) * (int(wide) // side) for high, wide in sizes.tolist()]
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        if model.config.vision_config.model_type == "pixtral":
-            return pixtral_pieces(model, inputs, image, slots)
-        return super().layout(model, inputs, image, slots)
+        if model.config.vision_config.model_type != "pixtral":
+            return super().layout(model, inputs, image, slots)
+        high, wide = inputs["image_sizes"][image].tolist()  # the token behind a row is no image token
+        return whole(len(slots), high // self.patch(model), wide // self.patch(model))
 
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
-        return own_of_sizes(inputs, rows)
+        sizes = inputs.get("image_sizes")
+        if sizes is None or not len(sizes[rows]):
+            return ()
+        height, width = sizes[rows].amax(0).tolist()
+        return (slice(None), slice(height), slice(width))
 
     def feature_layers(self, model: PreTrainedModel) -> Sequence[int]:
         """Outputs of the tower's layers that are projected, side by side."""
@@ -77,6 +60,3 @@ class Llava(PatchTower):
 
     def project(self, model: PreTrainedModel, features: Tensor) -> Tensor:
         return model.model.multi_modal_projector(features)  # type: ignore[no-any-return, union-attr, operator]
-
-
-register_family(Llava())

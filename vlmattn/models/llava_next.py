@@ -21,6 +21,7 @@ from vlmattn.models.inputs import encoded_lengths
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class LlavaNext(Family):
     """All tokens of an image lie in one run, without separators: adjacent images are told apart by their sizes."""
 
@@ -90,6 +91,3 @@ def unpadded(size: list[int], pinpoints: list[list[int]], tile: int, side: int) 
         spans.append([(edge * tile / side - before) / shown for edge in (first, last + 1)])
     (top, bottom), (left, right) = spans
     return left, top, right, bottom
-
-
-register_family(LlavaNext())

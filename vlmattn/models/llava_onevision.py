@@ -13,6 +13,7 @@ from vlmattn.models.llava_next import LlavaNext, features_of
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class LlavaOnevision(LlavaNext):
     """An image among others in its prompt may be given without tiles (``batch_num_images``)."""
 
@@ -28,6 +29,3 @@ class LlavaOnevision(LlavaNext):
             features, sizes, image_newline=torch.ones(1), vision_aspect_ratio=aspect
         )[0]
         return found
-
-
-register_family(LlavaOnevision())

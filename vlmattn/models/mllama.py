@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
-from vlmattn.models.image_layout import Piece
 from vlmattn.models.registry import register_family
 
 _WHY = "its image tokens are not in the decoder's sequence but in cross-attention layers of their own"
@@ -21,6 +19,7 @@ _LOOKING = (
 )
 
 
+@register_family
 class Mllama(Family):
     """A prompt has one placeholder for each image."""
 
@@ -35,11 +34,9 @@ class Mllama(Family):
     def refuses(self, model: PreTrainedModel) -> dict[str, str]:
         return dict(self.refused)
 
-    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        return ()  # a placeholder stands for the whole image
+    def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
+        ids = inputs.get("input_ids")
+        return None if ids is None else [1] * int((ids == model.config.image_token_id).sum())
 
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         return (slice(int((inputs["aspect_ratio_ids"][rows] > 0).sum())),)
-
-
-register_family(Mllama())

@@ -11,6 +11,7 @@ from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
 
 
+@register_family
 class Ovis2(Tiled):
     """The first of the indicators, <IMG_START>, opens an image."""
 
@@ -29,6 +30,3 @@ class Ovis2(Tiled):
 
     def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
         return (*super().image_ids(model), *model.config.visual_indicator_token_ids)
-
-
-register_family(Ovis2())

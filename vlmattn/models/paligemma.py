@@ -12,6 +12,7 @@ from vlmattn.models.registry import register_family
 from vlmattn.models.towers import PatchTower
 
 
+@register_family
 class PaliGemma(PatchTower):
     """All tokens of a prompt have token type 0. Gemma 2 caps its scores and has windows in every second layer."""
 
@@ -34,6 +35,3 @@ class PaliGemma(PatchTower):
 
     def text_mask(self, real: Tensor) -> Tensor:
         return real[:, None, None].bool().expand(-1, 1, real.shape[1], -1)
-
-
-register_family(PaliGemma())

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece, by_grid
 from vlmattn.models.inputs import share_out
 from vlmattn.models.registry import register_family
 from vlmattn.request import IMAGE, VIDEO
@@ -30,6 +32,7 @@ def rows_by_grid(types: Tensor, inputs: Mapping[str, Any], merged: int) -> dict[
     return found
 
 
+@register_family
 class Qwen25VL(Family):
     """Images and videos are always separated by their markers, so unbroken runs are whole images."""
 
@@ -39,6 +42,10 @@ class Qwen25VL(Family):
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         types = self.token_types(model, inputs["input_ids"])
         return rows_by_grid(types, inputs, model.config.vision_config.spatial_merge_size**2)
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        merge = model.config.vision_config.spatial_merge_size
+        return by_grid(inputs, image, len(slots), merge, merge)
 
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """``[4, batch, tokens]``: of the text, then time, height and width."""
@@ -97,20 +104,5 @@ class Qwen25VL(Family):
     def in_prompt_order(self, tower: Any, grid: Tensor, tokens: Tensor) -> Tensor:
         """Values ``[token, ...]`` of all images in the order of the prompt; the tower works window by window."""
         found = torch.empty_like(tokens)
-        found[_window_order(tower, grid).to(tokens.device)] = tokens
+        found[compat.window_order(tower, grid).to(tokens.device)] = tokens
         return found
-
-
-def _window_order(tower: Any, grid: Tensor) -> Tensor:
-    """Position of each token in the prompt, in the order in which the tower has them."""
-    try:
-        from transformers.vision_utils import get_vision_window_index
-    except ImportError:  # transformers before 5.20 or so
-        return torch.as_tensor(tower.get_window_index(grid)[0])
-    order: Tensor = get_vision_window_index(
-        grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
-    )[0]
-    return order
-
-
-register_family(Qwen25VL())

@@ -1,4 +1,4 @@
-"""Qwen2-VL: as Qwen2.5-VL, with a vision tower without windows."""
+"""Qwen2-VL and Qwen3-VL: as Qwen2.5-VL, with a vision tower without windows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from vlmattn.models.qwen2_5_vl import Qwen25VL
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class Qwen2VL(Qwen25VL):
-    """The tower has the patches in the order of the prompt."""
+    """The tower has the patches in the order of the prompt.
 
-    model_types: ClassVar[Mapping[str, str]] = {"qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct"}
+    Every frame of a video of Qwen3-VL has markers and a timestamp of its own, so it counts as an image. The timestamps are
+    text: they stay where a branch drops the image.
+    """
+
+    model_types: ClassVar[Mapping[str, str]] = {
+        "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct",
+        "qwen3_vl": "Qwen/Qwen3-VL-8B-Instruct",
+        "qwen3_vl_moe": "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    }
 
     def in_prompt_order(self, tower: Any, grid: Tensor, tokens: Tensor) -> Tensor:
         return tokens
-
-
-register_family(Qwen2VL())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -11,14 +13,16 @@ from vlmattn.models.generic import generic_family
 from vlmattn.registry import load_plugins
 
 _FAMILIES: dict[str, Family] = {}
+_F = TypeVar("_F", bound="Family | type[Family]")
 
 
-def register_family(family: Family) -> None:
-    """Make a family known, so that ``wrap`` serves its model types.
+def register_family(given: _F) -> _F:
+    """Class decorator, also for an instance: make a family known, so that ``wrap`` serves its model types.
 
     Raises:
         UnsupportedError: a model type that is served already, or none at all.
     """
+    family = given() if isinstance(given, type) else given
     if not family.model_types:
         raise UnsupportedError(
             f"{type(family).__name__} names no model types; give it model_types = {{'type': 'checkpoint'}}"
@@ -29,6 +33,7 @@ def register_family(family: Family) -> None:
                 f"model type '{model_type}' is already served by {type(_FAMILIES[model_type]).__name__}"
             )
     _FAMILIES.update(dict.fromkeys(family.model_types, family))
+    return given
 
 
 def registered() -> dict[str, Family]:

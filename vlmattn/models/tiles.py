@@ -81,17 +81,18 @@ def real_tiles(pixels: Tensor) -> tuple[slice, ...]:
     return (slice(int(real[-1]) + 1 if len(real) else 0),)
 
 
-def matched(
-    family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], slots: Tensor, ahead: bool = False
-) -> tuple[Piece, ...]:
-    """Pieces of an image of tiles whose prompt does not say how many are in a row: found by their likeness to the small picture.
+class Matched(Family):
+    """A family whose prompts do not say how many tiles are in a row: that is found by their likeness to the small picture.
 
-    Args:
-        slots, ahead: as for ``Family.layout`` and ``Tiled``.
+    ``ahead``: as for ``Tiled``.
     """
-    own = tiles_of(family, model, inputs, slots)
-    small, tiles = (own[:1], own[1:]) if ahead else (own[-1:], own[:-1])
-    return tiled(len(slots), len(own), arranged(tiles, small) if len(tiles) else None, ahead)
+
+    ahead: ClassVar[bool] = False
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        own = tiles_of(self, model, inputs, slots)
+        small, tiles = (own[:1], own[1:]) if self.ahead else (own[-1:], own[:-1])
+        return tiled(len(slots), len(own), arranged(tiles, small) if len(tiles) else None, self.ahead)
 
 
 def tiles_of(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], slots: Tensor) -> Tensor:

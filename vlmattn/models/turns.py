@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -65,7 +65,7 @@ class Turns:
             raise InputError(
                 f"{type(processor).__name__} has no chat template, so user turns cannot be found in prompts"
             )
-        text = _trial(processor)
+        text = _written(processor, list(zip(("user", "assistant", "user"), _SAID, strict=True)))
         places = [text.find(said) for said in _SAID]
         if min(places) < 0 or sorted(places) != places:
             raise InputError("the chat template does not show a user, an answer and a user in turn")
@@ -160,19 +160,25 @@ class Turns:
         for slot, token in enumerate(ids):
             if not mine[slot] or token < 0:
                 continue
-            alone = self.tokenizer.decode([token])
-            known = "".join(pieces)
-            together = self.tokenizer.decode([*(ids[s] for s in slots), token]) if slots else alone
-            follows = bool(slots) and slots[-1] == slot - 1 and together.strip().startswith(known)
-            piece = together.strip()[len(known) :] if follows else alone.strip()
-            if slots and (not follows or piece[:1].isspace() or not alone.strip()):
-                yield slots, pieces
-                slots, pieces, piece = [], [], alone.strip()
+            piece = self._added(ids, slots, pieces, slot)
+            if piece is None:
+                if slots:
+                    yield slots, pieces
+                slots, pieces, piece = [], [], self.tokenizer.decode([token]).strip()
             if piece:
                 slots.append(slot)
                 pieces.append(piece)
         if slots:
             yield slots, pieces
+
+    def _added(self, ids: list[int], slots: list[int], pieces: list[str], slot: int) -> str | None:
+        """What the token in ``slot`` adds to the word in ``slots``; None if it is not part of it."""
+        if not slots or slots[-1] != slot - 1 or not self.tokenizer.decode([ids[slot]]).strip():
+            return None
+        known = "".join(pieces)
+        together = self.tokenizer.decode([ids[s] for s in (*slots, slot)]).strip()
+        piece = together[len(known) :]
+        return None if not together.startswith(known) or piece[:1].isspace() else str(piece)
 
     def _spans(self, text: str) -> list[tuple[int, int, int, int]]:
         """(first, last, role, turn) of stretches of characters, in order."""
@@ -220,30 +226,23 @@ def _squeeze(text: str) -> str:
 
 def _opening(processor: Any, system: str) -> str:
     """What a conversation with this system message begins with, up to what the user says."""
-    for as_parts in (True, False):
-        said: list[Any] = [[{"type": "text", "text": text}] if as_parts else text for text in (system, _SAID[0])]
-        both = [{"role": "system", "content": said[0]}, {"role": "user", "content": said[1]}]
-        for chat in (both, both[1:]):
-            try:
-                text = str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-            except Exception:  # a template may raise anything, also because it has no system message
-                continue
-            if _SAID[0] in text and "{'type'" not in text and (system in text or chat is not both):
-                opening = text[: text.index(_SAID[0])]
-                return opening if system in text else f"{opening}{system} "
+    user = ("user", _SAID[0])
+    for speakers in ([("system", system), user], [user]):  # a template may have no system message
+        if text := _written(processor, speakers):
+            opening = text[: text.index(_SAID[0])]
+            return opening if system in text else f"{opening}{system} "
     raise InputError("the chat template does not show where a user's turn begins")
 
 
-def _trial(processor: Any) -> str:
-    """A conversation of user, answer and user through the template, up to the next answer."""
-    speakers = ("user", "assistant", "user")
+def _written(processor: Any, speakers: Sequence[tuple[str, str]]) -> str:
+    """A conversation of (speaker, words) through the chat template, up to the next answer; "" if words are missing."""
     for as_parts in (True, False):  # processors take parts, many tokenizers only text
-        content = [[{"type": "text", "text": said}] if as_parts else said for said in _SAID]
-        chat = [{"role": who, "content": what} for who, what in zip(speakers, content, strict=True)]
+        content = [[{"type": "text", "text": said}] if as_parts else said for _, said in speakers]
+        chat = [{"role": who, "content": what} for (who, _), what in zip(speakers, content, strict=True)]
         try:
             text = str(processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         except Exception:  # a template may raise anything; the other form may do
             continue
-        if all(said in text for said in _SAID) and "'text'" not in text:
+        if all(said in text for _, said in speakers) and "{'type'" not in text:
             return text
     return ""

@@ -11,6 +11,7 @@ from vlmattn.models.llava import Llava
 from vlmattn.models.registry import register_family
 
 
+@register_family
 class VipLlava(Llava):
     """The CLS token never reaches the prompt."""
 
@@ -23,6 +24,3 @@ class VipLlava(Llava):
         config = model.config  # transformers before 5.23 or so have the plural
         layers = getattr(config, "vision_feature_layers", None) or config.vision_feature_layer
         return [layers] if isinstance(layers, int) else layers
-
-
-register_family(VipLlava())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,6 @@ def save(network: MultiViewNetwork, folder: str | Path, dtype: torch.dtype = tor
     """Write ``config.json`` and ``model.safetensors``."""
     place = Path(folder)
     make_folder(place)
-    write_whole(place / "config.json", json.dumps(network.config.as_dict(), indent=2) + "\n")
+    write_whole(place / "config.json", json.dumps(asdict(network.config), indent=2) + "\n")
     with written_whole(place / "model.safetensors") as partial:
         save_file({name: value.to(dtype).contiguous() for name, value in network.state_dict().items()}, partial)

@@ -94,9 +94,9 @@ def _heading(poses: Array) -> Array:
     return np.asarray(np.arctan2(poses[:, 0, 2], poses[:, 2, 2]))
 
 
-def make_map(network: nn.Module, images: Tensor, keyframes: Sequence[int], **options: object) -> Tracker:
+def make_map(network: nn.Module, images: Tensor, keyframes: Sequence[int]) -> Tracker:
     """A tracker with exactly these keyframes, mapped in one pass."""
-    tracker = Tracker(network, max_keyframes=max(2, len(keyframes)), **options)  # type: ignore[arg-type]
+    tracker = Tracker(network, max_keyframes=max(2, len(keyframes)))
     tracker.make_map(images[list(keyframes)])
     return tracker
 
@@ -107,7 +107,6 @@ def compare(
     other: Walk,
     keyframes: Sequence[int],
     frames: Sequence[int],
-    full: bool = True,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Array]:
     """Poses of ``frames`` by each way of tracking, ``[n, 4, 4]``.
@@ -115,9 +114,8 @@ def compare(
     Args:
         other: a walk through another room, whose map is the wrong one.
         keyframes: frames of the map (of both walks).
-        full: run the full pass of keyframes and frame for every frame too: slow. Its own world is brought onto the map's
-            by its keyframes, else the passes' worlds would count as its errors.
-        tick: called after every frame of the full pass.
+        tick: called after every frame of the full pass of keyframes and frame. Its own world is brought onto the map's by
+            its keyframes, else the passes' worlds would count as its errors.
     """
     tracker = make_map(network, walk.images, keyframes)
     wrong = make_map(network, other.images, keyframes)
@@ -125,15 +123,13 @@ def compare(
     found = {"cached": tracker.track(query).pose, "wrong map": wrong.track(query).pose}
     adapter = tracker.adapter
     assert tracker.map is not None
+    poses = []
     with torch.no_grad():
-        if full:
-            poses = []
-            for frame in query:
-                every = adapter.forward(torch.cat([tracker.map.images, frame[None]])[None], reading=False).poses[0]
-                onto = align(every[:-1], tracker.map.poses)
-                poses.append(onto.poses(every[-1].double()))
-                tick()
-            found["full"] = torch.stack(poses)
+        for frame in query:
+            every = adapter.forward(torch.cat([tracker.map.images, frame[None]])[None], reading=False).poses[0]
+            poses.append(align(every[:-1], tracker.map.poses).poses(every[-1].double()))
+            tick()
+        found["full"] = torch.stack(poses)
         found["no map"] = adapter.forward(query[:, None], reading=True).poses[:, 0].double()
     found["standing still"] = torch.eye(4, dtype=torch.float64).expand(len(query), 4, 4)
     return {name: poses.cpu().numpy() for name, poses in found.items()}

@@ -8,7 +8,7 @@ world, with a confidence, and the camera is the rigid motion between the two (we
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,6 @@ class NetworkConfig:
     pairs: int = 4  # frame block + global block
     ratio: int = 3  # MLP
     registers: int = 2
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 def rotary_2d(positions: Tensor, dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:

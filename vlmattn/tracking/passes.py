@@ -36,26 +36,10 @@ class Pass(ABC):
 
     def __init__(self) -> None:
         self.calls = 0
-        self._open: list[_Shim] = []
 
     @abstractmethod
     def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """What the module gets in place of stock attention. All ``[batch, heads, tokens, dim]``."""
-
-    def enter(self, name: str) -> None:
-        shim = _Shim(self, name)
-        self._open.append(shim)
-        shim.__enter__()  # type: ignore[no-untyped-call]
-
-    def leave(self, done: bool) -> None:
-        """The module returned, or (not ``done``) raised."""
-        shim = self._open.pop()
-        shim.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if done and shim.seen != 1:
-            raise UnsupportedError(
-                f"{shim.name} called F.scaled_dot_product_attention {shim.seen} times where once is expected; other kernels"
-                " (xformers, flash-attn) must be switched off, and an adapter names the modules that call it"
-            )
 
     def __call__(
         self,
@@ -131,6 +115,15 @@ class _Shim(TorchFunctionMode):
             return self._to(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
+    def close(self, done: bool) -> None:
+        """The module returned, or (not ``done``) raised."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if done and self.seen != 1:
+            raise UnsupportedError(
+                f"{self.name} called F.scaled_dot_product_attention {self.seen} times where once is expected; other kernels"
+                " (xformers, flash-attn) must be switched off, and an adapter names the modules that call it"
+            )
+
 
 @contextmanager
 def running(this: Pass, modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -140,13 +133,16 @@ def running(this: Pass, modules: Sequence[nn.Module]) -> Iterator[None]:
         UnsupportedError: a module did not call ``F.scaled_dot_product_attention`` exactly once when it ran.
     """
 
+    inside: list[_Shim] = []
+
     def enter(module: nn.Module, args: Any) -> None:
         if _running.get() is this:
-            this.enter(type(module).__name__)
+            inside.append(_Shim(this, type(module).__name__))
+            inside[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if _running.get() is this:
-            this.leave(done=output is not None)
+            inside.pop().close(done=output is not None)
 
     handles = [module.register_forward_pre_hook(enter) for module in modules]
     handles += [module.register_forward_hook(leave, always_call=True) for module in modules]

@@ -7,7 +7,7 @@ walls. No axis is marked, so a single picture does not tell where in the room it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ WALLS = 5
 BOXES = 3
 _HEIGHT = 2.0  # floor to ceiling, the same everywhere: it sets the scale
 _WAVES = 10  # of the texture
+_TURNS = 1.4  # of a walk
 _REACH = 0.75  # how far from the middle of the room the camera goes
 _YAW, _PITCH, _ROLL = 40.0, 15.0, 6.0  # degrees to either side
 
@@ -39,9 +40,6 @@ class Rooms:
 
     def __len__(self) -> int:
         return len(self.heading)
-
-    def __getitem__(self, which: slice | Tensor) -> Rooms:
-        return Rooms(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
 def make_rooms(count: int, generator: torch.Generator) -> Rooms:
@@ -83,14 +81,14 @@ def random_poses(rooms: Rooms, views: int, generator: torch.Generator, spread: f
     return _poses(rooms, drawn * spread)
 
 
-def smooth_poses(rooms: Rooms, frames: int, generator: torch.Generator, turns: float = 1.4) -> Tensor:
+def smooth_poses(rooms: Rooms, frames: int, generator: torch.Generator) -> Tensor:
     """A camera that walks through the room: ``[rooms, frames, 4, 4]``."""
     time = torch.linspace(0, 1, frames)[None, :, None]
     path = torch.zeros(len(rooms), frames, 6)
     for harmonic in (1, 2, 3):
         height = torch.randn(len(rooms), 1, 6, generator=generator) / harmonic
         phase = torch.rand(len(rooms), 1, 6, generator=generator) * 2 * math.pi
-        path = path + height * torch.sin(math.pi * turns * harmonic * time + phase)
+        path = path + height * torch.sin(math.pi * _TURNS * harmonic * time + phase)
     return _poses(rooms, torch.tanh(path))
 
 

@@ -38,7 +38,7 @@ def forward_of(record: Record, model: PreTrainedModel, call: Call | None, inputs
 def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, Any]) -> Part:
     """The rows of this forward, with the step in which the methods act on them."""
     cache, plan = compat.cache_of(inputs), call.plan
-    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    tokens = _tokens_of(inputs)
     request = _request_so_far(cache, plan, tokens)
     if tokens is None or (plan.is_identity and request is None):
         return Part()
@@ -46,20 +46,37 @@ def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, 
     if rode is not None and rode.call is call.token:  # in generate(), where nothing may wait for the device
         return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     start = int(cache.get_seq_length()) if cache is not None else 0
-    before = plan_on(cache)
-    if start == 0:
-        if plan.is_identity:
-            get_off(cache)  # of a prompt before the cache was reset
-            return Part()
-        request, before = _new_request(plan), plan
-    elif request is None:
-        request = _read_before(record, model, call, start, len(tokens), inputs.get("attention_mask"))
-        before = plan
-    _check_request(request, before, plan, len(tokens))
+    if start == 0 and plan.is_identity:
+        get_off(cache)  # of a prompt before the cache was reset
+        return Part()
+    request = _request_for(record, model, call, inputs, request, start, len(tokens))
     check_registration(record.text, record.base)
     if rode is not None and call.prompt_length is None and start >= rode.prompt_length > 0:
         return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     return Part(step=_prompt_step(record, model, call, inputs, request, start), plan=plan)
+
+
+def _tokens_of(inputs: dict[str, Any]) -> Tensor | None:
+    """Ids ``[batch, new]`` or embeddings ``[batch, new, hidden]``."""
+    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+
+
+def _request_for(
+    record: Record,
+    model: PreTrainedModel,
+    call: Call,
+    inputs: dict[str, Any],
+    request: Request | None,
+    start: int,
+    rows: int,
+) -> Request:
+    """The request of tokens that enter a cache at slot ``start``: a new one, or that of the cache so far."""
+    if start == 0:
+        return Request(len(call.plan.by_layer), counts=call.plan.drops)
+    if request is None:
+        return _read_before(record, model, call, start, rows, inputs.get("attention_mask"))
+    _check_request(request, plan_on(compat.cache_of(inputs)), call.plan, rows)
+    return request
 
 
 def _request_so_far(cache: Any, plan: Plan, tokens: Tensor | None) -> Request | None:
@@ -122,10 +139,6 @@ def _board(cache: Any, request: Request, plan: Plan, window: int) -> None:
         )
 
 
-def _new_request(plan: Plan) -> Request:
-    return Request(len(plan.by_layer), counts=plan.drops)
-
-
 def _read(
     record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, Any], request: Request, start: int, mask: Any
 ) -> None:
@@ -166,7 +179,7 @@ def _read_before(
             f"{filled}, and '{call.plan.name}' must see every token as it is read; start a new generate() with the whole"
             " conversation, and a new cache"
         )
-    request = _new_request(call.plan)
+    request = Request(len(call.plan.by_layer), counts=call.plan.drops)
     real = None if mask is None else _real_keys(mask)[:, :start]
     request.extend(0, types, torch.full_like(types, -1, dtype=torch.int16), real, None, ids)
     return request

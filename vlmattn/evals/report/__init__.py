@@ -1,9 +1,11 @@
-"""A result for people: tables for terminals and markdown (tables.py), one HTML page (page.py), its examples (gallery.py)."""
+"""A result for people: tables (tables.py), one HTML page (page.py) and its examples (gallery.py)."""
 
 from vlmattn.evals.report.tables import (
+    STYLES,
     bounds,
     by_suite,
     change,
+    figures_table,
     markdown_tables,
     notes,
     p_value,
@@ -14,5 +16,6 @@ from vlmattn.evals.report.tables import (
 )
 
 __all__ = [
-    "bounds", "by_suite", "change", "markdown_tables", "notes", "p_value", "spread", "terminal_tables", "verdict", "whiskers",
+    "STYLES", "bounds", "by_suite", "change", "figures_table", "markdown_tables", "notes", "p_value", "spread",
+    "terminal_tables", "verdict", "whiskers",
 ]  # fmt: skip

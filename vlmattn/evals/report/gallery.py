@@ -16,7 +16,7 @@ EXAMPLES = 12  # of a suite
 
 
 def gallery(suite: Suite, result: Result, most: int = EXAMPLES) -> list[Sample]:
-    """Samples that some preset answers rightly and ``none`` wrongly, or the other way round; every preset gets its turn."""
+    """Samples that a preset answers rightly and ``none`` wrongly, or the other way round; every preset in turn."""
     scored, presets = result.scored[suite.name], list(result.summary["recipes"])[1:]
     differing = {
         preset: [sample for sample in scored.samples if scored.right(preset, sample) != scored.right("none", sample)]

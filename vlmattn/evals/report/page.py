@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing from elsewhere: who leads, charts, cost, and where presets disagree."""
+"""The report as one HTML page by itself: who leads, charts, cost, and where presets disagree."""
 
 from __future__ import annotations
 
@@ -24,44 +24,42 @@ def html_report(result: Result, attention: Maps | None = None) -> str:
     """The whole page.
 
     Args:
-        attention: by suite and sample id, for each image what ``vlmattn.inspection.image_attention`` says, drawn over the
-            images of the gallery.
+        attention: by suite and sample id, for each image what ``vlmattn.inspection.image_attention`` says, drawn over
+            the images of the gallery.
     """
     summary, presets = result.summary, list(result.summary["recipes"])
     many = len(presets) > len(pages.COLOURS)  # bars could not be told apart
     colours = {preset: pages.COLOURS[0 if many else i] for i, preset in enumerate(presets)}
-    parts = [_leaderboard(result, colours)]
-    for suite in result.suites:
-        parts.append(f"<section><h2>{html.escape(suite.title)}</h2>")
-        if many:
-            parts.append(_differences(suite, result, presets[1:]))
-        else:
-            parts.append(_chart(suite, [(c, t) for s, c, t in by_suite(result) if s is suite], colours))
-        for owner, condition, tables in by_suite(result):
-            if owner is suite:
-                parts.append(_table(suite, condition, tables, colours))
-        parts.append(_gallery(suite, result, attention or {}))
-        parts.append("</section>")
+    parts = [
+        _leaderboard(result, colours),
+        *(_section(suite, result, colours, attention or {}) for suite in result.suites),
+    ]
     warnings = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in notes(result))
     versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
     machine = ", ".join(f"{name}: {value}" for name, value in summary["hardware"].items() if value)
-    recipes = html.escape(
-        "\n\n".join(
-            f"{name}: {recipe['interventions'] + recipe.get('pruning', [])}"
-            for name, recipe in summary["recipes"].items()
-        )
-    )
+    lines = (f"{name}: {each['interventions'] + each.get('pruning', [])}" for name, each in summary["recipes"].items())
+    recipes = html.escape("\n\n".join(lines))
     command = f"<pre>{html.escape(summary['command'])}</pre>" if summary["command"] else ""
     body = f"""<h1>Does it hallucinate less?</h1>
 <p>Model <b>{html.escape(summary["model"])}</b>, presets {", ".join(f"<b>{html.escape(p)}</b>" for p in presets)};
-{html.escape(decoding_in_words(summary["decoding"]))}, the same samples and batches for all. Differences are to <b>none</b>, with 95&nbsp;% intervals from a paired bootstrap over images;
-p is McNemar's exact test. <span class="better">Green</span> and <span class="worse">red</span>: the interval leaves out 0, which
-one interval in twenty does by chance alone.</p>
+{html.escape(decoding_in_words(summary["decoding"]))}, the same samples and batches for all.
+Differences are to <b>none</b>, with 95&nbsp;% intervals from a paired bootstrap over images;
+p is McNemar's exact test. <span class="better">Green</span> and <span class="worse">red</span>: the interval
+leaves out 0, which one interval in twenty does by chance alone.</p>
 {warnings}{"".join(parts)}
 <section><h2>How it was run</h2>{command}<p>{html.escape(versions)}<br>{html.escape(machine)}<br>seed {summary["seed"]},
 batch size {summary["batch_size"]}, {html.escape(summary["dtype"])}, {summary["processes"]} process(es)</p>
 <details><summary>Recipes</summary><pre>{recipes}</pre></details></section>"""
     return pages.document(f"vlmattn eval: {summary['model']}", body)
+
+
+def _section(suite: Suite, result: Result, colours: Mapping[str, str], attention: Maps) -> str:
+    """Chart, tables and examples of a suite."""
+    conditions = [(condition, tables) for owner, condition, tables in by_suite(result) if owner is suite]
+    many = len(set(colours.values())) < len(colours)
+    chart = _differences(suite, result, list(colours)[1:]) if many else _chart(suite, conditions, colours)
+    tables = "".join(_table(suite, condition, own, colours) for condition, own in conditions)
+    return f"<section><h2>{html.escape(suite.title)}</h2>{chart}{tables}{_gallery(suite, result, attention)}</section>"
 
 
 def _cell(cell: Mapping[str, Any], better: str, p: str = "") -> str:
@@ -84,7 +82,8 @@ def _leaderboard(result: Result, colours: Mapping[str, str]) -> str:
         return value if better == "lower" else -value
 
     columns = "".join(
-        f"<th>{html.escape(table['suite'])}<small>{html.escape(table['condition'])}: {html.escape(heads[table['suite']].name)}</small></th>"
+        f"<th>{html.escape(table['suite'])}<small>{html.escape(table['condition'])}:"
+        f" {html.escape(heads[table['suite']].name)}</small></th>"
         for table in tables
     )
     rows = []
@@ -98,13 +97,16 @@ def _leaderboard(result: Result, colours: Mapping[str, str]) -> str:
             for table in tables
         ]
         rows.append(
-            f"<tr><th class='preset'><i style='background:{colours[preset]}'></i>{html.escape(preset)}</th>{''.join(cells)}"
+            "<tr><th class='preset'><i"
+            f" style='background:{colours[preset]}'></i>{html.escape(preset)}</th>{''.join(cells)}"
             f"{_cost_cells(summary['cost'], preset)}</tr>"
         )
     direction = {"higher": "the highest", "lower": "the lowest", "": "any"}[better]
     return (
-        f"<section><h2>All presets</h2><p>Headline metrics over all splits; {direction} {html.escape(heads[first['suite']].name)} of"
-        f" {html.escape(first['suite'])}, {html.escape(first['condition'])}, comes first.</p><div class='wide'><table><thead><tr>"
+        f"<section><h2>All presets</h2><p>Headline metrics over all splits; {direction}"
+        f" {html.escape(heads[first['suite']].name)} of"
+        f" {html.escape(first['suite'])}, {html.escape(first['condition'])}, comes first.</p><div"
+        " class='wide'><table><thead><tr>"
         f"<th></th>{columns}<th>tokens/s</th><th>s/sample</th><th>memory</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
         f"</div>{_trade(result, colours)}</section>"
     )
@@ -167,12 +169,16 @@ def _table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], colou
             changed = row.get("changed", "")
             first = " class='first'" if preset == "none" else ""
             rows.append(
-                f"<tr{first}><th>{label}</th><th class='preset'>{dot}{html.escape(preset)}</th>{''.join(cells)}<td>{p_value(row)}</td><td>{changed}</td></tr>"
+                f"<tr{first}><th>{label}</th><th"
+                f" class='preset'>{dot}{html.escape(preset)}</th>{''.join(cells)}"
+                f"<td>{p_value(row)}</td><td>{changed}</td></tr>"
             )
     images = max(table["images"] for table in tables)
     return (
-        f"<h3>{html.escape(condition)} <small>{images} images</small></h3><div class='wide'><table><thead><tr><th></th><th></th>{head}"
-        f"<th title='McNemar'>p</th><th title='answers that differ from none'>changed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<h3>{html.escape(condition)} <small>{images} images</small></h3><div"
+        f" class='wide'><table><thead><tr><th></th><th></th>{head}"
+        "<th title='McNemar'>p</th><th title='answers that differ from"
+        f" none'>changed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -180,37 +186,45 @@ def _chart(suite: Suite, conditions: Sequence[tuple[str, Sequence[dict[str, Any]
     """Headline metric with its intervals: one inline SVG per condition, all on one scale."""
     from vlmattn.drawing import Figure
 
-    name, width = suite.headline.name, 0.8 / len(colours)
+    name, presets = suite.headline.name, list(colours)
     every = [
-        table["rows"][preset]["metrics"][name] for _, tables in conditions for table in tables for preset in colours
+        table["rows"][preset]["metrics"][name] for _, tables in conditions for table in tables for preset in presets
     ]
     ends = [bounds(cell) or (cell["value"], cell["value"]) for cell in every]
-    from_half = suite.headline.better == "higher" and min(low for low, _ in ends) > 50  # chance
-    top = max(high for _, high in ends) * 1.04
+    least, top = min(low for low, _ in ends), max(high for _, high in ends) * 1.04 or 1
+    from_half = suite.headline.better == "higher" and least > 50  # chance
     drawn = []
     for condition, tables in conditions:
         figure = Figure(figsize=(max(3.9, 0.9 + 0.95 * len(tables)), 3.1), layout="constrained")
         axis = figure.subplots()
-        for number, (preset, colour) in enumerate(colours.items()):
-            cells = [table["rows"][preset]["metrics"][name] for table in tables]
-            values = [cell["value"] for cell in cells]
-            places = [i + (number - (len(colours) - 1) / 2) * width for i in range(len(tables))]
-            bars: dict[str, Any] = {"yerr": whiskers(cells), "ecolor": "#222", "capsize": 2, "error_kw": {"lw": 1}}
-            axis.bar(places, values, width * 0.92, color=colour, label=preset, **bars)
-        crowded = len(tables) > 4
-        axis.set_xticks(range(len(tables)), [t["split"] for t in tables], rotation=30 * crowded, ha="right" if crowded else "center", fontsize=8 if crowded else 9)  # fmt: skip
+        _bars(axis, name, tables, colours)
         axis.set_title(condition, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#ddd", lw=0.6)
         axis.set_axisbelow(True)
-        axis.set_ylim(50 if from_half else min(0, min(low for low, _ in ends)), top or 1)
+        axis.set_ylim(50 if from_half else min(0, least), top)
         axis.set_ylabel(f"{name}, axis from 50" if from_half else name, fontsize=9)
-        columns = min(len(colours), 4)
-        figure.legend(
-            *axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
-        )
+        legend: dict[str, Any] = {
+            "loc": "outside lower center",
+            "ncols": min(len(colours), 4),
+            "frameon": False,
+            "fontsize": 8,
+        }
+        figure.legend(*axis.get_legend_handles_labels(), **legend)
         drawn.append(pages.figure(figure))
     return f"<div class='panels'>{''.join(drawn)}</div>"
+
+
+def _bars(axis: Any, name: str, tables: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> None:
+    """A group of bars for each table, a bar for each preset, with their intervals."""
+    width, crowded = 0.8 / len(colours), len(tables) > 4
+    for number, (preset, colour) in enumerate(colours.items()):
+        cells = [table["rows"][preset]["metrics"][name] for table in tables]
+        places = [i + (number - (len(colours) - 1) / 2) * width for i in range(len(tables))]
+        look: dict[str, Any] = {"yerr": whiskers(cells), "ecolor": "#222", "capsize": 2, "error_kw": {"lw": 1}}
+        axis.bar(places, [cell["value"] for cell in cells], width * 0.92, color=colour, label=preset, **look)
+    look = {"rotation": 30, "ha": "right", "fontsize": 8} if crowded else {"ha": "center", "fontsize": 9}
+    axis.set_xticks(range(len(tables)), [table["split"] for table in tables], **look)
 
 
 def _differences(suite: Suite, result: Result, presets: Sequence[str]) -> str:
@@ -251,7 +265,8 @@ def _gallery(suite: Suite, result: Result, attention: Maps) -> str:
     about = "; red: where the bare model looks when it answers" if seen else ""
     cards = "".join(_card(suite, result, sample, attention.get((suite.name, sample.id), ())) for sample in chosen)
     return (
-        f"<h3>Where presets disagree <small>{len(chosen)} questions that a preset answers rightly and none wrongly, or the other"
+        f"<h3>Where presets disagree <small>{len(chosen)} questions that a preset answers rightly and none"
+        " wrongly, or the other"
         f" way round{about}</small></h3><div class='cards'>{cards}</div>"
     )
 
@@ -278,6 +293,7 @@ def _card(suite: Suite, result: Result, sample: Sample, maps: Sequence[Any]) -> 
     )
     repaired = not scored.right("none", sample)
     return (
-        f"<div class='card {'repaired' if repaired else 'broken'}'>{''.join(shown)}<p><b>{html.escape(sample.prompt)}</b><br>"
+        "<div class='card"
+        f" {'repaired' if repaired else 'broken'}'>{''.join(shown)}<p><b>{html.escape(sample.prompt)}</b><br>"
         f"{html.escape(sample.condition)}; truth: {html.escape(suite.expected(sample))}</p>{lines}</div>"
     )

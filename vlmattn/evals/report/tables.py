@@ -31,6 +31,10 @@ def by_suite(result: Result) -> Iterator[tuple[Suite, str, list[dict[str, Any]]]
             )
 
 
+#: Of a verdict on a terminal.
+STYLES = {"better": "green", "worse": "red", "": ""}
+
+
 def _number(value: float) -> str:
     return f"{value:.1f}"
 
@@ -41,7 +45,7 @@ def bounds(cell: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def whiskers(cells: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """How far the intervals of values reach below and above them, 0 where there are none: for matplotlib's error bars."""
+    """How far the intervals of values reach below and above them, for error bars; 0 where there are none."""
     ends = [bounds(cell) or (cell["value"], cell["value"]) for cell in cells]
     below = [cell["value"] - low for cell, (low, _) in zip(cells, ends, strict=True)]
     above = [high - cell["value"] for cell, (_, high) in zip(cells, ends, strict=True)]
@@ -81,29 +85,31 @@ def _heading(suite: Suite, condition: str, tables: Sequence[dict[str, Any]]) -> 
     return f"{suite.title}\n{condition} · {images} images, {samples} answers"
 
 
+def figures_table(
+    columns: Sequence[str], title: str | None = None, first: str = "", fold: bool = False, **more: Any
+) -> RichTable:
+    """A table for the terminal: a column of names (folded where it is too wide, if ``fold``), and columns of figures.
+
+    Names of data in the title are no markup.
+    """
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    view = RichTable(title=None if title is None else Text(title), **look, **more)
+    view.add_column(first, no_wrap=not fold, overflow="fold")
+    for name in columns:
+        view.add_column(name, justify="right", no_wrap=True)
+    return view
+
+
 def terminal_tables(result: Result) -> Group:
     """One table per suite and condition: headline metric, its difference to ``none``, McNemar's p, the other metrics.
 
     Fits into 80 columns.
     """
     blocks: list[RichTable | Text] = []
-    style = {"better": "green", "worse": "red", "": ""}
     for suite, condition, tables in by_suite(result):
-        view = RichTable(
-            title=Text(_heading(suite, condition, tables)),  # names of data are no markup
-            title_justify="left",
-            title_style="bold",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        view.add_column("", no_wrap=True)
-        for name in (
-            suite.headline.short,
-            "difference [95 % CI]",
-            "p",
-            *(metric.short for metric in suite.metrics[1:]),
-        ):
-            view.add_column(name, justify="right", no_wrap=True)
+        others = [metric.short for metric in suite.metrics[1:]]
+        columns = [suite.headline.short, "difference [95 % CI]", "p", *others]
+        view = figures_table(columns, _heading(suite, condition, tables))
         for table in tables:
             view.add_row(Text(table["split"], style="bold"))
             for preset, row in table["rows"].items():
@@ -112,7 +118,7 @@ def terminal_tables(result: Result) -> Group:
                 view.add_row(
                     Text(f" {preset}"),  # names such as pai[alpha=0.3] are no markup
                     _number(first["value"]),
-                    Text(difference, style=style[verdict(first, suite.headline.better)]),
+                    Text(difference, style=STYLES[verdict(first, suite.headline.better)]),
                     p_value(row),
                     *(_number(cells[metric.name]["value"]) for metric in suite.metrics[1:]),
                 )
@@ -140,12 +146,14 @@ def notes(result: Result) -> list[str]:
     if cut := {preset: cost["cut_batches"] for preset, cost in result.summary["cost"].items() if cost["cut_batches"]}:
         parts = ", ".join(f"{preset} {count}" for preset, count in cut.items())
         found.append(
-            f"Memory was short: batches were answered in parts ({parts}), so not all presets had the same batches; answers"
+            f"Memory was short: batches were answered in parts ({parts}), so not all presets had the same"
+            " batches; answers"
             " may differ by rounding. A smaller --batch-size avoids it."
         )
     if any(bounds(each) is None for each in _intervals(result.summary)):
         found.append(
-            f"No interval: fewer than {FEWEST} images, or all of them agree; resampling them cannot say how sure such a figure is."
+            f"No interval: fewer than {FEWEST} images, or all of them agree; resampling them cannot say how"
+            " sure such a figure is."
         )
     return found
 
@@ -170,17 +178,10 @@ def markdown_tables(result: Result) -> str:
         lines.append("|" + "|".join(["---", "---", *["---:"] * (len(header) - 2)]) + "|")
         for table in tables:
             for preset, row in table["rows"].items():
-                cells = row["metrics"]
-                first = cells[suite.headline.name]
+                values = [f"{row['metrics'][name]['value']:.1f}" for name in (suite.headline.name, *others)]
                 label = f"{markdown_cell(table['split'])} ({table['samples']})" if preset == "none" else ""
-                difference = "" if preset == "none" else change(first)
-                values = [f"{cells[name]['value']:.1f}" for name in others]
-                lines.append(
-                    "| "
-                    + " | ".join(
-                        [label, markdown_cell(preset), f"{first['value']:.1f}", difference, p_value(row), *values]
-                    )
-                    + " |"
-                )
+                difference = "" if preset == "none" else change(row["metrics"][suite.headline.name])
+                cells = [label, markdown_cell(preset), values[0], difference, p_value(row), *values[1:]]
+                lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join([*lines, *map(markdown_cell, notes(result))]).strip() + "\n"

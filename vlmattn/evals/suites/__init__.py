@@ -13,6 +13,6 @@ from vlmattn.evals.suites.which import Which
 from vlmattn.evals.suites.world import World
 
 __all__ = [
-    "PQA", "Captions", "Chair", "LlavaBench", "MMHal", "Pope", "Sample", "Suite", "Which", "World", "all_suites", "find_suite",
-    "make_suite", "suite",
+    "PQA", "Captions", "Chair", "LlavaBench", "MMHal", "Pope", "Sample", "Suite", "Which", "World", "all_suites",
+    "find_suite", "make_suite", "suite",
 ]  # fmt: skip

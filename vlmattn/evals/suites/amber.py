@@ -1,11 +1,11 @@
 """AMBER (arXiv 2311.07397) on its published files: captions against annotated words, and yes/no questions.
 
 Ours without spaCy and NLTK ("lite"): a word of a caption counts if its singular is in the vocabulary of the association
-file, whatever its part of speech; it is safe by exact or associated match only, where the released code also takes words
-whose vectors are alike. Both raise CHAIR and Hal above published figures: compare runs of this suite with each other.
-Words are runs of letters, where the released tokenizer keeps hyphens ("air-conditioning"). All else is the released rule,
-capitals included: "TV" is in the vocabulary, "Trees" is not. Yes/no questions: the first "yes" or "no" among the words,
-where the released code takes "Yes" and "No" alone.
+file, whatever its part of speech; it is safe by exact or associated match only, where the released code also takes
+words whose vectors are alike. Both raise CHAIR and Hal above published figures: compare runs of this suite with each
+other. Words are runs of letters, where the released tokenizer keeps hyphens ("air-conditioning"). All else is the
+released rule, capitals included: "TV" is in the vocabulary, "Trees" is not. Yes/no questions: the first "yes" or "no"
+among the words, where the released code takes "Yes" and "No" alone.
 """
 
 from __future__ import annotations
@@ -92,9 +92,6 @@ class AmberCaptions(Suite):
 
         Args:
             data: the folder ``data`` of the release.
-            images: folder of the images.
-            limit: use the first so many.
-            allow_outside: whether the names of images may lead out of the folder.
 
         Raises:
             InputError: a file that is not there, or not in the published form.
@@ -106,7 +103,8 @@ class AmberCaptions(Suite):
             entry = known.get(query.key("id"))
             if entry is None or entry.text("type") != "generative":
                 raise InputError(
-                    f"{query.where}: query {query.key('id')} has no generative annotation in {data.name}/annotations.json"
+                    f"{query.where}: query {query.key('id')} has no generative annotation in"
+                    f" {data.name}/annotations.json"
                 )
             truth = Words(_known(entry, "truth", near), _known(entry, "hallu", near))
             samples.append(_sample(query, pictures, "captions", truth))
@@ -123,12 +121,13 @@ class AmberCaptions(Suite):
             {risky[word] for word in unsafe if word in risky},
         )
         values = (
-            len(named), len(unsafe), len(sample.truth.truth), len(covered), 1, bool(unsafe), len(sample.truth.traps), len(fallen),
+            len(named), len(unsafe), len(sample.truth.truth), len(covered), 1, bool(unsafe), len(sample.truth.traps),
+            len(fallen),
         )  # fmt: skip
         return {name: float(value) for name, value in zip(self.fields, values, strict=True)}
 
     def _stand_for(self, words: Sequence[str]) -> dict[str, int]:
-        """Which annotated word a word stands for: associated words first, then themselves, the first one wins (as published)."""
+        """Which annotated word a word stands for: associated words first, then themselves; the first one wins."""
         found: dict[str, int] = {}
         for index, word in enumerate(words):
             for near in self._near[word]:

@@ -39,7 +39,6 @@ class AmberSceneCaptions(AmberCaptions):
 
     Args:
         worlds: the scenes.
-        max_new_tokens: length of captions.
     """
 
     title = "AMBER, captions of scenes: words that are not in the image"

@@ -88,12 +88,6 @@ class Captions(Suite):
     ) -> Captions:
         """A file like ``captions_val2014.json``.
 
-        Args:
-            images: folder of its images.
-            limit: use the first so many images.
-            max_new_tokens: length of captions.
-            allow_outside: whether the names of images may lead out of the folder.
-
         Raises:
             InputError: a file that is not in COCO's form; an image without caption; pycocoevalcap is missing.
         """

@@ -40,12 +40,27 @@ class Chair(Suite):
     title = "CHAIR: objects in captions that are not there"
     fields = ("captions", "wrong_captions", "mentions", "wrong_mentions", "objects", "found", "words", "repeating")
     metrics = (
-        Metric("chair_i", {"wrong_mentions": 1}, {"mentions": 1}, "mentioned objects that are not in the image", better="lower"),
-        Metric("chair_s", {"wrong_captions": 1}, {"captions": 1}, "captions with at least one such object", better="lower"),
+        Metric(
+            "chair_i",
+            {"wrong_mentions": 1},
+            {"mentions": 1},
+            "mentioned objects that are not in the image",
+            better="lower",
+        ),
+        Metric(
+            "chair_s", {"wrong_captions": 1}, {"captions": 1}, "captions with at least one such object", better="lower"
+        ),
         Metric("recall", {"found": 1}, {"objects": 1}, "objects of the image that the caption names (cover)"),
         Metric("length", {"words": 1}, {"captions": 1}, "words per caption", scale=1.0, better="", label="words"),
-        Metric("repeats", {"repeating": 1}, {"captions": 1}, "captions that name an object twice", better="lower", label="twice"),
-    )  # fmt: skip
+        Metric(
+            "repeats",
+            {"repeating": 1},
+            {"captions": 1},
+            "captions that name an object twice",
+            better="lower",
+            label="twice",
+        ),
+    )
 
     def __init__(
         self,
@@ -88,8 +103,8 @@ class Chair(Suite):
         Args:
             captions: ground-truth captions, whose objects count as present too; None leaves them out.
             synonyms: word list in the published format; None takes our own list.
-            drop_cut: leave out what follows the last full stop: a sentence that was cut off by the length (as OPERA does).
-            allow_outside: whether the names of images may lead out of the folder.
+            drop_cut: leave out what follows the last full stop: a sentence that was cut off by the length (as OPERA
+                does).
         """
         words = ObjectWords.from_file(synonyms) if synonyms else ObjectWords.coco()
         known = load_coco_objects(data, captions, words)
@@ -126,8 +141,8 @@ class Chair(Suite):
         present: frozenset[str] = sample.truth.objects
         wrong = [name for name in mentioned if name not in present]
         values = (
-            1, bool(wrong), len(mentioned), len(wrong), len(present), len(present & set(mentioned)), len(answer.split()),
-            len(set(mentioned)) < len(mentioned),
+            1, bool(wrong), len(mentioned), len(wrong), len(present), len(present & set(mentioned)),
+            len(answer.split()), len(set(mentioned)) < len(mentioned),
         )  # fmt: skip
         return {name: float(value) for name, value in zip(self.fields, values, strict=True)}
 

@@ -1,4 +1,4 @@
-"""Suites that a YAML file describes (description.py): one class for questions of yes and no, one for questions with options."""
+"""Suites that a YAML file describes (description.py): questions of yes and no, and questions with options."""
 
 from __future__ import annotations
 
@@ -83,10 +83,6 @@ class Described(Suite):
     ) -> Described:
         """A file of questions (JSON or JSON lines).
 
-        Args:
-            images: folder that its image names lie in.
-            allow_outside: whether the names may lead out of the folder.
-
         Raises:
             InputError: a question that lacks something, or whose answer is none.
         """
@@ -112,7 +108,7 @@ class Described(Suite):
 
 
 class DescribedYesNo(Described, YesNo):
-    """Questions whose answers are read by their first yes or no, and metrics of groups that must be right as a whole."""
+    """Answers are read by their first yes or no; metrics of groups that must be right as a whole."""
 
     def __init__(self, about: Description, *given: Any) -> None:
         super().__init__(about, *given)
@@ -155,7 +151,7 @@ class DescribedYesNo(Described, YesNo):
 
 
 class DescribedChoice(Described):
-    """Questions with options, in letters; accuracy by split and by number of images. How answers are read: ``read_letter``."""
+    """Accuracy by split and by number of images. How answers are read: ``read_letter``."""
 
     fields = ("right", "asked", "unread")
     metrics = (

@@ -2,14 +2,16 @@
 
 Keys of such a file (those with * have to be there):
 
-- ``name``*, ``kind``* (``yes_no`` or ``choice``), ``title``*, ``about``, ``data`` (what its files are, in words), ``source``
-  (paper), ``item`` (a question in words, for errors), ``condition``, ``max_new_tokens``, ``ending`` (a line after each question).
-- ``columns``*: where a question has its ``question``*, ``answer``*, ``images``* (a file name or a list of them), ``options``* (of
-  choices), ``id`` (else its number), ``cluster`` (what the bootstrap draws together, else the images), ``split``; of choices
-  also ``prompt`` (asked in place of question and options) and ``twin`` (the id of a question about the same images). A column
-  is a name, a list of which the first one that is there counts, or a text with names in braces.
-- ``answers``: the values that mean yes and no (else these words); ``accuracy``: the name of that metric; ``groups``: metrics of
-  questions that must all be right, each with ``name``, ``field``, ``of`` (a column) and ``about``.
+- ``name``*, ``kind``* (``yes_no`` or ``choice``), ``title``*, ``about``, ``data`` (what its files are, in words),
+  ``source`` (paper), ``item`` (a question in words, for errors), ``condition``, ``max_new_tokens``, ``ending`` (a line
+  after each question).
+- ``columns``*: where a question has its ``question``*, ``answer``*, ``images``* (a file name or a list of them),
+  ``options``* (of choices), ``id`` (else its number), ``cluster`` (what the bootstrap draws together, else the images),
+  ``split``; of choices also ``prompt`` (asked in place of question and options) and ``twin`` (the id of a question
+  about the same images). A column is a name, a list of which the first one that is there counts, or a text with names
+  in braces.
+- ``answers``: the values that mean yes and no (else these words); ``accuracy``: the name of that metric; ``groups``:
+  metrics of questions that must all be right, each with ``name``, ``field``, ``of`` (a column) and ``about``.
 - ``without_image``: ``leave out`` questions whose image is empty; otherwise they are an error.
 - ``tables``: forms of its tables on the hub, each with ``name``, ``needs``, ``pictures`` and ``more``;
   ``all_configs``: whether all configurations of a table are read, not one.
@@ -96,6 +98,7 @@ _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "a mapping with the keys yes and no, each with a list of texts",
     ),
     "max_new_tokens": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "without_image": (lambda value: value == "leave out", "'leave out'"),
     "all_configs": (lambda value: isinstance(value, bool), "true or false"),
     "files": (_texts, "a file name, or a list of them"),
     "groups": _mappings("name", "field", "of"),
@@ -153,4 +156,5 @@ def _form(told: Mapping[str, Any], path: Path) -> Form:
     _refuse_unknown(path, "key of a table", told, [spec.name for spec in dataclasses.fields(Form)])
     for key, value in told.items():
         _check(path, f"{key} of a table", value, "name" if key == "name" else "of a table")
-    return Form(**{key: value if key == "name" else tuple(value) for key, value in told.items()})
+    columns = {key: tuple(value) for key, value in told.items() if key != "name"}
+    return Form(told["name"], **columns)

@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The images of a sample, read when they are called for. Those that are not there are found before a run, by the runner."""
+    """The images of a sample, read when they are called for; the runner finds missing ones before."""
 
     paths: tuple[Path, ...]
 
@@ -75,7 +75,8 @@ class ImageFolder:
             raise InputError(f"{where}: {quoted(name)} cannot be the name of an image: {reason}") from None
         if not inside:
             raise InputError(
-                f"{where}: the image {quoted(name)} lies outside of {self.path}; give the folder that holds it with --images,"
+                f"{where}: the image {quoted(name)} lies outside of {self.path}; give the folder that holds it"
+                " with --images,"
                 " or read it all the same with --allow-outside"
             )
         return path

@@ -35,8 +35,8 @@ def read_letter(answer: str, options: Sequence[str]) -> str | None:
     3. It begins with a letter that ends there or before a mark: "B", "(B) ...", "B. ...", "B, since ...".
     4. A letter stands alone in it: "It is C", "both show option C".
 
-    Letters are capitals. "A" and "I" before a word are none ("A dog", "I think") unless it is "is", "because" or the like;
-    nor are letters that are denied ("neither A nor B", "not A", "A is wrong").
+    Letters are capitals. "A" and "I" before a word are none ("A dog", "I think") unless it is "is", "because" or the
+    like; nor are letters that are denied ("neither A nor B", "not A", "A is wrong").
     """
     answer = re.sub(r"[*`#]", "", answer)  # of markdown
     letters = set(LETTERS[: len(options)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmattn.errors import InputError
-from vlmattn.evals.judges import Judge
+from vlmattn.evals.judges import Judge, load_judge
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
 from vlmattn.evals.suites.files import ImageFolder, read_keyed
@@ -47,6 +47,7 @@ class LlavaBench(Rated):
         Raises:
             InputError: a question without context or answer.
         """
+        judge = load_judge(judge)  # before the files are read
         if not data.is_dir():
             raise InputError(
                 f"{data}: no such folder; LLaVA-Bench is one with questions.jsonl, context.jsonl and answers_gpt4.jsonl"

@@ -1,4 +1,4 @@
-"""Makes a suite by its name: on generated scenes, on files, on a table of the hub; and reads its options as they are typed."""
+"""Makes a suite by its name, on scenes, files or a table of the hub; reads its options as they are typed."""
 
 from __future__ import annotations
 
@@ -40,13 +40,14 @@ def make_suite(
 ) -> Suite:
     """A suite on its data, or on generated scenes where none are given.
 
-    A path that is not there but looks like ``owner/name`` is a table of the hub, and a folder of parquet files is one too; see
-    ``load_table``.
+    A path that is not there but looks like ``owner/name`` is a table of the hub, and a folder of parquet files is one
+    too; see ``load_table``.
 
     Args:
         name: of the suite, or a file that describes one.
         worlds: generated scenes; suites of several images take the last.
-        data: its file or folder, or several where it takes several; by default those that a described suite names itself.
+        data: its file or folder, or several where it takes several; by default those that a described suite names
+            itself.
         usual: options for every suite that has them, as ``images`` and ``limit``; None in it means not given.
         options: of this suite.
 
@@ -60,24 +61,27 @@ def make_suite(
         if (value := options.get(option)) is not None and value < 1:
             raise OptionError(f"{info.name}.{option} must be at least 1, got {value}")
     paths = [data] if isinstance(data, Path) else list(data) or list(info.own_data)
-    shared = {key: value for key, value in (usual or {}).items() if value is not None}
-    if not paths:
-        if "scenes" not in info.doors or not worlds:
-            raise InputError(lacking([info]))
-        return info.doors["scenes"](_one_or_all(info, "scenes", list(worlds)), **_own(info, "scenes", options))
+    if paths:
+        return _on_data(info, paths, {key: value for key, value in (usual or {}).items() if value is not None}, options)
+    if "scenes" not in info.doors or not worlds:
+        raise InputError(lacking([info]))
+    return info.doors["scenes"](_one_or_all(info, "scenes", list(worlds)), **_own(info, "scenes", options))
+
+
+def _on_data(info: SuiteInfo, paths: Sequence[Path], usual: Mapping[str, Any], options: Mapping[str, Any]) -> Suite:
     door = door_of(info, paths)
-    given = {key: value for key, value in shared.items() if key in parameters(info, door)} | _own(info, door, options)
+    known, given = parameters(info, door), _own(info, door, options)
+    given = {key: value for key, value in usual.items() if key in known} | given
     if door == "table":
-        table = load_table(info, paths[0], bool(shared.get("allow_outside")))
-        return info.doors[door](table, **given)
+        return info.doors[door](load_table(info, paths[0], bool(usual.get("allow_outside"))), **given)
     for path in paths:
         if not path.exists():
             hint = "; a table of the hub is owner/name" if "table" in info.doors else ""
             raise InputError(f"suite {info.name}: no such file or folder: {path}{hint}")
-    if "images" in parameters(info, door) and (images := given.get("images", info.own_images)) is not None:
-        given["images"] = images
-    elif "images" in parameters(info, door):
-        raise InputError(f"suite {info.name} needs --images DIR, the folder of its images")
+    if "images" in known:
+        given.setdefault("images", info.own_images)
+        if given["images"] is None:
+            raise InputError(f"suite {info.name} needs --images DIR, the folder of its images")
     return info.doors[door](_one_or_all(info, door, paths), **given)
 
 
@@ -124,15 +128,18 @@ def _own(info: SuiteInfo, door: str, options: Mapping[str, Any]) -> dict[str, An
 
     Raises:
         UnknownNameError: it has no such option.
+        OptionError: it has none at all.
     """
     known = _options(info, door)
     for name in options:
+        if not known:
+            raise OptionError(f"suite {info.name} has no options on {door}; leave out {info.name}.{name}")
         if name not in known:
             raise UnknownNameError(f"option of suite '{info.name}' on {door}", name, known)
     return dict(options)
 
 
-def _one_or_all(info: SuiteInfo, door: str, given: list[Any]) -> Any:
+def _one_or_all(info: SuiteInfo, door: str, given: Sequence[Any]) -> Any:
     """All that is given where the suite takes a sequence; else the only file, or the last of the scenes.
 
     Raises:

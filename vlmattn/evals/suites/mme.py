@@ -1,4 +1,4 @@
-"""MME (arXiv 2306.13394) on its published folders: two yes/no questions per image; accuracy and accuracy+ make the score."""
+"""MME (arXiv 2306.13394) on its published folders: two yes/no questions per image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class MME(YesNo):
         """The published folders.
 
         Args:
-            data: one folder per subtask, with pictures and their question files, or with ``images`` and ``questions_answers_YN``.
+            data: one folder per subtask, with pictures and their question files, or with ``images`` and
+                ``questions_answers_YN``.
             limit: use the first so many images of each subtask.
             allow_outside: whether pictures may be links that lead out of the folder.
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from vlmattn.evals.judges import CLEAN, Judge
+from vlmattn.evals.judges import CLEAN, Judge, load_judge
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample
 from vlmattn.evals.suites.files import ImageFiles, ImageFolder, Item, read_keyed
@@ -18,7 +18,7 @@ _NEEDS = ("image_src", "image_content", "question_type", "question", "gt_answer"
 
 @suite("mmhal", "open questions, rated by a judge", "MMHal-Bench's response_template.json", "arXiv 2309.14525")
 class MMHal(Rated):
-    """rating = mean of the judge's ratings, 0..6; hallucinations = ratings below 3 / answers. Splits: types of question."""
+    """rating = mean of the judge's ratings, 0..6; hallucinations = share below 3. Splits: types of question."""
 
     title = "MMHal-Bench: open questions, rated by a judge"
     fields = ("rating", "hallucinated", "asked")
@@ -41,13 +41,12 @@ class MMHal(Rated):
 
         Args:
             images: folder of the images, named as in ``image_src`` or by ``image_id``.
-            limit: use the first so many questions.
             judge: who rates, as ``load_judge`` takes it.
-            allow_outside: whether the names of images may lead out of the folder.
 
         Raises:
             InputError: a file that cannot be read, or is not in the published form; no such judge.
         """
+        judge = load_judge(judge)  # before the file is read
         items = read_keyed(data, "image_id", _NEEDS, "an MMHal-Bench question")
         folder = ImageFolder(images, allow_outside)
         samples = [_sample(key, items[key], folder) for key in list(items)[:limit]]

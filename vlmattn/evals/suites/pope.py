@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ _ALL = {"tp": 1.0, "fp": 1.0, "tn": 1.0, "fn": 1.0}
 
 
 def says_yes(answer: str) -> bool:
-    """POPE's own rule: up to the first full stop, without commas, "No", "not" or "no" between spaces means no, all else yes."""
+    """POPE's rule: up to the first full stop, without commas, "No", "not" or "no" means no, all else yes."""
     return not {"No", "not", "no"} & set(answer.partition(".")[0].replace(",", "").split(" "))
 
 
@@ -81,9 +81,7 @@ class Pope(Suite):
 
         Args:
             data: files with ``image``, ``text`` and ``label`` (yes / no).
-            images: folder of the images they name.
             limit: use the first so many questions of each file.
-            allow_outside: whether the names may lead out of the folder.
             suffix: words after each question, as papers ask for one word.
 
         Raises:
@@ -91,17 +89,13 @@ class Pope(Suite):
         """
         folder, columns = ImageFolder(images, allow_outside), columns_of(data)
         asked = (
-            _Question(
-                columns[path],
-                item.text("image"),
-                item.text("text"),
-                item.yes("label"),
-                folder.files(item.where, [item.text("image")]),
+            _sample(
+                item, columns[path], item.text("image"), "text", "label", folder.files(item.where, [item.text("image")])
             )
             for path in data
-            for item in _items(path)[:limit]
+            for item in read_questions(path)[:limit]
         )
-        return cls._asked(asked, {"questions": [path.name for path in data], "limit": limit}, suffix)
+        return cls._of(asked, {"questions": [path.name for path in data], "limit": limit}, suffix)
 
     @classmethod
     def on_table(cls, table: Table, limit: int | None = None, suffix: str = "") -> Pope:
@@ -115,20 +109,19 @@ class Pope(Suite):
         """
         rows = first_of_each(table, lambda row: row.text("category"), limit)
         asked = (
-            _Question(
-                row.text("category"),
-                _file_name(row.text("image_source")),
-                row.text("question"),
-                row.yes("answer"),
-                row.pictures,
-            )
+            _sample(row, row.text("category"), _file_name(row.text("image_source")), "question", "answer", row.pictures)
             for row in rows
         )
-        return cls._asked(asked, {**table.settings, "limit": limit}, suffix)
+        return cls._of(asked, {**table.settings, "limit": limit}, suffix)
 
     @classmethod
-    def _asked(cls, asked: Iterable[_Question], settings: Mapping[str, Any], suffix: str) -> Pope:
-        samples = [replace(sample, prompt=f"{sample.prompt}{suffix}") for sample in _samples(asked)]
+    def _of(cls, asked: Iterable[Sample], settings: Mapping[str, Any], suffix: str) -> Pope:
+        """Questions that several splits share are asked once."""
+        found: dict[str, Sample] = {}
+        for sample in asked:
+            before = found.get(sample.id)
+            found[sample.id] = replace(sample, splits=before.splits + sample.splits) if before else sample
+        samples = [replace(sample, prompt=f"{sample.prompt}{suffix}") for sample in found.values()]
         return cls(samples, {**settings, "suffix": suffix} if suffix else settings)
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
@@ -143,35 +136,17 @@ class Pope(Suite):
         return "yes" if sample.truth else "no"
 
 
-@dataclass(frozen=True)
-class _Question:
-    split: str
-    image: str
-    text: str
-    truth: bool
-    pictures: Callable[[], list[Any]]
-
-
-def _samples(asked: Iterable[_Question]) -> list[Sample]:
-    """One sample per question; those that several splits share are asked once."""
-    samples: dict[tuple[str, str, str], Sample] = {}
-    for question in asked:
-        key = (question.image, question.text, "yes" if question.truth else "no")
-        before = samples.get(key)
-        samples[key] = Sample(
-            id="/".join(key),
-            image_id=question.image,
-            condition="questions",
-            splits=(*(before.splits if before else ()), question.split),
-            prompt=question.text,
-            images=question.pictures,
-            truth=question.truth,
-        )
-    return list(samples.values())
+def _sample(
+    item: Item, split: str, image: str, question: str, answer: str, pictures: Callable[[], list[Any]]
+) -> Sample:
+    """A question with the columns that hold it and its answer."""
+    text, truth = item.text(question), item.yes(answer)
+    key = f"{image}/{text}/{'yes' if truth else 'no'}"
+    return Sample(key, image, "questions", (split,), text, pictures, truth)
 
 
 def columns_of(files: Sequence[Path]) -> dict[Path, str]:
-    """A column for each file: the split in its name, its name where files share a split, its path where they share the name."""
+    """A column for each file: the split in its name; where files share it their names, or their paths."""
     within = {path: [name for name in SPLITS if name in path.stem] for path in files}
     for names in (
         {path: found[0] if len(found) == 1 else path.stem for path, found in within.items()},
@@ -187,13 +162,6 @@ def _file_name(source: str) -> str:
     return source if Path(source).suffix else f"{source}.jpg"
 
 
-def _items(path: Path) -> list[Item]:
+def read_questions(path: Path) -> list[Item]:
+    """Questions of a POPE file, with image, text and label; errors name file and line (or item, for an array)."""
     return read_items(path, ("image", "text", "label"), "a POPE question")
-
-
-def read_questions(path: Path) -> list[dict[str, str]]:
-    """Questions of a POPE file; errors name file and line (or item, for an array)."""
-    return [
-        {"image": item.text("image"), "text": item.text("text"), "label": "yes" if item.yes("label") else "no"}
-        for item in _items(path)
-    ]

@@ -1,7 +1,7 @@
-"""PQA: the same question about each of several images, wherever it stands (after arXiv 2503.13792), on generated scenes or POPE's files.
+"""PQA: the same question about each of several images, wherever it stands (after arXiv 2503.13792).
 
-Every set of n images is shown in its n rotations and each image is asked about, so every image meets every position once.
-Accuracy by position shows a favourite place; inconsistency shows answers that change although only the order did.
+Every set of n images is shown in its n rotations and each image is asked about, so every image meets every position
+once. Accuracy by position shows a favourite place; inconsistency shows answers that change although only the order did.
 """
 
 from __future__ import annotations
@@ -129,10 +129,8 @@ class PQA(YesNo):
 
         Args:
             data: files as ``Pope.on_files`` reads them.
-            images: folder of the images they name.
             sizes: numbers of images per prompt.
             sets: groups of images per number, drawn with ``seed``.
-            allow_outside: whether the names may lead out of the folder.
 
         Raises:
             InputError: as ``Pope.on_files``; no question has both answers for as many images.
@@ -142,8 +140,9 @@ class PQA(YesNo):
         said: dict[str, dict[str, set[bool]]] = {}  # question -> image -> truths
         for path in data:
             for item in read_questions(path):
-                if _IN_THE_IMAGE in item["text"]:
-                    said.setdefault(item["text"], {}).setdefault(item["image"], set()).add(item["label"] == "yes")
+                image, text, truth = item.text("image"), item.text("text"), item.yes("label")
+                if _IN_THE_IMAGE in text:
+                    said.setdefault(text, {}).setdefault(image, set()).add(truth)
         known = {text: {name: True in of for name, of in by.items() if len(of) == 1} for text, by in said.items()}
         drawn = [_of_files(known, folder, size, number, seed) for size in sizes for number in range(sets)]
         names = [path.name for path in data]

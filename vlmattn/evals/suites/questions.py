@@ -64,7 +64,7 @@ def read_colour(answer: str) -> str | None:
 
 
 def read_numbers(answer: str) -> list[int]:
-    """The whole numbers of an answer, in digits or as words up to ten; "one" is none in "no one", "the one", "one of"."""
+    """Whole numbers of an answer, in digits or words up to ten; "one" is none in "no one", "the one", "one of"."""
     text = re.sub(r"\b(?:no|the|this|that|which|each|every|any|some)[ -]one\b|\bone of\b", "", answer.lower())
     words = re.findall(rf"(?<![\w.,-])\d{{1,9}}(?![\w-]|[.,]\d)|\b(?:{'|'.join(NUMBERS)})\b", text)
     return [NUMBERS.index(word) if word in NUMBERS else int(word) for word in words]
@@ -97,7 +97,7 @@ class AgainstNumbers(YesNo):
     @staticmethod
     @abstractmethod
     def asked(world: World, index: int) -> Iterator[tuple[Sample, int | None]]:
-        """The questions about a scene, each with the number that its answer is held against; None where it is yes or no."""
+        """The questions about a scene, each with the number that its answer is held against, if any."""
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         number = self._numbers[sample.id]

@@ -11,8 +11,13 @@ from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 
 HALLUCINATIONS = Metric(
-    "hallucinations", {"hallucinated": 1}, {"asked": 1}, "answers with a hallucination, says the judge", better="lower", label="halluc."
-)  # fmt: skip
+    "hallucinations",
+    {"hallucinated": 1},
+    {"asked": 1},
+    "answers with a hallucination, says the judge",
+    better="lower",
+    label="halluc.",
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which suites there are. Each file says of itself what it is; the command line, its help and the docs' tables ask here.
+"""Which suites there are: each file says of itself what it is; the command line and the docs' table ask here.
 
 A file of another package does the same, and is known once it is imported.
 """
@@ -53,7 +53,8 @@ class SuiteInfo:
         data: what its files are, and the tables of the hub that have them; "" for generated scenes alone.
         source: where it is published: a paper, an address.
         forms: the columns of the tables it reads.
-        doors: what makes it, by what it is made of: "scenes", "files", "table". Their further arguments are its options.
+        doors: what makes it, by what it is made of: "scenes", "files", "table". Their further arguments are its
+            options.
         all_configs: whether a table of several configurations is read as a whole.
         own_data, own_images: files that belong to the suite itself, used where no others are given.
     """
@@ -83,8 +84,12 @@ def suite(
     """Make a class known as the suite ``name``.
 
     It is made by those of its own class methods ``on_scenes(worlds, ...)``, ``on_files(data, images, ...)`` and
-    ``on_table(table, ...)`` that it has; where it has none, its constructor takes the scenes. A second class of the same name
-    may add what the first one lacks: scenes for a suite on files.
+    ``on_table(table, ...)`` that it has; where it has none, its constructor takes the scenes. A second class of the
+    same name may add what the first one lacks: scenes for a suite on files.
+
+    Arguments of these names mean the same everywhere: ``data``, its file or folder; ``images``, the folder of the
+    images that it names; ``allow_outside``, whether the names may lead out of that folder; ``limit``, use the first so
+    many questions; ``max_new_tokens``, length of the answers.
 
     Raises:
         OptionError: both classes have the same.

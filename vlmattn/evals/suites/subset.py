@@ -18,8 +18,8 @@ class Subset(Suite):
         suite: where the samples come from.
         ids: of the samples that stay.
         label: what they are; stands in the settings.
-        whole: whether it stands also where condition and split stand otherwise: each question counts once then, and there
-            is one figure per metric.
+        whole: whether it stands also where condition and split stand otherwise: each question counts once then, and
+            there is one figure per metric.
 
     Raises:
         InputError: the suite has no sample of that id.

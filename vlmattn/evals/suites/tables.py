@@ -1,4 +1,4 @@
-"""Tables of the Hugging Face hub, or the same parquet files in a folder; pictures stay on disk until they are asked for.
+"""Tables of the Hugging Face hub, or such parquet files in a folder; pictures stay on disk until they are shown.
 
 Needs the ``datasets`` library: pip install "vlmattn[hub]".
 """
@@ -111,7 +111,7 @@ class Table:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path is a folder of parquet files, or nothing on this disk but a name of the hub; maybe with ``:config``."""
+    """Whether a path is a folder of parquet files, or no file but a name of the hub; maybe with ``:config``."""
     source = Path(_named(path)[0])
     if source.is_dir():
         return next(source.rglob("*.parquet"), None) is not None
@@ -122,7 +122,8 @@ def is_table(path: Path) -> bool:
 def load_table(suite: SuiteInfo, path: Path, allow_outside: bool = False) -> Table:
     """The table that ``path`` names; from the hub only the files of one split are fetched.
 
-    Configuration: the one behind the colon, or the only one, or ``default``; or all, where the suite says so. Split: the first of val, validation, image and test that there is, otherwise all.
+    Configuration: the one behind the colon, or the only one, or ``default``; or all, where the suite says so. Split:
+        the first of val, validation, image and test that there is, otherwise all.
 
     Raises:
         InputError: ``datasets`` is missing, there is no such table or no way to the hub, or it has other columns.
@@ -141,7 +142,8 @@ def load_table(suite: SuiteInfo, path: Path, allow_outside: bool = False) -> Tab
             raise InputError(f"cannot read the table in {name}: {reason}") from None
         raise InputError(
             f"there is no file or folder '{name}' here, and the table could not be fetched from the hub: {reason};"
-            f" without a network, fetch it elsewhere (hf download {name} --repo-type dataset --local-dir DIR) and name DIR"
+            f" without a network, fetch it elsewhere (hf download {name} --repo-type dataset --local-dir DIR)"
+            " and name DIR"
         ) from None
     settings = {
         "table": Path(name).name if local else name,
@@ -184,7 +186,7 @@ def _configs(suite: SuiteInfo, name: str, config: str, known: Sequence[str]) -> 
 
 
 def _parts(datasets: Any, name: str, config: str) -> list[tuple[str, Any, str]]:
-    """Splits of a configuration with their data and revisions. A plain ``load_dataset`` would fetch all splits (VQAv2: 45 GB)."""
+    """Splits of a configuration with data and revisions; ``load_dataset`` would fetch all (VQAv2: 45 GB)."""
     builder = datasets.load_dataset_builder(name, config)
     files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
     if not files or not all(file.endswith(".parquet") for paths in files.values() for file in paths):

@@ -1,4 +1,4 @@
-"""VQAv2 (arXiv 1612.00837) on its published files: open questions against ten answers of people, compared as the released script does."""
+"""VQAv2 (arXiv 1612.00837): open questions against ten answers of people, compared as the released script does."""
 
 from __future__ import annotations
 
@@ -12,36 +12,21 @@ from vlmattn.errors import InputError
 from vlmattn.evals.stats import Metric
 from vlmattn.evals.suites.base import Sample, Suite
 from vlmattn.evals.suites.files import ImageFolder, Item
+from vlmattn.evals.suites.questions import NUMBERS
 from vlmattn.evals.suites.registry import Form, suite
 from vlmattn.evals.suites.tables import Table
+from vlmattn.evals.words import ENGLISH
 from vlmattn.texts import read_json
 
 _PROMPT = "{}\nAnswer the question using a single word or phrase."
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-}
-_NUMBERS["none"] = "0"
+_NUMBERS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'  # every one is removed or becomes a space
 _FULL_STOPS = 32  # so many are removed, no more
-#: Contracted words that answers are corrected to where an apostrophe is missing, by their endings.
-_CONTRACTED = {
-    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
-    "n't've": "could had might should would",
-    "'ve": "could might must not should they we what where who would you",
-    "'d": "he how it someone something there they where who you",
-    "'d've": "he it she somebody someone something there they we who y'all you",
-    "'ll": "how it somebody someone something they what who why y'all you",
-    "'s": "he how somebody someone that there what when where who why",
-    "'re": "there they what why you",
-    "": "ma'am o'clock 'twas y'all 'ow's'at",
-}
 
 
 def _corrections() -> Iterator[tuple[str, str]]:
-    for ending, words in _CONTRACTED.items():
+    """Contracted words without an apostrophe, and with it."""
+    for ending, words in ENGLISH["contracted"].items():
         for word in (stem + ending for stem in words.split()):
             for place in re.finditer("'", word):
                 yield word[: place.start()] + word[place.end() :], word
@@ -54,7 +39,8 @@ _CORRECT = dict(_corrections())
 @suite(
     "vqa",
     "VQAv2's open questions",
-    "VQAv2's folder of questions and annotations (one *questions*.json, one *annotations*.json), or the table lmms-lab/VQAv2",
+    "VQAv2's folder of questions and annotations (one *questions*.json, one *annotations*.json), or the table"
+    " lmms-lab/VQAv2",
     "arXiv 1612.00837",
     [Form("VQAv2", ("question_id", "image_id", "question", "answers"), more=("answer_type",))],
 )
@@ -85,9 +71,8 @@ class VQA(Suite):
 
         Args:
             data: the folder, with one ``*questions*.json`` and one ``*annotations*.json``.
-            images: folder of the COCO images, of the part that the questions file names (``data_subtype``, else val2014).
-            limit: use the first so many questions.
-            allow_outside: whether the names of images may lead out of the folder.
+            images: folder of the COCO images, of the part that the questions file names (``data_subtype``, else
+                val2014).
 
         Raises:
             InputError: a file that is not there, or not in the published form.
@@ -142,8 +127,8 @@ def _agreement(people: Sequence[str], said: str) -> float:
 def normal(answer: str) -> str:
     """An answer as it is compared where people disagree: the rules of the released script.
 
-    1. A mark with a space beside it, or any mark where a comma stands between digits, is removed; others become a space.
-    2. Full stops without a digit behind them are removed.
+    1. A mark with a space beside it, or any mark where a comma stands between digits, is removed; others become a
+    space. 2. Full stops without a digit behind them are removed.
     3. Lower case; numbers up to ten become digits ("none" 0), articles go, a missing apostrophe is put in ("dont").
     """
     text = answer

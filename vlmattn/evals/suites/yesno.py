@@ -47,7 +47,7 @@ class YesNo(Suite):
 
 
 def all_right(records: Mapping[str, dict[str, float]], groups: Mapping[str, str], field: str) -> None:
-    """Add ``field`` (1 if every sample of the group is right) and ``<field>_asked`` to the first record of each group; "" is no group.
+    """Add ``field`` (is the whole group right?) and ``<field>_asked`` to the first record of each group; "" is none.
 
     ``groups`` by id of the sample; samples without a record have no part in their group.
     """

@@ -11,12 +11,7 @@ class GlanceModel(LlavaForConditionalGeneration):
     config_class = GlanceConfig
 
 
+@vlmattn.register_family
 class GlanceFamily(vlmattn.Family):
     model_types = {"glance_vlm": "me/glance-7b"}  # noqa: RUF012
-
-    def image_lengths(self, model, inputs):
-        pixels = inputs.get("pixel_values")
-        return None if pixels is None else [model.config.image_seq_length] * len(pixels)
-
-
-vlmattn.register_family(GlanceFamily())
+    even = True

@@ -326,7 +326,7 @@ def pieces_of(name: str, model: Any, inputs: Mapping[str, Tensor], image: int) -
     marker_ids = marker_ids_of(family, SimpleNamespace(get_vocab=lambda: tiny(name).vocabulary))
     numbers = family.image_numbers(model, inputs, family.token_types(model, inputs["input_ids"]), marker_ids)[0]
     own = (numbers[numbers >= 0] == image).nonzero()[:, 0]
-    return family.pieces(model, inputs, image, len(own), marker_ids), own
+    return family.image_layout(model, inputs, image, len(own), marker_ids), own
 
 
 def painted(image: Tensor, piece: Piece, y: int, x: int) -> Tensor:
@@ -446,17 +446,17 @@ def test_without_a_tokenizer_each_tile_is_an_image():
     model = build("idefics3")
     family, (inputs, _) = find_family(model), prompt("idefics3", model, [picture(*WIDE)])
     for tile in range(7):
-        (piece,) = family.pieces(model, inputs, tile, 4)
+        (piece,) = family.image_layout(model, inputs, tile, 4)
         assert (piece.box, piece.tokens.tolist()) == (WHOLE, [[0, 1], [2, 3]])
-    assert family.pieces(model, inputs, 0, 28) == ()  # it was counted with marks
+    assert family.image_layout(model, inputs, 0, 28) == ()  # it was counted with marks
 
 
 def test_models_of_no_family_and_prompts_with_videos_have_no_places():
     model = build("qwen2_vl")
     inputs, _ = prompt("qwen2_vl", model, [picture(512, 512)])
-    assert find_family(model).pieces(model, inputs, 0, 64)
-    assert find_family(model).pieces(model, {**inputs, "video_grid_thw": torch.tensor([[2, 4, 4]])}, 0, 64) == ()
-    assert Generic().pieces(model, inputs, 0, 64) == ()
+    assert find_family(model).image_layout(model, inputs, 0, 64)
+    assert find_family(model).image_layout(model, {**inputs, "video_grid_thw": torch.tensor([[2, 4, 4]])}, 0, 64) == ()
+    assert Generic().image_layout(model, inputs, 0, 64) == ()
 
 
 def test_numbers_of_tokens_that_do_not_fit_have_no_place():
@@ -464,7 +464,7 @@ def test_numbers_of_tokens_that_do_not_fit_have_no_place():
     assert tiled(10, 2, 1) == ()
     model = build("llava")
     inputs, _ = prompt("llava", model, [picture(480, 480)])
-    assert find_family(model).pieces(model, inputs, 0, 15) == ()
+    assert find_family(model).image_layout(model, inputs, 0, 15) == ()
 
 
 # Parts
