@@ -1,4 +1,4 @@
-"""docs/extend/method.md and pruning.md: what they register is whole, and the names that a newcomer meets are few and listed."""
+"""docs/extend/method.md and pruning.md: what they register is whole; a newcomer meets few names, all of them listed."""
 
 from __future__ import annotations
 

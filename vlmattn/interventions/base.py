@@ -30,8 +30,8 @@ def optional(hook: _F) -> _F:
 class LookingMethod(Options):
     """What attention methods and methods that drop tokens share: where they look.
 
-    Instances are immutable; what a method keeps about a prompt is in a ``Store`` (``context.store(self)`` for one layer,
-    ``request.store(self)`` for the prompt).
+    Instances are immutable; what a method keeps about a prompt is in a ``Store`` (``context.store(self)`` for one
+    layer, ``request.store(self)`` for the prompt).
     """
 
     #: The part of a recipe that the method belongs to.
@@ -166,7 +166,8 @@ def check_tower(name: str, anatomy: Anatomy) -> None:
     """Raise if method ``name``, which looks at the vision tower's last layer but one, cannot do so in a model."""
     if not anatomy.tower_layers:
         raise UnsupportedError(
-            f"'{name}' does not run on {anatomy.family}: the image tokens of its prompts are not those of its vision tower"
+            f"'{name}' does not run on {anatomy.family}: the image tokens of its prompts are not those of its vision"
+            " tower"
         )
     if anatomy.tower_layers < 2:
         raise OptionError(f"{name} needs a vision tower of at least two layers, got {anatomy.tower_layers}")

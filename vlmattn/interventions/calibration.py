@@ -36,8 +36,8 @@ class Calibration(Intervention):
         gamma_g = 1 - strength + strength (1 / n) sum_g' M_g' / M_g
 
     The pooling token is the last prompt token; it is a segment of its own, as the released code does with CLS. Segments
-    are baskets of ``basket`` tokens, or documents (see isolation) with the rest of the prompt as one more. For embeddings:
-    generated rows are not edited. Prompts without images are welcome. Counts prompts.
+    are baskets of ``basket`` tokens, or documents (see isolation) with the rest of the prompt as one more. For
+    embeddings: generated rows are not edited. Prompts without images are welcome. Counts prompts.
 
     Raises:
         OptionError: an option out of range.

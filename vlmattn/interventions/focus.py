@@ -43,9 +43,9 @@ class FocusDirections(Intervention):
         q_h <- q_h + alpha d_h     after the rotation, all tokens;  each key's score rises by alpha scale d_h . k_j
 
     The cache stays as it is. ``vlmattn.inspection.fit_directions`` learns directions from labelled spans; the file has
-    ``query.LAYER`` ``[heads, dim]``, zero for other heads. The released code adds directions to keys as well, the same for
-    every key of a head, which changes no softmax: ``key.LAYER`` in a file is left out, with a warning. Counts attention
-    calls.
+    ``query.LAYER`` ``[heads, dim]``, zero for other heads. The released code adds directions to keys as well, the same
+    for every key of a head, which changes no softmax: ``key.LAYER`` in a file is left out, with a warning. Counts
+    attention calls.
 
     Raises:
         OptionError: no file given and none beside the model; a file for another model.
@@ -61,14 +61,15 @@ class FocusDirections(Intervention):
         path = self.file or str(beside(anatomy.source, FILE_NAME) or "")
         if not path:
             raise OptionError(
-                "focus: which directions? Learn them with vlmattn.inspection.fit_directions(model, examples, heads), save them"
-                " and name the file with file=..."
+                "focus: which directions? Learn them with vlmattn.inspection.fit_directions(model, examples, heads),"
+                " save them and name the file with file=..."
             )
         tensors, facts = _load(path)
         if facts.get("fingerprint") != anatomy.fingerprint:
             raise OptionError(
-                f"focus: {path} belongs to another language model (fitted on '{facts.get('source', 'unknown')}', config hash"
-                f" {facts.get('fingerprint', 'missing')}; the model's is {anatomy.fingerprint}); fit them again on this one"
+                f"focus: {path} belongs to another language model (fitted on '{facts.get('source', 'unknown')}', config"
+                f" hash {facts.get('fingerprint', 'missing')}; the model's is {anatomy.fingerprint}); fit them again on"
+                " this one"
             )
         for layer, tensor in tensors.items():
             shape = (anatomy.heads, anatomy.query_dim)
@@ -120,8 +121,8 @@ def _load(path: str) -> tuple[dict[int, Tensor], dict[str, str]]:
         raise InputError(f"{path_text(path)}: not a file of directions (needs query.LAYER)")
     if len(found) < len(tensors):
         warnings.warn(
-            f"focus: the key directions in {path_text(path)} are left out, as they change no attention; if an earlier version of"
-            " vlmattn fitted this file, fit it again: directions now act after the rotation",
+            f"focus: the key directions in {path_text(path)} are left out, as they change no attention; if an earlier"
+            " version of vlmattn fitted this file, fit it again: directions now act after the rotation",
             stacklevel=2,
         )
     return found, facts

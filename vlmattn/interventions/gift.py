@@ -36,20 +36,21 @@ _ROWS = 64  # question rows looked at together
 class GIFT(Intervention):
     """Boost the image tokens that the model's gaze moves to while it reads the question.
 
-    In layer ``saliency``, for the rows i of content words of the question and image keys j, with A the unedited attention:
+    In layer ``saliency``, for the rows i of content words of the question and image keys j, with A the unedited
+    attention:
 
         D_hij = max(A_hij - A_h(i-1)j, 0);  S_j = mean over i and the floor(H/2) heads of largest sum of D
         w_j = exp(alpha S_j),  S clamped to its mean +- 3 std and scaled to 0..1 over the image tokens
 
-    Then, in ``layers`` and in the row that predicts the next token, with H_V and H_Q the floor(H/2) heads of largest mass
-    on the image and on the question:
+    Then, in ``layers`` and in the row that predicts the next token, with H_V and H_Q the floor(H/2) heads of largest
+    mass on the image and on the question:
 
         a_j <- w_j a_j for image keys in H_V;   r = sum_{H_V} sum_j w_j a_j / sum_{H_V} sum_j a_j
         a_j <- r a_j for question keys in H_Q;  rows are renormalised
 
     The question is the text of the last user's turn in rows that follow an image. The paper finds content words by a
-    tagger; here they are the words that are not in a list of English function words (experimental), and all words if the
-    question has no others. Counts samples with a question.
+    tagger; here they are the words that are not in a list of English function words (experimental), and all words if
+    the question has no others. Counts samples with a question.
 
     Raises:
         OptionError: the turns cannot be known, as there is no processor; ``saliency`` is not one layer.
@@ -129,8 +130,9 @@ class GIFT(Intervention):
     def edit(self, context: LayerContext) -> AttentionEdit:
         if context.step.is_prompt and context.step.start and self._looks_ahead:
             raise UnsupportedError(
-                f"gift follows the gaze in layer {self.saliency} before it edits layer {self.layers.split(',')[0]}, so it must"
-                " see the whole prompt at once; give the whole conversation without a cache, or edit later layers only"
+                f"gift follows the gaze in layer {self.saliency} before it edits layer {self.layers.split(',')[0]}, so"
+                " it must see the whole prompt at once; give the whole conversation without a cache, or edit later"
+                " layers only"
             )
         kept = context.request.store(self).slots
         if not kept or not self.alpha:

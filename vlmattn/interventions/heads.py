@@ -48,14 +48,14 @@ class Heads(Intervention):
         operation "amplify":  out_h <- gain out_h
         operation "cut":      head h does not see image keys
 
-    on text rows after an image and all generated rows (``rows`` "instruction"), or on all rows. Which heads: ``heads``, or
-    the top ``share`` of a score in a HeadProfile; ``vlmattn.inspection.find_heads`` ranks heads by their causal effect on
-    which modality the answer follows. The score "random" draws that share instead, by ``seed``: a control. The paper's
-    operator and scale are not known to us: experimental. Counts heads.
+    on text rows after an image and all generated rows (``rows`` "instruction"), or on all rows. Which heads: ``heads``,
+    or the top ``share`` of a score in a HeadProfile; ``vlmattn.inspection.find_heads`` ranks heads by their causal
+    effect on which modality the answer follows. The score "random" draws that share instead, by ``seed``: a control.
+    The paper's operator and scale are not known to us: experimental. Counts heads.
 
     Raises:
-        OptionError: no heads given and no profile beside the model; a profile of another model; a head or layer that the
-            model does not have; mean ablation without a profile that has means.
+        OptionError: no heads given and no profile beside the model; a profile of another model; a head or layer that
+            the model does not have; mean ablation without a profile that has means.
     """
 
     files: ClassVar[Mapping[str, str]] = {"profile": HeadProfile.FILE_NAME}
@@ -76,8 +76,8 @@ class Heads(Intervention):
             path = path or str(beside(anatomy.source, HeadProfile.FILE_NAME) or "")
             if not path:
                 raise OptionError(
-                    "heads: which heads? Give heads='12.3,14.7', or measure them: find_heads(model, samples).save(folder of"
-                    " the model), and name the file with profile=..."
+                    "heads: which heads? Give heads='12.3,14.7', or measure them: find_heads(model,"
+                    " samples).save(folder of the model), and name the file with profile=..."
                 )
         if path:
             found = _load(path)

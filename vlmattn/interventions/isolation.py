@@ -32,8 +32,9 @@ class Isolation(Intervention):
     """Hide the edges between images, or between documents. The question, and what is generated, sees everything.
 
     between "images": image tokens do not see tokens of other images; text rows stay as they are. between "documents":
-    rows of one document do not see another. Documents are the stretches that ``separator`` tokens end, or without any the
-    images, each with the text that follows it; what comes after the last one is the question. Counts rows kept apart.
+    rows of one document do not see another. Documents are the stretches that ``separator`` tokens end, or without any
+    the images, each with the text that follows it; what comes after the last one is the question. Counts rows kept
+    apart.
 
     Raises:
         OptionError: separators that are no token ids.

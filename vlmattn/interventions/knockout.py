@@ -35,8 +35,9 @@ from vlmattn.request import LayerContext
 class Knockout(Intervention):
     """Hide the keys of ``source`` from the rows of ``target``; the softmax is over what is left. A tool for analysis.
 
-    Sources: image tokens, or text of the prompt (answers of earlier turns included). Targets: text rows (generated ones too), image rows, the last prompt
-    row, or the rows of generated tokens. A row always sees itself. Counts rows that lose keys.
+    Sources: image tokens, or text of the prompt (answers of earlier turns included). Targets: text rows (generated ones
+    too), image rows, the last prompt row, or the rows of generated tokens. A row always sees itself. Counts rows that
+    lose keys.
     """
 
     source: str = option("image", about="keys that are hidden", choices=("image", "text"))

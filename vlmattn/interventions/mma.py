@@ -28,8 +28,8 @@ class MMA(Intervention):
 
     Image row i of user turn t also sees every text key j > i of turn t, up to and including the marker that hands over
     to the assistant; never an answer, never another turn. Images among themselves stay causal, and so does text. With
-    several images each sees the text of its turn that follows it, text between the images included. An opened key counts
-    ``sigma`` times. Only the prompt is edited. Counts image tokens in user turns.
+    several images each sees the text of its turn that follows it, text between the images included. An opened key
+    counts ``sigma`` times. Only the prompt is edited. Counts image tokens in user turns.
 
     AKI is trained with this mask; on a model that is not, it is experimental.
 

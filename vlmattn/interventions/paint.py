@@ -21,7 +21,7 @@ from vlmattn.request import ImageFeatures, LayerContext
     code="github.com/hasanar1f/PAINT",
     faithful="golden (with CLIP towers)",
     parts="logit",
-    cost="one query row in two layers of the vision tower, one row of the prefill, one elementwise operation per decode step",
+    cost="one query row in two layers of the vision tower, one of the prefill; decode: one elementwise operation",
     presets={"paint": ("defaults of the released CHAIR script", {})},
 )
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class PAINT(Intervention):
         s'_j = s_j + alpha |s_j| in LOC,   s_j + beta |s_j| in SUM
 
     on the scaled dot products before the mask, in the row that predicts the next token. Towers without a CLS token
-    (SigLIP, Qwen) use the attention of the mean query instead (ours, experimental). The paper speaks of learned margins;
-    the released code has fixed alpha and beta. Counts image tokens raised.
+    (SigLIP, Qwen) use the attention of the mean query instead (ours, experimental). The paper speaks of learned
+    margins; the released code has fixed alpha and beta. Counts image tokens raised.
 
     Raises:
         OptionError: an option out of range.

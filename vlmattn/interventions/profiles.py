@@ -77,8 +77,8 @@ class _Profile:
         if self.fingerprint != anatomy.fingerprint:
             raise OptionError(
                 f"{where}: this {type(self).__name__} belongs to another language model (measured on"
-                f" '{self.source or 'unknown'}', config hash {self.fingerprint}; the model's is {anatomy.fingerprint}); measure it"
-                " again on this one"
+                f" '{self.source or 'unknown'}', config hash {self.fingerprint}; the model's is {anatomy.fingerprint});"
+                " measure it again on this one"
             )
 
 
@@ -139,7 +139,8 @@ class HeadProfile(_Profile):
         shapes = {(len(table), len(table[0])) for table in (*self.scores.values(), self.means) if table}
         if shapes - {(anatomy.layers, anatomy.heads)}:
             raise OptionError(
-                f"{where}: this HeadProfile is damaged (not {anatomy.layers} layers of {anatomy.heads} heads); measure it again"
+                f"{where}: this HeadProfile is damaged (not {anatomy.layers} layers of {anatomy.heads} heads); measure"
+                " it again"
             )
 
     def merged(self, other: HeadProfile) -> HeadProfile:
@@ -199,7 +200,8 @@ def check_heads(heads: Iterable[tuple[int, int]], anatomy: Anatomy, count: int, 
     for layer, head in heads:
         if layer >= anatomy.layers or head >= count:
             raise OptionError(
-                f"{where} names {what} {head} of layer {layer}, but the model has {anatomy.layers} layers of {count} {what}s"
+                f"{where} names {what} {head} of layer {layer}, but the model has {anatomy.layers} layers of {count}"
+                f" {what}s"
             )
 
 

@@ -33,13 +33,13 @@ _DRAWS = 2**31  # so many numbers are drawn from
 class SinkKnockout(SinkTest):
     """Hide image tokens that are sinks from text rows, or as many others. A tool for analysis.
 
-    In a layer with k sinks in an image (by ``dims``, ``tau``, ``profile`` and ``sinks`` as in VAR) the rows of text and of
-    generated tokens do not see
+    In a layer with k sinks in an image (by ``dims``, ``tau``, ``profile`` and ``sinks`` as in VAR) the rows of text and
+    of generated tokens do not see
 
-        sinks: these k;   any: k drawn from the image's tokens;   others: k drawn from those that are no sinks, or all of them
+        sinks: these k;   any: k drawn from the image's tokens;   others: k drawn from those that are no sinks, or all
 
-    and the softmax is over what is left. Which token of a prompt is drawn first, second, ... follows from ``seed`` and is
-    the same in all layers. If sinks carry no content, hiding them changes little where hiding as many others changes
+    and the softmax is over what is left. Which token of a prompt is drawn first, second, ... follows from ``seed`` and
+    is the same in all layers. If sinks carry no content, hiding them changes little where hiding as many others changes
     much. Counts hidden tokens.
     """
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # (language model type, hidden size, layers, MLP width) -> sink dimensions. They belong to the language model and its
-# weights, not to the vision-language model built on it. For other models: vlmattn.inspection.find_sinks. Where no release
-# is named, several codes that do not stem from each other have the same dimensions.
+# weights, not to the vision-language model built on it. For other models: vlmattn.inspection.find_sinks. Where no
+# release is named, several codes that do not stem from each other have the same dimensions.
 SINK_DIMS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
     ("llama", 4096, 32, 11008): (1415, 2533),  # LLaMA-2-7B, Vicuna-7B: released code of VAR
     ("llama", 5120, 40, 13824): (2100, 4743),  # LLaMA-2-13B, Vicuna-13B: released code of VAR
@@ -68,7 +68,7 @@ def sink_values(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SinkTest(Intervention):
-    """What methods about sinks share: which tokens that enter a layer are sinks, and the options of that (see ``VAR``)."""
+    """What methods about sinks share: which tokens that enter a layer are sinks, and the options for it."""
 
     files: ClassVar[Mapping[str, str]] = {"profile": SinkProfile.FILE_NAME}
     tau: float = option(20.0, 0, 1e3, "sink threshold; phi never exceeds sqrt(hidden size)", source="paper and code")
@@ -115,7 +115,8 @@ class SinkTest(Intervention):
         found.check(anatomy, f"{self.info.name}.profile")
         if found.tau >= anatomy.hidden_size**0.5:
             raise OptionError(
-                f"{self.info.name}: {path} has tau = {found.tau:g}, which no token can reach at hidden size {anatomy.hidden_size}"
+                f"{self.info.name}: {path} has tau = {found.tau:g}, which no token can reach at hidden size"
+                f" {anatomy.hidden_size}"
             )
         layers = self.layers
         if self.sinks != "phi" and found.layers[0] < found.layers[1]:  # elsewhere the first token is not a sink yet

@@ -34,7 +34,8 @@ class SoFA(Intervention):
 
     sigma = 0 is the bare model and sigma = 1 full attention between images, in both modes. Text rows stay causal; the
     rows of the last image have no E. Only the prompt is edited; later steps feel it through the cache. Counts image
-    tokens that see a later image. ``vlmattn tune`` chooses sigma on a validation set, as the paper does with 32 samples.
+    tokens that see a later image. ``vlmattn tune`` chooses sigma on a validation set, as the paper does with 32
+    samples.
 
     Raises:
         OptionError: sigma outside 0..1.

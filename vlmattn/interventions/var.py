@@ -44,9 +44,9 @@ class VAR(SinkTest):
         gamma_TS = gamma_VS = keep,   gamma_V = 1 + (1 - keep) (M_TS + M_VS) / M_V      (the row sum stays)
 
     Sinks are looked for while the prompt is read, anew for every request; with ``extend`` generated tokens are tested
-    too. Rows edited: text rows after an image. Images and videos of a prompt are taken together: a row between two of them
-    has the masses, and for ``need_visual_sink`` (``var_official``) the sinks, of those that it sees. The released code knows
-    one image in a prompt. Counts sink tokens.
+    too. Rows edited: text rows after an image. Images and videos of a prompt are taken together: a row between two of
+    them has the masses, and for ``need_visual_sink`` (``var_official``) the sinks, of those that it sees. The released
+    code knows one image in a prompt. Counts sink tokens.
 
     Dimensions and threshold are ``dims`` and ``tau`` where they are given, else those of ``profile`` (measured by
     ``vlmattn.inspection.find_sinks``), else for known language models those of a table. Without any of these every

@@ -37,8 +37,8 @@ class VHR(Intervention):
     Other methods of a recipe act on A, up to the head gains of the layer, and not on B. Samples without an image or
     without text stay as they are.
 
-    The choice belongs to the prompt. A later turn on the same cache keeps the heads of the first question: the cached tokens
-    have their gains in them. For a choice of its own give the whole conversation without ``past_key_values``.
+    The choice belongs to the prompt. A later turn on the same cache keeps the heads of the first question: the cached
+    tokens have their gains in them. For a choice of its own give the whole conversation without ``past_key_values``.
     """
 
     alpha: float = option(2.0, 0, 10, "gain of the chosen heads; 4 and more breaks the model", source="paper")

@@ -35,15 +35,15 @@ class AVL(KVPolicy):
 
     With s_j the unedited attention of the last row on slot j, mean over heads, layer by layer:
 
-        prompt:            secondary = the round(keep_secondary n) image tokens with the highest s, core = the round(keep_core n)
-                           of them; the others are evicted
+        prompt:            secondary = the round(keep_secondary n) image tokens with the highest s, core = the
+                           round(keep_core n) of them; the others are evicted
         ordinary step:     text, what was generated and core are read
         every refresh-th:  everything is read, and core is chosen anew for the steps that follow
-        every text_every-th step: of t text tokens max(round(text_keep t), text_first) stay: the first ``text_first``, the most
-                           recent half of them, and those with the highest sum of s over the steps so far
+        every text_every-th step: of t text tokens max(round(text_keep t), text_first) stay: the first ``text_first``,
+                           the most recent half of them, and those with the highest sum of s over the steps so far
 
-    Ours, where the paper is silent: the split of kept text in halves (as H2O has it), and that sums of s begin with the last
-    prompt row. Combine with ``fastv`` for the paper's filter of the prompt. Counts evicted slots.
+    Ours, where the paper is silent: the split of kept text in halves (as H2O has it), and that sums of s begin with the
+    last prompt row. Combine with ``fastv`` for the paper's filter of the prompt. Counts evicted slots.
 
     Raises:
         OptionError: more core than secondary tokens.

@@ -1,4 +1,4 @@
-"""The shape of a method that drops image tokens: a frozen dataclass that chooses which rows of a prompt reach a layer."""
+"""The shape of a method that drops image tokens: it chooses which rows of a prompt reach a layer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning(LookingMethod):
-    """Base of methods that drop tokens: a score for each image token, and how many stay (or ``choose_tokens``, for more).
+    """Base of methods that drop tokens: a score for each image token, and how many stay (for more: ``choose_tokens``).
 
-    ``mode`` "drop" takes the rows out: later layers compute and cache the others only. "mask" leaves them in and hides them,
-    which costs more than no pruning: the same choice, to compare with.
+    ``mode`` "drop" takes the rows out: later layers compute and cache the others only. "mask" leaves them in and hides
+    them, which costs more than no pruning: the same choice, to compare with.
     """
 
     place: ClassVar[str] = "pruning"
@@ -52,28 +52,30 @@ class Pruning(LookingMethod):
         """This method for one model.
 
         Raises:
-            OptionError: layers that the model does not have, or in which image features still come in; positions counted
-                anew where a token has several.
+            OptionError: layers that the model does not have, or in which image features still come in; positions
+                counted anew where a token has several.
             UnsupportedError: layers that see a sliding window.
         """
         if anatomy.window:
             raise UnsupportedError(
-                f"'{self.info.name}' drops tokens, and this language model has sliding windows, which count them; use a model"
-                " with full attention in every layer"
+                f"'{self.info.name}' drops tokens, and this language model has sliding windows, which count them; use a"
+                " model with full attention in every layer"
             )
         if self.compact and anatomy.axes > 1:
             raise OptionError(
-                f"{self.info.name} counts positions anew, and tokens of this model have {anatomy.axes} positions each; {self.keeping}"
+                f"{self.info.name} counts positions anew, and tokens of this model have {anatomy.axes} positions each;"
+                f" {self.keeping}"
             )
         for layer in self.stages(anatomy):
             if not self.earliest <= layer < anatomy.layers:
                 raise OptionError(
-                    f"{self.info.name}: tokens can be dropped before the layers {self.earliest}..{anatomy.layers - 1} of this model, got {layer}"
+                    f"{self.info.name}: tokens can be dropped before the layers {self.earliest}..{anatomy.layers - 1}"
+                    f" of this model, got {layer}"
                 )
             if layer < anatomy.deepstack:
                 raise OptionError(
-                    f"{self.info.name}: this model adds image features after its first {anatomy.deepstack} layers; drop tokens"
-                    f" before layer {anatomy.deepstack} or later, got {layer}"
+                    f"{self.info.name}: this model adds image features after its first {anatomy.deepstack} layers; drop"
+                    f" tokens before layer {anatomy.deepstack} or later, got {layer}"
                 )
         return self
 
@@ -142,7 +144,8 @@ class Staged(Pruning):
             raise OptionError(f"{name}.layers must name one layer for each stage, got '{self.layers}'")
         if len(parts) != len(ratios):
             raise OptionError(
-                f"{name}.keep_ratios must have one ratio for each of the {len(parts)} layers in {name}.layers, got {len(ratios)}"
+                f"{name}.keep_ratios must have one ratio for each of the {len(parts)} layers in {name}.layers, got"
+                f" {len(ratios)}"
             )
 
     def at(self, share: float) -> Self:

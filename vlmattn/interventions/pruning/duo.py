@@ -26,9 +26,9 @@ class DuoAttention(HeadWise):
     A new token of a streaming head sees those, and itself.
 
     The paper trains a gate for each KV head and takes a quantile of the gates; here the ``share`` of KV heads with the
-    highest score of a HeadProfile keeps everything: calibration instead of training. The prompt itself is read with all heads
-    whole, where the paper lets heads stream already. Memory is saved, not masked: the heads of a layer live in two stores. Counts
-    tokens of heads that were let go after prompts.
+    highest score of a HeadProfile keeps everything: calibration instead of training. The prompt itself is read with all
+    heads whole, where the paper lets heads stream already. Memory is saved, not masked: the heads of a layer live in
+    two stores. Counts tokens of heads that were let go after prompts.
 
     Raises:
         OptionError: no heads and no profile, heads that the model does not have, attention edits in the same layers.

@@ -34,8 +34,9 @@ class FastV(ScorerPruning):
 
         s_j = mean_h A[h, q, j];   the round(keep_ratio n) image tokens of a sequence with the highest s stay
 
-    n counts the image tokens of all images of a sequence together. Kept rows have their order and their position ids; text
-    stays. Chosen once, while the prompt is read. A later turn with images is pruned by itself. Counts dropped tokens.
+    n counts the image tokens of all images of a sequence together. Kept rows have their order and their position ids;
+    text stays. Chosen once, while the prompt is read. A later turn with images is pruned by itself. Counts dropped
+    tokens.
 
     The paper's R is 1 - ``keep_ratio``.
 

@@ -17,7 +17,7 @@ from vlmattn.request import HeadSplit, LayerContext
 
 @dataclass(frozen=True, kw_only=True)
 class HeadWise(KVPolicy):
-    """Base of policies by heads. Which KV heads keep everything is ``heads``, or the best ``share`` by a score of a HeadProfile.
+    """Base of policies by heads: ``heads`` keep everything, or the best ``share`` by a score of a HeadProfile.
 
     The score of a KV head is the largest of its query heads'. Layers whose heads all keep everything are left alone.
     """
@@ -50,8 +50,8 @@ class HeadWise(KVPolicy):
         KVPolicy.bind(self, anatomy)
         if anatomy.query_dim != anatomy.head_dim:
             raise UnsupportedError(
-                f"'{self.info.name}' keeps heads apart in the cache, and {anatomy.family} has latent attention, whose layers take the"
-                " cache's keys and values for one tensor; use a policy for all heads, like recycled"
+                f"'{self.info.name}' keeps heads apart in the cache, and {anatomy.family} has latent attention, whose"
+                " layers take the cache's keys and values for one tensor; use a policy for all heads, like recycled"
             )
         chosen = list(parse_heads(self.heads, f"{self.info.name}.heads"))
         path = self.profile
@@ -59,8 +59,8 @@ class HeadWise(KVPolicy):
             path = path or str(beside(anatomy.source, HeadProfile.FILE_NAME) or "")
             if not path:
                 raise OptionError(
-                    f"{self.info.name}: which heads keep everything? Give heads='12.3,14.7' (layer.KV head), or measure them:"
-                    " find_heads(model, samples).save(folder of the model)"
+                    f"{self.info.name}: which heads keep everything? Give heads='12.3,14.7' (layer.KV head), or measure"
+                    " them: find_heads(model, samples).save(folder of the model)"
                 )
             chosen = self._best(path, anatomy)
         check_heads(chosen, anatomy, anatomy.kv_heads, f"{self.info.name}.heads", "KV head")

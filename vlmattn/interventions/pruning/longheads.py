@@ -29,16 +29,16 @@ from vlmattn.request import LayerContext
 class LongHeads(KVPolicy):
     """Let each KV head read text, the first and the last tile of the images, and the tiles nearest to its query.
 
-    The image tokens of a sequence fall into tiles of ``tile`` (never across images). With K_c the keys of tile c and u the mean
-    key of the tile, a tile is represented by
+    The image tokens of a sequence fall into tiles of ``tile`` (never across images). With K_c the keys of tile c and u
+    the mean key of the tile, a tile is represented by
 
         r_c = sum_j softmax_j(u . K_cj / sqrt(dim)) K_cj
 
-    In every step a KV head scores tiles by the largest q . r_c of its query heads and reads the round(keep n) best of n tiles,
-    the first and the last among them. What was generated is read in full.
+    In every step a KV head scores tiles by the largest q . r_c of its query heads and reads the round(keep n) best of n
+    tiles, the first and the last among them. What was generated is read in full.
 
-    Chunks of text became tiles of images, keys keep their positions, and the query of the representation is the mean key:
-    ours; only the outline of the paper was read. Counts steps of a layer.
+    Chunks of text became tiles of images, keys keep their positions, and the query of the representation is the mean
+    key: ours; only the outline of the paper was read. Counts steps of a layer.
 
     Raises:
         UnsupportedError: a static cache, no cache.
@@ -69,7 +69,7 @@ class LongHeads(KVPolicy):
         kept.rows["read"] = self._nearest(scores, kept.rows["tiles"])
 
     def _nearest(self, scores: Tensor, tiles: Tensor) -> Tensor:
-        """Slots ``[batch, kv_heads, n]`` of the tiles that are read, -1 for none, from scores ``[batch, kv_heads, tiles]``."""
+        """Slots ``[batch, kv_heads, n]`` to read, -1 for none, from scores ``[batch, kv_heads, tiles]``."""
         exists = (tiles >= 0).any(-1)  # the first ones of each sequence
         count = exists.sum(1, keepdim=True)
         number = torch.arange(tiles.shape[1], device=tiles.device)

@@ -1,4 +1,4 @@
-"""The shape of a policy about cached keys and values: it evicts slots after the prompt, or chooses which ones a step reads."""
+"""The shape of a policy about cached keys and values: it evicts slots, or chooses which ones a step reads."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class KVPolicy(Intervention):
-    """Base of policies: they score slots of a layer (``on_attention``, ``on_queries_keys``), and evict some or read a part.
+    """Base of policies: they score slots (``on_attention``, ``on_queries_keys``), and evict some or read a part.
 
-    Evicted slots are gone, and their memory with them; what a step does not read stays where it is. ``mode`` "mask" hides
-    what "drop" evicts: the same choice, to compare with.
+    Evicted slots are gone, and their memory with them; what a step does not read stays where it is. ``mode`` "mask"
+    hides what "drop" evicts: the same choice, to compare with.
     """
 
     shrinks: ClassVar[bool] = True  # its layers hold less after the prompt
@@ -41,23 +41,23 @@ class KVPolicy(Intervention):
     def bind(self, anatomy: Anatomy) -> KVPolicy:
         if anatomy.window:
             raise UnsupportedError(
-                f"'{self.info.name}' chooses cache slots, and this language model has sliding windows, which count them; use a"
-                " model with full attention in every layer"
+                f"'{self.info.name}' chooses cache slots, and this language model has sliding windows, which count"
+                " them; use a model with full attention in every layer"
             )
         self.active_layers(anatomy)
         return self
 
     def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float] | None:
-        """Slots of a sequence that an active layer holds after the prompt, and that a step reads, mean over KV heads (and steps).
+        """Slots of a sequence that an active layer holds after the prompt, and that a step reads, mean over KV heads.
 
-        For ``vlmattn.cost``; None = known only once the prompt has been read. Args: real image tokens that reach the layer,
-        other real tokens.
+        For ``vlmattn.cost`` (what is read: mean over steps too); None = known only once the prompt has been read. Args:
+        real image tokens that reach the layer, other real tokens.
         """
         return None
 
     @optional
     def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
-        """Queries ``[batch, heads, query, dim]`` and keys ``[batch, kv_heads, key, dim]`` of an active layer, before the edit."""
+        """Queries ``[batch, heads, query, dim]`` and keys ``[batch, kv_heads, key, dim]`` of an active layer."""
 
     @optional
     def evict(self, context: LayerContext) -> Eviction | None:
@@ -91,8 +91,8 @@ class KVPolicy(Intervention):
         before, count = context.store(self).shared.get("advanced", 0), self.generated(context)
         if 0 < count <= before:
             raise StateError(
-                f"this cache was cropped to {count - 1} generated tokens, and what '{self.info.name}' keeps comes from {before};"
-                " start a new generate()"
+                f"this cache was cropped to {count - 1} generated tokens, and what '{self.info.name}' keeps comes from"
+                f" {before}; start a new generate()"
             )
 
 
@@ -103,7 +103,7 @@ class ScorerPolicy(KVPolicy):
     keep_ratio: float = option(0.5, 0, 1, "share of the image tokens that is held")
 
     def score(self, context: LayerContext, query: Tensor, key: Tensor, weights: Weights) -> Tensor:
-        """How much each slot of the layer matters, ``[batch, keys]``; the image tokens with the highest scores are held.
+        """How much each slot of the layer matters, ``[batch, keys]``; the image tokens with the highest ones are held.
 
         Queries and keys as in ``on_queries_keys``; ``weights`` gives unedited attention of the prompt's rows.
         """
@@ -146,7 +146,7 @@ def image_tokens(context: LayerContext) -> Tensor:
 
 
 def best(scores: Tensor, among: Tensor, counts: list[int]) -> Tensor:
-    """bool ``[batch, keys]``: the ``counts`` slots of each sequence with the highest scores ``among`` bool ``[batch, keys]``."""
+    """The ``counts`` slots of each sequence with the highest scores, all bool ``[batch, keys]``, ``among`` some."""
     order = scores.float().masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)
     return (order.argsort(dim=1) < torch.tensor(counts, device=scores.device)[:, None]) & among
 
@@ -159,13 +159,13 @@ def hold_images(context: LayerContext, scores: Tensor, held: list[int], text: li
 
 
 def slots_of(flags: Tensor, count: int) -> Tensor:
-    """Up to ``count`` slots ``[batch, 1, count]`` where ``flags`` bool ``[batch, keys]`` is set, -1 for none; all KV heads alike."""
+    """Up to ``count`` slots ``[batch, 1, count]`` where ``flags`` ``[batch, keys]`` is set, -1 for none."""
     order = flags.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
     return torch.where(flags.gather(1, order), order, -1)[:, None]
 
 
 def host_counts(request: Request, keys: int) -> tuple[list[int], list[int]]:
-    """Real image tokens and other real tokens of each sequence among its first ``keys`` slots; one look from the host."""
+    """Real image tokens and other real tokens of each sequence in its first ``keys`` slots; one look from the host."""
     host = torch.device("cpu")
     visual, real = request.types(keys, host) != TEXT, request.real(keys, host)
     real = torch.ones_like(visual) if real is None else real

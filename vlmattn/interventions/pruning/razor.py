@@ -28,9 +28,10 @@ class RazorAttention(HeadWise):
 
         k = mean_D k_j,  v = mean_D v_j,  softmax term |D| exp(q . k / sqrt(dim))
 
-    Keys are averaged as they are, rotated; the window keeps its length in later turns. Retrieval heads are the ``share`` of KV heads with the highest score of a
-    HeadProfile, where the paper finds echo and induction heads on repeated random tokens: ours, until such a score is there.
-    Memory is saved, not masked: the heads of a layer live in two stores. Counts tokens of heads that were let go after prompts.
+    Keys are averaged as they are, rotated; the window keeps its length in later turns. Retrieval heads are the
+    ``share`` of KV heads with the highest score of a HeadProfile, where the paper finds echo and induction heads on
+    repeated random tokens: ours, until such a score is there. Memory is saved, not masked: the heads of a layer live in
+    two stores. Counts tokens of heads that were let go after prompts.
 
     Raises:
         OptionError: no heads and no profile, heads that the model does not have, attention edits in the same layers.

@@ -34,14 +34,14 @@ from vlmattn.request import LayerContext, Store, Weights
 class RecycledAttention(KVPolicy):
     """Read the ``keys`` slots that the last full step attended to most, and what came after it.
 
-    With s_j the largest unedited attention that the query heads of a KV head pay to slot j in a full step, each KV head reads
-    its ``keys`` best slots until the next one. The last prompt row is the first full step. The next comes after ``stride``
-    steps, or with ``trigger`` "similarity" once the cosine between the present query and that of the last full step, mean
-    over heads, falls below ``similar`` in a layer: one look from the host for each layer and step. Every sequence decides for
-    itself.
+    With s_j the largest unedited attention that the query heads of a KV head pay to slot j in a full step, each KV head
+    reads its ``keys`` best slots until the next one. The last prompt row is the first full step. The next comes after
+    ``stride`` steps, or with ``trigger`` "similarity" once the cosine between the present query and that of the last
+    full step, mean over heads, falls below ``similar`` in a layer: one look from the host for each layer and step.
+    Every sequence decides for itself.
 
-    Nothing is freed. Only the outline of the paper was read; ``keys`` and ``stride`` are ours. Counts steps of a layer that
-    read a part.
+    Nothing is freed. Only the outline of the paper was read; ``keys`` and ``stride`` are ours. Counts steps of a layer
+    that read a part.
 
     Raises:
         UnsupportedError: a static cache, no cache.

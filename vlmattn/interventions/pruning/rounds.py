@@ -32,13 +32,13 @@ from vlmattn.request import Eviction, LayerContext, Weights
 class Rounds(KVPolicy):
     """Choose images (or video frames given as images) in one layer, and let the layers above go on with those.
 
-    With M_i the unedited attention of the last prompt row on the tokens of image i in the ``watershed`` layer, summed, mean
-    over heads: the images with the highest M stay, as few as hold ``keep_mass`` of the sum of M, at least one. After the
-    prompt the layers above the watershed evict the tokens of the others, or with ``memory`` "read" leave them where they are
-    and do not read them; then every part of the prompt with a question chooses anew.
+    With M_i the unedited attention of the last prompt row on the tokens of image i in the ``watershed`` layer, summed,
+    mean over heads: the images with the highest M stay, as few as hold ``keep_mass`` of the sum of M, at least one.
+    After the prompt the layers above the watershed evict the tokens of the others, or with ``memory`` "read" leave them
+    where they are and do not read them; then every part of the prompt with a question chooses anew.
 
-    The paper chooses among rounds of a dialogue; images in their place, and a share of the mass instead of a fitted number,
-    are ours. Counts evicted slots, or steps of a layer that read a part.
+    The paper chooses among rounds of a dialogue; images in their place, and a share of the mass instead of a fitted
+    number, are ours. Counts evicted slots, or steps of a layer that read a part.
 
     Raises:
         OptionError: a watershed that is no layer, or the last.

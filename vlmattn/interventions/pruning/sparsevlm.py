@@ -53,14 +53,14 @@ class SparseVLM(Staged):
         m_t = mean_v softmax_t(E_v . E_t);   raters: m_t > mean_t m
         s_j = mean over heads and raters r of A[h, r, j],   A the unedited attention of the layer before the stage
 
-    round(r_i n) image tokens of n in the prompt stay before stage i, at most all but one of those that are left. Version 1
-    merges: of the m dropped ones the int(.3 m) + 1 with the highest s fall into a tenth as many clusters (density peaks),
-    whose means follow the kept image tokens, and positions are counted anew. Version 2 divides A by what the rotation alone
-    gives, q . k / sqrt(dim) of rotated ones, averages over the ``head_share`` of heads whose raters look most, keeps position
-    ids and merges nothing.
+    round(r_i n) image tokens of n in the prompt stay before stage i, at most all but one of those that are left.
+    Version 1 merges: of the m dropped ones the int(.3 m) + 1 with the highest s fall into a tenth as many clusters
+    (density peaks), whose means follow the kept image tokens, and positions are counted anew. Version 2 divides A by
+    what the rotation alone gives, q . k / sqrt(dim) of rotated ones, averages over the ``head_share`` of heads whose
+    raters look most, keeps position ids and merges nothing.
 
-    Text between images counts as text after the image. Ties of density go to the first token, where the released code adds
-    noise. Counts dropped tokens.
+    Text between images counts as text after the image. Ties of density go to the first token, where the released code
+    adds noise. Counts dropped tokens.
 
     Raises:
         OptionError: as many ratios as layers are missing, ratios that rise, layers out of range.
@@ -161,9 +161,9 @@ class SparseVLM(Staged):
 def cluster_means(tokens: Tensor, clusters: int) -> Tensor:
     """Means ``[clusters, hidden]`` of the density-peak clusters of ``tokens`` ``[count, hidden]``.
 
-    With d_ij = ||x_i - x_j|| / sqrt(hidden): density rho_i = exp(-mean over the ``clusters`` nearest of d^2), delta_i the
-    distance to the nearest token of higher density (the largest distance for the densest); the tokens with the highest
-    rho delta are centres, and every token joins the nearest centre.
+    With d_ij = ||x_i - x_j|| / sqrt(hidden): density rho_i = exp(-mean over the ``clusters`` nearest of d^2), delta_i
+    the distance to the nearest token of higher density (the largest distance for the densest); the tokens with the
+    highest rho delta are centres, and every token joins the nearest centre.
     """
     distance = torch.cdist(tokens.float()[None], tokens.float()[None])[0] / tokens.shape[-1] ** 0.5
     density = (-distance.topk(min(clusters, len(tokens)), largest=False).values.square().mean(-1)).exp()

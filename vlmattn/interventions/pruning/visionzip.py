@@ -35,19 +35,19 @@ from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
 )
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(Pruning):
-    """Give the language model few tokens of each image, chosen and merged by the vision tower: the prompt does not matter.
+    """Give the language model few tokens of each image, chosen and merged by the vision tower, whatever is asked.
 
-    With a the attention of the CLS token in the last but one layer of the tower, summed over heads, of an image of n tokens,
-    D = round(dominant n) and C = round(contextual n):
+    With a the attention of the CLS token in the last but one layer of the tower, summed over heads, of an image of n
+    tokens, D = round(dominant n) and C = round(contextual n):
 
         dominant:    the CLS token itself and the D - 1 tokens with the highest a, in their order
-        contextual:  every k-th of the other m tokens is a target, k = m // C, C of them; each of the rest joins the target
-                     whose key (mean over heads, normalised) is most alike: target + mean of those that joined it
+        contextual:  every k-th of the other m tokens is a target, k = m // C, C of them; each of the rest joins the
+                     target whose key (mean over heads, normalised) is most alike: target + mean of those that joined it
 
-    Merging is before the projection to the language model where the tower allows it (LLaVA), else after it. Towers without a
-    CLS token: a is the mean query's attention (ours), and D tokens are chosen; the same with ``positions`` "original", where
-    tokens keep their position ids and a contextual token has its target's. "compact" counts them anew, as a prompt with fewer
-    tokens. Counts dropped tokens.
+    Merging is before the projection to the language model where the tower allows it (LLaVA), else after it. Towers
+    without a CLS token: a is the mean query's attention (ours), and D tokens are chosen; the same with ``positions``
+    "original", where tokens keep their position ids and a contextual token has its target's. "compact" counts them
+    anew, as a prompt with fewer tokens. Counts dropped tokens.
 
     Raises:
         OptionError: nothing would stay, a tower of one layer, a model that adds image features in later layers; compact
@@ -66,7 +66,8 @@ class VisionZip(Pruning):
         super().__post_init__()
         if not 0 < self.dominant + self.contextual <= 1:
             raise OptionError(
-                f"visionzip keeps dominant + contextual = {self.dominant + self.contextual:g} of the tokens; it must lie within 0..1"
+                f"visionzip keeps dominant + contextual = {self.dominant + self.contextual:g} of the tokens; it must"
+                " lie within 0..1"
             )
 
     @property
