@@ -2,8 +2,8 @@
 
 Schedules over steps and layers, rows that go, slots that go.
 
-Tried on a toy denoiser and on tiny random models only. Of the engine it uses public names alone: the request and token map
-that ride on a cache, and how a cache with fewer slots answers.
+Tried on a toy denoiser and on tiny random models only. Of the engine it uses public names alone: the request and token
+map that ride on a cache, and how a cache with fewer slots answers.
 """
 
 from vlmattn.diffusion.evicting import Evicted, evicted
