@@ -91,7 +91,8 @@ def _wrong_choice(value: Any, spec: dataclasses.Field[Any]) -> str | None:
 
 def _wrong_list(value: Any, spec: dataclasses.Field[Any]) -> str | None:
     """What a list of numbers must be, and is not."""
-    fractions = any(isinstance(item, float) for item in spec.default)
+    default: Any = spec.default
+    fractions = any(isinstance(item, float) for item in default)
     kinds, what = ((int, float), "positive numbers") if fractions else ((int,), "whole numbers from 0 on")
     fitting = isinstance(value, tuple) and all(
         type(item) in kinds and not item < 0 and not (type(item) is int and item >= 2**31) for item in value
