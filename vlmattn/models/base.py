@@ -129,10 +129,17 @@ class Family:
         """
         lengths = self.image_lengths(model, inputs)
         numbers = number_images(types, lengths)
-        images = 0 if lengths is not None or self.separated or self.markers else _given_images(inputs)
+        images = 0 if lengths is not None or self.separated or self.markers else self.given_images(inputs)
         if images > 1 and images > int((numbers.amax(1) + 1).sum()):
             _warn_of_runs(model.config.model_type)
         return numbers
+
+    def given_images(self, inputs: Mapping[str, Any]) -> int:
+        """How many images a call brings (or tiles, where images are cut); 0 where that cannot be counted."""
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return len(encoded_lengths(inputs) or ())
+        return len(pixels) if isinstance(pixels, Tensor) and pixels.ndim >= 4 else 0
 
     def image_layout(
         self,
@@ -343,14 +350,6 @@ class Family:
             row = table(torch.tensor(token, device=embeds.device))
             types[(embeds == row).all(-1)] = kind
         return types
-
-
-def _given_images(inputs: Mapping[str, Any]) -> int:
-    """How many images a call brings, or tiles where images are cut; 0 where that cannot be counted."""
-    pixels = inputs.get("pixel_values")
-    if pixels is None:
-        return len(encoded_lengths(inputs) or ())
-    return len(pixels) if isinstance(pixels, Tensor) and pixels.ndim >= 4 else 0
 
 
 @cache
