@@ -20,7 +20,7 @@ class PerceptionLM(Matched):
     ahead: ClassVar[bool] = True
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        """Pixels ``[images, tiles, ...]``: as many tiles each. Features that generate() made before are tile by tile."""
+        """Pixels ``[images, tiles, ...]``: as many tiles each. Features that generate() made are tile by tile."""
         tiled = inputs.get("pixel_values") is not None and inputs["pixel_values"].ndim == 5
         return even_lengths(model, inputs) if tiled and inputs.get("mm_encoder_outputs") is None else None
 
