@@ -64,6 +64,7 @@ _ADAPTERS: dict[str, type[Adapter]] = {}
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     """Let ``Tracker(model, adapter="auto")`` find an adapter; one registered later is asked first. For use as a decorator."""
+    _ADAPTERS.pop(adapter.name, None)  # so that it comes last
     _ADAPTERS[adapter.name] = adapter
     return adapter
 
