@@ -64,8 +64,8 @@ _ADAPTERS: dict[str, type[Adapter]] = {}
 
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
-    """Let ``Tracker(model, adapter="auto")`` find an adapter; one registered later is asked first. For use as a
-    decorator."""
+    """Class decorator: let ``Tracker(model, adapter="auto")`` find an adapter; one registered later is asked first."""
+    _ADAPTERS.pop(adapter.name, None)  # so that it comes last
     _ADAPTERS[adapter.name] = adapter
     return adapter
 
