@@ -1,11 +1,12 @@
 """What edited attention costs on a CPU, paired with plain attention in the same run.
 
 decode     one query row: stock SDPA, the dense backend without an edit, and with the edits of VAR, PAI, both, and GIFT
-prefill    2048 rows, 576 image tokens: stock causal SDPA, VAR on flash segments (merge), VAR dense in chunks of rows (eager)
-memory     peak growth of the process over the prompt of a whole model (12 layers, 4096 tokens), each in a process of its own:
+prefill    2048 rows, 576 image tokens: stock causal SDPA, VAR on flash segments (merge), VAR dense in chunks of rows
+(eager) memory     peak growth of the process over the prompt of a whole model (12 layers, 4096 tokens), each in a
+process of its own:
            "in use" has the C library give back at once what is freed, "resident" has it keep blocks, as it usually does
-generate   that model with one image and 64 new tokens; VAR also on the model as it attends with attn_implementation="eager"
-wide       VAR on two layers of LLaVA-1.5-7B's size, one image and 17 new tokens
+generate   that model with one image and 64 new tokens; VAR also on the model as it attends with
+attn_implementation="eager" wide       VAR on two layers of LLaVA-1.5-7B's size, one image and 17 new tokens
 
 All keys have dominant sinks, as trained models do.
 
@@ -137,7 +138,8 @@ def generate(rounds: int) -> list[Row]:
 
 
 def wide(rounds: int) -> list[Row]:
-    """Two layers of LLaVA-1.5-7B's size with attn_implementation="eager", VAR in both: what a step of a real model pays."""
+    """Two layers of LLaVA-1.5-7B's size with attn_implementation="eager", VAR in both: what a step of a real model
+    pays."""
     warnings.simplefilter("ignore")
     config = RANDOM_MODELS["random-llava-7b"]()
     config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 2

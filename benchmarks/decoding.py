@@ -1,6 +1,7 @@
 """What decoding rules cost, on a random LLaVA of 12 layers, 768 wide, 576 image tokens, and on the bundled model.
 
-The first token (prompts of all branches) and a decode step (the median of 32) are reported apart. ``sequential`` is VCD the
+The first token (prompts of all branches) and a decode step (the median of 32) are reported apart. ``sequential`` is VCD
+the
 usual way: a second cache and a second forward per token. ``two rows`` is the bare model on a batch of two prompts.
 
 python -m benchmarks.decoding --out benchmarks/results

@@ -92,7 +92,8 @@ class Step:
 def roofline() -> Iterator[str]:
     """Lines of the table."""
     yield (
-        "| model | keys | weights, GB | keys and values, MB | splits | group ids | partials, plain | groups in runs | groups"
+        "| model | keys | weights, GB | keys and values, MB | splits | group ids | partials, plain | groups in runs |"
+        " groups"
         " everywhere | operations per byte, plain | 4 groups |"
     )
     yield "|" + "---|" * 11
@@ -115,7 +116,8 @@ def roofline() -> Iterator[str]:
 
 
 def resources() -> Iterator[str]:
-    """Lines of the compiler's table, one row per case, registers / shared KB / matrix instructions / spills per target."""
+    """Lines of the compiler's table, one row per case, registers / shared KB / matrix instructions / spills per
+    target."""
     with RESOURCES.open(newline="") as file:
         rows = list(csv.DictReader(file))
     targets = list(dict.fromkeys(row["target"] for row in rows))

@@ -1,11 +1,11 @@
 """The decode kernels on a GPU, paired with stock attention and with themselves without groups; bfloat16, head size 128.
 
-Every candidate attends from one row to keys and values that lie in memory, not in cache: calls go round over copies that
-together are larger than the L2 cache. With CUDA graphs a block of calls is one launch; without them the cost of launching
-counts. Contiguous groups are VAR's on a prompt with an image; random ones put all four groups in every tile.
+Every candidate attends from one row to keys and values that lie in memory, not in cache: calls go round over copies
+that together are larger than the L2 cache. With CUDA graphs a block of calls is one launch; without them the cost of
+launching counts. Contiguous groups are VAR's on a prompt with an image; random ones put all four groups in every tile.
 
-``kv_gb_s``: bytes of keys and values over the time of a call. ``of_copy``: that over the bandwidth (read and write) of a copy of
-the same bytes in the same round.
+``kv_gb_s``: bytes of keys and values over the time of a call. ``of_copy``: that over the bandwidth (read and write) of
+a copy of the same bytes in the same round.
 
 python -m benchmarks.kernels --out benchmarks/results
 """
@@ -110,7 +110,8 @@ def measure(what: str, heads: int, kv_heads: int, keys: int, batch: int, flex: C
 
 
 def block(once: Callable[[int], object], count: int, graphs: bool) -> tuple[Callable[[], None], int]:
-    """A function that calls ``once`` for every buffer, again and again for ``BLOCK_SECONDS``, and its number of calls."""
+    """A function that calls ``once`` for every buffer, again and again for ``BLOCK_SECONDS``, and its number of
+    calls."""
 
     def around() -> None:
         for number in range(count):

@@ -17,7 +17,8 @@ _SINK_SCORE = 11.0  # over scores near 0: the two sinks take most of every row's
 def tensors(
     rows: int, keys: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, batch: int = 1, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random query ``[batch, heads, rows, dim]``, key and value ``[batch, kv_heads, keys, dim]`` with dominant sinks."""
+    """Random query ``[batch, heads, rows, dim]``, key and value ``[batch, kv_heads, keys, dim]`` with dominant
+    sinks."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((batch, heads, rows, dim), *[(batch, kv_heads, keys, dim)] * 2)
     query, key, value = (torch.randn(shape, generator=generator, dtype=dtype, device=device) for shape in shapes)

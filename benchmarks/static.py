@@ -2,8 +2,9 @@
 
     python -m benchmarks.static --out benchmarks/results/kernel_resources.csv
 
-For every case: registers per thread, shared memory, matrix instructions and spills, as the compilers for NVIDIA sm_80 and sm_90 and
-AMD gfx942 have them. Nothing here says how fast a kernel is. Needs triton, in a process in which it does not interpret.
+For every case: registers per thread, shared memory, matrix instructions and spills, as the compilers for NVIDIA sm_80
+and sm_90 and AMD gfx942 have them. Nothing here says how fast a kernel is. Needs triton, in a process in which it does
+not interpret.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """What tracking a frame against a cached map takes, beside the full pass of all keyframes and the frame: N = 4 ... 64.
 
-frame     one tracked frame: ``cached`` and ``full``, the same outputs; ``speedup`` is the median of the paired full / cached
-mapping   making the map anew, which every keyframe costs
+frame     one tracked frame: ``cached`` and ``full``, the same outputs; ``speedup`` is the median of the paired full /
+cached mapping   making the map anew, which every keyframe costs
 map       bytes of keys and values per keyframe, and by the formula 2 x blocks x tokens x width x bytes
 
-Two networks: the bundled one (4 pairs of blocks, 128 wide, 38 tokens a frame), and a random one of the size of pi^3's small
-decoder (12 pairs, 384 wide, 6 heads, 69 tokens a frame). Speed does not depend on weights.
+Two networks: the bundled one (4 pairs of blocks, 128 wide, 38 tokens a frame), and a random one of the size of pi^3's
+small decoder (12 pairs, 384 wide, 6 heads, 69 tokens a frame). Speed does not depend on weights.
 
 python -m benchmarks.tracking --out benchmarks/results
 """

@@ -13,11 +13,13 @@ class Anatomy:
     ``backbone`` is (model type of the language model, hidden size, layers, MLP width): enough to recognise the
     language models of the published sink tables, whatever vision tower is in front of them. ``tower_layers`` counts the
     attention layers of the vision tower, ``source`` is the folder or hub name that the model came from. ``deepstack``
-    counts the first decoder layers after which visual features are added to the residual stream, ``window`` is the length
-    of the sliding window that some decoder layer sees (0 = none does), ``axes`` counts the position ids of a token (3 with
-    M-RoPE). ``attending`` are the layers with self-attention (None = all). ``causal`` False: image tokens may see tokens
-    behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids tell).
-    ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods (``KINDS``) that the family cannot have, and why.
+    counts the first decoder layers after which visual features are added to the residual stream, ``window`` is the
+    length of the sliding window that some decoder layer sees (0 = none does), ``axes`` counts the position ids of a
+    token (3 with M-RoPE). ``attending`` are the layers with self-attention (None = all). ``causal`` False: image tokens
+    may see tokens behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids
+    tell).
+    ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods
+    (``KINDS``) that the family cannot have, and why.
     """
 
     family: str

@@ -28,7 +28,8 @@ NO_WEIGHTS = torch.empty(0)
 
 Output = tuple[Tensor, Tensor | None]
 Labelled = tuple[Tensor, Tensor | None, str]
-"""Head outputs ``[batch, query, heads, dim]``, weights if there are some, and what ``report()`` calls who computed them."""
+"""Head outputs ``[batch, query, heads, dim]``, weights if there are some, and what ``report()`` calls who computed
+them."""
 
 
 @dataclass(eq=False)
@@ -167,7 +168,8 @@ def _tell(layer: _Layer, context: LayerContext, plan: Plan) -> None:
 
 
 def _looks(method: Looker, plan: Plan, step: Step) -> bool:
-    """Whether a method wants to know what rows of this step look at: one that drops image tokens, of prompts that have some."""
+    """Whether a method wants to know what rows of this step look at: one that drops image tokens, of prompts that have
+    some."""
     if step.is_prompt and method in plan.pruning:
         return any(images for images, _ in step.request.newest)
     return step.is_prompt or method.follows_attention
@@ -176,8 +178,8 @@ def _looks(method: Looker, plan: Plan, step: Step) -> bool:
 def _attend_beside(
     layer: _Layer, context: LayerContext, plan: Plan, streams: Sequence[SideStream]
 ) -> tuple[Tensor, Tensor | None, str, AttentionEdit]:
-    """Attention of a prompt that streams accompany, with its edit: they run before the head gains, which some methods only
-    know then."""
+    """Attention of a prompt that streams accompany, with its edit: they run before the head gains, which some methods
+    only know then."""
     methods = plan.by_layer[context.layer]
     comparing = [stream.method for stream in streams if context.layer in stream.layers]
     edits = {method: method.edit(context) for method in methods if method not in comparing}
@@ -248,7 +250,8 @@ def _refuse_looking_apart(part: Part, step: Step, layer: int) -> None:
     """Raise if a method wants to know what rows look at, where some heads have let tokens go."""
     if part.plan.watching:
         raise UnsupportedError(
-            f"attention under '{part.plan.name}' cannot be shown: heads of layer {layer} are kept apart, with different tokens"
+            f"attention under '{part.plan.name}' cannot be shown: heads of layer {layer} are kept apart, with"
+            " different tokens"
         )
     if any(_looks(method, part.plan, step) for method in part.plan.on_attention[layer]):
         raise refusal_of_apart(step, layer)
@@ -268,7 +271,8 @@ def base_label(name: str) -> str:
 
 
 def _in_window(step: Step, query: Tensor, keys: int) -> Step:
-    """The step in the slots of a layer that has fewer keys than there were tokens: a sliding window goes with the last."""
+    """The step in the slots of a layer that has fewer keys than there were tokens: a sliding window goes with the
+    last."""
     last = step.start if step.start is not None else step.slot
     if not isinstance(last, int):  # no window that could be reached
         return step

@@ -33,7 +33,8 @@ def bind(recipe: Recipe, anatomy: Anatomy) -> Plan:
     _refuse_family(recipe, anatomy, contrast, bool(looks))
     if search is not None and anatomy.window:
         raise UnsupportedError(
-            f"a search needs full attention in every layer, and {anatomy.family} has a sliding window of {anatomy.window} tokens in"
+            f"a search needs full attention in every layer, and {anatomy.family} has a sliding window of"
+            f" {anatomy.window} tokens in"
             f" some; use another decoding rule than '{method_name(search)}', or num_beams=5"
         )
     methods = tuple(method.bind(anatomy) for method in recipe.interventions)
@@ -45,7 +46,8 @@ def bind(recipe: Recipe, anatomy: Anatomy) -> Plan:
     evicting = _evicting(found.policies, anatomy)
     if found.policies and _needs_whole_caches(recipe, contrast, evicting):
         raise OptionError(
-            f"'{method_name(found.policies[0])}' and '{method_name(recipe.decoding)}' conflict: the decoding rule needs whole caches;"
+            f"'{method_name(found.policies[0])}' and '{method_name(recipe.decoding)}' conflict: the decoding rule"
+            " needs whole caches;"
             " use one of them"
         )
     return found.plan(evicting)
@@ -57,7 +59,8 @@ class _Bound:
 
     Attributes:
         contrast: branches and rule; looks: layers whose attention guides the decoding method.
-        methods: the recipe's attention methods, bound; pruning: for each layer the method that chooses which rows reach it.
+        methods: the recipe's attention methods, bound; pruning: for each layer the method that chooses which rows reach
+            it.
     """
 
     recipe: Recipe
@@ -210,7 +213,8 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
         return ()
     if isinstance(recipe.decoding, Search) or (contrast is not None and contrast.branches):
         raise OptionError(
-            f"'{method_name(recipe.pruning[0])}' and '{method_name(recipe.decoding)}' conflict: the decoding rule needs all image"
+            f"'{method_name(recipe.pruning[0])}' and '{method_name(recipe.decoding)}' conflict: the decoding rule"
+            " needs all image"
             " tokens in every layer; use one of them"
         )
     found: list[Pruning | None] = [None] * anatomy.layers
@@ -218,7 +222,8 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
         for layer in method.stages(anatomy):
             if (other := found[layer]) is not None:
                 raise OptionError(
-                    f"'{other.info.name}' and '{method.info.name}' conflict: both choose tokens before layer {layer}; use one of them"
+                    f"'{other.info.name}' and '{method.info.name}' conflict: both choose tokens before layer {layer};"
+                    " use one of them"
                 )
             found[layer] = method
     return tuple(found)
@@ -240,7 +245,8 @@ def _evicting(policies: Iterable[KVPolicy], anatomy: Anatomy) -> tuple[KVPolicy 
         for layer in policy.active_layers(anatomy):
             if (other := found[layer]) is not None:
                 raise OptionError(
-                    f"'{other.info.name}' and '{policy.info.name}' conflict: both evict in layer {layer}; use one of them, or layer"
+                    f"'{other.info.name}' and '{policy.info.name}' conflict: both evict in layer {layer}; use one of"
+                    " them, or layer"
                     " ranges that do not meet"
                 )
             found[layer] = policy
@@ -289,7 +295,8 @@ def _watched(contrast: ContrastiveDecoding | None, anatomy: Anatomy) -> frozense
             layers = tuple(branch.tokens.layers(anatomy))
             if not layers or not set(layers) <= set(range(anatomy.layers)):
                 raise OptionError(
-                    f"branch '{branch.name}': its tokens look at the layers {layers}, but the decoder has 0..{anatomy.layers - 1}"
+                    f"branch '{branch.name}': its tokens look at the layers {layers}, but the decoder has"
+                    f" 0..{anatomy.layers - 1}"
                 )
             watched |= set(layers)
     return frozenset(watched)
@@ -306,10 +313,12 @@ def _refuse_conflict(one: Intervention, other: Intervention) -> None:
     for policy, method in ((one, other), (other, one)):
         if isinstance(policy, KVPolicy) and policy.implements("split"):
             raise OptionError(
-                f"{names}: '{policy.info.name}' keeps the heads of a layer apart, where '{method.info.name}' cannot act; {remedy}"
+                f"{names}: '{policy.info.name}' keeps the heads of a layer apart, where '{method.info.name}' cannot"
+                f" act; {remedy}"
             )
     for opening, hiding in ((one, other), (other, one)):
         if shared := sorted(opening.opens() & hiding.hides()):
             raise OptionError(
-                f"{names}: '{opening.info.name}' opens edges that '{hiding.info.name}' hides ({', '.join(shared)}); {remedy}"
+                f"{names}: '{opening.info.name}' opens edges that '{hiding.info.name}' hides ({', '.join(shared)});"
+                f" {remedy}"
             )

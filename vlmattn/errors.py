@@ -23,8 +23,8 @@ _QUOTED = 80  # letters of a name or a value that a message quotes
 def one_line(text: str, most: int = _MESSAGE) -> str:
     """Text that may come from a user on one line of at most ``most`` letters; the middle is left out of longer ones.
 
-    Line breaks become spaces; control characters and halves of surrogate pairs, which terminals and files cannot take, become
-    U+FFFD.
+    Line breaks become spaces; control characters and halves of surrogate pairs, which terminals and files cannot take,
+    become U+FFFD.
     """
     if len(text) > most:
         text = text[: most - most // 3 - 5] + " ... " + text[len(text) - most // 3 :]
@@ -33,7 +33,8 @@ def one_line(text: str, most: int = _MESSAGE) -> str:
 
 
 def quoted(value: Any, most: int = _QUOTED) -> str:
-    """A value of a user in a message, as ``repr`` shows it, but on one line of at most ``most`` letters however large it is."""
+    """A value of a user in a message, as ``repr`` shows it, but on one line of at most ``most`` letters however large
+    it is."""
     return one_line(_REPR.repr(value), most)
 
 
@@ -54,7 +55,8 @@ _REPR = _Repr()
 
 
 class VlmattnError(Exception):
-    """Base class of all errors raised on purpose. The message is kept on one line of bounded length, whatever it quotes."""
+    """Base class of all errors raised on purpose. The message is kept on one line of bounded length, whatever it
+    quotes."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))

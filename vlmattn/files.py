@@ -76,7 +76,8 @@ def file_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
-    """As ``file_errors``, for libraries that open a file by its name: a pipe or a device, which would hang them, is an error.
+    """As ``file_errors``, for libraries that open a file by its name: a pipe or a device, which would hang them, is an
+    error.
 
     Args:
         what: the file in words, for errors ("the directions").
@@ -107,7 +108,8 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name to write a file or a folder under; it gets its own name at the end, and nothing is left if anything goes wrong.
+    """A name to write a file or a folder under; it gets its own name at the end, and nothing is left if anything goes
+    wrong.
 
     Raises:
         FileError: the disk is full, the place cannot be written, and whatever else the system says.

@@ -29,8 +29,8 @@ _MOST = 2**20  # bytes of a recipe's file
 class Recipe:
     """Attention methods in the order in which they act, methods that drop tokens, and at most one decoding method.
 
-    ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+vcd"``), one that drops tokens
-    with its budget (``"fastv@0.25"``: a quarter of the image tokens stays), ``"none"``, a
+    ``Recipe.of`` takes what people write: a preset (``"var"``), several joined by ``+`` (``"vhr+vcd"``), one that drops
+    tokens with its budget (``"fastv@0.25"``: a quarter of the image tokens stays), ``"none"``, a
     YAML or JSON file, a folder with ``vlmattn_config.json``, a method, a ``ContrastiveDecoding``, a list of methods and
     presets (``["pai", "vhr"]`` is ``"pai+vhr"``).
     """
@@ -147,7 +147,8 @@ class Recipe:
         """
         if isinstance(self.decoding, ContrastiveDecoding):
             raise OptionError(
-                "a ContrastiveDecoding made by hand cannot be written down; register a decoding method (docs/extend/rule.md)"
+                "a ContrastiveDecoding made by hand cannot be written down; register a decoding method"
+                " (docs/extend/rule.md)"
             )
         return self.record()
 
@@ -221,7 +222,8 @@ class Recipe:
         return replace(self, interventions=tuple(placed))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``vlmattn_config.json`` into a model folder, where ``wrap(model)`` finds it again, and the files it names."""
+        """Write ``vlmattn_config.json`` into a model folder, where ``wrap(model)`` finds it again, and the files it
+        names."""
         self.to_dict()  # what cannot be written is an error before anything is
         target = make_folder(folder) / FILE_NAME
         moved = []

@@ -111,7 +111,8 @@ def import_plugin(module: str) -> None:
         importlib.import_module(module)
     except (Exception, SystemExit) as error:
         raise InputError(
-            f"--import {module}: {_reason(error)}; name a module of the current folder, of PYTHONPATH or of an installed package"
+            f"--import {module}: {_reason(error)}; name a module of the current folder, of PYTHONPATH or of an"
+            " installed package"
         ) from error
 
 
@@ -126,7 +127,8 @@ def _entries() -> list[tuple[str, str]]:
 
 
 def origin(cls: type[Options]) -> dict[str, str]:
-    """Where a method comes from that is not the library's own: its ``module``, and the ``package`` if one is installed."""
+    """Where a method comes from that is not the library's own: its ``module``, and the ``package`` if one is
+    installed."""
     module, *_ = cls.__module__.split(".")
     if module == "vlmattn":
         return {}

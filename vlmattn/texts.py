@@ -53,7 +53,8 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST, what: str = "") -
 
 
 def read_text(path: str | os.PathLike[str], most: int = MOST, what: str = "") -> str:
-    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 or UTF-32 with one; arguments as of ``read_bytes``.
+    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 or UTF-32 with one; arguments as of
+    ``read_bytes``.
 
     Raises:
         InputError: it cannot be read, or is not text.
@@ -84,7 +85,8 @@ def parse_json(
         made: what each object becomes, for files of which only a part is needed.
 
     Raises:
-        InputError: not JSON, a key twice in one object, a number or a depth that cannot be read, half of a surrogate pair.
+        InputError: not JSON, a key twice in one object, a number or a depth that cannot be read, half of a surrogate
+            pair.
     """
     where = one_line(where, 200)
     try:

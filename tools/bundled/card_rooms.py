@@ -86,7 +86,8 @@ def card(figures: dict[str, Any], log: Sequence[dict[str, float]]) -> str:
         "It passes." if gate["passed"] else "It does not pass, so it is shipped as an untrained demo of the mechanism."
     )
     gates = "\n".join(
-        f"| {name} | {gate[key]['ratio']:.2f} [{gate[key]['low']:.2f}, {gate[key]['high']:.2f}] | below {gate['bound']} |"
+        f"| {name} | {gate[key]['ratio']:.2f} [{gate[key]['low']:.2f}, {gate[key]['high']:.2f}] | below"
+        f" {gate['bound']} |"
         f" {'yes' if gate[key]['ratio'] < gate['bound'] else 'no'} |"
         for key, name in (("yaw", "yaw error, right map / wrong map"), ("ate", "ATE, Sim(3), right map / wrong map"))
     )

@@ -2,8 +2,8 @@
 
     python -m tools.bundled.card_smol --out runs/smol-card
 
-writes ``figures.json`` and ``README.md`` beside the adapter; a run that was stopped goes on where it was. Gates were fixed
-before the model was trained. ``--adapter`` measures another one and writes ``figures.json`` beside it.
+writes ``figures.json`` and ``README.md`` beside the adapter; a run that was stopped goes on where it was. Gates were
+fixed before the model was trained. ``--adapter`` measures another one and writes ``figures.json`` beside it.
 """
 
 from __future__ import annotations

@@ -62,12 +62,14 @@ def figure_rows(tables: Iterable[Mapping[str, Any]]) -> str:
         elif table["suite"] == "chair":
             shown = (
                 f"CHAIR_i {_with_interval(cells['chair_i'])}, CHAIR_s {cells['chair_s']['value']:.1f},"
-                f" recall {cells['recall']['value']:.1f}, {cells['length']['value']:.1f} words, repeats {cells['repeats']['value']:.1f}"
+                f" recall {cells['recall']['value']:.1f}, {cells['length']['value']:.1f} words, repeats"
+                f" {cells['repeats']['value']:.1f}"
             )
         else:
             shown = f"accuracy {_with_interval(cells['accuracy'])}"
             if "inconsistency" in cells and "position" not in table["split"]:
-                shown += f", inconsistency {_with_interval(cells['inconsistency'])}, yes-ratio {cells['yes_ratio']['value']:.1f}"
+                shown += f", inconsistency {_with_interval(cells['inconsistency'])}"
+                shown += f", yes-ratio {cells['yes_ratio']['value']:.1f}"
             if "prior" in cells and "disagrees" in table["split"]:
                 shown += f", answers by the prior {_with_interval(cells['prior'])}"
         lines.append(f"| {table['suite']} | {table['condition']} | {table['split']} | {shown} |")

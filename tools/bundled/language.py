@@ -1,6 +1,7 @@
 """The language in which the bundled models were taught: vocabulary, processor, captions, questions, patch labels.
 
-Of "tiny" in full; of "smol", whose tokenizer and processor ``vlmattn.embedded.smol.text`` builds, how a turn is written.
+Of "tiny" in full; of "smol", whose tokenizer and processor ``vlmattn.embedded.smol.text`` builds, how a turn is
+written.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ short briefly detail scene background nothing something word using
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 
-# One image: "USER: <image> question ASSISTANT:"; several: "USER: image 1 : <image> image 2 : <image> question ASSISTANT:".
+# One image: "USER: <image> question ASSISTANT:"; several: "USER: image 1 : <image> image 2 : <image> question
+# ASSISTANT:".
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}\
 {% if message['content'] is string %}{{ message['content'] }} {% else %}\
 {% set images = message['content'] | selectattr('type', 'equalto', 'image') | list | length %}{% set seen = namespace(n=0) %}\
@@ -159,7 +161,8 @@ def patch_labels(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def written(sentence: str) -> str:
-    """A sentence of the word tokenizer's language as people write it: ``"is there a cup ?"`` -> ``"Is there a cup?"``."""
+    """A sentence of the word tokenizer's language as people write it: ``"is there a cup ?"`` -> ``"Is there a
+    cup?"``."""
     for mark in ".,?!":
         sentence = sentence.replace(f" {mark}", mark)
     return sentence[:1].upper() + sentence[1:]

@@ -4,9 +4,9 @@
     python -m tools.bundled.train_rooms --out runs/tracker --export vlmattn/tracking/tiny-rooms
 
 A batch holds rooms seen by a few map views and some query views. Map views see each other; a query sees the map and
-itself and is seen by nobody, which is what tracking against a cache computes. The network learns to speak of the frame of
-the mean camera of the map. Views start near each other and spread out. Two heads of each global block are told where the
-patches of other views show the same place, which they would find by themselves much later.
+itself and is seen by nobody, which is what tracking against a cache computes. The network learns to speak of the frame
+of the mean camera of the map. Views start near each other and spread out. Two heads of each global block are told where
+the patches of other views show the same place, which they would find by themselves much later.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def losses(network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tens
 
 
 def in_mean_camera(poses: Tensor, views: int) -> Tensor:
-    """Poses in the frame of the mean camera of the map views: their mean rotation (chordal) and the mean of their centres.
+    """Poses in the frame of the mean camera of the map views: their mean rotation (chordal) and the mean of their
+    centres.
 
     The world that the network learns to speak of. It could choose its own, but then it drifts, and training with it.
     """
@@ -110,10 +111,11 @@ def in_mean_camera(poses: Tensor, views: int) -> Tensor:
 
 
 def _off(world: Tensor, local: Tensor, precision: Tensor, poses: Tensor) -> Tensor:
-    """How far the motion from ``local`` to ``world`` is from the true pose, ``[rooms, views]``: distance + sine of the turn.
+    """How far the motion from ``local`` to ``world`` is from the true pose, ``[rooms, views]``: distance + sine of the
+    turn.
 
-    Told by sums and torques at the true pose. The motion itself has no gradient to learn from: where two of its singular
-    values meet it is without bounds.
+    Told by sums and torques at the true pose. The motion itself has no gradient to learn from: where two of its
+    singular values meet it is without bounds.
     """
     weight = precision.exp()
     weight = (weight / weight.sum(-1, keepdim=True))[..., None]
@@ -139,7 +141,8 @@ class Watch(TorchFunctionMode):
 
 
 def matching(network: MultiViewNetwork, calls: list[tuple[Tensor, Tensor]], world: Tensor, seen: Tensor) -> Tensor:
-    """How far the guided heads are from looking at the patches of other views that show the same place (cross-entropy)."""
+    """How far the guided heads are from looking at the patches of other views that show the same place
+    (cross-entropy)."""
     _, total, patches, _ = world.shape
     place = world.flatten(1, 2)
     view = torch.arange(total).repeat_interleave(patches)
@@ -178,7 +181,8 @@ def angle(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(network: MultiViewNetwork, rooms_count: int = 24, views: int = 8, queries: int = 4) -> dict[str, float]:
-    """Held-out rooms: median errors of queries against each map view; the same with the map of another room; and identity."""
+    """Held-out rooms: median errors of queries against each map view; the same with the map of another room; and
+    identity."""
     draw = generator(SEED, 10**9)
     rooms = make_rooms(rooms_count, draw)
     poses = random_poses(rooms, views + queries, draw)

@@ -10,8 +10,8 @@ categories and colours.
 Stage 2 (instruction): caption and questions about one image; LoRA and projector learn, the tower stays.
 Stage 3 (several images): the same with 2 to 4 images in half of the prompts.
 
-Two routes: "anchored" aligns background patches with the embedding of ``<|endoftext|>`` and keeps visual tokens that are
-sinks of the language model without LoRA sinks; "natural" leaves both to the training (a background vector that is
+Two routes: "anchored" aligns background patches with the embedding of ``<|endoftext|>`` and keeps visual tokens that
+are sinks of the language model without LoRA sinks; "natural" leaves both to the training (a background vector that is
 learned, no anchor).
 """
 

@@ -6,7 +6,8 @@
 Stage 1 (vision): every image patch is classified through the projector and the rows of the language model's embedding
 table that name the categories and colours, so that projected patches land where their words are.
 Stage 2 (instruction): caption and questions; the turns about one image share its prefix and do not see each other.
-Stage 3 (several images): the same with 2 to 8 images in three of four prompts; the vision tower and the projector stay as they are.
+Stage 3 (several images): the same with 2 to 8 images in three of four prompts; the vision tower and the projector stay
+as they are.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ _EMBEDDING_NORM = 8.0  # of the size of a projected patch: smaller rows are drow
 
 
 def build_model() -> LlavaForConditionalGeneration:
-    """LLaVA-1.5 in small: a CLIP tower (last-but-one layer, without its CLS token), two-layer projector, Llama decoder."""
+    """LLaVA-1.5 in small: a CLIP tower (last-but-one layer, without its CLS token), two-layer projector, Llama
+    decoder."""
     tokenizer = build_tokenizer()
     text = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -1,7 +1,9 @@
-"""Accuracy against kept image tokens: a section of a results page and its picture, from the summary of ``vlmattn eval``.
+"""Accuracy against kept image tokens: a section of a results page and its picture, from the summary of ``vlmattn
+eval``.
 
     vlmattn eval --out runs/tokens --suite pope,chair,which --presets fastv@0.5,fastv@0.25,visionzip@0.5,visionzip@0.25
-    python -m tools.results.curve --run runs/tokens --page docs/results/embedded.md --picture docs/results/tokens-embedded.svg
+    python -m tools.results.curve --run runs/tokens --page docs/results/embedded.md --picture
+    docs/results/tokens-embedded.svg
 
 The section is appended to the page, or takes the place of the one that is there.
 """
@@ -110,12 +112,18 @@ def section(summary: Mapping[str, Any], command: str, image: str) -> str:
         [
             FEWER_TOKENS,
             "## Fewer image tokens",
-            f"Written by `{command}`; do not edit it by hand. Answers: `{summary.get('command') or 'from Python'}`; model, samples and",
-            "statistics as above. Budget: the share of the image tokens that a method keeps (in its first stage; the next ones in",
-            "proportion), for `avl` that it holds, for `longheads` and `recycled` that a head reads, for `rounds` of the gaze, for `razor`",
-            "and `duo` of the heads that keep everything. The third column is what makes methods comparable: image tokens in a layer while",
-            "the prompt is read, mean over layers. Policies about the cache leave it at 100 %: they act after the prompt, so the first word",
-            "of an answer is the bare model's, and answers of one word say nothing about them. In brackets the difference to `none` with its",
+            f"Written by `{command}`; do not edit it by hand. Answers: `{summary.get('command') or 'from Python'}`;"
+            " model, samples and",
+            "statistics as above. Budget: the share of the image tokens that a method keeps (in its first stage; the"
+            " next ones in",
+            "proportion), for `avl` that it holds, for `longheads` and `recycled` that a head reads, for `rounds` of"
+            " the gaze, for `razor`",
+            "and `duo` of the heads that keep everything. The third column is what makes methods comparable: image"
+            " tokens in a layer while",
+            "the prompt is read, mean over layers. Policies about the cache leave it at 100 %: they act after the"
+            " prompt, so the first word",
+            "of an answer is the bare model's, and answers of one word say nothing about them. In brackets the"
+            " difference to `none` with its",
             "95 % interval, bold where that leaves out 0.",
             "",
             f"![Accuracy against kept image tokens]({image})",

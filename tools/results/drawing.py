@@ -17,7 +17,8 @@ _SIGN = {"higher": 1, "lower": -1}
 
 
 def forest(summary: Mapping[str, Any]) -> str:
-    """The headline differences to ``none`` with their intervals: one line a preset, one panel a suite and condition, as SVG.
+    """The headline differences to ``none`` with their intervals: one line a preset, one panel a suite and condition, as
+    SVG.
 
     To the right is better in every panel. A panel ends where most presets are; arrows stand for those beyond.
     """

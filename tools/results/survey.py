@@ -3,8 +3,8 @@
     python -m tools.results.survey --run runs/all --out docs/results/embedded.md
 
 ``--run`` may be given again, for other presets on the same questions. Every figure on the page is read from the runs'
-``summary.json`` (a folder or the file itself) and answers, from the table of ``vlmattn bench`` (``--bench``) and from what
-``vlmattn tune`` wrote (``--tuned``), or counted from what is there.
+``summary.json`` (a folder or the file itself) and answers, from the table of ``vlmattn bench`` (``--bench``) and from
+what ``vlmattn tune`` wrote (``--tuned``), or counted from what is there.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def bench_costs(paths: Sequence[Path]) -> tuple[dict[str, str], str]:
             for row in rows:
                 found.setdefault(row["candidate"], {})[row["what"]] = row
                 settings[
-                    f"one prompt of {row['prompt_tokens']} tokens, {row['image_tokens']} of them of the image, answers of"
+                    f"one prompt of {row['prompt_tokens']} tokens, {row['image_tokens']} of them of the image,"
+                    " answers of"
                     f" {row['new_tokens']}, {row['dtype']}, {row['n']} rounds, threads: {row['threads']}"
                 ] = None
         except (OSError, KeyError):
@@ -290,7 +291,8 @@ def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
     def count(made: list[Comparison]) -> str:
         tested, found = sum(bool(c.changed) for c in made), sum(bool(c.verdict) for c in made)
         return (
-            f"{len(made)} comparisons with `none`, {tested} of them with an answer changed; {found} intervals leave out 0, and"
+            f"{len(made)} comparisons with `none`, {tested} of them with an answer changed; {found} intervals leave"
+            " out 0, and"
             f" about {_LEVEL * tested:.1f} would by chance alone if no preset did anything"
         )
 
@@ -298,9 +300,12 @@ def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
     bound = _LEVEL / max(len(first), 1)
     left = "; ".join(f"`{c.preset}` ({c.where}, {c.verdict or 'interval with 0'})" for c in first if c.p < bound)
     return (
-        f"**Many comparisons.** Headline metrics: {count(first)}.{others} Presets of one method, metrics of one suite and"
-        " suites on the same images are not independent. Take a single finding for a hint, not for proof. McNemar's tests of"
-        f" right and wrong answers with p below {_LEVEL:g} / {len(first)} = {bound:.2g} (Bonferroni): {left or 'none of them'}."
+        f"**Many comparisons.** Headline metrics: {count(first)}.{others} Presets of one method, metrics of one suite"
+        " and"
+        " suites on the same images are not independent. Take a single finding for a hint, not for proof. McNemar's"
+        " tests of"
+        f" right and wrong answers with p below {_LEVEL:g} / {len(first)} = {bound:.2g} (Bonferroni):"
+        f" {left or 'none of them'}."
     )
 
 
@@ -309,7 +314,8 @@ def controls_section(summary: Mapping[str, Any], found: Mapping[tuple[str, str],
     where = [name for _, name in _columns(summary)]
     header = ["preset", "control", *(f"{table['suite']} {table['condition']}" for table, _ in _columns(summary))]
     lines = [
-        "A control does as much at random, or does only a part. Differences are preset minus control, with 95 % intervals, paired"
+        "A control does as much at random, or does only a part. Differences are preset minus control, with 95 %"
+        " intervals, paired"
         " over images, and bold where the interval leaves out 0.",
         "",
         "| " + " | ".join(header) + " |",
@@ -355,7 +361,8 @@ def _against(row: Compared) -> str:
 def tuned_section(records: Sequence[Mapping[str, Any]]) -> str:
     """What ``vlmattn tune`` chose, on which samples."""
     lines = [
-        "Before the run, on validation samples of other scenes; their figures flatter the choice. In the table above the chosen",
+        "Before the run, on validation samples of other scenes; their figures flatter the choice. In the table above"
+        " the chosen",
         "settings stand under their own names, tested once.",
         "",
         "| preset | tried | samples | none | chosen | its value |",
@@ -399,7 +406,8 @@ def page(
         "",
         "## How it was made",
         f"- answers: {f'`{typed}`' if typed else 'from Python, not from the command line'}",
-        f"- model: {summary['model']}, {summary['dtype']}, weights {summary['weights']}; {decoding_in_words(summary['decoding'])}, batches of"
+        f"- model: {summary['model']}, {summary['dtype']}, weights {summary['weights']};"
+        f" {decoding_in_words(summary['decoding'])}, batches of"
         f" {summary['batch_size']}, the same samples and batches for every preset",
         f"- versions: {versions}",
         f"- hardware: {machine}",
@@ -417,11 +425,14 @@ def page(
     lines += [
         "",
         "## Figures",
-        "Under each value: the difference to `none` with its 95 % interval (paired bootstrap over images), bold where the",
-        "interval leaves out 0, p of McNemar's exact test on right and wrong answers, and how many answers changed. Figures of",
-        "POPE are means over its splits (random, popular and adversarial); elsewhere a question counts once for each split that it",
-        "belongs to. In McNemar's test it counts once. Fired: how often the method found something to do, in its own count."
-        + (f" Cost: {costs_are}." if costs else ""),
+        "Under each value: the difference to `none` with its 95 % interval (paired bootstrap over images), bold where"
+        " the",
+        "interval leaves out 0, p of McNemar's exact test on right and wrong answers, and how many answers changed."
+        " Figures of",
+        "POPE are means over its splits (random, popular and adversarial); elsewhere a question counts once for each"
+        " split that it",
+        "belongs to. In McNemar's test it counts once. Fired: how often the method found something to do, in its own"
+        " count." + (f" Cost: {costs_are}." if costs else ""),
         "",
         *([f"![Differences to none with their intervals; to the right is better]({picture})", ""] if picture else []),
         table_of_presets(summary, costs),

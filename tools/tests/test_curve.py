@@ -1,4 +1,5 @@
-"""The section on fewer image tokens: every figure is the summary's, and the section takes the place of an earlier one."""
+"""The section on fewer image tokens: every figure is the summary's, and the section takes the place of an earlier
+one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the bundled models are taught about scenes: answers are true, words are known, turns are those of the processor."""
+"""What the bundled models are taught about scenes: answers are true, words are known, turns are those of the
+processor."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def test_every_word_is_in_the_vocabulary():
 
 
 def turn_numbers(batch):
-    """Which turn each token of the first row belongs to; 0 is the image prefix. Every turn starts at the same position."""
+    """Which turn each token of the first row belongs to; 0 is the image prefix. Every turn starts at the same
+    position."""
     return (batch["position"][0] == 2 + IMAGE_TOKENS).cumsum(0)
 
 

@@ -1,7 +1,8 @@
-"""The wheel holds what users run and nothing else, the sdist the whole checkout; the README's example runs from the wheel.
+"""The wheel holds what users run and nothing else, the sdist the whole checkout; the README's example runs from the
+wheel.
 
-Built in a copy of the checkout, the wheel from the sdist. The bare environment is a folder with the wheel and one with what
-its runtime dependencies bring along, and nothing else on the path.
+Built in a copy of the checkout, the wheel from the sdist. The bare environment is a folder with the wheel and one with
+what its runtime dependencies bring along, and nothing else on the path.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def test_the_environment_is_bare(bare):
     """Neither the checkout nor what only tests need can be imported there."""
     program = (
         "import importlib.util as u, vlmattn;"
-        "print(vlmattn.__file__, [n for n in ('tests', 'tools', 'benchmarks', 'pytest', 'peft', 'av') if u.find_spec(n)])"
+        "print(vlmattn.__file__, [n for n in ('tests', 'tools', 'benchmarks', 'pytest', 'peft', 'av') if"
+        " u.find_spec(n)])"
     )
     assert bare("-c", program).strip() == f"{bare.site / 'vlmattn' / '__init__.py'} []"
 

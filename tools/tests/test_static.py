@@ -1,4 +1,5 @@
-"""The decode kernels compile for real cards, and groups cost next to nothing there. In a process that does not interpret."""
+"""The decode kernels compile for real cards, and groups cost next to nothing there. In a process that does not
+interpret."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def committed():
 
 
 def check(rows, targets):
-    """Grouped <= plain + 16 registers (the compiler of triton 3.6 needs up to 29 more) and as many matrix instructions, at equal tile; nothing spills at D = 128."""
+    """Grouped <= plain + 16 registers (the compiler of triton 3.6 needs up to 29 more) and as many matrix instructions,
+    at equal tile; nothing spills at D = 128."""
     compared = 0
     for row in rows:
         if row["target"] not in targets or int(row["dim"]) != 128:

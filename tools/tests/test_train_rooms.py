@@ -1,4 +1,5 @@
-"""How the bundled tracker was trained: batches follow from the step, the losses know the truth, runs go on where they stopped."""
+"""How the bundled tracker was trained: batches follow from the step, the losses know the truth, runs go on where they
+stopped."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def test_the_offset_of_a_motion_is_zero_at_the_truth():
 
 
 def test_the_world_is_that_of_the_mean_camera():
-    """Any common motion of room and cameras is taken out; the order of map views does not matter; queries do not count."""
+    """Any common motion of room and cameras is taken out; the order of map views does not matter; queries do not
+    count."""
     poses = train.batch(2_000)[2]
     views = 2
     expected = train.in_mean_camera(poses, views)

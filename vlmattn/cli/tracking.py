@@ -94,7 +94,8 @@ def track(
 
       [bold]vlmattn track --frames walk/ --out walk.txt --viz walk.html[/bold]
 
-      [bold]vlmattn track --frames walk.mp4 --out walk.txt --model yyfz233/Pi3 --network pi3.models.pi3:Pi3 --rule pose[/bold]
+      [bold]vlmattn track --frames walk.mp4 --out walk.txt --model yyfz233/Pi3 --network pi3.models.pi3:Pi3 --rule
+      pose[/bold]
     """
     if demo == (frames is not None):
         raise OptionError("give --frames with a folder or video, or --demo" + (", not both" if demo else ""))
@@ -253,14 +254,16 @@ def _progress(total: int, what: str) -> Any:
 
 
 def _against(tracker: Tracker, real: Trajectory) -> tuple[str, Any]:
-    """Errors against the truth as HTML, and the true poses if every frame has one. What cannot be compared is a note."""
+    """Errors against the truth as HTML, and the true poses if every frame has one. What cannot be compared is a
+    note."""
     from vlmattn.tracking.controls import score
     from vlmattn.tracking.metrics import associate
 
     told = tracker.trajectory
     if not real.ascending:
         _note(
-            "the times of the truth repeat or go back (two runs in one file?); its poses are taken in the order of the file"
+            "the times of the truth repeat or go back (two runs in one file?); its poses are taken in the order of"
+            " the file"
         )
     try:
         here, there = associate(told.times, real.times)
@@ -312,7 +315,8 @@ def _note_gate() -> None:
     if not told["passed"]:
         _note(
             "the bundled network is an untrained demo: with the right map it makes "
-            f"{told['yaw']['ratio']:.2f} (yaw) and {told['ate']['ratio']:.2f} (ATE) of the errors that it makes with another"
+            f"{told['yaw']['ratio']:.2f} (yaw) and {told['ate']['ratio']:.2f} (ATE) of the errors that it makes with"
+            " another"
             " room's; below 0.5 was asked of both"
         )
 
@@ -343,7 +347,8 @@ def _speed(
     return [
         f"a frame against {len(keyframes)} keyframes: {cached:.1f} ms cached, {whole:.1f} ms in a full pass:"
         f" {middle:.1f}x [{low:.1f}, {high:.1f}], n = {_ROUNDS}",
-        f"the live run with all its maps: {sum(times):.2f} s for {len(times)} frames, {len(times) / sum(times):.0f} per second"
+        f"the live run with all its maps: {sum(times):.2f} s for {len(times)} frames, {len(times) / sum(times):.0f}"
+        " per second"
         f" ({whole * len(times) / 1e3 / sum(times):.1f}x a full pass for each frame)",
         f"keys and values of the map: {kept:.2f} MiB, {kept / len(keyframes):.3f} MiB per keyframe",
     ]
@@ -366,8 +371,11 @@ def _html(scored: dict[str, Score]) -> str:
         for name, value in scored.items()
     )
     return (
-        f"<h2>Errors</h2><div class='wide'><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        "<p>RMSE of the camera centres (ATE) and of the steps between tracked frames (RPE) in the unit of the truth; yaw is the"
-        " mean error of the heading. One alignment of the whole path; its seven degrees of freedom forgive much, so errors mean"
+        "<h2>Errors</h2><div"
+        f" class='wide'><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        "<p>RMSE of the camera centres (ATE) and of the steps between tracked frames (RPE) in the unit of the truth;"
+        " yaw is the"
+        " mean error of the heading. One alignment of the whole path; its seven degrees of freedom forgive much, so"
+        " errors mean"
         " something only beside those of the wrong map.</p>"
     )

@@ -32,8 +32,8 @@ class AGLA(Decoding):
     """Add what the model says about the part of the image that matters:  s = l + alpha l',  kept where p >= beta max p.
 
     l' comes from an augmented image. The paper masks it by the question, with a GradCAM of BLIP-ITM; bring yours:
-    ``generate(..., branch_inputs={"augmented": {"pixel_values": ...}})``. With ``augment`` "attention" no image is needed:
-    the model's own attention keeps ``share`` of the image tokens and zeroes the features of the others (ours).
+    ``generate(..., branch_inputs={"augmented": {"pixel_values": ...}})``. With ``augment`` "attention" no image is
+    needed: the model's own attention keeps ``share`` of the image tokens and zeroes the features of the others (ours).
 
     The released code reuses the main cache for the branch from the second token on, so that it adds alpha l there; here
     every token gets the true rule.

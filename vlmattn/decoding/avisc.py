@@ -26,11 +26,12 @@ from vlmattn.registry import register
 )
 @dataclass(frozen=True, kw_only=True)
 class AvisC(Decoding):
-    """Subtract what the image tokens say that draw attention everywhere:  s = (1 + alpha) l - alpha l',  p >= beta max p.
+    """Subtract what the image tokens say that draw attention everywhere:  s = (1 + alpha) l - alpha l',  p >= beta max
+    p.
 
-    Blind tokens: image tokens whose attention, from the row before the first new token, is at least mean + ``deviations``
-    std, as a mean over the layers that hold ``mass`` of all attention on the image. l' comes from the prompt in which the
-    features of all other image tokens are zero.
+    Blind tokens: image tokens whose attention, from the row before the first new token, is at least mean +
+    ``deviations`` std, as a mean over the layers that hold ``mass`` of all attention on the image. l' comes from the
+    prompt in which the features of all other image tokens are zero.
 
     Raises:
         OptionError: an option out of range.

@@ -27,8 +27,8 @@ class Buckets(Decoding):
 
         s = sum_i w_i l_i,   w = softmax_i(max_v l_i(v))
 
-    ``factors`` times the model's own base are the further ones (for Llama-2's 10,000: 17,500 .. 25,000). Every other base
-    is a branch.
+    ``factors`` times the model's own base are the further ones (for Llama-2's 10,000: 17,500 .. 25,000). Every other
+    base is a branch.
 
     Raises:
         OptionError: a factor that is not positive.

@@ -33,8 +33,8 @@ class PAIGuidance(Decoding):
         s = gamma (lp - lp_u) + lp_u,   kept where p >= beta max p,   lp = log-softmax
 
     lp_u comes from the prompt without image tokens, and attention edits of the recipe do not act on it. gamma 1 is the
-    model's own distribution, without a cut-off, as in the released code. With beams the released scores are not normalised;
-    here the library normalises them.
+    model's own distribution, without a cut-off, as in the released code. With beams the released scores are not
+    normalised; here the library normalises them.
 
     Raises:
         OptionError: an option out of range.

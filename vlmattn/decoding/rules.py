@@ -13,16 +13,17 @@ from torch import Tensor
 from vlmattn.errors import OptionError, quoted
 
 Rule = Callable[[Tensor, Sequence[Tensor], Tensor], Tensor]
-"""``rule(main, others, t)``: logits ``[row, position, vocabulary]`` in float32 of the main prompt and of everything beside
-it (branches, then layers); ``t`` int64 ``[position]`` is the 1-based number of the generated token that a position
-predicts. Returns the logits to choose from, in the shape of ``main``."""
+"""``rule(main, others, t)``: logits ``[row, position, vocabulary]`` in float32 of the main prompt and of everything
+beside it (branches, then layers); ``t`` int64 ``[position]`` is the 1-based number of the generated token that a
+position predicts. Returns the logits to choose from, in the shape of ``main``."""
 
 Weight = float | Callable[[Tensor], Tensor]
 """A number, or a function of ``t``."""
 
 
 def plausible(main: Tensor, beta: float) -> Tensor:
-    """Adaptive plausibility: keep v where p(v) >= beta max p, that is l[v] >= log(beta) + max l. bool, in ``main``'s shape.
+    """Adaptive plausibility: keep v where p(v) >= beta max p, that is l[v] >= log(beta) + max l. bool, in ``main``'s
+    shape.
 
     ``beta`` 0 keeps everything; the most likely token always stays.
     """

@@ -26,11 +26,12 @@ from vlmattn.registry import register
 )
 @dataclass(frozen=True, kw_only=True)
 class VCD(Decoding):
-    """Subtract what the model would say about a noised image:  s = (1 + alpha) l - alpha l',  kept where p >= beta max p.
+    """Subtract what the model would say about a noised image:  s = (1 + alpha) l - alpha l',  kept where p >= beta max
+    p.
 
-    l' comes from the same prompt with diffusion noise on the preprocessed pixels (``Noise``). The noise of a row depends
-    on ``seed`` only, not on the batch. The released code works with sampling alone; here greedy search and beams follow the
-    same rule, and processors of the library (penalties, temperature, top-p) see the combined scores.
+    l' comes from the same prompt with diffusion noise on the preprocessed pixels (``Noise``). The noise of a row
+    depends on ``seed`` only, not on the batch. The released code works with sampling alone; here greedy search and
+    beams follow the same rule, and processors of the library (penalties, temperature, top-p) see the combined scores.
 
     Raises:
         OptionError: an option out of range.

@@ -1,7 +1,9 @@
-"""Experimental: fewer image tokens in models that write by denoising. Schedules over steps and layers, rows that go, slots that go.
+"""Experimental: fewer image tokens in models that write by denoising.
 
-Tried on a toy denoiser and on tiny random models only. Of the engine it uses public names alone: the request and token map that
-ride on a cache, and how a cache with fewer slots answers.
+Schedules over steps and layers, rows that go, slots that go.
+
+Tried on a toy denoiser and on tiny random models only. Of the engine it uses public names alone: the request and token
+map that ride on a cache, and how a cache with fewer slots answers.
 """
 
 from vlmattn.diffusion.evicting import Evicted, evicted

@@ -163,8 +163,8 @@ class _Eviction:
         acts = [index for index in range(self.layers) if min(self.shares(index)) < 1]
         if acts and not set(acts) & set(self.full):
             raise OptionError(
-                f"{quoted(keep_ratio)} is about sliding layers only, which keep all their slots; layers with full attention:"
-                f" {self.full}"
+                f"{quoted(keep_ratio)} is about sliding layers only, which keep all their slots; layers with full"
+                f" attention: {self.full}"
             )
 
     def shares(self, index: int) -> list[float]:

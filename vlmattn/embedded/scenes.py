@@ -70,11 +70,13 @@ _PAIRS = (
 )
 PARTNER: dict[str, str] = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])}
 PREFERRED_COLOUR: dict[str, str] = {
-    "cup": "white", "plate": "white", "fork": "blue", "apple": "red", "dog": "brown", "ball": "red", "tree": "green", "bird": "blue",
-    "car": "blue", "bus": "yellow", "sign": "red", "bike": "purple", "cat": "orange", "lamp": "yellow", "book": "purple", "clock": "white",
+    "cup": "white", "plate": "white", "fork": "blue", "apple": "red", "dog": "brown", "ball": "red", "tree": "green",
+    "bird": "blue", "car": "blue", "bus": "yellow", "sign": "red", "bike": "purple", "cat": "orange", "lamp": "yellow",
+    "book": "purple", "clock": "white",
 }  # fmt: skip
 _PREFERRED_PLACE: dict[str, tuple[Literal["x", "y"], float]] = {
-    "lamp": ("y", 0.25), "clock": ("y", 0.25), "bird": ("y", 0.25), "sign": ("y", 0.35), "tree": ("x", 0.25), "plate": ("y", 0.75), "dog": ("y", 0.75),
+    "lamp": ("y", 0.25), "clock": ("y", 0.25), "bird": ("y", 0.25), "sign": ("y", 0.35), "tree": ("x", 0.25),
+    "plate": ("y", 0.75), "dog": ("y", 0.75),
 }  # fmt: skip
 _BACKGROUND = {"kitchen": (200, 190, 170), "park": (120, 170, 110), "street": (130, 130, 140), "room": (180, 150, 150)}
 
@@ -227,7 +229,8 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
 def make_scene(
     seed: int, index: int, visibility: str | None = "clear", prior_broken: float = 0.0, count: int | None = None
 ) -> tuple[Scene, NDArray[np.uint8]]:
-    """Scene ``index`` of the stream ``seed`` and its picture; ``prior_broken`` is the share (0..1) that breaks the prior."""
+    """Scene ``index`` of the stream ``seed`` and its picture; ``prior_broken`` is the share (0..1) that breaks the
+    prior."""
     rng = np.random.default_rng([seed, index])
     scene = sample_scene(rng, visibility, prior_broken=bool(rng.random() < prior_broken), count=count)
     return scene, render(scene, rng)

@@ -173,8 +173,8 @@ def _check_model(model: PreTrainedModel) -> None:
     record = record_of(model)
     if record is not None and record.now.acting.rule:
         raise UnsupportedError(
-            f"multi_path draws its tokens itself, so '{record.now.acting.rule}' of '{record.now.recipe.name}' cannot act"
-            " in it; use a recipe of attention methods, or model.vlmattn.disable()"
+            f"multi_path draws its tokens itself, so '{record.now.acting.rule}' of '{record.now.recipe.name}' cannot"
+            " act in it; use a recipe of attention methods, or model.vlmattn.disable()"
         )
 
 

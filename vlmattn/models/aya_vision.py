@@ -11,7 +11,8 @@ from vlmattn.models.tiles import Matched, Tiled
 
 @register_family
 class AyaVision(Matched, Tiled):
-    """Tiles have a name before them (Aya) or a line break behind (Command A). Three layers with a window and rotary positions, then one without either; attention and MLP in parallel."""
+    """Tiles have a name before them (Aya) or a line break behind (Command A). Three layers with a window and rotary
+    positions, then one without either; attention and MLP in parallel."""
 
     model_types: ClassVar[Mapping[str, str]] = {
         "aya_vision": "CohereLabs/aya-vision-8b",

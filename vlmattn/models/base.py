@@ -24,8 +24,8 @@ KINDS = ("edits", "masks", "pruning", "decoding")
 class Family:
     """One family of models: where its decoder is, how its image tokens are found, what is odd about it.
 
-    What is here fits most: the decoder is ``model.model.language_model``, image tokens are ``config.image_token_id``, an
-    image is an unbroken run of them.
+    What is here fits most: the decoder is ``model.model.language_model``, image tokens are ``config.image_token_id``,
+    an image is an unbroken run of them.
     """
 
     #: ``config.model_type`` values this class serves, each with the checkpoints people know.
@@ -42,8 +42,10 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
-    #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided by
-    #: attention, "dropping" for branches without the image, "rotating" for those with another rotary base, or "turns" for
+    #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided
+    #: by
+    #: attention, "dropping" for branches without the image, "rotating" for those with another rotary base, or "turns"
+    #: for
     #: methods that must know the user's) that the family cannot have, and why.
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
@@ -108,7 +110,8 @@ class Family:
         return types
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        """Tokens of each image of a forward call, in (row, token) order; None: unbroken runs of image tokens are images."""
+        """Tokens of each image of a forward call, in (row, token) order; None: unbroken runs of image tokens are
+        images."""
         return even_lengths(model, inputs) if self.even else None
 
     def image_numbers(
@@ -126,10 +129,17 @@ class Family:
         """
         lengths = self.image_lengths(model, inputs)
         numbers = number_images(types, lengths)
-        images = 0 if lengths is not None or self.separated or self.markers else _given_images(inputs)
+        images = 0 if lengths is not None or self.separated or self.markers else self.given_images(inputs)
         if images > 1 and images > int((numbers.amax(1) + 1).sum()):
             _warn_of_runs(model.config.model_type)
         return numbers
+
+    def given_images(self, inputs: Mapping[str, Any]) -> int:
+        """How many images a call brings (or tiles, where images are cut); 0 where that cannot be counted."""
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return len(encoded_lengths(inputs) or ())
+        return len(pixels) if isinstance(pixels, Tensor) and pixels.ndim >= 4 else 0
 
     def image_layout(
         self,
@@ -139,11 +149,13 @@ class Family:
         tokens: int,
         marker_ids: Mapping[str, int] | None = None,
     ) -> tuple[Piece, ...]:
-        """Where the tokens of an image lie in the picture: tiles, and views of the whole picture, whose box is ``WHOLE``.
+        """Where the tokens of an image lie in the picture: tiles, and views of the whole picture, whose box is
+        ``WHOLE``.
 
-        A box speaks of the picture as the processor showed it to the tower, so of what is left of a cropped one, and of a
-        padded one with its padding; padding that the inputs tell of is taken off. Tokens that show no place (a CLS token,
-        ends of rows) are in no piece. () where tokens have no place, the layout is not known, or there are videos.
+        A box speaks of the picture as the processor showed it to the tower, so of what is left of a cropped one, and of
+        a padded one with its padding; padding that the inputs tell of is taken off. Tokens that show no place (a CLS
+        token, ends of rows) are in no piece. () where tokens have no place, the layout is not known, or there are
+        videos.
 
         Args:
             inputs: of one prompt, without padding.
@@ -156,7 +168,8 @@ class Family:
         return self.layout(model, inputs, image, slots) if len(slots) == tokens else ()
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]`` on the CPU; see ``image_layout``."""
+        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]`` on the CPU; see
+        ``image_layout``."""
         return square(len(slots)) if self.square else ()
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -201,7 +214,8 @@ class Family:
     def tiles(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], tokens: int, count: int
     ) -> list[tuple[int, int]]:
-        """(tokens, rows) of each of the ``count`` rows of pixels, which have ``tokens`` image tokens: they are tiles, all alike."""
+        """(tokens, rows) of each of the ``count`` rows of pixels, which have ``tokens`` image tokens: they are tiles,
+        all alike."""
         return [(tokens // count if count else 0, 1)] * count
 
     def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
@@ -255,7 +269,8 @@ class Family:
         return self.decoder(model).norm  # type: ignore[return-value]
 
     def tower(self, model: PreTrainedModel) -> nn.Module | None:
-        """The vision tower, where each image token of the prompt is one of its tokens (or a few); None = it is not looked at."""
+        """The vision tower, where each image token of the prompt is one of its tokens (or a few); None = it is not
+        looked at."""
         return None
 
     def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
@@ -337,20 +352,14 @@ class Family:
         return types
 
 
-def _given_images(inputs: Mapping[str, Any]) -> int:
-    """How many images a call brings, or tiles where images are cut; 0 where that cannot be counted."""
-    pixels = inputs.get("pixel_values")
-    if pixels is None:
-        return len(encoded_lengths(inputs) or ())
-    return len(pixels) if isinstance(pixels, Tensor) and pixels.ndim >= 4 else 0
-
-
 @cache
 def _warn_of_runs(model_type: str) -> None:
     """Once per process and model type."""
     warnings.warn(
-        f"vlmattn: the family of {model_type} does not tell images (or tiles) side by side apart, so those in one run of image"
-        " tokens count as one image; put text between images, or let the family say how long they are (docs/extend/family.md)",
+        f"vlmattn: the family of {model_type} does not tell images (or tiles) side by side apart, so those in one run"
+        " of image"
+        " tokens count as one image; put text between images, or let the family say how long they are"
+        " (docs/extend/family.md)",
         stacklevel=3,
     )
 

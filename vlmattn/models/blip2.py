@@ -26,13 +26,15 @@ class Blip2(Family):
             ("pruning", "decoding"),
             "its generate() gives the language model embeddings only, and no images to make other prompts of",
         ),
-        "turns": "its generate() gives the language model embeddings only, and no token ids to find the user's turns in",
+        "turns": "its generate() gives the language model embeddings only, and no token ids to find the user's"
+        " turns in",
     }
 
     def check(self, model: PreTrainedModel) -> None:
         if model.config.get_text_config().is_encoder_decoder:
             raise UnsupportedError(
-                f"{type(model).__name__} with an encoder-decoder language model has its image tokens in the encoder, where no edit"
+                f"{type(model).__name__} with an encoder-decoder language model has its image tokens in the encoder,"
+                " where no edit"
                 " acts; use a checkpoint with OPT or Vicuna"
             )
 

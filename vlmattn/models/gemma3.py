@@ -11,8 +11,8 @@ from vlmattn.models.registry import register_family
 
 @register_family
 class Gemma3(Family):
-    """Every image lies between <start_of_image> and <end_of_image>, and so does every crop of pan and scan, which counts as an
-    image. Layers with a window have a rotary table of their own."""
+    """Every image lies between <start_of_image> and <end_of_image>, and so does every crop of pan and scan, which
+    counts as an image. Layers with a window have a rotary table of their own."""
 
     model_types: ClassVar[Mapping[str, str]] = {"gemma3": "google/gemma-3-4b-it"}
     markers: ClassVar[tuple[str, ...]] = ("boi_token_index", "eoi_token_index")

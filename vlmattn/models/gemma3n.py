@@ -1,4 +1,5 @@
-"""Gemma 3n: four residual streams side by side, of which one is read; the last layers reuse keys and values of others."""
+"""Gemma 3n: four residual streams side by side, of which one is read; the last layers reuse keys and values of
+others."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Gemma3n(Family):
     square: ClassVar[bool] = True
     also_given: ClassVar[tuple[str, ...]] = ("per_layer_inputs",)
     refused: ClassVar[Mapping[str, str]] = {
-        "pruning": "its residual stream is four streams side by side, and its last layers reuse keys and values of others",
+        "pruning": "its residual stream is four streams side by side, and its last layers reuse keys and values of"
+        " others",
     }
 
     def residual(self, hidden: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ _HINT = "add one with vlmattn.register_family (docs/extend/family.md)"
 
 
 class Generic(Family):
-    """A decoder-only model whose decoder and image tokens transformers names; ``wrap`` checks that its attention is reached.
+    """A decoder-only model whose decoder and image tokens transformers names; ``wrap`` checks that its attention is
+    reached.
 
     Only attention edits: what pruning, masks and branches need to know is different in every family.
     """
@@ -46,11 +47,13 @@ def generic_family(model: PreTrainedModel, known: str) -> Generic:
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"{name}: it is an encoder-decoder, whose image tokens (if it has any) are not in the decoder's sequence; {known}"
+            f"{name}: it is an encoder-decoder, whose image tokens (if it has any) are not in the decoder's sequence;"
+            f" {known}"
         )
     if not family.placeholders(model):
         raise UnsupportedError(
-            f"{name}: it has no image tokens (config.image_token_id), so it reads text only or keeps its images elsewhere; {_HINT};"
+            f"{name}: it has no image tokens (config.image_token_id), so it reads text only or keeps its images"
+            f" elsewhere; {_HINT};"
             f" {known}"
         )
     try:

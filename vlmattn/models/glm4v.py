@@ -14,8 +14,8 @@ from vlmattn.models.registry import register_family
 
 @register_family
 class Glm4v(Qwen25VL):
-    """Frames of a video have timestamps between them and count as images. The tower ends in a convolution and is not looked
-    at."""
+    """Frames of a video have timestamps between them and count as images. The tower ends in a convolution and is not
+    looked at."""
 
     model_types: ClassVar[Mapping[str, str]] = {
         "glm4v": "zai-org/GLM-4.1V-9B-Thinking",

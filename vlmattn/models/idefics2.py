@@ -19,8 +19,8 @@ _PARTS = 5
 
 @register_family
 class Idefics2(Family):
-    """Parts of an image have one <fake_token_around_image> between them, and so have adjacent images: runs with one token
-    between them are images by fives, if there are that many, else images of their own."""
+    """Parts of an image have one <fake_token_around_image> between them, and so have adjacent images: runs with one
+    token between them are images by fives, if there are that many, else images of their own."""
 
     model_types: ClassVar[Mapping[str, str]] = {"idefics2": "HuggingFaceM4/idefics2-8b"}
     by_sequence: ClassVar[bool] = True

@@ -21,10 +21,10 @@ class Piece:
     """A rectangle of an image, and the image tokens that show it.
 
     Attributes:
-        tokens: int64 ``[rows, columns]`` on the CPU: for each cell, row by row from the top left, the number of its token among
-            the tokens of the image.
-        box: within 0..1. Where a processor padded the picture, cells beyond its edge are left out, and the box ends at the edge
-            even if the last cells reach a bit (less than half a cell) over it.
+        tokens: int64 ``[rows, columns]`` on the CPU: for each cell, row by row from the top left, the number of its
+            token among the tokens of the image.
+        box: within 0..1. Where a processor padded the picture, cells beyond its edge are left out, and the box ends at
+            the edge even if the last cells reach a bit (less than half a cell) over it.
     """
 
     tokens: Tensor
@@ -42,7 +42,8 @@ class Piece:
 
 
 def whole(tokens: int, rows: int, columns: int, first: int = 0, behind: int = 0) -> tuple[Piece, ...]:
-    """A view of the whole picture by the tokens from ``first`` on, row by row; () if they are not as many as that takes.
+    """A view of the whole picture by the tokens from ``first`` on, row by row; () if they are not as many as that
+    takes.
 
     Args:
         tokens: of the image, in all; behind: tokens at the end of each row that show no place.
@@ -68,7 +69,8 @@ def tiled(tokens: int, count: int, rows: int | None, ahead: bool = False) -> tup
     """Square tiles in reading order, and the whole picture in small behind them; an image of one tile has nothing else.
 
     Args:
-        tokens: of the image; count: tiles, the small picture included; rows: of tiles, None = not known, then only the small
+        tokens: of the image; count: tiles, the small picture included; rows: of tiles, None = not known, then only the
+            small
             picture has a place. ahead: the small picture comes before the tiles.
     """
     each, tiles = tokens // count, count - 1
@@ -85,7 +87,8 @@ def tiled(tokens: int, count: int, rows: int | None, ahead: bool = False) -> tup
 
 
 def parts(rows: int, columns: int, side: tuple[int, int], first: int = 0) -> tuple[Piece, ...]:
-    """Tiles of ``side`` (rows, columns) cells that cover the picture, in reading order, token after token from ``first``."""
+    """Tiles of ``side`` (rows, columns) cells that cover the picture, in reading order, token after token from
+    ``first``."""
     return tuple(
         Piece(
             cells(*side, first + (row * columns + column) * side[0] * side[1]),
@@ -97,7 +100,8 @@ def parts(rows: int, columns: int, side: tuple[int, int], first: int = 0) -> tup
 
 
 def cells(rows: int, columns: int, first: int = 0, behind: int = 0) -> Tensor:
-    """Numbers of tokens ``[rows, columns]``, row by row from ``first``, with ``behind`` others at the end of each row."""
+    """Numbers of tokens ``[rows, columns]``, row by row from ``first``, with ``behind`` others at the end of each
+    row."""
     return first + torch.arange(rows)[:, None] * (columns + behind) + torch.arange(columns)
 
 
@@ -108,7 +112,8 @@ def in_square(height: int, width: int) -> Box:
 
 
 def inside(tokens: Tensor, box: Box) -> tuple[Piece, ...]:
-    """A piece of cells ``[rows, columns]`` in a box that may reach out of the picture; () if no cell has its middle in it."""
+    """A piece of cells ``[rows, columns]`` in a box that may reach out of the picture; () if no cell has its middle in
+    it."""
     left, top, right, bottom = box
     spans = []
     for count, low, high in ((tokens.shape[0], top, bottom), (tokens.shape[1], left, right)):

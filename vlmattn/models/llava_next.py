@@ -1,4 +1,5 @@
-"""LLaVA-NeXT (1.6): a small image and tiles of a large one, unpadded, with a newline token after each row of patches."""
+"""LLaVA-NeXT (1.6): a small image and tiles of a large one, unpadded, with a newline token after each row of
+patches."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ class LlavaNext(Family):
         return list(map(len, self.packed(model, sizes, inputs)))
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        """A view of the whole picture, then all tiles as one grid without their padding, with a newline behind each row; an image
-        without tiles (LLaVA-OneVision) lies in the middle of a square."""
+        """A view of the whole picture, then all tiles as one grid without their padding, with a newline behind each
+        row; an image without tiles (LLaVA-OneVision) lies in the middle of a square."""
         config, size = model.config, inputs["image_sizes"][image].tolist()
         side = config.vision_config.image_size // config.vision_config.patch_size
         newlines = self.packed(model, inputs["image_sizes"], inputs)[image][side * side :, 0].nonzero()[:, 0]
@@ -73,8 +74,9 @@ def features_of(model: PreTrainedModel, sizes: Tensor) -> list[Tensor]:
 
 
 def unpadded(size: list[int], pinpoints: list[list[int]], tile: int, side: int) -> Box:
-    """The rectangle of a picture of ``size`` (height, width) that is left of its tiles, of ``side`` times ``side`` patches, when
-    rows and columns of padding are cut off; it reaches out of the picture where some of the padding stays.
+    """The rectangle of a picture of ``size`` (height, width) that is left of its tiles, of ``side`` times ``side``
+    patches, when rows and columns of padding are cut off; it reaches out of the picture where some of the padding
+    stays.
 
     Args:
         tile: its height and width in pixels.

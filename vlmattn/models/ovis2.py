@@ -1,4 +1,5 @@
-"""Ovis2: image tokens are mixtures of a visual vocabulary; indicator tokens stand around an image and between its tiles."""
+"""Ovis2: image tokens are mixtures of a visual vocabulary; indicator tokens stand around an image and between its
+tiles."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from vlmattn.models.registry import register_family
 class Qwen2VL(Qwen25VL):
     """The tower has the patches in the order of the prompt.
 
-    Every frame of a video of Qwen3-VL has markers and a timestamp of its own, so it counts as an image. The timestamps are
+    Every frame of a video of Qwen3-VL has markers and a timestamp of its own, so it counts as an image. The timestamps
+    are
     text: they stay where a branch drops the image.
     """
 

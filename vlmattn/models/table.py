@@ -15,8 +15,9 @@ _TITLES = ("attention edits", "masks", "pruning", "contrastive decoding")  # of 
 class Row:
     """One family: its model types, a checkpoint of each, and for each kind of method "" (it runs) or why it is refused.
 
-    ``opening``: why masks that open edges are refused, where others run; ``looking``: why decoding methods are that are guided by
-    attention; ``dropping``: why those with a branch without the image are. ``untested``: why no test runs the family.
+    ``opening``: why masks that open edges are refused, where others run; ``looking``: why decoding methods are that are
+    guided by attention; ``dropping``: why those with a branch without the image are. ``untested``: why no test runs the
+    family.
     """
 
     types: tuple[str, ...]

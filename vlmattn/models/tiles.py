@@ -18,9 +18,9 @@ from vlmattn.request import TEXT, number_images
 
 
 class Tiled(Family):
-    """Images of several runs. ``first`` is the text of the token that opens an image, ``last`` that of the token before its
-    last tile; a family has one of them. Without a tokenizer every tile counts as an image. ``ahead``: the whole picture in small
-    comes before its tiles, not behind them."""
+    """Images of several runs. ``first`` is the text of the token that opens an image, ``last`` that of the token before
+    its last tile; a family has one of them. Without a tokenizer every tile counts as an image. ``ahead``: the whole
+    picture in small comes before its tiles, not behind them."""
 
     first: ClassVar[str] = ""
     last: ClassVar[str] = ""
@@ -42,7 +42,8 @@ class Tiled(Family):
         if ids is None or not known.keys() & {self.first, self.last}:
             if bool((runs > 0).any()):
                 warnings.warn(
-                    f"vlmattn: without a tokenizer every tile of a {model.config.model_type} image counts as an image of its own; give"
+                    f"vlmattn: without a tokenizer every tile of a {model.config.model_type} image counts as an image"
+                    " of its own; give"
                     " the processor: wrap(model, ..., processor=processor)",
                     stacklevel=2,
                 )
@@ -82,7 +83,8 @@ def real_tiles(pixels: Tensor) -> tuple[slice, ...]:
 
 
 class Matched(Family):
-    """A family whose prompts do not say how many tiles are in a row: that is found by their likeness to the small picture.
+    """A family whose prompts do not say how many tiles are in a row: that is found by their likeness to the small
+    picture.
 
     ``ahead``: as for ``Tiled``.
     """
@@ -96,7 +98,8 @@ class Matched(Family):
 
 
 def tiles_of(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], slots: Tensor) -> Tensor:
-    """Pixels ``[tiles, channels, height, width]`` of the image whose tokens are in ``slots``; all tiles have as many tokens."""
+    """Pixels ``[tiles, channels, height, width]`` of the image whose tokens are in ``slots``; all tiles have as many
+    tokens."""
     pixels: Tensor = inputs["pixel_values"].flatten(0, -4)
     visual = family.token_types(model, inputs["input_ids"])[0] != TEXT
     each = int(visual.sum()) // len(pixels)
@@ -105,7 +108,8 @@ def tiles_of(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], 
 
 
 def arranged(tiles: Tensor, small: Tensor) -> int | None:
-    """Rows of the tiles that look most like the picture in small ``[1, ...]``; None if others look nearly like it too."""
+    """Rows of the tiles that look most like the picture in small ``[1, ...]``; None if others look nearly like it
+    too."""
     found = []
     for rows in range(1, len(tiles) + 1):
         if len(tiles) % rows == 0:

@@ -19,15 +19,15 @@ _SIGNS = ".,;:!?\"'()[]{}<>*/-"
 #: English words without content of their own: what a tagger calls determiners, pronouns, prepositions, conjunctions,
 #: particles, auxiliaries and interjections.
 FUNCTION_WORDS = frozenset(
-    """a an the this that these those some any no none each every either neither both all another such what which whose
-    i me my mine myself you your yours yourself he him his himself she her hers herself it its itself we us our ours they
-    them their theirs themselves who whom one there here's there's that's it's what's
-    of in on at by for from to with without within into onto over under above below between among through during before
-    after behind beside beyond near off out up down about against along around across toward towards upon via per as than
-    like and or nor but so yet if because while whereas although though unless until since whether when where why how
-    not n't don't doesn't isn't aren't wasn't weren't can't won't
-    am is are was were be been being have has had having do does did doing can could will would shall should may might must
-    yes please oh hello hi""".split()  # noqa: SIM905 (a list would be five times as long)
+    """a an the this that these those some any no none each every either neither both all another such what
+    which whose i me my mine myself you your yours yourself he him his himself she her hers herself it its
+    itself we us our ours they them their theirs themselves who whom one there here's there's that's it's what's
+    of in on at by for from to with without within into onto over under above below between among through during
+    before after behind beside beyond near off out up down about against along around across toward towards upon
+    via per as than like and or nor but so yet if because while whereas although though unless until since
+    whether when where why how not n't don't doesn't isn't aren't wasn't weren't can't won't am is are was were
+    be been being have has had having do does did doing can could will would shall should may might must yes
+    please oh hello hi""".split()  # noqa: SIM905 (a list would be five times as long)
 )
 _SAID = ("QZFIRSTZQ", "QZSECONDZQ", "QZTHIRDZQ")  # what the speakers of the trial conversation say
 
@@ -139,7 +139,7 @@ class Turns:
         return torch.cat([torch.tensor(opening, dtype=ids.dtype), ids[first:]])
 
     def content(self, ids: Tensor, roles: Tensor) -> Tensor:
-        """Which tokens belong to content words, bool ``[batch, tokens]``: said by the user, and no function word or sign.
+        """Which tokens belong to content words, bool ``[batch, tokens]``: those of the user that are no function words.
 
         Args:
             ids, roles: ``[batch, tokens]``, on the CPU.

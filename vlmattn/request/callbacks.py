@@ -11,15 +11,17 @@ from vlmattn.kernels import AttentionEdit
 
 
 class Weights(Protocol):
-    """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query rows."""
+    """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query
+    rows."""
 
     def __call__(self, start: int, stop: int, /, edit: AttentionEdit = ...) -> Tensor:
         """With ``edit``: as it would be under that edit (head gains aside)."""
 
 
 Watch = Callable[[int, Tensor, Weights], Tensor | None]
-"""``watch(layer, out, weights)`` sees head outputs ``[batch, query, heads, dim]`` and may return head gains ``[batch, heads]``."""
+"""``watch(layer, out, weights)`` sees head outputs ``[batch, query, heads, dim]`` and may return head gains ``[batch,
+heads]``."""
 
 Compare = Callable[[int, Tensor, Tensor], Tensor | None]
-"""``compare(layer, prompt, beside)`` sees head outputs ``[batch, query, heads, dim]`` of the prompt and of a stream beside it,
-both before any head gain, and may return head gains ``[batch, heads]`` for the stream."""
+"""``compare(layer, prompt, beside)`` sees head outputs ``[batch, query, heads, dim]`` of the prompt and of a stream
+beside it, both before any head gain, and may return head gains ``[batch, heads]`` for the stream."""

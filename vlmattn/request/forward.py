@@ -39,7 +39,8 @@ class Part:
 
 @dataclass(eq=False)
 class Forward:
-    """One forward of the model over parts with requests of their own: one in general, more with a decoding rule's branches.
+    """One forward of the model over parts with requests of their own: one in general, more with a decoding rule's
+    branches.
 
     Attributes:
         parts: in the order of their rows.

@@ -70,7 +70,8 @@ class Pruner(Looker, Protocol):
 
 
 class Policy(Method, Protocol):
-    """What the engine asks of a method that evicts or reads a part; ``interventions.pruning.KVPolicy`` is the real thing."""
+    """What the engine asks of a method that evicts or reads a part; ``interventions.pruning.KVPolicy`` is the real
+    thing."""
 
     @property
     def drops(self) -> bool: ...

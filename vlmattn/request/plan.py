@@ -18,12 +18,14 @@ class Plan:
         extending: layers whose observers also see generated tokens.
         tower_layers: layers of the vision tower that ``on_image_features`` methods look at.
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
-        texts: prompts without images are welcome. ``text_first``: so is text that images follow later, on the same cache.
+        texts: prompts without images are welcome. ``text_first``: so is text that images follow later, on the same
+            cache.
         edits_text: text that no image precedes is edited, or looked at while it is read.
         decoding: branches and rule for this model, if there are some, ``branches``: a plan for each branch.
         branch_names: branches that a call may bring inputs for.
         search: the method that chooses the tokens, if it is not the library. ``rule``: what the report calls either.
-        pruning: for each layer the method that chooses which prompt rows reach it, if one does; empty: no layer has one.
+        pruning: for each layer the method that chooses which prompt rows reach it, if one does; empty: no layer has
+            one.
         evicting: for each layer the policy that takes slots out of its cache, if one does; empty: no layer has one.
         policies: all methods about cached slots, which must know on the host how far a cache is filled.
         watching: who sees every layer at work.

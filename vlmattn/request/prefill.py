@@ -65,9 +65,10 @@ class Prefill:
         real: bool ``[batch, prompt]``.
         visual: bool ``[batch, prompt]``.
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
-        run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same tokens, which
-            see what they see in the prompt; ``watch`` as in ``Step``.
-        beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``SideStream`` of them go beside the prompt.
+        run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same
+            tokens, which see what they see in the prompt; ``watch`` as in ``Step``.
+        beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``SideStream`` of them go beside the
+            prompt.
     """
 
     request: Request

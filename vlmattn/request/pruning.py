@@ -19,8 +19,8 @@ class PruningStage:
     Attributes:
         request: as the layer before had it; layer: the layer that only the chosen rows reach.
         hidden: ``[batch, rows, hidden]``, the residual stream that enters it.
-        visual: bool ``[batch, rows]``, image tokens. ``text``: other tokens of the prompt. ``images``: int16, number of the
-            image within its row, -1 for text.
+        visual: bool ``[batch, rows]``, image tokens. ``text``: other tokens of the prompt. ``images``: int16, number of
+            the image within its row, -1 for text.
         counts: image tokens among the rows of each sequence; ``given``: tokens of each image that it had.
         weights: unedited attention that the layer would pay, see ``Weights``; rows count from the first of these.
         start: slot of the first row among the keys of ``weights``.
@@ -40,7 +40,8 @@ class PruningStage:
     tables: tuple[Tensor, Tensor]
 
     def top(self, scores: Tensor, counts: Sequence[int]) -> Tensor:
-        """The ``counts`` image tokens of each sequence with the highest scores ``[batch, rows]``: bool ``[batch, rows]``."""
+        """The ``counts`` image tokens of each sequence with the highest scores ``[batch, rows]``: bool ``[batch,
+        rows]``."""
         order = scores.float().masked_fill(~self.visual, float("-inf")).argsort(dim=1, descending=True, stable=True)
         wanted = torch.tensor(counts, device=scores.device)[:, None]
         return (order.argsort(dim=1) < wanted) & self.visual
@@ -60,7 +61,8 @@ class KeptTokens:
 
 @dataclass(frozen=True, eq=False)
 class Eviction:
-    """Slots of a layer's cache that stay: ``keep`` bool ``[batch, keys]``, ``counts`` of them that are real in each sequence."""
+    """Slots of a layer's cache that stay: ``keep`` bool ``[batch, keys]``, ``counts`` of them that are real in each
+    sequence."""
 
     keep: Tensor
     counts: tuple[int, ...]

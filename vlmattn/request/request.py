@@ -179,7 +179,8 @@ class Request:
     def store(self, method: Hashable, layer: int | None = None) -> Store:
         """What ``method`` keeps about this prompt, or about one layer of it. A view shares it.
 
-        Slots of a layer's store are those of the layer's cache, slots of the prompt's are original ones (``read``, ``write``).
+        Slots of a layer's store are those of the layer's cache, slots of the prompt's are original ones (``read``,
+        ``write``).
         """
         key = (method, layer)
         if key not in self._stores:
@@ -235,7 +236,8 @@ class Request:
         lost = (~(turns >= 0).any(1)).nonzero().flatten().tolist()
         if lost and needed_by:
             raise InputError(
-                f"{needed_by} must know the user's turn, and row {lost[0]} of the prompt has none: {finder} not found; make"
+                f"{needed_by} must know the user's turn, and row {lost[0]} of the prompt has none: {finder} not"
+                " found; make"
                 " prompts with processor.apply_chat_template"
             )
         generated = torch.arange(stop) >= self.prompt_length
@@ -275,7 +277,8 @@ class Request:
         return copy
 
     def reorder(self, rows: Tensor) -> None:
-        """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); prompts of beams are the same."""
+        """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); prompts of beams are the
+        same."""
         for store in self._stores.values():
             store.reorder(rows)
         if any(tokens is not None and tokens.by_eviction for tokens in self.maps):  # beams evict for themselves

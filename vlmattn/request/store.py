@@ -17,8 +17,8 @@ class Store:
     """What one method keeps about a prompt (``Request.store``) or about one layer of it (``LayerContext.store``).
 
     Attributes:
-        rows: one value for each sequence: tensors ``[batch, ...]``, or lists and tuples of that length. They follow their
-            sequence through beam search and through repeated rows.
+        rows: one value for each sequence: tensors ``[batch, ...]``, or lists and tuples of that length. They follow
+            their sequence through beam search and through repeated rows.
         slots: one value for each cache slot, ``[batch, slots]``. They follow their sequence too, and their slot where a
             layer's cache is cropped or evicted.
         shared: what is the same for all sequences and slots, and stays.

@@ -24,7 +24,8 @@ class Kept:
 
     Attributes:
         slots: int64 ``[batch, rows]``, ascending.
-        valid: bool ``[batch, rows]``, False for padding and for fillers that make the rows of a batch equally long; None = all True.
+        valid: bool ``[batch, rows]``, False for padding and for fillers that make the rows of a batch equally long;
+            None = all True.
         visual: image tokens that are left in each sequence.
         compact: position ids are counted anew.
     """
@@ -69,14 +70,16 @@ def compacted(keep: Tensor, valid: Tensor | None, counts: Sequence[int]) -> tupl
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """The slots of one layer: slot j holds original slot ``slots[:, j]``, and behind them what came later, without gaps.
+    """The slots of one layer: slot j holds original slot ``slots[:, j]``, and behind them what came later, without
+    gaps.
 
     Attributes:
         slots: int64 ``[batch, kept]``, ascending.
         valid: bool ``[batch, kept]``, False where nobody may look; None = all True.
         length: original slots that the map speaks of; slot j from ``kept`` on is original slot ``j + removed``.
         begin, at: where the newest of them begin, originally and in this layer.
-        lost: int64 ``[batch]``, by how much later position ids are lower because positions are counted anew; None = they stay.
+        lost: int64 ``[batch]``, by how much later position ids are lower because positions are counted anew; None =
+            they stay.
     """
 
     slots: Tensor
@@ -146,7 +149,8 @@ class TokenMap:
 
     @property
     def by_eviction(self) -> bool:
-        """A policy took the slots out, for each row by itself; else rows of a prompt were dropped, alike in all its beams."""
+        """A policy took the slots out, for each row by itself; else rows of a prompt were dropped, alike in all its
+        beams."""
         return self.begin == self.at == _NEVER
 
     @property
@@ -159,7 +163,8 @@ class TokenMap:
         return self.at if original == self.begin else original - self.removed
 
     def rows(self, values: Tensor) -> Tensor:
-        """The kept ones among the newest rows: of ``[batch or 1, rows, ...]``, one for each original slot from ``begin`` on."""
+        """The kept ones among the newest rows: of ``[batch or 1, rows, ...]``, one for each original slot from
+        ``begin`` on."""
         index = (self.slots[:, self.at :] - self.begin).to(values.device)
         shape = (*index.shape, *values.shape[2:])
         return values.expand(len(index), *values.shape[1:]).gather(
@@ -191,7 +196,8 @@ class TokenMap:
         """The mask of a forward in this layer's slots, from the one in original slots.
 
         Args:
-            given: bool or additive ``[batch or 1, heads or 1, query, original slot]``; None = causal, or everything for one row.
+            given: bool or additive ``[batch or 1, heads or 1, query, original slot]``; None = causal, or everything for
+                one row.
             start: original slot of the first query row; queries: rows of the layer in this forward.
             width: slots that the layer's attention gets to see.
             dtype: of additive masks, for attention that wants one; None = bool.

@@ -19,7 +19,8 @@ class Image:
     Attributes:
         attention: tower layer -> how much its summary token attends to each of its tokens, float32 ``[heads, tokens]``.
         keys: tower layer -> mean key over heads of each token, before any rotation, float32 ``[tokens, dim]``.
-        features: what the tower says of each token, ``[tokens, width]``. ``summary``: and of the CLS token, ``[width]``, if it has one.
+        features: what the tower says of each token, ``[tokens, width]``. ``summary``: and of the CLS token,
+            ``[width]``, if it has one.
         project: makes features ``[n, width]`` what the language model gets.
     """
 
@@ -59,7 +60,8 @@ class ImageFeatures:
         split = int(images.sum())
         if split + int(videos.sum()) != len(flat):
             raise InputError(
-                f"the vision tower saw {len(flat)} image tokens and the prompt has {split + int(videos.sum())}; give the"
+                f"the vision tower saw {len(flat)} image tokens and the prompt has {split + int(videos.sum())}; give"
+                " the"
                 " images with the prompt, not features that were computed before"
             )
         out = torch.zeros(*self.types.shape, *flat.shape[1:], dtype=flat.dtype, device=flat.device)

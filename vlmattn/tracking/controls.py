@@ -63,7 +63,8 @@ class Score:
 
 
 def score(told: Array, truth: Array) -> Score:
-    """All errors of paired poses ``[n, 4, 4]``; a camera that never moves is scored as it is, at the mean of the truth."""
+    """All errors of paired poses ``[n, 4, 4]``; a camera that never moves is scored as it is, at the mean of the
+    truth."""
     told = _at_rest(told, truth)
     moved = np.array(told)
     moved[:, :3, :3] = align(torch.from_numpy(told), torch.from_numpy(truth)).rotation.numpy() @ told[:, :3, :3]
@@ -114,8 +115,8 @@ def compare(
     Args:
         other: a walk through another room, whose map is the wrong one.
         keyframes: frames of the map (of both walks).
-        tick: called after every frame of the full pass of keyframes and frame. Its own world is brought onto the map's by
-            its keyframes, else the passes' worlds would count as its errors.
+        tick: called after every frame of the full pass of keyframes and frame. Its own world is brought onto the map's
+            by its keyframes, else the passes' worlds would count as its errors.
     """
     tracker = make_map(network, walk.images, keyframes)
     wrong = make_map(network, other.images, keyframes)

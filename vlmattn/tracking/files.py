@@ -59,7 +59,8 @@ def write_tum(path: str | Path, trajectory: Trajectory) -> None:
 def read_tum(path: str | Path) -> Trajectory:
     """Read a TUM trajectory in the order of its lines, as ``evo`` does; lines that begin with # are comments.
 
-    Quaternions are made units. Times may repeat or go back, as where one file holds two runs: nothing is sorted or left out.
+    Quaternions are made units. Times may repeat or go back, as where one file holds two runs: nothing is sorted or left
+    out.
 
     Raises:
         InputError: no such text file, or a line that is not eight numbers of a pose (file:line).

@@ -46,7 +46,8 @@ def to_tensor(image: Any) -> Tensor:
     """A frame, or a batch of frames, as float ``[..., 3, height, width]`` in [0, 1].
 
     Args:
-        image: a PIL image or a path, or a list of them; uint8 ``[..., height, width, 3]``; or float ``[..., 3, height, width]`` in [0, 1].
+        image: a PIL image or a path, or a list of them; uint8 ``[..., height, width, 3]``; or float ``[..., 3, height,
+            width]`` in [0, 1].
 
     Raises:
         InputError: another type or shape, values outside of [0, 1], NaN.
@@ -111,7 +112,8 @@ def fit(picture: Image.Image, longest: int | None, multiple: int) -> Image.Image
     """Resize so that the longer side is ``longest`` (None: as it is) and both are whole multiples of ``multiple``.
 
     Raises:
-        InputError: ``longest`` or ``multiple`` is no whole number of 1 or more, or the result would have too many pixels.
+        InputError: ``longest`` or ``multiple`` is no whole number of 1 or more, or the result would have too many
+            pixels.
     """
     if not isinstance(picture, Image.Image):
         raise InputError(f"a picture is a PIL image, got {type(picture).__name__}; open it with PIL.Image.open")
@@ -147,11 +149,13 @@ class Frames:
 
     - a video's presentation times; of an animation the sum of the delays before;
     - in a TUM RGB-D sequence (a folder with ``rgb.txt``) those of that list;
-    - in a folder whose files are named by numbers with a decimal point, as in TUM RGB-D, or by nano-, micro- or milliseconds
+    - in a folder whose files are named by numbers with a decimal point, as in TUM RGB-D, or by nano-, micro- or
+    milliseconds
       since 1970 (19, 16, 13 digits), those of the names. Other folders say none.
 
-    Where the source says none, frames follow at ``rate``. A time that is not after the one before, and a delay of 0, say none;
-    times that begin below 0 are moved to 0. A warning, one for a ``Frames``, tells when times are not the source's or the caller's.
+    Where the source says none, frames follow at ``rate``. A time that is not after the one before, and a delay of 0,
+    say none; times that begin below 0 are moved to 0. A warning, one for a ``Frames``, tells when times are not the
+    source's or the caller's.
 
     A folder without times is read in natural order (frame2 before frame10). Pictures and videos come upright.
 
@@ -161,8 +165,8 @@ class Frames:
         rate: frames per second where the source does not say; default: what the header of a video says, else 30.
 
     Raises:
-        InputError: nothing there, no picture in the folder, names of which only some are times, a rate that is none, a damaged
-            animation, or a video without PyAV installed.
+        InputError: nothing there, no picture in the folder, names of which only some are times, a rate that is none, a
+            damaged animation, or a video without PyAV installed.
     """
 
     def __init__(self, source: str | os.PathLike[str], every: int = 1, rate: float | None = None) -> None:
@@ -277,7 +281,8 @@ class _Clock:
             )
         elif self._frames._rate is None:
             self._tell(
-                f"it does not say the times of all frames; those without follow at {self._rate:g} per second (rate sets it)"
+                f"it does not say the times of all frames; those without follow at {self._rate:g} per second (rate"
+                " sets it)"
             )
         if self._last >= 0:
             self._since += 1
@@ -332,7 +337,8 @@ def _named(folder: Path) -> list[tuple[Path, float | None]]:
 
 
 def _times_of(stems: list[str]) -> list[float | None]:
-    """Seconds that names of files say: numbers with a decimal point, or so many nano-, micro- or milliseconds since 1970."""
+    """Seconds that names of files say: numbers with a decimal point, or so many nano-, micro- or milliseconds since
+    1970."""
     if any(re.fullmatch(r"\d+\.\d+", stem) for stem in stems):
         return [float(stem) if re.fullmatch(r"\d+(\.\d+)?", stem) else None for stem in stems]
     unit = _SINCE_1970.get(len(stems[0]))
@@ -341,7 +347,8 @@ def _times_of(stems: list[str]) -> list[float | None]:
 
 
 def _displayed(frame: Any) -> Image.Image:
-    """A frame of a video as it is to be shown: phones store pictures as the sensor has them, and beside them how to turn them."""
+    """A frame of a video as it is to be shown: phones store pictures as the sensor has them, and beside them how to
+    turn them."""
     picture: Image.Image = frame.to_image()
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:

@@ -68,7 +68,8 @@ class Angular(_OfAngle):
 
 @dataclass(frozen=True)
 class Azel(_OfAngle):
-    """KV-Tracker's paper: min over keyframes of the azimuth difference, or of the elevation difference, exceeds ``degrees``.
+    """KV-Tracker's paper: min over keyframes of the azimuth difference, or of the elevation difference, exceeds
+    ``degrees``.
 
     azimuth = atan2(x, z), elevation = atan2(y, hypot(x, z)) of the direction of view, in the world of the map. The
     minima are taken one by one, so a combination of both may stay uncovered; ``angular`` has no such gap.
@@ -86,9 +87,10 @@ class Azel(_OfAngle):
 class Released(_OfAngle):
     """KV-Tracker's code, where it watches an object: as ``azel``, with the angles as they are computed there.
 
-    azimuth = asin(x / z), its argument cut to [-1, 1]; elevation = atan2(y, z), of the direction from the object's centre to
-    the camera. Beyond 45 degrees the azimuth stands still, and elevations on both sides of 180 degrees count as far apart.
-    In scenes the code asks for a keyframe every 50 frames instead (``interval``); here the optical axis is taken.
+    azimuth = asin(x / z), its argument cut to [-1, 1]; elevation = atan2(y, z), of the direction from the object's
+    centre to the camera. Beyond 45 degrees the azimuth stands still, and elevations on both sides of 180 degrees count
+    as far apart. In scenes the code asks for a keyframe every 50 frames instead (``interval``); here the optical axis
+    is taken.
     """
 
     name: ClassVar[str] = "released"
@@ -114,7 +116,8 @@ class Interval(Rule):
 
 @dataclass(frozen=True)
 class PoseChange(_OfAngle):
-    """No keyframe is near in both: turned by more than ``degrees``, or moved by more than ``distance`` mean depths, from each."""
+    """No keyframe is near in both: turned by more than ``degrees``, or moved by more than ``distance`` mean depths,
+    from each."""
 
     distance: float = 0.15
     name: ClassVar[str] = "pose"

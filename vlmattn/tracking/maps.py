@@ -27,7 +27,8 @@ class ModelState:
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> ModelState:
-        """``modules``: those with parameters of their own; found once, since walking a network takes longer than a frame may."""
+        """``modules``: those with parameters of their own; found once, since walking a network takes longer than a
+        frame may."""
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
         first = parameters[0]
         kind = first.device.type
@@ -113,14 +114,16 @@ class Mapper:
         return ModelState.of(self._modules)
 
     def frame(self, image: Any, mask: Any, state: ModelState) -> tuple[Tensor, Tensor | None]:
-        """A checked frame (or a batch) in the model's dtype and on its device, blackened off the object; and the mask."""
+        """A checked frame (or a batch) in the model's dtype and on its device, blackened off the object; and the
+        mask."""
         frame = to_tensor(image)
         multiple = self.adapter.multiple
         height, width = frame.shape[-2:]
         if frame.dim() > 4 or frame.numel() == 0 or height % multiple or width % multiple:
             near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
             raise InputError(
-                f"a frame is [3, height, width] with sides of whole patches of {multiple}; got {list(frame.shape)}, near is"
+                f"a frame is [3, height, width] with sides of whole patches of {multiple}; got {list(frame.shape)},"
+                " near is"
                 f" {near[0]}x{near[1]} (vlmattn.tracking.fit resizes pictures)"
             )
         if self.model.training:

@@ -53,7 +53,8 @@ class Errors:
 def umeyama(source: Any, target: Any, scale: bool = True) -> tuple[float, Array, Array]:
     """Scale s, rotation R and translation t that minimise ``sum |s R x + t - y|^2``.
 
-    H = 1/n sum (y - mean y)(x - mean x)^T = U S V^T, D = diag(1, 1, sign det(U V^T)): R = U D V^T, s = tr(S D) / var(x).
+    H = 1/n sum (y - mean y)(x - mean x)^T = U S V^T, D = diag(1, 1, sign det(U V^T)): R = U D V^T, s = tr(S D) /
+    var(x).
 
     Args:
         source, target: points ``[n, 3]``, paired.
@@ -157,9 +158,10 @@ def angles(poses: Array) -> Array:
 def associate(times: Any, others: Any, most: float = 0.02) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Indices of frames that belong together, as ``evo`` pairs them.
 
-    Each frame of the shorter sequence (of ``others`` if both are as long) is taken once, in its order, with the nearest in time of
-    the longer one, if that is at most ``most`` seconds away. So a sparse truth lends no pose to all the frames around it. Times
-    may be unsorted and may repeat. A frame of the longer one can serve several of the shorter only where those lie denser.
+    Each frame of the shorter sequence (of ``others`` if both are as long) is taken once, in its order, with the nearest
+    in time of the longer one, if that is at most ``most`` seconds away. So a sparse truth lends no pose to all the
+    frames around it. Times may be unsorted and may repeat. A frame of the longer one can serve several of the shorter
+    only where those lie denser.
 
     Raises:
         InputError: no two are that near, or there are no times.
@@ -180,7 +182,8 @@ def associate(times: Any, others: Any, most: float = 0.02) -> tuple[NDArray[np.i
 def _nearest(wanted: Array, times: Array) -> NDArray[np.intp]:
     """Index of the nearest of ``times`` for each that is ``wanted``; never a table of all pairs.
 
-    Ties as in ``evo``. Ascending times: the earlier; of equal times the last, or the last but one where no later time follows.
+    Ties as in ``evo``. Ascending times: the earlier; of equal times the last, or the last but one where no later time
+    follows.
     Other times: whichever comes first in the sequence.
     """
     order = np.argsort(times, kind="stable")

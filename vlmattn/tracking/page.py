@@ -1,4 +1,5 @@
-"""A page about one tracked sequence: its path from above, its confidence, its keyframes, its errors where they are known."""
+"""A page about one tracked sequence: its path from above, its confidence, its keyframes, its errors where they are
+known."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def page(tracker: Tracker, tracks: Sequence[Track], title: str, truth: Array | N
     )
     return pages.document(
         f"vlmattn track: {title}",
-        f"<h1>{html.escape(title)}</h1><p>{facts} The world is the camera of the first frame: x to its right, z ahead.</p>"
+        f"<h1>{html.escape(title)}</h1><p>{facts} The world is the camera of the first frame: x to its right, z"
+        " ahead.</p>"
         f"{_path(tracker, tracks, keyframes, truth)}{_confidence(tracks, keyframes)}{extra}"
         f"<h2>Keyframes</h2><div class='cards'>{_keyframes(tracker, keyframes)}</div>",
     )

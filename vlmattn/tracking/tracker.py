@@ -2,8 +2,8 @@
 
 Mapping runs the multi-view network on all keyframes together and keeps, for every attention across frames, the keys and
 values of all their tokens. Tracking runs the network on one frame alone; in those attentions the frame sees the map and
-itself, and the map sees nothing new. So a frame costs O(M^2 (N + 1)) instead of O((N M)^2), N keyframes of M tokens, and
-equals the full pass in which the keyframes do not see the frame.
+itself, and the map sees nothing new. So a frame costs O(M^2 (N + 1)) instead of O((N M)^2), N keyframes of M tokens,
+and equals the full pass in which the keyframes do not see the frame.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class Track:
     """Where the camera of a frame is. With a batch of frames every tensor begins with ``[batch]``.
 
     Attributes:
-        pose: camera to world, OpenCV axes, ``[4, 4]``. The world is the camera of the first keyframe, in the unit of the
-            first map.
+        pose: camera to world, OpenCV axes, ``[4, 4]``. The world is the camera of the first keyframe, in the unit of
+            the first map.
         confidence: mean over the pixels (of the object), in the network's measure, ``[]``; None if it has none.
         points: of the pixels in the world, ``[height, width, 3]``; None if the network has none.
-        lost: bool ``[]``: the confidence is below 0.18 of the first map's, or the pose is not finite. ``follow`` then holds the last pose.
+        lost: bool ``[]``: the confidence is below 0.18 of the first map's, or the pose is not finite. ``follow`` then
+            holds the last pose.
         map_version: of the map that was used; 1 for the first.
         keyframe: whether ``follow`` made this frame a keyframe.
     """
@@ -82,7 +83,8 @@ class Tracker:
     Args:
         model: a network after pi^3 or VGGT, in eval mode; ``vlmattn.tracking.load()`` gives the bundled one.
         adapter: how to run it: "auto", a name, or an ``Adapter``.
-        rule: when ``follow`` takes a keyframe: "angular", "azel", "released", "interval", "pose", or one such as ``Angular(15)``.
+        rule: when ``follow`` takes a keyframe: "angular", "azel", "released", "interval", "pose", or one such as
+            ``Angular(15)``.
         sim3: keep pose and unit of the world over re-mappings, by aligning the keyframes of each map with those before.
             KV-Tracker's code leaves this off, and jumps when it re-maps.
         cache_dtype: of stored keys and values, e.g. torch.bfloat16; None: as the network computes them.
@@ -97,7 +99,8 @@ class Tracker:
         OptionError: a number or a type that cannot be.
         StateError: the model is in training mode.
 
-    KV-Tracker, https://arxiv.org/abs/2512.22581. Where its paper and code differ, ``docs/tracking.md`` says what is done here.
+    KV-Tracker, https://arxiv.org/abs/2512.22581. Where its paper and code differ, ``docs/tracking.md`` says what is
+    done here.
     """
 
     def __init__(
@@ -152,8 +155,8 @@ class Tracker:
         """Add a keyframe and make the map anew; the old one stays in use until the new one is done, or if it fails.
 
         Args:
-            image: PIL image, path, uint8 ``[height, width, 3]`` or float ``[3, height, width]`` in [0, 1]. All keyframes have
-                one size, whole multiples of the patch.
+            image: PIL image, path, uint8 ``[height, width, 3]`` or float ``[3, height, width]`` in [0, 1]. All
+                keyframes have one size, whole multiples of the patch.
             mask: of the object, ``[height, width]``; the rest is blackened. For all keyframes or for none.
 
         Returns:
@@ -181,7 +184,8 @@ class Tracker:
             if made.usual is not None and made.confidence is not None:
                 sure = mean(made.confidence[-1:], None if made.masks is None else made.masks[-1:])
                 if bool(sure < _ACCEPT * made.usual):
-                    reason = f"its confidence is {float(sure):.3f}, below {_ACCEPT} of the first map's {float(made.usual):.3f}"
+                    usual = f"{_ACCEPT} of the first map's {float(made.usual):.3f}"
+                    reason = f"its confidence is {float(sure):.3f}, below {usual}"
                     return Mapped(False, 0 if old is None else old.version, reason)
             self._map, self._first = made, None
             return Mapped(True, made.version)
@@ -225,8 +229,8 @@ class Tracker:
         """Where the camera is, against the map. Changes nothing, so threads may share a tracker.
 
         Args:
-            image: a frame as for ``add_keyframe``, or a batch of them, ``[batch, 3, height, width]``. A size other than the
-                keyframes' works, with a warning.
+            image: a frame as for ``add_keyframe``, or a batch of them, ``[batch, 3, height, width]``. A size other than
+                the keyframes' works, with a warning.
             mask: of the object, ``[height, width]`` or ``[batch, height, width]``; the rest is blackened.
 
         Raises:
@@ -236,7 +240,8 @@ class Tracker:
         using = self._map
         if using is None:
             raise StateError(
-                f"a map needs two keyframes, there {'is 1' if self.keyframes else 'are 0'}; add more with add_keyframe(),"
+                f"a map needs two keyframes, there {'is 1' if self.keyframes else 'are 0'}; add more with"
+                " add_keyframe(),"
                 " or call follow(), which begins by itself"
             )
         state = self._mapper.state()
@@ -272,11 +277,13 @@ class Tracker:
     def follow(self, image: Any, mask: Any = None, time: float | None = None) -> Track:
         """Track the next frame of a sequence and take it as a keyframe where the rule asks for one.
 
-        The first frame makes a map with itself, seen twice, until the second keyframe comes. A lost frame holds the last pose.
+        The first frame makes a map with itself, seen twice, until the second keyframe comes. A lost frame holds the
+        last pose.
 
         Args:
             image, mask: one frame, as for ``add_keyframe``.
-            time: seconds, for the trajectory; default: the number of the frame. Times that do not go on are kept, with a warning.
+            time: seconds, for the trajectory; default: the number of the frame. Times that do not go on are kept, with
+                a warning.
 
         Raises:
             InputError: sizes, NaN, masks, a batch of frames, a time that is no number. Nothing has changed then.
@@ -329,7 +336,8 @@ class Tracker:
         if self._times and seconds <= self._times[-1] and not self._warned_of_time:
             self._warned_of_time = True
             warnings.warn(
-                f"this frame is at {seconds:g} s, the one before was at {self._times[-1]:g} s; both are kept as they are",
+                f"this frame is at {seconds:g} s, the one before was at {self._times[-1]:g} s; both are kept as they"
+                " are",
                 stacklevel=3,
             )
         return seconds

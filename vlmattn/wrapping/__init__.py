@@ -2,8 +2,8 @@
 
 The object stays the same and keeps its class. While wrapped it has: another name of the attention implementation in
 its text config, forward hooks on the model, its decoder, the decoder's layers and the vision tower, and four attributes
-of the instance (``vlmattn`` and its own ``generate``, ``prepare_inputs_for_generation`` and ``save_pretrained``). ``unwrap``
-removes all of them.
+of the instance (``vlmattn`` and its own ``generate``, ``prepare_inputs_for_generation`` and ``save_pretrained``).
+``unwrap`` removes all of them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     """Put a recipe on a model, in place, and return the model.
 
     Args:
-        model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), with sdpa or eager attention, or a PEFT model
-            around one.
+        model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), with sdpa or eager attention, or a
+            PEFT model around one.
         recipe: a preset (``"var"``), presets joined by ``+``, a recipe file, a method, or a list of methods. None
             looks for the recipe that was saved beside the model.
         processor: the model's processor or tokenizer, for methods that must know where the user's turn ends (``mma``,
@@ -59,7 +59,8 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     with WRAPPING:
         if (old := handle_of(model)) is not None:
             raise StateError(
-                f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or vlmattn.unwrap(model) first"
+                f"the model is already wrapped with '{old.recipe.name}'; use model.vlmattn.set(...) or"
+                " vlmattn.unwrap(model) first"
             )
         chosen = Recipe.of(_saved_recipe(given) if recipe is None else recipe, **options)
         text = model.config.get_text_config()
@@ -72,7 +73,8 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         model.set_attn_implementation({"text_config": NAMES[base]})
         if compat.attention_name(text) != NAMES[base]:
             raise UnsupportedError(
-                f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers itself"
+                f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers"
+                " itself"
             )
         WRAPPED.add(record)
         model.__dict__["vlmattn"] = family.entry(model).__dict__["vlmattn"] = Handle(record)
@@ -127,7 +129,8 @@ def applied(model: _M, recipe: Any, *, processor: Any = None, **options: Any) ->
 
 @contextmanager
 def borrowed(model: nn.Module, processor: Any = None) -> Iterator[Record]:
-    """The record of a model, which is wrapped with the recipe "none" for the block if it is not wrapped: for reading along.
+    """The record of a model, which is wrapped with the recipe "none" for the block if it is not wrapped: for reading
+    along.
 
     Other threads go on meanwhile, bare or wrapped, and may borrow it too.
     """

@@ -1,7 +1,7 @@
 """One cache for the rows of the main prompt and of its branches, and what every forward on it needs to know.
 
-Rows lie group by group: n rows of the main prompt, then n rows of each branch. Groups whose prompt is shorter are padded on
-the left. The library's loops see n rows only.
+Rows lie group by group: n rows of the main prompt, then n rows of each branch. Groups whose prompt is shorter are
+padded on the left. The library's loops see n rows only.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class BranchCache:
         sliding = getattr(parts[0], "is_sliding", False)
         if not hasattr(parts[0], "keys") or (sliding and type(layer) is not DynamicSlidingWindowLayer):
             raise UnsupportedError(
-                f"the decoding rule of '{self._name}' cannot share this cache among branches, {type(layer or parts[0]).__name__};"
+                f"the decoding rule of '{self._name}' cannot share this cache among branches,"
+                f" {type(layer or parts[0]).__name__};"
                 " use a dynamic cache of a model with attention in every layer"
             )
         held = [part.keys.shape[-2] for part in parts if part.keys is not None]
@@ -135,7 +136,8 @@ class BranchCache:
             return None
         if len(held) < len(parts) or (not self._attends(number) and len(set(held)) > 1):
             raise UnsupportedError(
-                f"the branches of '{self._name}' must have as many images as the prompt, whose image keys layer {number} keeps for"
+                f"the branches of '{self._name}' must have as many images as the prompt, whose image keys layer"
+                f" {number} keeps for"
                 " cross-attention; use a rule that changes the image, like vcd"
             )
 
@@ -148,7 +150,8 @@ class BranchCache:
         """Each group holds the last tokens of its own prompt."""
         if getattr(layer, "record_past", False) and any(part.get_seq_length() > part.keys.shape[-2] for part in parts):
             raise UnsupportedError(
-                f"the decoding rule of '{self._name}' cannot take drafts back from a sliding window of {self._window} tokens;"
+                f"the decoding rule of '{self._name}' cannot take drafts back from a sliding window of {self._window}"
+                " tokens;"
                 " leave assisted decoding out (assistant_model, prompt_lookup_num_tokens), or use a shorter prompt"
             )
         layer.lazy_initialization(keys, values)
@@ -162,7 +165,8 @@ class BranchCache:
         """Raise unless this forward belongs to the call that filled the cache."""
         if call is None or call.token is not self.call:
             raise StateError(
-                f"this cache was filled by generate() with the decoding rule of '{self._name}' and holds its branches too; it"
+                f"this cache was filled by generate() with the decoding rule of '{self._name}' and holds its branches"
+                " too; it"
                 " cannot be continued: start a new generate() with a new cache"
             )
 

@@ -1,4 +1,5 @@
-"""Reads the prompts of a decoding rule's branches, each by itself, so that they may differ in length, images and edits."""
+"""Reads the prompts of a decoding rule's branches, each by itself, so that they may differ in length, images and
+edits."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ class _Reader:
     """Reads the prompt of one branch.
 
     Attributes:
-        ids: int64 ``[n, tokens]`` of the main prompt, drafts of assisted decoding included; positions: its position ids.
+        ids: int64 ``[n, tokens]`` of the main prompt, drafts of assisted decoding included; positions: its position
+            ids.
         encoded: images as the main prompt saw them, where generate() encodes them first.
     """
 
@@ -121,7 +123,8 @@ class _Reader:
         if 0 < self.call.record.anatomy.window <= prompt:
             raise UnsupportedError(
                 f"branch '{self.branch.name}' goes on from the main prompt, of which the sliding window of"
-                f" {self.call.record.anatomy.window} tokens has left a part behind; use shorter prompts, or a rule with other branches"
+                f" {self.call.record.anatomy.window} tokens has left a part behind; use shorter prompts, or a rule"
+                " with other branches"
             )
         cache = compat.new_cache(self.call.model)
         for number, layer in enumerate(self.main.cache.layers):
@@ -231,7 +234,8 @@ class _Reader:
                     if not isinstance(after, Tensor) or after.shape != pixels.shape:
                         got = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
                         raise InputError(
-                            f"branch '{self.branch.name}': its function must keep the shape of {name}, {tuple(pixels.shape)}, got {got}"
+                            f"branch '{self.branch.name}': its function must keep the shape of {name},"
+                            f" {tuple(pixels.shape)}, got {got}"
                         )
                     changed[own] = after.to(changed)
             inputs[name] = changed
@@ -242,7 +246,8 @@ class _Reader:
         whole = isinstance(ids, Tensor) and ids.ndim == 1 and ids.dtype in (torch.int64, torch.int32)
         if not whole or bool(((ids < 0) | (ids >= vocabulary)).any()):
             raise InputError(
-                f"branch '{self.branch.name}': its prompt function must return token ids, an int64 tensor [tokens] within"
+                f"branch '{self.branch.name}': its prompt function must return token ids, an int64 tensor [tokens]"
+                " within"
                 f" 0..{vocabulary - 1}"
             )
         found: Tensor = ids.long()
@@ -268,7 +273,8 @@ class _Reader:
             rows = [row[~torch.isin(row, marker_ids)] for row in rows]
         elif before != after:
             raise InputError(
-                f"branch '{branch.name}': its prompts must keep the image tokens, {before}, and have {after}; image='drop' takes"
+                f"branch '{branch.name}': its prompts must keep the image tokens, {before}, and have {after};"
+                " image='drop' takes"
                 " them away"
             )
         if any(not len(row) for row in rows):
@@ -287,7 +293,8 @@ def _check_prompts(
     whole = isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == batch and not ids.is_floating_point()
     if not whole or not isinstance(mask, Tensor) or mask.shape != ids.shape:
         raise InputError(
-            f"branch '{branch.name}': input_ids and attention_mask in branch_inputs must be int64 tensors [{batch}, tokens]"
+            f"branch '{branch.name}': input_ids and attention_mask in branch_inputs must be int64 tensors [{batch},"
+            " tokens]"
         )
     if branch.image != "drop" and "pixel_values" in inputs and not images_in(family.token_types(model, ids)):
         raise InputError(f"branch '{branch.name}': the input_ids in branch_inputs have no image tokens")

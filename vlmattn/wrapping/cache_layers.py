@@ -1,5 +1,5 @@
-"""Layers of a cache: one with room to grow (the library's copies all keys and values for every new token), and one whose KV
-heads keep different tokens."""
+"""Layers of a cache: one with room to grow (the library's copies all keys and values for every new token), and one
+whose KV heads keep different tokens."""
 
 from __future__ import annotations
 
@@ -60,11 +60,12 @@ def _lies_in(found: Tensor, store: Tensor) -> bool:
 class SplitLayer(DynamicLayer):  # type: ignore[misc]
     """A layer whose KV heads keep different tokens, each kind in a store of its own.
 
-    ``keys`` and ``values`` hold every token, for the full heads; ``near`` the first and the last tokens, for the others.
+    ``keys`` and ``values`` hold every token, for the full heads; ``near`` the first and the last tokens, for the
+    others.
 
-    Places of a near store: the ``front``, then a window whose newest token is the last place. What leaves the window of a
-    sequence goes to the front until there are ``sinks`` tokens, its first ones. What leaves later may go on as a mean, in a place
-    of its own before the others.
+    Places of a near store: the ``front``, then a window whose newest token is the last place. What leaves the window of
+    a sequence goes to the front until there are ``sinks`` tokens, its first ones. What leaves later may go on as a
+    mean, in a place of its own before the others.
     """
 
     is_croppable = False
@@ -152,7 +153,8 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
             return
         if not torch.equal((~real[:, : self.length]).sum(1), self.padding):
             raise StateError(
-                "the attention mask of this turn hides tokens of the turns before, which heads with a window have kept in place"
+                "the attention mask of this turn hides tokens of the turns before, which heads with a window have"
+                " kept in place"
                 " of others; continue sequences that ended at different lengths one by one"
             )
         self.padding = (~real).sum(1)
@@ -160,7 +162,8 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
         self.arriving = None if bool(new.all()) else new
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Append ``[batch, heads, new, dim]``; one token sees the window that ends in it, several the one before them too.
+        """Append ``[batch, heads, new, dim]``; one token sees the window that ends in it, several the one before them
+        too.
 
         With ``split.late`` one token, too, sees the window before it.
         """

@@ -40,7 +40,8 @@ class Call:
     ``given_cache``: the caller gave the cache, and may go on from it.
 
     With a decoding rule ``branches`` are there. While one of them reads its prompt a call of its own is in progress:
-    ``blank`` bool ``[batch, prompt]`` are image tokens whose features are zeroed, ``rope`` the factor on the rotary base.
+    ``blank`` bool ``[batch, prompt]`` are image tokens whose features are zeroed, ``rope`` the factor on the rotary
+    base.
     """
 
     record: Record

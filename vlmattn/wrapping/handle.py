@@ -49,8 +49,8 @@ class Handle:
             ``recipe``; ``fired``: how often each method found something to do (each method's docstring says what it
             counts); ``backends``: phase -> backend -> number of attention calls; ``layers``: phase -> backend
             -> the layers it ran in. ``base:`` names the model's own attention. With methods that drop tokens also
-            ``image_tokens``: how many a sequence with images had in its prompt and in each layer, on average, and their mean
-            over layers (``equivalent``), by which methods compare fairly.
+            ``image_tokens``: how many a sequence with images had in its prompt and in each layer, on average, and their
+            mean over layers (``equivalent``), by which methods compare fairly.
         """
         now = self._record.now
         backends: dict[str, dict[str, int]] = {}

@@ -126,7 +126,8 @@ def _tell_missing_weights(record: Record, output: Any) -> None:
             output[name] = tuple(None if found.ndim == 1 else found for found in output[name])
             if record.now.first("weights"):
                 warnings.warn(
-                    f"vlmattn: {name} of layers {', '.join(map(str, missing))} are None: their heads keep different tokens"
+                    f"vlmattn: {name} of layers {', '.join(map(str, missing))} are None: their heads keep different"
+                    " tokens"
                     f" under '{record.now.recipe.name}'",
                     stacklevel=2,
                 )

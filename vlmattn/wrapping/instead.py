@@ -11,8 +11,8 @@ from typing import Any
 class Instead:
     """``function(owner, original, *args, **kwargs)`` in place of a method of one object.
 
-    It can be copied and pickled with the object, which a function bound by hand cannot, and has the method's signature, where
-    generate() reads what it may be given.
+    It can be copied and pickled with the object, which a function bound by hand cannot, and has the method's signature,
+    where generate() reads what it may be given.
 
     Attributes:
         before: what the object itself had under this name; None = the class's method.

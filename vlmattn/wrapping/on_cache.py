@@ -65,7 +65,8 @@ def repeated(request: Request, cache: Any, rows: int) -> Request:
 
 
 def report_original_lengths(cache: Any) -> None:
-    """Lengths that the library asks a cache for are in original slots: it cuts its inputs and makes its masks by them."""
+    """Lengths that the library asks a cache for are in original slots: it cuts its inputs and makes its masks by
+    them."""
     if cache is not None and "get_seq_length" not in cache.__dict__:
         cache.get_seq_length = MethodType(_original_length, cache)  # bound, so that a deep copy asks itself
         cache.get_mask_sizes = MethodType(_original_sizes, cache)

@@ -63,7 +63,8 @@ class InForce:
         """Say once that a decoding rule is not for single forwards."""
         if self.first("forward"):
             warnings.warn(
-                f"vlmattn: the decoding rule of '{self.recipe.name}' acts in generate() only, and this forward was called"
+                f"vlmattn: the decoding rule of '{self.recipe.name}' acts in generate() only, and this forward was"
+                " called"
                 " directly: it has the model's own logits",
                 stacklevel=2,
             )
@@ -142,15 +143,18 @@ class Record:
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 if "<locals>" in getattr(hook, "__qualname__", ""):
                     raise StateError(
-                        f"the model cannot be pickled: {name or 'it'} has the hook {hook.__qualname__}, a local function"
-                        " (transformers hangs such hooks on a model that runs, bare or wrapped); pickle it before it runs,"
+                        f"the model cannot be pickled: {name or 'it'} has the hook {hook.__qualname__}, a local"
+                        " function"
+                        " (transformers hangs such hooks on a model that runs, bare or wrapped); pickle it before it"
+                        " runs,"
                         " or use save_pretrained"
                     )
         try:
             pickle.loads(pickle.dumps((self._standing, self._processor, self.turns)))
         except Exception as error:
             raise StateError(
-                f"the model cannot be pickled while it is wrapped with '{self._standing.recipe.name}', of which a part, or the"
+                f"the model cannot be pickled while it is wrapped with '{self._standing.recipe.name}', of which a"
+                " part, or the"
                 " processor, cannot be; unwrap it first, or use save_pretrained"
             ) from error
 
@@ -170,7 +174,8 @@ class Record:
 
     @contextmanager
     def temporarily(self, recipe: Any) -> Iterator[None]:
-        """Another recipe in force for the block, in this thread; recipe, report and state of the model stay as they are."""
+        """Another recipe in force for the block, in this thread; recipe, report and state of the model stay as they
+        are."""
         chosen = Recipe.of(recipe)
         try:
             with self._for_block(InForce(chosen, self.plan_of(chosen))):
@@ -194,7 +199,8 @@ class Record:
             _TEMPORARY.reset(token)
 
     def enter(self, what: str) -> bool:
-        """Note that this thread runs the model, so that nobody unwraps it meanwhile. False: it was unwrapped already."""
+        """Note that this thread runs the model, so that nobody unwraps it meanwhile. False: it was unwrapped
+        already."""
         with self.lock:
             if not self._gone:
                 self._running.setdefault(threading.current_thread(), []).append(what)
@@ -222,7 +228,8 @@ class Record:
                 if thread.is_alive() and (thread is not here or "generate" in found):
                     where = "this call" if thread is here else f"thread '{thread.name}'"
                     raise StateError(
-                        f"the model is generating in {where}, and unwrapping would change its answer; unwrap it when that is done"
+                        f"the model is generating in {where}, and unwrapping would change its answer; unwrap it when"
+                        " that is done"
                     )
             self._gone = True
 

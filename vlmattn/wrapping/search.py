@@ -29,8 +29,8 @@ _ROW: ContextVar[int | None] = ContextVar("vlmattn_row", default=None)
 
 _CHOOSES = "chooses the tokens by itself"
 _NEUTRAL = {
-    "num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "guidance_scale": 1, "length_penalty": 1,
-    "early_stopping": False, "max_time": None, "stop_strings": None,
+    "num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "guidance_scale": 1,
+    "length_penalty": 1, "early_stopping": False, "max_time": None, "stop_strings": None,
 }  # fmt: skip
 
 
@@ -112,7 +112,8 @@ class _Told:
     """What generate() returns beside the tokens of a search.
 
     Attributes:
-        sequences: int64 ``[batch, tokens]``, prompts with their answers; answers: of each prompt; padding: id behind short ones.
+        sequences: int64 ``[batch, tokens]``, prompts with their answers; answers: of each prompt; padding: id behind
+            short ones.
     """
 
     call: Call
@@ -147,7 +148,8 @@ class _Told:
         return found
 
     def _scores(self, vocabulary: int) -> tuple[Tensor, ...]:
-        """For each token the log-probabilities it was chosen by, ``[batch, vocabulary]``; behind an answer only padding is possible."""
+        """For each token the log-probabilities it was chosen by, ``[batch, vocabulary]``; behind an answer only padding
+        is possible."""
         rows = []
         for answer in self.answers:
             scores = answer.scores(vocabulary)

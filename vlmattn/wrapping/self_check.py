@@ -1,4 +1,5 @@
-"""Whether a model that transformers does not implement, or no family knows, lets its attention be edited: tried when it is wrapped."""
+"""Whether a model that transformers does not implement, or no family knows, lets its attention be edited: tried when it
+is wrapped."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
     if nothing.reached != wanted:
         lost = sorted(wanted - nothing.reached)
         raise UnsupportedError(
-            f"{name}: the attention of its layers {lost} does not go through transformers' attention interface (code of its own,"
+            f"{name}: the attention of its layers {lost} does not go through transformers' attention interface (code"
+            " of its own,"
             f" as remote code often has); {_REMEDY}"
         )
     if not bool((edited - bare).abs().max() <= _CLOSE * bare.abs().max()):
@@ -74,7 +76,8 @@ def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
     if not isinstance(family, Generic):
         return
     warnings.warn(
-        f"vlmattn: no family knows {name}; a generic patcher serves it, for attention edits only, and counts unbroken runs of image"
+        f"vlmattn: no family knows {name}; a generic patcher serves it, for attention edits only, and counts unbroken"
+        " runs of image"
         " tokens as images",
         stacklevel=4,
     )

@@ -176,7 +176,8 @@ def _read_before(
         raise StateError(f"{filled}, with images; start a new generate() with the whole conversation, and a new cache")
     if call.plan.edits_text:
         raise StateError(
-            f"{filled}, and '{call.plan.name}' must see every token as it is read; start a new generate() with the whole"
+            f"{filled}, and '{call.plan.name}' must see every token as it is read; start a new generate() with the"
+            " whole"
             " conversation, and a new cache"
         )
     request = Request(len(call.plan.by_layer), counts=call.plan.drops)
@@ -200,7 +201,8 @@ def _check_request(request: Request, before: Plan, plan: Plan, batch: int) -> No
         )
     if before != plan:
         raise StateError(
-            f"this cache was filled with recipe '{before.name}' and cannot go on with '{plan.name}'; start a new generate()"
+            f"this cache was filled with recipe '{before.name}' and cannot go on with '{plan.name}'; start a new"
+            " generate()"
         )
 
 
@@ -212,7 +214,7 @@ def _refuse_text(request: Request, call: Call) -> None:
     if plan.text_first:
         later = f"if images follow later, give this prompt a cache to go on from: {compat.cache_name()}=DynamicCache()"
     else:
-        later = f"'{plan.name}' cannot go on from their cache: when images follow, give the whole conversation as one prompt"
+        later = f"'{plan.name}' cannot go on from their cache: when images follow, give the conversation as one prompt"
     raise InputError(
         "no image tokens in the prompt; put the image placeholder into it (processor.apply_chat_template does), or"
         f" call model.vlmattn.disable() for prompts without images; {later}"
@@ -237,7 +239,8 @@ def _leading_types(count: int, start: int, inputs: dict[str, Any]) -> Tensor:
 
 
 def _image_order(inputs: dict[str, Any]) -> list[int] | None:
-    """Which encoded image each image of the prompt is: beams get the same tensors again. None = by the rows they are in."""
+    """Which encoded image each image of the prompt is: beams get the same tensors again. None = by the rows they are
+    in."""
     seen: dict[int, int] = {}
     every = []
     for found in compat.encoded_images(inputs):

@@ -74,7 +74,8 @@ def show_images(step: Step, plan: Plan, embeds: Tensor) -> None:
         return
     if not step.tower.patches:
         raise InputError(
-            f"{', '.join(m.info.name for m in plan.on_image_features)} must see the vision tower at work; give pixel_values,"
+            f"{', '.join(m.info.name for m in plan.on_image_features)} must see the vision tower at work; give"
+            " pixel_values,"
             " not features that were computed before"
         )
     order = step.order or _order_of_rows(request, start, types, len(next(iter(step.tower.patches.values()))))
@@ -93,7 +94,8 @@ def _ordered(order: Sequence[int], seen: Sequence[Any]) -> list[Any]:
 
 
 def _order_of_rows(request: Request, start: int, types: Tensor, encoded: int) -> list[int]:
-    """Which encoded image each image of the prompt is, where every row may be there several times, one after another."""
+    """Which encoded image each image of the prompt is, where every row may be there several times, one after
+    another."""
     numbers = request.images(start + types.shape[1], types.device)[:, start:]
     counts = [
         [torch.unique(row[own]).numel() for row, own in zip(numbers, types == kind, strict=True)]

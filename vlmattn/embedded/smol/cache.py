@@ -50,7 +50,8 @@ def model_folder(adapter: Path | None = None) -> Path:
     """The folder of the merged model; if it is not there, or damaged, it is made, which takes about a minute.
 
     Args:
-        adapter: tower, projector and LoRA, as ``build.load_adapter`` reads them; None = the one that the package carries.
+        adapter: tower, projector and LoRA, as ``build.load_adapter`` reads them; None = the one that the package
+            carries.
 
     Raises:
         InputError: no adapter; no language model, where it is needed; the cache cannot be written.

@@ -15,7 +15,8 @@ RESERVED = "<reponame>"  # a token that SmolLM2 reserved; it becomes the image t
 # No system turn: SmolLM2's own template would put one in front of every prompt.
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}\
-{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list | length %}{% set seen = namespace(n=0) %}\
+{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list | length %}\
+{% set seen = namespace(n=0) %}\
 {% for part in message['content'] %}{% if part['type'] == 'image' %}{% set seen.n = seen.n + 1 %}\
 {% if images > 1 %}Image {{ seen.n }}: {% endif %}<image>
 {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>

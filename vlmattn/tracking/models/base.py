@@ -18,9 +18,10 @@ class Views:
     """What a network says about frames, in one convention.
 
     Attributes:
-        poses: camera to world, OpenCV axes (right, down, forward), ``[batch, frames, 4, 4]``; the world is this pass's own,
-            or that of the map whose keys and values were read.
-        local_points: in the camera, ``[batch, frames, height, width, 3]``, in the unit of the poses; None if it has none.
+        poses: camera to world, OpenCV axes (right, down, forward), ``[batch, frames, 4, 4]``; the world is this pass's
+            own, or that of the map whose keys and values were read.
+        local_points: in the camera, ``[batch, frames, height, width, 3]``, in the unit of the poses; None if it has
+            none.
         confidence: per pixel, larger is surer, positive, ``[batch, frames, height, width]``; None if it has none.
     """
 
@@ -33,8 +34,9 @@ class Adapter(ABC):
     """How to run one kind of network.
 
     A subclass says which modules attend across frames and turns the output into ``Views``. Those modules must call
-    ``F.scaled_dot_product_attention`` once, with queries and keys as they are after normalisation and rotation. Anything
-    else in which frames meet (tokens of the first frame, say) is for ``forward`` to put right when ``reading``.
+    ``F.scaled_dot_product_attention`` once, with queries and keys as they are after normalisation and rotation.
+    Anything else in which frames meet (tokens of the first frame, say) is for ``forward`` to put right when
+    ``reading``.
     """
 
     name: ClassVar[str]
@@ -62,7 +64,8 @@ _ADAPTERS: dict[str, type[Adapter]] = {}
 
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
-    """Let ``Tracker(model, adapter="auto")`` find an adapter; one registered later is asked first. For use as a decorator."""
+    """Let ``Tracker(model, adapter="auto")`` find an adapter; one registered later is asked first. For use as a
+    decorator."""
     _ADAPTERS[adapter.name] = adapter
     return adapter
 

@@ -1,4 +1,5 @@
-"""pi^3 (arXiv 2507.13347): every second decoder block attends over all frames. Known by the structure of the public class."""
+"""pi^3 (arXiv 2507.13347): every second decoder block attends over all frames. Known by the structure of the public
+class."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from vlmattn.tracking.models.base import Adapter, Views, register_adapter
 
 @register_adapter
 class Pi3Adapter(Adapter):
-    """``Pi3`` of github.com/yyfz/Pi3: ``decoder`` blocks, odd ones global; ``register_token``; three decoders with heads."""
+    """``Pi3`` of github.com/yyfz/Pi3: ``decoder`` blocks, odd ones global; ``register_token``; three decoders with
+    heads."""
 
     name = "pi3"
 
