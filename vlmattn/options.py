@@ -51,6 +51,8 @@ class Options:
     """Base of all methods: a frozen dataclass whose fields are options that check themselves."""
 
     info: ClassVar[MethodInfo]
+    #: The part of a recipe that the method belongs to.
+    place: ClassVar[str] = "decoding"
     #: Options that name a file, and the usual name of that file beside a model.
     files: ClassVar[Mapping[str, str]] = {}
 

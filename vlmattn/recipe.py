@@ -177,7 +177,7 @@ class Recipe:
         """
         name, plugins = _checked(data)
         methods: list[Options] = []
-        for kind in _KINDS:
+        for kind in _PLACES:
             given = data.get(kind)
             items = [] if given is None else [given] if kind == "decoding" else given
             methods += [_method(kind, item, plugins) for item in (items if isinstance(items, list) else [items])]
@@ -249,11 +249,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "interventions": (Intervention,),
-    "pruning": (Pruning,),
-    "decoding": (Decoding, Search),
-}
+_PLACES = ("interventions", "pruning", "decoding")
 _METHODS = (Intervention, Pruning, Decoding, Search, ContrastiveDecoding)
 
 
@@ -265,7 +261,7 @@ def _checked(data: Any) -> tuple[str, Mapping[str, Mapping[str, Any]]]:
     whole = isinstance(data, Mapping) and data.get("schema") == _SCHEMA and isinstance(data.get("interventions"), list)
     if not whole:
         raise InputError(f"not a recipe: needs schema {_SCHEMA}, a name and a list of interventions")
-    if unknown := set(data) - {"schema", "name", "plugins", *_KINDS}:
+    if unknown := set(data) - {"schema", "name", "plugins", *_PLACES}:
         raise InputError(f"not a recipe: unknown key {', '.join(sorted(map(quoted, unknown))[:6])}")
     name, plugins = data.get("name", "unnamed"), data.get("plugins") or {}
     if not isinstance(name, (str, int, float)):
@@ -282,9 +278,8 @@ def _method(kind: str, item: Any, plugins: Mapping[str, Mapping[str, Any]]) -> O
     name = item["method"]
     find_method(name, _remedy(plugins[name]) if name in plugins else "")
     method = make_method(name, {str(key): value for key, value in item.items() if key != "method"})
-    if not isinstance(method, _KINDS[kind]):
-        place = next(place for place, fitting in _KINDS.items() if isinstance(method, fitting))
-        raise InputError(f"not a recipe: '{name}' is in the wrong place; it goes to '{place}'")
+    if method.place != kind:
+        raise InputError(f"not a recipe: '{name}' is in the wrong place; it goes to '{method.place}'")
     return method
 
 

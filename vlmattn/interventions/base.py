@@ -34,9 +34,6 @@ class LookingMethod(Options):
     layer, ``request.store(self)`` for the prompt).
     """
 
-    #: The part of a recipe that the method belongs to.
-    place: ClassVar[str]
-
     @property
     def kind(self) -> str:
         """What families support or refuse (``models.KINDS``)."""
