@@ -43,8 +43,7 @@ def fit_directions(
         minimise over u    -mean over heads and rows of the answer of sum_{j in span} a_j
 
     by AdamW, one example a step, from normal numbers of standard deviation .01. Each layer is fitted by itself, on
-    inputs that no direction has changed. The model's weights are only read; edits of a wrapped model do not act
-    meanwhile.
+    inputs that no direction has changed. The weights are only read; edits of a wrapped model do not act meanwhile.
 
     Each step changes a number by about ``lr`` at most, and the released directions have a length of 24 to 30: with few
     examples take more epochs.
