@@ -93,8 +93,7 @@ def roofline() -> Iterator[str]:
     """Lines of the table."""
     yield (
         "| model | keys | weights, GB | keys and values, MB | splits | group ids | partials, plain | groups in runs |"
-        " groups"
-        " everywhere | operations per byte, plain | 4 groups |"
+        " groups everywhere | operations per byte, plain | 4 groups |"
     )
     yield "|" + "---|" * 11
     for decoder in DECODERS:

@@ -34,8 +34,7 @@ def bind(recipe: Recipe, anatomy: Anatomy) -> Plan:
     if search is not None and anatomy.window:
         raise UnsupportedError(
             f"a search needs full attention in every layer, and {anatomy.family} has a sliding window of"
-            f" {anatomy.window} tokens in"
-            f" some; use another decoding rule than '{method_name(search)}', or num_beams=5"
+            f" {anatomy.window} tokens in some; use another decoding rule than '{method_name(search)}', or num_beams=5"
         )
     methods = tuple(method.bind(anatomy) for method in recipe.interventions)
     pruning = _pruning(recipe, anatomy, contrast)
@@ -47,8 +46,7 @@ def bind(recipe: Recipe, anatomy: Anatomy) -> Plan:
     if found.policies and _needs_whole_caches(recipe, contrast, evicting):
         raise OptionError(
             f"'{method_name(found.policies[0])}' and '{method_name(recipe.decoding)}' conflict: the decoding rule"
-            " needs whole caches;"
-            " use one of them"
+            " needs whole caches; use one of them"
         )
     return found.plan(evicting)
 
@@ -214,8 +212,7 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
     if isinstance(recipe.decoding, Search) or (contrast is not None and contrast.branches):
         raise OptionError(
             f"'{method_name(recipe.pruning[0])}' and '{method_name(recipe.decoding)}' conflict: the decoding rule"
-            " needs all image"
-            " tokens in every layer; use one of them"
+            " needs all image tokens in every layer; use one of them"
         )
     found: list[Pruning | None] = [None] * anatomy.layers
     for method in (method.bind(anatomy) for method in recipe.pruning):
@@ -246,8 +243,7 @@ def _evicting(policies: Iterable[KVPolicy], anatomy: Anatomy) -> tuple[KVPolicy 
             if (other := found[layer]) is not None:
                 raise OptionError(
                     f"'{other.info.name}' and '{policy.info.name}' conflict: both evict in layer {layer}; use one of"
-                    " them, or layer"
-                    " ranges that do not meet"
+                    " them, or layer ranges that do not meet"
                 )
             found[layer] = policy
     return tuple(found) if any(found) else ()

@@ -87,8 +87,7 @@ def card(figures: dict[str, Any], log: Sequence[dict[str, float]]) -> str:
     )
     gates = "\n".join(
         f"| {name} | {gate[key]['ratio']:.2f} [{gate[key]['low']:.2f}, {gate[key]['high']:.2f}] | below"
-        f" {gate['bound']} |"
-        f" {'yes' if gate[key]['ratio'] < gate['bound'] else 'no'} |"
+        f" {gate['bound']} | {'yes' if gate[key]['ratio'] < gate['bound'] else 'no'} |"
         for key, name in (("yaw", "yaw error, right map / wrong map"), ("ate", "ATE, Sim(3), right map / wrong map"))
     )
     errors = "\n".join(

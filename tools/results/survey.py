@@ -227,9 +227,8 @@ def bench_costs(paths: Sequence[Path]) -> tuple[dict[str, str], str]:
             for row in rows:
                 found.setdefault(row["candidate"], {})[row["what"]] = row
                 settings[
-                    f"one prompt of {row['prompt_tokens']} tokens, {row['image_tokens']} of them of the image,"
-                    " answers of"
-                    f" {row['new_tokens']}, {row['dtype']}, {row['n']} rounds, threads: {row['threads']}"
+                    f"one prompt of {row['prompt_tokens']} tokens, {row['image_tokens']} of them of the image, answers"
+                    f" of {row['new_tokens']}, {row['dtype']}, {row['n']} rounds, threads: {row['threads']}"
                 ] = None
         except (OSError, KeyError):
             raise InputError(f"{path}: not a table of vlmattn bench; make it with vlmattn bench --out {path}") from None
@@ -292,8 +291,7 @@ def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
         tested, found = sum(bool(c.changed) for c in made), sum(bool(c.verdict) for c in made)
         return (
             f"{len(made)} comparisons with `none`, {tested} of them with an answer changed; {found} intervals leave"
-            " out 0, and"
-            f" about {_LEVEL * tested:.1f} would by chance alone if no preset did anything"
+            f" out 0, and about {_LEVEL * tested:.1f} would by chance alone if no preset did anything"
         )
 
     others = f" Other metrics: {count(rest)}." if rest else ""
@@ -301,11 +299,9 @@ def _chance(first: list[Comparison], rest: list[Comparison]) -> str:
     left = "; ".join(f"`{c.preset}` ({c.where}, {c.verdict or 'interval with 0'})" for c in first if c.p < bound)
     return (
         f"**Many comparisons.** Headline metrics: {count(first)}.{others} Presets of one method, metrics of one suite"
-        " and"
-        " suites on the same images are not independent. Take a single finding for a hint, not for proof. McNemar's"
-        " tests of"
-        f" right and wrong answers with p below {_LEVEL:g} / {len(first)} = {bound:.2g} (Bonferroni):"
-        f" {left or 'none of them'}."
+        " and suites on the same images are not independent. Take a single finding for a hint, not for proof."
+        f" McNemar's tests of right and wrong answers with p below {_LEVEL:g} / {len(first)} = {bound:.2g}"
+        f" (Bonferroni): {left or 'none of them'}."
     )
 
 
@@ -315,8 +311,7 @@ def controls_section(summary: Mapping[str, Any], found: Mapping[tuple[str, str],
     header = ["preset", "control", *(f"{table['suite']} {table['condition']}" for table, _ in _columns(summary))]
     lines = [
         "A control does as much at random, or does only a part. Differences are preset minus control, with 95 %"
-        " intervals, paired"
-        " over images, and bold where the interval leaves out 0.",
+        " intervals, paired over images, and bold where the interval leaves out 0.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "|".join(["---"] * len(header)) + "|",

@@ -20,10 +20,9 @@ Model = Annotated[
     str,
     typer.Option(
         help="'embedded', 'smol', a folder, a hub name, or random weights: random-llava "
-        "(12 layers, 768 wide, 576 image tokens), "
-        "random-llava-7b (LLaVA-1.5-7B's sizes), random-qwen2.5-vl-7b (the language model's sizes, 1296 image"
-        " tokens, a "
-        "small vision tower: its first token comes sooner than the real one's)."
+        "(12 layers, 768 wide, 576 image tokens), random-llava-7b (LLaVA-1.5-7B's sizes), random-qwen2.5-vl-7b (the"
+        " language model's sizes, 1296 image tokens, a small vision tower: its first token comes sooner than the real"
+        " one's)."
     ),
 ]
 _PROMPT = "Describe the image."

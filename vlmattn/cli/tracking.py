@@ -314,10 +314,9 @@ def _note_gate() -> None:
     told = figures()["gate"]
     if not told["passed"]:
         _note(
-            "the bundled network is an untrained demo: with the right map it makes "
-            f"{told['yaw']['ratio']:.2f} (yaw) and {told['ate']['ratio']:.2f} (ATE) of the errors that it makes with"
-            " another"
-            " room's; below 0.5 was asked of both"
+            f"the bundled network is an untrained demo: with the right map it makes {told['yaw']['ratio']:.2f} (yaw)"
+            f" and {told['ate']['ratio']:.2f} (ATE) of the errors that it makes with another room's; below 0.5 was"
+            " asked of both"
         )
 
 
@@ -348,8 +347,7 @@ def _speed(
         f"a frame against {len(keyframes)} keyframes: {cached:.1f} ms cached, {whole:.1f} ms in a full pass:"
         f" {middle:.1f}x [{low:.1f}, {high:.1f}], n = {_ROUNDS}",
         f"the live run with all its maps: {sum(times):.2f} s for {len(times)} frames, {len(times) / sum(times):.0f}"
-        " per second"
-        f" ({whole * len(times) / 1e3 / sum(times):.1f}x a full pass for each frame)",
+        f" per second ({whole * len(times) / 1e3 / sum(times):.1f}x a full pass for each frame)",
         f"keys and values of the map: {kept:.2f} MiB, {kept / len(keyframes):.3f} MiB per keyframe",
     ]
 
@@ -372,10 +370,8 @@ def _html(scored: dict[str, Score]) -> str:
     )
     return (
         "<h2>Errors</h2><div"
-        f" class='wide'><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        "<p>RMSE of the camera centres (ATE) and of the steps between tracked frames (RPE) in the unit of the truth;"
-        " yaw is the"
+        f" class='wide'><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div><p>RMSE of"
+        " the camera centres (ATE) and of the steps between tracked frames (RPE) in the unit of the truth; yaw is the"
         " mean error of the heading. One alignment of the whole path; its seven degrees of freedom forgive much, so"
-        " errors mean"
-        " something only beside those of the wrong map.</p>"
+        " errors mean something only beside those of the wrong map.</p>"
     )

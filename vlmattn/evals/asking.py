@@ -48,9 +48,8 @@ def refuse_moving(done: Sequence[Batch]) -> None:
         for key, source in batch.sources.items():
             if seen.setdefault((batch.suite, key), source) != source:
                 raise StateError(
-                    f"suite {batch.suite}: the image of '{key}' changed during the run, so the presets saw"
-                    " different ones; run the"
-                    " same command again, it asks again about what has changed"
+                    f"suite {batch.suite}: the image of '{key}' changed during the run, so the presets saw different"
+                    " ones; run the same command again, it asks again about what has changed"
                 )
 
 
@@ -146,9 +145,8 @@ def _read(
         except InputError as error:
             if on_error == "stop":
                 raise InputError(
-                    f"suite {suite.name}, sample '{sample.id}': {error}; mend it and run the same command"
-                    " again, or leave"
-                    " such questions out with --on-error skip"
+                    f"suite {suite.name}, sample '{sample.id}': {error}; mend it and run the same command again, or"
+                    " leave such questions out with --on-error skip"
                 ) from error
             unreadable[sample.id] = str(error)
     return readable, unreadable, sources

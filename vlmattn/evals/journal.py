@@ -132,9 +132,8 @@ class Journal:
             if not known:
                 if self._journals() and not batches and any(path.stat().st_size for path in self._journals()):
                     raise StateError(
-                        f"{self._folder} has answers but no settings.json that can be read, and none of them"
-                        " was made with"
-                        " these settings; use another --out, or --restart"
+                        f"{self._folder} has answers but no settings.json that can be read, and none of them was made"
+                        " with these settings; use another --out, or --restart"
                     )
                 write_json(self._folder / "settings.json", settings)
             self._write(batches)

@@ -74,9 +74,8 @@ class Lock:
             raise StateError(f"{self._folder} is in use by {who}; wait for its end, stop it, or use another --out")
         if holder and not here:
             raise StateError(
-                f"{self._folder} is in use by {who}, which this host ({socket.gethostname()}) cannot see; if"
-                " that process is gone,"
-                f" delete {self._path}"
+                f"{self._folder} is in use by {who}, which this host ({socket.gethostname()}) cannot see; if that"
+                f" process is gone, delete {self._path}"
             )
 
     def release(self) -> None:

@@ -308,9 +308,8 @@ def refuse_missing(model: Any, preset: str) -> None:
     for branch in rule.branches if rule is not None else ():
         if branch.needs:
             raise OptionError(
-                f"preset '{preset}' needs {', '.join(branch.needs)} for its branch '{branch.name}' with every"
-                " call, which an"
-                " eval cannot give; leave it out"
+                f"preset '{preset}' needs {', '.join(branch.needs)} for its branch '{branch.name}' with every call,"
+                " which an eval cannot give; leave it out"
             )
 
 

@@ -285,9 +285,8 @@ def test_once(
     seen = read_summary(folder)
     if seen and tuned.recipe.name not in seen["recipes"]:
         raise StateError(
-            f"the test samples of {out} were looked at with {', '.join(seen['recipes'])}; a second choice"
-            " would be made on"
-            " them. Take other samples (--seed, or other files) and another --out, or --no-test"
+            f"the test samples of {out} were looked at with {', '.join(seen['recipes'])}; a second choice would be"
+            " made on them. Take other samples (--seed, or other files) and another --out, or --no-test"
         )
     rest = untouched(suite, tuned)
     if not rest:

@@ -357,8 +357,7 @@ def _warn_of_runs(model_type: str) -> None:
     """Once per process and model type."""
     warnings.warn(
         f"vlmattn: the family of {model_type} does not tell images (or tiles) side by side apart, so those in one run"
-        " of image"
-        " tokens count as one image; put text between images, or let the family say how long they are"
+        " of image tokens count as one image; put text between images, or let the family say how long they are"
         " (docs/extend/family.md)",
         stacklevel=3,
     )

@@ -34,8 +34,7 @@ class Blip2(Family):
         if model.config.get_text_config().is_encoder_decoder:
             raise UnsupportedError(
                 f"{type(model).__name__} with an encoder-decoder language model has its image tokens in the encoder,"
-                " where no edit"
-                " acts; use a checkpoint with OPT or Vicuna"
+                " where no edit acts; use a checkpoint with OPT or Vicuna"
             )
 
     def entry(self, model: PreTrainedModel) -> nn.Module:

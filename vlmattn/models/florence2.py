@@ -13,7 +13,6 @@ from vlmattn.models.registry import register_family
 class Florence2(Family):
     model_types: ClassVar[Mapping[str, str]] = {"florence2": "florence-community/Florence-2-large"}
     unsupported: ClassVar[str] = (
-        "it is an encoder-decoder: its image tokens are in the encoder, and the decoder reads them by"
-        " cross-attention, where no"
-        " method acts"
+        "it is an encoder-decoder: its image tokens are in the encoder, and the decoder reads them by cross-attention,"
+        " where no method acts"
     )

@@ -53,8 +53,7 @@ def generic_family(model: PreTrainedModel, known: str) -> Generic:
     if not family.placeholders(model):
         raise UnsupportedError(
             f"{name}: it has no image tokens (config.image_token_id), so it reads text only or keeps its images"
-            f" elsewhere; {_HINT};"
-            f" {known}"
+            f" elsewhere; {_HINT}; {known}"
         )
     try:
         layers = family.layers(model)

@@ -43,8 +43,7 @@ class Tiled(Family):
             if bool((runs > 0).any()):
                 warnings.warn(
                     f"vlmattn: without a tokenizer every tile of a {model.config.model_type} image counts as an image"
-                    " of its own; give"
-                    " the processor: wrap(model, ..., processor=processor)",
+                    " of its own; give the processor: wrap(model, ..., processor=processor)",
                     stacklevel=2,
                 )
             return runs

@@ -236,9 +236,8 @@ class Request:
         lost = (~(turns >= 0).any(1)).nonzero().flatten().tolist()
         if lost and needed_by:
             raise InputError(
-                f"{needed_by} must know the user's turn, and row {lost[0]} of the prompt has none: {finder} not"
-                " found; make"
-                " prompts with processor.apply_chat_template"
+                f"{needed_by} must know the user's turn, and row {lost[0]} of the prompt has none: {finder} not found;"
+                " make prompts with processor.apply_chat_template"
             )
         generated = torch.arange(stop) >= self.prompt_length
         self._roles.write(0, roles.masked_fill(generated, ANSWER))

@@ -61,8 +61,7 @@ class ImageFeatures:
         if split + int(videos.sum()) != len(flat):
             raise InputError(
                 f"the vision tower saw {len(flat)} image tokens and the prompt has {split + int(videos.sum())}; give"
-                " the"
-                " images with the prompt, not features that were computed before"
+                " the images with the prompt, not features that were computed before"
             )
         out = torch.zeros(*self.types.shape, *flat.shape[1:], dtype=flat.dtype, device=flat.device)
         out[images], out[videos] = flat[:split], flat[split:]

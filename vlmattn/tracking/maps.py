@@ -123,8 +123,7 @@ class Mapper:
             near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
             raise InputError(
                 f"a frame is [3, height, width] with sides of whole patches of {multiple}; got {list(frame.shape)},"
-                " near is"
-                f" {near[0]}x{near[1]} (vlmattn.tracking.fit resizes pictures)"
+                f" near is {near[0]}x{near[1]} (vlmattn.tracking.fit resizes pictures)"
             )
         if self.model.training:
             raise StateError("the model is in training mode, where dropout changes the answers; call model.eval()")

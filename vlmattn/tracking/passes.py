@@ -121,8 +121,7 @@ class _Shim(TorchFunctionMode):
         if done and self.seen != 1:
             raise UnsupportedError(
                 f"{self.name} called F.scaled_dot_product_attention {self.seen} times where once is expected; other"
-                " kernels"
-                " (xformers, flash-attn) must be switched off, and an adapter names the modules that call it"
+                " kernels (xformers, flash-attn) must be switched off, and an adapter names the modules that call it"
             )
 
 

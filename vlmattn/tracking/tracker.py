@@ -241,8 +241,7 @@ class Tracker:
         if using is None:
             raise StateError(
                 f"a map needs two keyframes, there {'is 1' if self.keyframes else 'are 0'}; add more with"
-                " add_keyframe(),"
-                " or call follow(), which begins by itself"
+                " add_keyframe(), or call follow(), which begins by itself"
             )
         state = self._mapper.state()
         frame, where = self._mapper.frame(image, mask, state)

@@ -128,8 +128,7 @@ class BranchCache:
         if not hasattr(parts[0], "keys") or (sliding and type(layer) is not DynamicSlidingWindowLayer):
             raise UnsupportedError(
                 f"the decoding rule of '{self._name}' cannot share this cache among branches,"
-                f" {type(layer or parts[0]).__name__};"
-                " use a dynamic cache of a model with attention in every layer"
+                f" {type(layer or parts[0]).__name__}; use a dynamic cache of a model with attention in every layer"
             )
         held = [part.keys.shape[-2] for part in parts if part.keys is not None]
         if not held:
@@ -137,8 +136,7 @@ class BranchCache:
         if len(held) < len(parts) or (not self._attends(number) and len(set(held)) > 1):
             raise UnsupportedError(
                 f"the branches of '{self._name}' must have as many images as the prompt, whose image keys layer"
-                f" {number} keeps for"
-                " cross-attention; use a rule that changes the image, like vcd"
+                f" {number} keeps for cross-attention; use a rule that changes the image, like vcd"
             )
 
         def joined(name: str) -> Tensor:
@@ -151,8 +149,8 @@ class BranchCache:
         if getattr(layer, "record_past", False) and any(part.get_seq_length() > part.keys.shape[-2] for part in parts):
             raise UnsupportedError(
                 f"the decoding rule of '{self._name}' cannot take drafts back from a sliding window of {self._window}"
-                " tokens;"
-                " leave assisted decoding out (assistant_model, prompt_lookup_num_tokens), or use a shorter prompt"
+                " tokens; leave assisted decoding out (assistant_model, prompt_lookup_num_tokens), or use a shorter"
+                " prompt"
             )
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.cumulative_length = keys, values, self.longest
@@ -166,8 +164,7 @@ class BranchCache:
         if call is None or call.token is not self.call:
             raise StateError(
                 f"this cache was filled by generate() with the decoding rule of '{self._name}' and holds its branches"
-                " too; it"
-                " cannot be continued: start a new generate() with a new cache"
+                " too; it cannot be continued: start a new generate() with a new cache"
             )
 
     def expand(self, input_ids: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:

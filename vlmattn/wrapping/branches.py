@@ -247,8 +247,7 @@ class _Reader:
         if not whole or bool(((ids < 0) | (ids >= vocabulary)).any()):
             raise InputError(
                 f"branch '{self.branch.name}': its prompt function must return token ids, an int64 tensor [tokens]"
-                " within"
-                f" 0..{vocabulary - 1}"
+                f" within 0..{vocabulary - 1}"
             )
         found: Tensor = ids.long()
         return found
@@ -274,8 +273,7 @@ class _Reader:
         elif before != after:
             raise InputError(
                 f"branch '{branch.name}': its prompts must keep the image tokens, {before}, and have {after};"
-                " image='drop' takes"
-                " them away"
+                " image='drop' takes them away"
             )
         if any(not len(row) for row in rows):
             raise InputError(f"branch '{branch.name}': nothing is left of the prompt")

@@ -153,9 +153,8 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
             return
         if not torch.equal((~real[:, : self.length]).sum(1), self.padding):
             raise StateError(
-                "the attention mask of this turn hides tokens of the turns before, which heads with a window have"
-                " kept in place"
-                " of others; continue sequences that ended at different lengths one by one"
+                "the attention mask of this turn hides tokens of the turns before, which heads with a window have kept"
+                " in place of others; continue sequences that ended at different lengths one by one"
             )
         self.padding = (~real).sum(1)
         new = real[:, self.length :]

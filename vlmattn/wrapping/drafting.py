@@ -28,7 +28,6 @@ def refuse_drafts(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any])
     if asked := compat.drafts_asked(model, kwargs):
         names = ", ".join(dict.fromkeys(policy.info.name for policy in plan.policies))
         raise UnsupportedError(
-            f"{names} chooses cache slots token by token, and drafts of assisted decoding come several at once and"
-            " are taken"
-            f" back; leave {asked[0]} out"
+            f"{names} chooses cache slots token by token, and drafts of assisted decoding come several at once and are"
+            f" taken back; leave {asked[0]} out"
         )

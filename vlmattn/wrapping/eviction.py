@@ -27,8 +27,7 @@ def check_cache(plan: Plan, cache: Any, used: bool) -> None:
     if cache is not None and plan.evicting and compat.keeps_elsewhere(cache):
         raise UnsupportedError(
             f"{names} takes keys and values out of the cache, which a quantized or an offloaded one keeps elsewhere;"
-            " use a"
-            " plain dynamic cache"
+            " use a plain dynamic cache"
         )
 
 

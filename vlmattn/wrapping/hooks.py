@@ -127,8 +127,7 @@ def _tell_missing_weights(record: Record, output: Any) -> None:
             if record.now.first("weights"):
                 warnings.warn(
                     f"vlmattn: {name} of layers {', '.join(map(str, missing))} are None: their heads keep different"
-                    " tokens"
-                    f" under '{record.now.recipe.name}'",
+                    f" tokens under '{record.now.recipe.name}'",
                     stacklevel=2,
                 )
 

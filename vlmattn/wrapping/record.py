@@ -64,8 +64,7 @@ class InForce:
         if self.first("forward"):
             warnings.warn(
                 f"vlmattn: the decoding rule of '{self.recipe.name}' acts in generate() only, and this forward was"
-                " called"
-                " directly: it has the model's own logits",
+                " called directly: it has the model's own logits",
                 stacklevel=2,
             )
 
@@ -144,18 +143,15 @@ class Record:
                 if "<locals>" in getattr(hook, "__qualname__", ""):
                     raise StateError(
                         f"the model cannot be pickled: {name or 'it'} has the hook {hook.__qualname__}, a local"
-                        " function"
-                        " (transformers hangs such hooks on a model that runs, bare or wrapped); pickle it before it"
-                        " runs,"
-                        " or use save_pretrained"
+                        " function (transformers hangs such hooks on a model that runs, bare or wrapped); pickle it"
+                        " before it runs, or use save_pretrained"
                     )
         try:
             pickle.loads(pickle.dumps((self._standing, self._processor, self.turns)))
         except Exception as error:
             raise StateError(
                 f"the model cannot be pickled while it is wrapped with '{self._standing.recipe.name}', of which a"
-                " part, or the"
-                " processor, cannot be; unwrap it first, or use save_pretrained"
+                " part, or the processor, cannot be; unwrap it first, or use save_pretrained"
             ) from error
 
     @property

@@ -66,8 +66,7 @@ def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
         lost = sorted(wanted - nothing.reached)
         raise UnsupportedError(
             f"{name}: the attention of its layers {lost} does not go through transformers' attention interface (code"
-            " of its own,"
-            f" as remote code often has); {_REMEDY}"
+            f" of its own, as remote code often has); {_REMEDY}"
         )
     if not bool((edited - bare).abs().max() <= _CLOSE * bare.abs().max()):
         raise UnsupportedError(
@@ -77,8 +76,7 @@ def check_reached(family: Family, model: PreTrainedModel, base: str) -> None:
         return
     warnings.warn(
         f"vlmattn: no family knows {name}; a generic patcher serves it, for attention edits only, and counts unbroken"
-        " runs of image"
-        " tokens as images",
+        " runs of image tokens as images",
         stacklevel=4,
     )
 

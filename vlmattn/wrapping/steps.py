@@ -177,8 +177,7 @@ def _read_before(
     if call.plan.edits_text:
         raise StateError(
             f"{filled}, and '{call.plan.name}' must see every token as it is read; start a new generate() with the"
-            " whole"
-            " conversation, and a new cache"
+            " whole conversation, and a new cache"
         )
     request = Request(len(call.plan.by_layer), counts=call.plan.drops)
     real = None if mask is None else _real_keys(mask)[:, :start]

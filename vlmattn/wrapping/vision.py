@@ -75,8 +75,7 @@ def show_images(step: Step, plan: Plan, embeds: Tensor) -> None:
     if not step.tower.patches:
         raise InputError(
             f"{', '.join(m.info.name for m in plan.on_image_features)} must see the vision tower at work; give"
-            " pixel_values,"
-            " not features that were computed before"
+            " pixel_values, not features that were computed before"
         )
     order = step.order or _order_of_rows(request, start, types, len(next(iter(step.tower.patches.values()))))
     patches = {layer: _ordered(order, seen) for layer, seen in step.tower.patches.items()}

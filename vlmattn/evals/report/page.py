@@ -176,9 +176,8 @@ def _table(suite: Suite, condition: str, tables: Sequence[dict[str, Any]], colou
     images = max(table["images"] for table in tables)
     return (
         f"<h3>{html.escape(condition)} <small>{images} images</small></h3><div"
-        f" class='wide'><table><thead><tr><th></th><th></th>{head}"
-        "<th title='McNemar'>p</th><th title='answers that differ from"
-        f" none'>changed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f" class='wide'><table><thead><tr><th></th><th></th>{head}<th title='McNemar'>p</th><th title='answers that"
+        f" differ from none'>changed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -265,9 +264,8 @@ def _gallery(suite: Suite, result: Result, attention: Maps) -> str:
     about = "; red: where the bare model looks when it answers" if seen else ""
     cards = "".join(_card(suite, result, sample, attention.get((suite.name, sample.id), ())) for sample in chosen)
     return (
-        f"<h3>Where presets disagree <small>{len(chosen)} questions that a preset answers rightly and none"
-        " wrongly, or the other"
-        f" way round{about}</small></h3><div class='cards'>{cards}</div>"
+        f"<h3>Where presets disagree <small>{len(chosen)} questions that a preset answers rightly and none wrongly, or"
+        f" the other way round{about}</small></h3><div class='cards'>{cards}</div>"
     )
 
 

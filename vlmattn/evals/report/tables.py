@@ -146,9 +146,8 @@ def notes(result: Result) -> list[str]:
     if cut := {preset: cost["cut_batches"] for preset, cost in result.summary["cost"].items() if cost["cut_batches"]}:
         parts = ", ".join(f"{preset} {count}" for preset, count in cut.items())
         found.append(
-            f"Memory was short: batches were answered in parts ({parts}), so not all presets had the same"
-            " batches; answers"
-            " may differ by rounding. A smaller --batch-size avoids it."
+            f"Memory was short: batches were answered in parts ({parts}), so not all presets had the same batches;"
+            " answers may differ by rounding. A smaller --batch-size avoids it."
         )
     if any(bounds(each) is None for each in _intervals(result.summary)):
         found.append(

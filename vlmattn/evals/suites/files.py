@@ -75,9 +75,8 @@ class ImageFolder:
             raise InputError(f"{where}: {quoted(name)} cannot be the name of an image: {reason}") from None
         if not inside:
             raise InputError(
-                f"{where}: the image {quoted(name)} lies outside of {self.path}; give the folder that holds it"
-                " with --images,"
-                " or read it all the same with --allow-outside"
+                f"{where}: the image {quoted(name)} lies outside of {self.path}; give the folder that holds it with"
+                " --images, or read it all the same with --allow-outside"
             )
         return path
 
