@@ -19,6 +19,7 @@ from choices import Choices
 from methods import BETWEEN_IMAGES, IDENTITIES, SETTINGS, STOP, Speech, dialogue, dialogues, fitted, inputs_of
 from methods import picture as _picture
 from numerics import TINY_MODEL, bound
+from pairs import rotated
 from stores import kept
 from tiny import FAMILIES, build, left_padded
 from tiny import generate as unrestricted
@@ -47,6 +48,12 @@ from vlmattn.interventions import (
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:vlmattn:UserWarning")]
 family_matrix = pytest.mark.parametrize("family", FAMILIES)
 setting_matrix = pytest.mark.parametrize("name", SETTINGS)
+
+
+def a_family_each(shift: int) -> pytest.MarkDecorator:
+    """Every setting, on one family after another: what is computed is checked on all of them by the greedy logits."""
+    return rotated("family", FAMILIES, "name", SETTINGS, shift)
+
 
 TOLERANCE = bound(torch.float32, TINY_MODEL, scale=0.3)  # most logits are smaller
 ACTS = 1e-4  # an edit that acts moves some logit by more
@@ -161,8 +168,7 @@ def score_of(model: PreTrainedModel, inputs: dict, tokens: Tensor) -> float:
     return float(logits.log_softmax(-1).gather(1, tokens[:, None]).sum())
 
 
-@setting_matrix
-@family_matrix
+@a_family_each(0)
 def test_beams_are_scored_as_if_recomputed(family, name):
     prompts, wrong = dialogues(family), []
     with wrapped(family, name) as model:
@@ -187,8 +193,7 @@ def test_beams_are_scored_as_if_recomputed(family, name):
     assert not wrong, "\n".join(wrong)
 
 
-@setting_matrix
-@family_matrix
+@a_family_each(1)
 def test_drafts_give_the_greedy_tokens(family, name):
     inputs = inputs_of(family, [*dialogue(family, images=2)["input_ids"][0].tolist(), *[35, 36, 37, 38] * 3], seed=2)
     options = dict(max_new_tokens=10, min_new_tokens=10, pad_token_id=0, suppress_tokens=PLACEHOLDERS)
@@ -220,8 +225,7 @@ ON_TEXT = {
 }  # fmt: skip
 
 
-@setting_matrix
-@family_matrix
+@a_family_each(6)
 def test_a_row_without_image(family, name):
     """It stays as the bare model has it, except for methods that act on text, and never depends on the cache."""
     inputs = dialogue(family, images=2, seed=8)
@@ -284,8 +288,7 @@ def odd(family: str) -> list[dict[str, Tensor]]:
     ]
 
 
-@setting_matrix
-@family_matrix
+@a_family_each(2)
 def test_odd_prompts(family, name):
     prompts = odd(family)
     with wrapped(family, name) as model:
@@ -301,8 +304,7 @@ def test_odd_prompts(family, name):
     assert wrong == []
 
 
-@setting_matrix
-@family_matrix
+@a_family_each(3)
 def test_right_padding_is_invisible(family, name):
     prompts = dialogues(family)
     length = max(inputs["input_ids"].shape[1] for inputs in prompts)
@@ -323,8 +325,7 @@ def half_model(family: str) -> PreTrainedModel:
     return build(family).to(torch.bfloat16)
 
 
-@setting_matrix
-@family_matrix
+@a_family_each(4)
 def test_half_precision(family, name):
     """Runs in bfloat16, near the truth under the same choices: what methods compute in float32 is brought back."""
     model, inputs, choices = half_model(family), dialogues(family)[2], Choices()
@@ -430,8 +431,7 @@ def test_a_second_turn_edits_its_own_last_row(family, name):
     assert apart(after[:, -1], told(model_of(family), family)[1][:, -1]) > ACTS
 
 
-@setting_matrix
-@family_matrix
+@a_family_each(5)
 def test_a_second_turn_in_a_batch_is_what_it_is_alone(family, name):
     """With generate(), generated tokens between the turns, all methods."""
     if name == "gift_ahead":
