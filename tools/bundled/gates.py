@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.bundled.language import patch_labels
+from vlmattn.embedded.scenes import patch_labels
 from vlmattn.embedded.text import existence_question
 from vlmattn.evals.report import bounds
 from vlmattn.evals.runner import Result

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
@@ -139,25 +138,6 @@ def multi_image_turns(scenes: list[Scene], rng: np.random.Generator, questions: 
             thing = _pick(rng, scenes[i].things)
             out.append((f"what color is the {thing.category} in image {i + 1} ?", thing.colour))
     return out
-
-
-def patch_labels(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Category and colour of every image patch, ``[49]`` each: 0 is background, 1.. index ``CATEGORIES`` / ``COLOURS``.
-
-    A patch belongs to a thing that covers a quarter of it (or that lies in it with a quarter of its own area).
-    """
-    side = IMAGE_SIZE // PATCH_SIZE
-    starts = np.arange(side) * PATCH_SIZE
-    category = np.zeros((side, side), np.int64)
-    colour = np.zeros((side, side), np.int64)
-    for thing in scene.things:
-        x, y = thing.corner
-        wide = np.clip(np.minimum(x + thing.size, starts + PATCH_SIZE) - np.maximum(x, starts), 0, None)
-        high = np.clip(np.minimum(y + thing.size, starts + PATCH_SIZE) - np.maximum(y, starts), 0, None)
-        covered = np.outer(high, wide) >= 0.25 * min(PATCH_SIZE**2, thing.size**2)
-        category[covered] = CATEGORIES.index(thing.category) + 1
-        colour[covered] = list(COLOURS).index(thing.colour) + 1
-    return category.ravel(), colour.ravel()
 
 
 def written(sentence: str) -> str:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tools.bundled.language import patch_labels
-from vlmattn.embedded.scenes import Scene, make_scene
+from vlmattn.embedded.scenes import Scene, make_scene, patch_labels
 from vlmattn.files import write_whole
 
 Batch = dict[str, Tensor]

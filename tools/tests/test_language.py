@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tools.bundled.language import build_processor, build_tokenizer, caption, multi_image_turns, patch_labels, turns
+from tools.bundled.language import build_processor, build_tokenizer, caption, multi_image_turns, turns
 from tools.bundled.train_tiny import text_batch, vision_batch
-from vlmattn.embedded.scenes import CATEGORIES, COLOURS, make_scene
+from vlmattn.embedded.scenes import CATEGORIES, COLOURS, make_scene, patch_labels
 from vlmattn.embedded.tower import IMAGE_TOKENS
 
 

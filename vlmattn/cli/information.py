@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from vlmattn import compat
 from vlmattn.cli.checkup import tried
 from vlmattn.cli.common import app, console, plain
 from vlmattn.errors import InputError, UnsupportedError, torchvision_trouble
@@ -193,6 +192,8 @@ def doctor() -> None:
     if trouble := torchvision_trouble():
         console.print(table)
         raise InputError(trouble)
+    from vlmattn import compat  # imports transformers, which a broken torchvision breaks
+
     _add_machine(table)
     found = (FOLDER / "model.safetensors").exists()
     table.add_row("bundled model 'embedded'", "found" if found else f"[red]missing[/red] ({FOLDER})")

@@ -272,3 +272,22 @@ def draw_sprite(category: str, colour: str, striped: bool) -> Image.Image:
 def _sprite(category: str, colour: str, striped: bool, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     pixels = np.asarray(draw_sprite(category, colour, striped).resize((size, size), Image.Resampling.BOX), np.float32)
     return pixels[..., :3], pixels[..., 3:] / np.float32(255)
+
+
+def patch_labels(scene: Scene) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Category and colour of every image patch, ``[49]`` each: 0 is background, 1.. index ``CATEGORIES`` / ``COLOURS``.
+
+    A patch belongs to a thing that covers a quarter of it (or that lies in it with a quarter of its own area).
+    """
+    side = IMAGE_SIZE // PATCH_SIZE
+    starts = np.arange(side) * PATCH_SIZE
+    category = np.zeros((side, side), np.int64)
+    colour = np.zeros((side, side), np.int64)
+    for thing in scene.things:
+        x, y = thing.corner
+        wide = np.clip(np.minimum(x + thing.size, starts + PATCH_SIZE) - np.maximum(x, starts), 0, None)
+        high = np.clip(np.minimum(y + thing.size, starts + PATCH_SIZE) - np.maximum(y, starts), 0, None)
+        covered = np.outer(high, wide) >= 0.25 * min(PATCH_SIZE**2, thing.size**2)
+        category[covered] = CATEGORIES.index(thing.category) + 1
+        colour[covered] = list(COLOURS).index(thing.colour) + 1
+    return category.ravel(), colour.ravel()

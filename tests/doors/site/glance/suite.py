@@ -1,5 +1,7 @@
+from collections.abc import Sequence
+
 from vlmattn.evals.stats import Metric
-from vlmattn.evals.suites import Sample, Suite, suite
+from vlmattn.evals.suites import Sample, Suite, World, suite
 
 
 @suite("glance", "a word about each scene; any answer is right")
@@ -9,7 +11,7 @@ class GlanceSuite(Suite):
     title, fields = "A glance", ("said", "asked")
     metrics = (Metric("answers", {"said": 1}, {"asked": 1}, "share of answers with a word"),)
 
-    def __init__(self, worlds):
+    def __init__(self, worlds: Sequence[World]):
         self.settings = {"scenes": [world.settings() for world in worlds]}
         self._samples = [
             Sample(f"{world.name}/{n}", str(n), world.name, ("all",), "Describe the image.",
