@@ -261,8 +261,7 @@ def film(seed: int = 2, image: bool = False) -> dict[str, Tensor]:
     return inputs
 
 
-@setting_matrix
-@pytest.mark.parametrize("image", [False, True], ids=["video", "video and image"])
+@rotated("image", [False, True], "name", SETTINGS)
 def test_videos_are_edited_like_images(image, name):
     inputs, options = film(image=image), dict(CACHES["recompute"])
     plain = generate(model_of("qwen2_5_vl"), inputs)
@@ -342,8 +341,7 @@ def test_half_precision(family, name):
 # --- what is generated is not prompt
 
 
-@pytest.mark.parametrize("token", [STOP, 10, 11], ids=["separator", "user marker", "answer marker"])
-@setting_matrix
+@rotated("token", [STOP, 10, 11], "name", SETTINGS)  # a separator, the user's marker, the answer's
 def test_generated_markers_mean_nothing(name, token):
     """A generated separator or marker of turns is text, with and without a cache."""
     inputs = dialogue("llava", images=2, seed=8)

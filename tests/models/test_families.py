@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import rotated
 from tiny import generate, shifted_queries
 from torch import Tensor
 from torch.nn.functional import pad
@@ -199,8 +200,13 @@ FORMULAS = {
 }
 
 
-@every
-@pytest.mark.parametrize("which", FORMULAS)
+SOME = ("pai", "sofa"), ("var", "knockout"), ("pai", "knockout"), ("var", "sofa")  # one on scores or masses, one mask
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [(name, which) for number, name in enumerate(BUILT) for which in (*SOME[number % len(SOME)], "bare")],
+)
 def test_edits_do_what_their_formulas_say(name, which):
     method = FORMULAS[which]
     model, prompt = (
@@ -235,8 +241,7 @@ def test_directions_are_as_long_as_queries(name, tmp_path):
 TOGETHER = [VHR(layers="0:"), SINKS, PAI(alpha=0.9, layers="0:")]
 
 
-@every
-@pytest.mark.parametrize("recipe", [TOGETHER, SoFA(sigma=0.3, layers="0:-1")], ids=["vhr+var+pai", "sofa"])
+@rotated("recipe", [TOGETHER, SoFA(sigma=0.3, layers="0:-1")], "name", BUILT)
 def test_cached_decoding_equals_recomputing_and_padding_is_invisible(name, recipe):
     model, given = wrapped(name, recipe, "opening" if isinstance(recipe, SoFA) else "edits"), prompts(name)
     alone = [answer(model, one.inputs) for one in given]
@@ -251,8 +256,7 @@ def test_cached_decoding_equals_recomputing_and_padding_is_invisible(name, recip
             same(batch[row], one[0])
 
 
-@every
-@pytest.mark.parametrize("recipe", [VCD(), [PAI(alpha=0.9, layers="0:"), VCD()]], ids=["vcd", "pai+vcd"])
+@rotated("recipe", [VCD(), [PAI(alpha=0.9, layers="0:"), VCD()]], "name", BUILT)
 def test_contrastive_decoding_equals_two_models(name, recipe):
     """Each token from two bare models that read everything so far: one sees noise."""
     edits = recipe[:1] if isinstance(recipe, list) else "none"

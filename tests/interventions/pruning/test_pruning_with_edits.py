@@ -17,6 +17,7 @@ import torch
 from methods import SETTINGS, dialogues, fitted, inputs_of
 from methods import Speech as Words
 from numerics import TINY_MODEL, bound
+from pairs import rotated
 from tiny import FAMILIES, IMAGE_TOKEN, build, generate, left_padded
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -108,8 +109,7 @@ def hiding(method: Pruning) -> Pruning:
     return replace(method, mode="mask")
 
 
-@pytest.mark.parametrize("name", EDITS)
-@family_matrix
+@rotated("family", FAMILIES, "name", EDITS)
 def test_an_edit_is_the_same_behind_dropped_tokens(family, name):
     """From layer 1 or 2 on, setting by setting."""
     fast, edit = FastV(layer=first_layer(family) + EDITS.index(name) % 2), fitted(SETTINGS[name], family)
