@@ -168,8 +168,7 @@ def _tell(layer: _Layer, context: LayerContext, plan: Plan) -> None:
 
 
 def _looks(method: Looker, plan: Plan, step: Step) -> bool:
-    """Whether a method wants to know what rows of this step look at: one that drops image tokens, of prompts that have
-    some."""
+    """Whether a method looks at this step; one that drops image tokens does at prompts that have some."""
     if step.is_prompt and method in plan.pruning:
         return any(images for images, _ in step.request.newest)
     return step.is_prompt or method.follows_attention
@@ -178,8 +177,7 @@ def _looks(method: Looker, plan: Plan, step: Step) -> bool:
 def _attend_beside(
     layer: _Layer, context: LayerContext, plan: Plan, streams: Sequence[SideStream]
 ) -> tuple[Tensor, Tensor | None, str, AttentionEdit]:
-    """Attention of a prompt that streams accompany, with its edit: they run before the head gains, which some methods
-    only know then."""
+    """Attention of a prompt that streams accompany; they run before the head gains, which some methods know then."""
     methods = plan.by_layer[context.layer]
     comparing = [stream.method for stream in streams if context.layer in stream.layers]
     edits = {method: method.edit(context) for method in methods if method not in comparing}
@@ -271,8 +269,7 @@ def base_label(name: str) -> str:
 
 
 def _in_window(step: Step, query: Tensor, keys: int) -> Step:
-    """The step in the slots of a layer that has fewer keys than there were tokens: a sliding window goes with the
-    last."""
+    """The step in the slots of a layer with a sliding window, which holds the last tokens only."""
     last = step.start if step.start is not None else step.slot
     if not isinstance(last, int):  # no window that could be reached
         return step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -15,9 +15,10 @@ from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions import Intervention
 from vlmattn.interventions.pruning import KVPolicy, Pruning
 from vlmattn.recipe import Recipe, method_name
-from vlmattn.request import Plan
+from vlmattn.request import Looker, Plan
 
 _M = TypeVar("_M", bound=Intervention)
+_P = TypeVar("_P", Pruning, KVPolicy)
 
 
 def bind(recipe: Recipe, anatomy: Anatomy) -> Plan:
@@ -148,7 +149,7 @@ class _Bound:
         return bool(looked_at) or any(m.edits_text for m in self.methods)
 
     def _extending(self) -> frozenset[int]:
-        """Layers whose observers also see generated tokens."""
+        """Layers whose ``on_hidden_states`` methods also see generated tokens."""
         pairs = zip(self.methods, self.active, strict=True)
         return frozenset().union(*(layers for m, layers in pairs if m.follows_hidden_states))
 
@@ -171,7 +172,7 @@ class _Bound:
         """For each layer the methods that have it among their layers."""
         return tuple(tuple(m for m, layers in pairs if layer in layers) for layer in range(self.anatomy.layers))
 
-    def _looking(self, layer: int) -> Iterable[Any]:
+    def _looking(self, layer: int) -> Iterator[Looker]:
         """Who else looks at the attention of a layer: methods that drop tokens, and what guides the decoding method."""
         yield from (pruner for pruner in self.pruners if layer in pruner.attention_layers(self.anatomy))
         if layer in self.looks:
@@ -214,14 +215,26 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
             f"'{method_name(recipe.pruning[0])}' and '{method_name(recipe.decoding)}' conflict: the decoding rule"
             " needs all image tokens in every layer; use one of them"
         )
-    found: list[Pruning | None] = [None] * anatomy.layers
-    for method in (method.bind(anatomy) for method in recipe.pruning):
-        for layer in method.stages(anatomy):
+    methods = [method.bind(anatomy) for method in recipe.pruning]
+    return _one_each(
+        anatomy,
+        [(method, method.stages(anatomy)) for method in methods],
+        "choose tokens before layer {}; use one of them",
+    )
+
+
+def _one_each(anatomy: Anatomy, places: Iterable[tuple[_P, Iterable[int]]], what: str) -> tuple[_P | None, ...]:
+    """For each layer the one method that has its place there.
+
+    Raises:
+        OptionError: two do; ``what`` they do there, and the remedy.
+    """
+    found: list[_P | None] = [None] * anatomy.layers
+    for method, layers in places:
+        for layer in layers:
             if (other := found[layer]) is not None:
-                raise OptionError(
-                    f"'{other.info.name}' and '{method.info.name}' conflict: both choose tokens before layer {layer};"
-                    " use one of them"
-                )
+                names = f"'{other.info.name}' and '{method.info.name}'"
+                raise OptionError(f"{names} conflict: both {what.format(layer)}")
             found[layer] = method
     return tuple(found)
 
@@ -237,16 +250,13 @@ def _evicting(policies: Iterable[KVPolicy], anatomy: Anatomy) -> tuple[KVPolicy 
     Raises:
         OptionError: two policies evict in the same layer.
     """
-    found: list[KVPolicy | None] = [None] * anatomy.layers
-    for policy in (policy for policy in policies if policy.implements("evict") or policy.implements("split")):
-        for layer in policy.active_layers(anatomy):
-            if (other := found[layer]) is not None:
-                raise OptionError(
-                    f"'{other.info.name}' and '{policy.info.name}' conflict: both evict in layer {layer}; use one of"
-                    " them, or layer ranges that do not meet"
-                )
-            found[layer] = policy
-    return tuple(found) if any(found) else ()
+    takers = [policy for policy in policies if policy.implements("evict") or policy.implements("split")]
+    found = _one_each(
+        anatomy,
+        [(policy, policy.active_layers(anatomy)) for policy in takers],
+        "evict in layer {}; use one of them, or layer ranges that do not meet",
+    )
+    return found if any(found) else ()
 
 
 def _rule(recipe: Recipe, anatomy: Anatomy) -> ContrastiveDecoding | None:

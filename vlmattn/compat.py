@@ -41,21 +41,18 @@ def cache_name() -> str:
 
 
 def _names() -> tuple[str, ...]:
-    """Names that a cache may come under, the version's own first. Before 5.24 ``cache`` was that of continuous batching
-    alone."""
+    """Names of a cache, the version's own first; before 5.24 ``cache`` was that of continuous batching alone."""
     return _NAMES if cache_name() == _NAMES[0] else _NAMES[1:]
 
 
 def cache_of(inputs: Mapping[str, Any]) -> Any:
-    """The key-value cache among the arguments of a model, a decoder or a layer; None without one, or in continuous
-    batching."""
+    """The cache among the arguments of a model, a decoder or a layer; None without one, or in continuous batching."""
     found = next((inputs[name] for name in _names() if inputs.get(name) is not None), None)
     return None if _is_paged(found) else found
 
 
 def with_cache(inputs: Mapping[str, Any], cache: Any, module: nn.Module | None = None) -> dict[str, Any]:
-    """The arguments with another cache (None: an empty place for one), under the name they had or that ``module``
-    takes."""
+    """The arguments with another cache (or None), under the name they had or that ``module`` takes."""
     given = next((name for name in _names() if name in inputs), None) or _name_of(module)
     return {**{name: value for name, value in inputs.items() if name not in _names()}, given: cache}
 
@@ -159,8 +156,7 @@ def rings(cache: Any, window: int) -> bool:
 
 
 def encoded_images(inputs: Mapping[str, Any]) -> list[Any]:
-    """Features of images and of videos, where generate() encoded them before the first forward; None in a place
-    without."""
+    """Features of images and of videos where generate() encoded them before the first forward, else None for each."""
     encoded = inputs.get("mm_encoder_outputs") or {}
     return [getattr(encoded.get(kind), "pooler_output", None) for kind in ("image", "video")]
 

@@ -33,8 +33,7 @@ def one_line(text: str, most: int = _MESSAGE) -> str:
 
 
 def quoted(value: Any, most: int = _QUOTED) -> str:
-    """A value of a user in a message, as ``repr`` shows it, but on one line of at most ``most`` letters however large
-    it is."""
+    """A value of a user in a message: its ``repr`` on one line of at most ``most`` letters."""
     return one_line(_REPR.repr(value), most)
 
 
@@ -55,8 +54,7 @@ _REPR = _Repr()
 
 
 class VlmattnError(Exception):
-    """Base class of all errors raised on purpose. The message is kept on one line of bounded length, whatever it
-    quotes."""
+    """Base class of all errors raised on purpose; the message is one line of bounded length, whatever it quotes."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))

@@ -76,8 +76,7 @@ def file_errors(doing: str, path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
-    """As ``file_errors``, for libraries that open a file by its name: a pipe or a device, which would hang them, is an
-    error.
+    """As ``file_errors``, for libraries that open files by name: a pipe or a device, on which they hang, is an error.
 
     Args:
         what: the file in words, for errors ("the directions").
@@ -108,8 +107,7 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name to write a file or a folder under; it gets its own name at the end, and nothing is left if anything goes
-    wrong.
+    """A name to write a file or folder under, which gets its own name at the end; on an error nothing is left.
 
     Raises:
         FileError: the disk is full, the place cannot be written, and whatever else the system says.

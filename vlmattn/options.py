@@ -69,8 +69,7 @@ class Options:
             raise OptionError(f"{self.info.name}.{spec.name} must be {wrong}")
 
     def at(self, share: float) -> Options:
-        """This method with a budget: the share of the image tokens that it keeps (in its first stage, if there are
-        several).
+        """This method with a budget: the share of the image tokens that it keeps, in its first stage.
 
         Raises:
             OptionError: the method has no such budget.
@@ -127,9 +126,8 @@ def parse_layers(spec: str, count: int, name: str) -> tuple[int, ...]:
     """Layer indices of a range in a decoder of ``count`` layers.
 
     ``"2:-1"``, ``"1,-14:"`` and ``"0:-1:2"`` are Python slices (clipped) and indices. A fraction is a share of the
-    depth,
-    rounded down: ``"9/32:15/32"`` is 9:15 in 32 layers and 2:3 in 8; ``"1/2+2"`` adds two layers. ``name`` is the
-    option's, for errors.
+    depth, rounded down: ``"9/32:15/32"`` is 9:15 in 32 layers and 2:3 in 8; ``"1/2+2"`` adds two layers. ``name`` is
+    the option's, for errors.
     """
     found: set[int] = set()
     for part in spec.split(","):
@@ -168,8 +166,7 @@ def _layer_number(text: str, count: int) -> int | None:
 
 
 def parse_heads(spec: str, name: str, what: str = "layer.head") -> tuple[tuple[int, int], ...]:
-    """``"12.3,14.7"`` as (layer, head) pairs; none for no text. ``name`` is the option's, ``what`` the form, for
-    errors."""
+    """``"12.3,14.7"`` as (layer, head) pairs; for errors ``name`` is the option's, ``what`` the form."""
     if spec and not re.fullmatch(r"\s*\d{1,9}\.\d{1,9}\s*(,\s*\d{1,9}\.\d{1,9}\s*)*", spec):
         raise OptionError(f"{name} must look like '12.3,14.7' ({what}), got {quoted(spec)}")
     return tuple(

@@ -29,8 +29,7 @@ class Html(str):
 
 
 def filled(template: str, parts: Mapping[str, Any]) -> str:
-    """A template with ``{{name}}`` replaced by the part of that name, in one pass: what a part holds is never a place
-    itself.
+    """A template with each ``{{name}}`` replaced by its part, in one pass: what a part holds is never a place itself.
 
     Args:
         parts: ``Html`` enters as it is, any other string as text, everything else as JSON for a ``<script>`` element.
@@ -110,8 +109,7 @@ def heated(picture: Any, maps: Sequence[tuple[tuple[float, float, float, float],
 
 
 def shown(boxes: Sequence[tuple[float, float, float, float]], cells: Sequence[int]) -> list[int]:
-    """Which views of a picture are drawn over it, by number: those of its parts; if there are none, the finest of the
-    whole.
+    """Which views are drawn over a picture, by number: those of its parts, else the finest of the whole.
 
     Args:
         boxes: of the views (left, top, right, bottom in shares of the picture). cells: how many each has.

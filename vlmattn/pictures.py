@@ -57,8 +57,7 @@ def decode_picture(content: bytes) -> Image.Image:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """A picture of Pillow as ``open_picture`` gives it: turned by its EXIF orientation, in RGB, with no orientation
-    left to apply.
+    """A Pillow picture as ``open_picture`` gives it: turned by its EXIF orientation once and for all, in RGB.
 
     Raises:
         InputError: it is damaged, too large, or has values without a known white.
@@ -132,8 +131,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """What Pillow raises at a damaged or hostile file (its plugins raise nearly every kind of exception) as one
-    line."""
+    """What Pillow raises at a damaged or hostile file, nearly every kind of exception, as one line."""
     try:
         yield
     except VlmattnError:

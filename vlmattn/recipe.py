@@ -222,8 +222,7 @@ class Recipe:
         return replace(self, interventions=tuple(placed))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``vlmattn_config.json`` into a model folder, where ``wrap(model)`` finds it again, and the files it
-        names."""
+        """Write ``vlmattn_config.json`` and the files it names into a model folder, for ``wrap(model)`` to find."""
         self.to_dict()  # what cannot be written is an error before anything is
         target = make_folder(folder) / FILE_NAME
         moved = []

@@ -127,8 +127,7 @@ def _entries() -> list[tuple[str, str]]:
 
 
 def origin(cls: type[Options]) -> dict[str, str]:
-    """Where a method comes from that is not the library's own: its ``module``, and the ``package`` if one is
-    installed."""
+    """Where a method of somebody else comes from: ``module``, and ``package`` if one is installed."""
     module, *_ = cls.__module__.split(".")
     if module == "vlmattn":
         return {}

@@ -53,8 +53,7 @@ def read_bytes(path: str | os.PathLike[str], most: int = MOST, what: str = "") -
 
 
 def read_text(path: str | os.PathLike[str], most: int = MOST, what: str = "") -> str:
-    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 or UTF-32 with one; arguments as of
-    ``read_bytes``.
+    """A text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; arguments as of ``read_bytes``.
 
     Raises:
         InputError: it cannot be read, or is not text.

@@ -141,8 +141,7 @@ def multi_image_turns(scenes: list[Scene], rng: np.random.Generator, questions: 
 
 
 def written(sentence: str) -> str:
-    """A sentence of the word tokenizer's language as people write it: ``"is there a cup ?"`` -> ``"Is there a
-    cup?"``."""
+    """A sentence of the word tokenizer as people write it: ``"is there a cup ?"`` -> ``"Is there a cup?"``."""
     for mark in ".,?!":
         sentence = sentence.replace(f" {mark}", mark)
     return sentence[:1].upper() + sentence[1:]

@@ -46,8 +46,7 @@ class Row:
 
 
 def pack(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows as one batch: ids, position, target, weight ``[rows, tokens]`` and an additive mask ``[rows, 1, tokens,
-    tokens]``."""
+    """Rows as a batch: ids, position, target, weight ``[rows, tokens]``, float mask ``[rows, 1, tokens, tokens]``."""
     length = max(len(row.ids) for row in rows)
 
     def padded(name: str, fill: float, dtype: torch.dtype) -> Tensor:

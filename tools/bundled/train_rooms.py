@@ -97,8 +97,7 @@ def losses(network: MultiViewNetwork, images: Tensor, local: Tensor, poses: Tens
 
 
 def in_mean_camera(poses: Tensor, views: int) -> Tensor:
-    """Poses in the frame of the mean camera of the map views: their mean rotation (chordal) and the mean of their
-    centres.
+    """Poses in the frame of the map views' mean camera: mean rotation (chordal) and mean of the centres.
 
     The world that the network learns to speak of. It could choose its own, but then it drifts, and training with it.
     """
@@ -111,8 +110,7 @@ def in_mean_camera(poses: Tensor, views: int) -> Tensor:
 
 
 def _off(world: Tensor, local: Tensor, precision: Tensor, poses: Tensor) -> Tensor:
-    """How far the motion from ``local`` to ``world`` is from the true pose, ``[rooms, views]``: distance + sine of the
-    turn.
+    """Error ``[rooms, views]`` of the motion from ``local`` to ``world``: distance + sine of the turn.
 
     Told by sums and torques at the true pose. The motion itself has no gradient to learn from: where two of its
     singular values meet it is without bounds.
@@ -141,8 +139,7 @@ class Watch(TorchFunctionMode):
 
 
 def matching(network: MultiViewNetwork, calls: list[tuple[Tensor, Tensor]], world: Tensor, seen: Tensor) -> Tensor:
-    """How far the guided heads are from looking at the patches of other views that show the same place
-    (cross-entropy)."""
+    """Cross-entropy of the guided heads' attention and the patches of other views that show the same place."""
     _, total, patches, _ = world.shape
     place = world.flatten(1, 2)
     view = torch.arange(total).repeat_interleave(patches)
@@ -181,8 +178,7 @@ def angle(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validate(network: MultiViewNetwork, rooms_count: int = 24, views: int = 8, queries: int = 4) -> dict[str, float]:
-    """Held-out rooms: median errors of queries against each map view; the same with the map of another room; and
-    identity."""
+    """Held-out rooms: median errors of queries against each map view, with another room's map, and of identity."""
     draw = generator(SEED, 10**9)
     rooms = make_rooms(rooms_count, draw)
     poses = random_poses(rooms, views + queries, draw)

@@ -49,8 +49,7 @@ _EMBEDDING_NORM = 8.0  # of the size of a projected patch: smaller rows are drow
 
 
 def build_model() -> LlavaForConditionalGeneration:
-    """LLaVA-1.5 in small: a CLIP tower (last-but-one layer, without its CLS token), two-layer projector, Llama
-    decoder."""
+    """LLaVA-1.5 in small: CLIP tower (last-but-one layer, no CLS token), two-layer projector, Llama decoder."""
     tokenizer = build_tokenizer()
     text = LlamaConfig(
         vocab_size=len(tokenizer),

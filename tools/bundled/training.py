@@ -1,5 +1,4 @@
-"""How bundled models are trained: stages of so many steps, each batch a function of its number, resumed from
-checkpoints."""
+"""How bundled models are trained: stages of steps, a batch for each number, resumed from checkpoints."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Accuracy against kept image tokens: a section of a results page and its picture, from the summary of ``vlmattn
-eval``.
+"""Accuracy against kept image tokens: a section of a results page and its picture, from ``vlmattn eval``.
 
     vlmattn eval --out runs/tokens --suite pope,chair,which --presets fastv@0.5,fastv@0.25,visionzip@0.5,visionzip@0.25
-    python -m tools.results.curve --run runs/tokens --page docs/results/embedded.md --picture
-    docs/results/tokens-embedded.svg
+    python -m tools.results.curve --run runs/tokens --page docs/results/embedded.md --picture docs/results/tokens-embedded.svg
 
 The section is appended to the page, or takes the place of the one that is there.
 """

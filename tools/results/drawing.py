@@ -17,8 +17,7 @@ _SIGN = {"higher": 1, "lower": -1}
 
 
 def forest(summary: Mapping[str, Any]) -> str:
-    """The headline differences to ``none`` with their intervals: one line a preset, one panel a suite and condition, as
-    SVG.
+    """Headline differences to ``none`` with intervals as SVG: a line per preset, a panel per suite and condition.
 
     To the right is better in every panel. A panel ends where most presets are; arrows stand for those beyond.
     """

@@ -84,8 +84,7 @@ def eval_command(
 
       [bold]vlmattn eval --out runs/x --presets none,var,vhr,pai[/bold]
 
-      [bold]vlmattn eval --out runs/y --suite pope --model llava-hf/llava-1.5-7b-hf --data pope=coco_pope_random.json
-      --images val2014[/bold]
+      [bold]vlmattn eval --out runs/y --suite pope --model smol --data pope=coco_pope.json --images val2014[/bold]
 
       [bold]vlmattn eval --out runs/z --model llava-hf/llava-1.5-7b-hf --suite mme --data mme=MME_Benchmark[/bold]
     """

@@ -42,8 +42,7 @@ def inspect(
 
     Examples:
 
-      [bold]vlmattn inspect embedded --scene 5 --prompt "Is there a fork in the image?" --preset vhr --html
-      out.html[/bold]
+      [bold]vlmattn inspect embedded --scene 5 --prompt "Is there a fork?" --preset vhr --html out.html[/bold]
 
       [bold]vlmattn inspect llava-hf/llava-1.5-7b-hf --image photo.jpg --preset var --html out.html --png figures[/bold]
     """

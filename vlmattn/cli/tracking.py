@@ -94,8 +94,7 @@ def track(
 
       [bold]vlmattn track --frames walk/ --out walk.txt --viz walk.html[/bold]
 
-      [bold]vlmattn track --frames walk.mp4 --out walk.txt --model yyfz233/Pi3 --network pi3.models.pi3:Pi3 --rule
-      pose[/bold]
+      [bold]vlmattn track --frames walk.mp4 --out walk.txt --model yyfz233/Pi3 --network pi3.models.pi3:Pi3[/bold]
     """
     if demo == (frames is not None):
         raise OptionError("give --frames with a folder or video, or --demo" + (", not both" if demo else ""))
@@ -254,8 +253,7 @@ def _progress(total: int, what: str) -> Any:
 
 
 def _against(tracker: Tracker, real: Trajectory) -> tuple[str, Any]:
-    """Errors against the truth as HTML, and the true poses if every frame has one. What cannot be compared is a
-    note."""
+    """Errors against the truth as HTML or a note why there are none, and the true poses if every frame has one."""
     from vlmattn.tracking.controls import score
     from vlmattn.tracking.metrics import associate
 

@@ -26,8 +26,7 @@ from vlmattn.registry import register
 )
 @dataclass(frozen=True, kw_only=True)
 class AvisC(Decoding):
-    """Subtract what the image tokens say that draw attention everywhere:  s = (1 + alpha) l - alpha l',  p >= beta max
-    p.
+    """Subtract what blind tokens say:  s = (1 + alpha) l - alpha l',  kept where p >= beta max p.
 
     Blind tokens: image tokens whose attention, from the row before the first new token, is at least mean +
     ``deviations`` std, as a mean over the layers that hold ``mass`` of all attention on the image. l' comes from the

@@ -16,8 +16,7 @@ from vlmattn.registry import register
 
 @dataclass(frozen=True)
 class SurestLayer:
-    """s = l + alpha p_j(v) l_j  for the early layer j and the candidate v with the largest p_j(v); other tokens are
-    dropped."""
+    """Add an early layer:  s = l + alpha p_j(v) l_j  for the layer j and the candidate v with the largest p_j(v)."""
 
     alpha: float
     top_p: float
@@ -52,8 +51,8 @@ class SurestLayer:
 class DeCo(Decoding):
     """Add what the surest of the later middle layers says:
 
-        C = top-p and top-k of the last layer,   (j, v) = argmax_{j in layers, v in C} p_j(v),   s = l + alpha p_j(v)
-        l_j on C
+        C = top-p and top-k of the last layer,   (j, v) = argmax_{j in layers, v in C} p_j(v)
+        s = l + alpha p_j(v) l_j   on C
 
     Layer i means the residual stream that enters layer i, through the final norm and the head; the paper's layer l is
     ``i = l``. Tokens outside C are dropped.

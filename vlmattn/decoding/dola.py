@@ -20,8 +20,7 @@ _HALF = 20  # layers of a half in the released commands for 60 and 80 layers
 
 @dataclass(frozen=True)
 class FarthestLayer:
-    """s = lp - lp_j  for the early layer j that is farthest from the last one:  argmax_j KL(m|p) + KL(m|p_j),  m = (p +
-    p_j) / 2.
+    """Subtract the early layer j farthest from the last:  s = lp - lp_j,  max_j KL(m|p) + KL(m|p_j),  m = (p + p_j)/2.
 
     The divergences run from the middle, as in the released code.
     """

@@ -24,8 +24,7 @@ CONFUSED = "You are a confused objects detector to provide a fuzzy overview or i
 )
 @dataclass(frozen=True, kw_only=True)
 class ICD(Decoding):
-    """Subtract what the model would say under a confusing instruction:  s = (1 + alpha) l - alpha l',  kept where p >=
-    beta max p.
+    """Subtract what a confusing instruction brings:  s = (1 + alpha) l - alpha l',  kept where p >= beta max p.
 
     l' comes from the same image and question under another system message, written with the model's chat template
     (``wrap(model, "icd", processor=...)``); where a template has no system message it goes before the user's turn.

@@ -22,8 +22,7 @@ Weight = float | Callable[[Tensor], Tensor]
 
 
 def plausible(main: Tensor, beta: float) -> Tensor:
-    """Adaptive plausibility: keep v where p(v) >= beta max p, that is l[v] >= log(beta) + max l. bool, in ``main``'s
-    shape.
+    """Adaptive plausibility, bool as ``main``: keep v where p(v) >= beta max p, so l[v] >= log(beta) + max l.
 
     ``beta`` 0 keeps everything; the most likely token always stays.
     """

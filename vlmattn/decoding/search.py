@@ -87,8 +87,7 @@ class LastLook:
 
 @dataclass(frozen=True, eq=False)
 class Trail:
-    """The choices that a row came from: log-probabilities ``scores`` of the choices ``tokens``, both ``[choices]``,
-    token by token."""
+    """Choices that a row came from, token by token: ``tokens`` and log-probabilities ``scores``, ``[choices]``."""
 
     before: Trail | None
     scores: Tensor
@@ -109,8 +108,7 @@ class Hypothesis:
     trail: Trail | None = None
 
     def scores(self, vocabulary: int) -> Tensor:
-        """Log-probabilities of all tokens, float32 ``[generated tokens, vocabulary]``, -inf for those that could not be
-        chosen."""
+        """Log-probabilities ``[generated tokens, vocabulary]``, float32, -inf where a token could not be chosen."""
         found, at = self.tokens.new_full((len(self.tokens), vocabulary), -torch.inf, dtype=torch.float32), self.trail
         for row in range(len(found) - 1, -1, -1):
             assert at is not None

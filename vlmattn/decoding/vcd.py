@@ -26,8 +26,7 @@ from vlmattn.registry import register
 )
 @dataclass(frozen=True, kw_only=True)
 class VCD(Decoding):
-    """Subtract what the model would say about a noised image:  s = (1 + alpha) l - alpha l',  kept where p >= beta max
-    p.
+    """Subtract what a noised image brings:  s = (1 + alpha) l - alpha l',  kept where p >= beta max p.
 
     l' comes from the same prompt with diffusion noise on the preprocessed pixels (``Noise``). The noise of a row
     depends on ``seed`` only, not on the batch. The released code works with sampling alone; here greedy search and

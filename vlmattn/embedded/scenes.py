@@ -229,8 +229,7 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
 def make_scene(
     seed: int, index: int, visibility: str | None = "clear", prior_broken: float = 0.0, count: int | None = None
 ) -> tuple[Scene, NDArray[np.uint8]]:
-    """Scene ``index`` of the stream ``seed`` and its picture; ``prior_broken`` is the share (0..1) that breaks the
-    prior."""
+    """Scene ``index`` of the stream ``seed`` and its picture; ``prior_broken`` (0..1) of them break the prior."""
     rng = np.random.default_rng([seed, index])
     scene = sample_scene(rng, visibility, prior_broken=bool(rng.random() < prior_broken), count=count)
     return scene, render(scene, rng)

@@ -82,17 +82,17 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=lambda odd: type(odd).__qualname__)
 
 
-def files_of(recipe: Recipe, sizes: Any) -> dict[str, str]:
+def files_of(recipe: Recipe, anatomy: Any) -> dict[str, str]:
     """Hashes by path of the profiles and directions that a recipe names or finds beside the model.
 
     Args:
-        sizes: of the model, ``model.vlmattn.anatomy``.
+        anatomy: of the model, ``wrapping.record_of(model).anatomy``.
     """
     found: dict[str, str] = {}
     for method in recipe.interventions:
         if not method.files:
             continue
-        bound = method.bind(sizes)
+        bound = method.bind(anatomy)
         for option, usual in method.files.items():
             if path := getattr(bound, option):
                 file = Path(path) / usual if Path(path).is_dir() else Path(path)

@@ -21,10 +21,9 @@ except ImportError:  # Windows
 _locks: ModuleType | None = _fcntl
 
 # The lock is flock's, which ends with the process however it ends; what the file says is for people. On a network file
-# system
-# flock may hold between hosts (NFS), only within one (Lustre mounted with localflock), or not at all. So a lock that
-# was left behind by
-# another host is never taken over by itself, and where there is no flock the process that the file names is looked for.
+# system flock may hold between hosts (NFS), only within one (Lustre mounted with localflock), or not at all. So a lock
+# that was left behind by another host is never taken over by itself, and where there is no flock the process that the
+# file names is looked for.
 
 
 class Lock:

@@ -43,8 +43,7 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
 
 
 def last_row(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-    """Attention of the last row of one prompt on its keys ``[keys]``, by the bare model: a mean over layers and heads;
-    on the cpu."""
+    """The bare model's attention ``[keys]`` of a prompt's last row, mean over layers and heads, on the cpu."""
 
     def mean(context: LayerContext, weights: Weights) -> Tensor:
         return weights(context.queries - 1, context.queries)[0, :, 0].mean(0).float().cpu()

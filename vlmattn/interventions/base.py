@@ -62,7 +62,7 @@ class LookingMethod(Options):
         """While the prompt is read: unedited attention of one of the ``attention_layers``."""
 
     @optional
-    def on_image_features(self, sight: ImageFeatures) -> None:
+    def on_image_features(self, features: ImageFeatures) -> None:
         """Once the images of new prompt tokens are encoded, before the decoder."""
 
 

@@ -52,15 +52,15 @@ class PAINT(Intervention):
         check_tower("paint", anatomy)
         return (0, anatomy.tower_layers - 2)
 
-    def on_image_features(self, sight: ImageFeatures) -> None:
-        first, late = min(sight.patches), max(sight.patches)
+    def on_image_features(self, features: ImageFeatures) -> None:
+        first, late = min(features.patches), max(features.patches)
         lifts = []
-        for local, summary in zip(sight.patches[first], sight.patches[late], strict=True):
+        for local, summary in zip(features.patches[first], features.patches[late], strict=True):
             is_local, is_summary = self.select(local.sum(0), summary.sum(0))
             lifts.append(self.alpha * is_local.float() + self.beta * is_summary.float())
-        lift = sight.place(lifts)
-        sight.request.ledger.add(("fired", "paint"), (lift > 0).sum())
-        sight.request.store(self).by_slot("lift", 0, torch.float32).write(sight.start, lift)
+        lift = features.place(lifts)
+        features.request.ledger.add(("fired", "paint"), (lift > 0).sum())
+        features.request.store(self).by_slot("lift", 0, torch.float32).write(features.start, lift)
 
     def select(self, local: Tensor, summary: Tensor) -> tuple[Tensor, Tensor]:
         """LOC and SUM, bool ``[tokens]``, from the CLS attention of the first and the last but one layer."""

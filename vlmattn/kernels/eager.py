@@ -13,8 +13,7 @@ from vlmattn.kernels.visibility import Mask, additive, hide
 
 
 def attention(problem: Problem, start: int, stop: int) -> Tensor:
-    """Edited attention ``[batch, heads, stop - start, dim]`` of some query rows (head gains not applied); softmax and
-    masses in float32."""
+    """Edited attention ``[batch, heads, stop - start, dim]`` of query rows, without head gains; softmax in float32."""
     value = problem.value
     batch, kv_heads, keys, dim = value.shape
     attended = weights(problem, start, stop)
@@ -48,8 +47,7 @@ def reading(problem: Problem) -> Tensor:
 
 
 def weights(problem: Problem, start: int, stop: int) -> Tensor:
-    """Attention weights, float32 ``[batch, heads, stop - start, key]``, of the query rows ``start:stop``; head gains
-    are not in them, and values are not read."""
+    """Weights, float32 ``[batch, heads, stop - start, key]``, of query rows; head gains have no part in them."""
     query, edit = problem.query, problem.edit
     if (start, stop) != (0, problem.rows):
         query, edit = query[:, :, start:stop], edit.slice_rows(start, stop)

@@ -32,8 +32,7 @@ Relation = Literal["any", "same", "different"]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Query rows that a part applies to: ``mask`` bool ``[batch, query]``; no row before ``first`` (known on the host)
-    is set."""
+    """Query rows that a part applies to, ``mask`` bool ``[batch, query]``; none before ``first``, as the host knows."""
 
     mask: Tensor
     first: int = 0

@@ -40,8 +40,7 @@ class SplitStates:
         return torch.cat([self.full_heads, self.near_heads]).argsort()
 
     def near_mask(self, queries: int, like: Tensor, additive: bool) -> Tensor | None:
-        """``[batch, 1, query, place]`` for the newest ``queries`` rows, which see each other causally; None =
-        everything is seen."""
+        """Mask ``[batch, 1, query, place]`` of the newest ``queries`` rows, causal among them; None = all is seen."""
         if queries == 1 and self.valid is None and self.count is None:
             return None
         batch, _, places, _ = self.near.shape

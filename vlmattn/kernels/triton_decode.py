@@ -236,8 +236,7 @@ class _Scores:
 
 
 def _mask_of_rows(see: Visibility, edit: AttentionEdit) -> tuple[Tensor | None, None]:
-    """Mask of several query rows: padding and kept slots ``[batch, 1, key]``, or every row's
-    ``[batch, query, key]``."""
+    """Mask of several query rows: padding and kept slots ``[batch, 1, key]``, or by row ``[batch, query, key]``."""
     if see.mask is not None and not _is_causal(see, 2):
         mask = _readable(see.mask[:, 0])
         return (mask[:, :1] if mask.stride(1) == 0 else mask), None  # one mask for all rows: a camera against its map
@@ -275,8 +274,7 @@ def _one_row_mask(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _gains(part: GainPart, lse: Tensor, sinks: Tensor | None, tokens: int, weighted: bool) -> Tensor:
-    """Gains ``[batch, heads, query, virtual]`` of a plan that looks at all heads, from the splits' log-sum-exp (base
-    2)."""
+    """Gains ``[batch, heads, query, virtual]`` of a plan for all heads, from log-sum-exps (base 2) of the splits."""
     (batch, kv_heads), groups = lse.shape[:2], part.plan.groups
     virtual = groups * (1 + weighted)
     merged = (lse * math.log(2)).logsumexp(2).view(batch, kv_heads, tokens, -1, virtual)
@@ -293,8 +291,7 @@ def _gains(part: GainPart, lse: Tensor, sinks: Tensor | None, tokens: int, weigh
 
 @functools.lru_cache(maxsize=256)
 def _plan_table(plan: GainPlan, width: int, device: torch.device) -> Tensor:
-    """float32 ``[3 + gates, width + 1]``: taken, given, scale, then each gate's weights with its bound in the last
-    column."""
+    """float32 ``[3 + gates, width + 1]``: taken, given, scale, and each gate's weights with its bound behind."""
     lines = [(plan.taken, 0.0), (plan.given, 0.0), (plan.scale or (1.0,) * plan.groups, 0.0)]
     lines += [(gate.weights, gate.bound) for gate in plan.gates]
     padding = (0.0,) * (width - plan.groups)

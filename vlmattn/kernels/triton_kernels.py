@@ -16,8 +16,7 @@ def _table(POINTER, b, stride_b, slot, live, other):
 
 @triton.jit
 def _table_of_heads(POINTER, b, stride_b, head, stride_h, slot, live, other, SHARED: tl.constexpr):
-    """Values of a table ``[batch, heads, key]``: ``[1, BLOCK_N]`` if the heads share them, else
-    ``[BLOCK_M, BLOCK_N]``."""
+    """Values of a table ``[batch, heads, key]``: ``[1, BLOCK_N]`` if heads share them, else ``[BLOCK_M, BLOCK_N]``."""
     if SHARED:
         found = tl.load(POINTER + b * stride_b + slot, mask=live, other=other)[None, :]
     else:

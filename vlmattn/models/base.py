@@ -43,10 +43,8 @@ class Family:
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
     #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided
-    #: by
-    #: attention, "dropping" for branches without the image, "rotating" for those with another rotary base, or "turns"
-    #: for
-    #: methods that must know the user's) that the family cannot have, and why.
+    #: by attention, "dropping" for branches without the image, "rotating" for those with another rotary base, or
+    #: "turns" for methods that must know the user's) that the family cannot have, and why.
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""
@@ -110,8 +108,7 @@ class Family:
         return types
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        """Tokens of each image of a forward call, in (row, token) order; None: unbroken runs of image tokens are
-        images."""
+        """Tokens of each image of a call, in (row, token) order; None: unbroken runs of image tokens are images."""
         return even_lengths(model, inputs) if self.even else None
 
     def image_numbers(
@@ -149,8 +146,7 @@ class Family:
         tokens: int,
         marker_ids: Mapping[str, int] | None = None,
     ) -> tuple[Piece, ...]:
-        """Where the tokens of an image lie in the picture: tiles, and views of the whole picture, whose box is
-        ``WHOLE``.
+        """Where an image's tokens lie in the picture: tiles, and views of the whole, whose box is ``WHOLE``.
 
         A box speaks of the picture as the processor showed it to the tower, so of what is left of a cropped one, and of
         a padded one with its padding; padding that the inputs tell of is taken off. Tokens that show no place (a CLS
@@ -168,8 +164,7 @@ class Family:
         return self.layout(model, inputs, image, slots) if len(slots) == tokens else ()
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]`` on the CPU; see
-        ``image_layout``."""
+        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]``, cpu (``image_layout``)."""
         return square(len(slots)) if self.square else ()
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -214,8 +209,7 @@ class Family:
     def tiles(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], tokens: int, count: int
     ) -> list[tuple[int, int]]:
-        """(tokens, rows) of each of the ``count`` rows of pixels, which have ``tokens`` image tokens: they are tiles,
-        all alike."""
+        """(tokens, rows) of each of ``count`` rows of pixels with ``tokens`` image tokens: tiles, all alike."""
         return [(tokens // count if count else 0, 1)] * count
 
     def image_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
@@ -269,8 +263,7 @@ class Family:
         return self.decoder(model).norm  # type: ignore[return-value]
 
     def tower(self, model: PreTrainedModel) -> nn.Module | None:
-        """The vision tower, where each image token of the prompt is one of its tokens (or a few); None = it is not
-        looked at."""
+        """The vision tower, if each image token is one of its tokens (or a few); None = it is not looked at."""
         return None
 
     def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:

@@ -1,5 +1,4 @@
-"""Emu3: images are tokens of a codebook, as many as the size of the image wants, with a token at the end of each
-row."""
+"""Emu3: images are tokens of a codebook, as many as their size wants, with one more at the end of each row."""
 
 from __future__ import annotations
 

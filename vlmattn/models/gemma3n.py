@@ -1,5 +1,4 @@
-"""Gemma 3n: four residual streams side by side, of which one is read; the last layers reuse keys and values of
-others."""
+"""Gemma 3n: four residual streams, of which one is read; the last layers reuse keys and values of others."""
 
 from __future__ import annotations
 

@@ -15,8 +15,7 @@ _HINT = "add one with vlmattn.register_family (docs/extend/family.md)"
 
 
 class Generic(Family):
-    """A decoder-only model whose decoder and image tokens transformers names; ``wrap`` checks that its attention is
-    reached.
+    """A decoder-only model whose parts transformers names; ``wrap`` checks that its attention is reached.
 
     Only attention edits: what pruning, masks and branches need to know is different in every family.
     """

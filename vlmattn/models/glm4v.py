@@ -14,8 +14,7 @@ from vlmattn.models.registry import register_family
 
 @register_family
 class Glm4v(Qwen25VL):
-    """Frames of a video have timestamps between them and count as images. The tower ends in a convolution and is not
-    looked at."""
+    """Frames of a video have timestamps between them and count as images; the tower is not looked at (convolution)."""
 
     model_types: ClassVar[Mapping[str, str]] = {
         "glm4v": "zai-org/GLM-4.1V-9B-Thinking",

@@ -1,5 +1,4 @@
-"""Idefics3, SmolVLM and SmolVLM2: an image is tiles, <row_1_col_1> and so on, and then the whole image in small behind
-<global-img>."""
+"""Idefics3, SmolVLM, SmolVLM2: an image is tiles (<row_1_col_1> ...), then the whole behind <global-img>."""
 
 from __future__ import annotations
 

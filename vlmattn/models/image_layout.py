@@ -42,8 +42,7 @@ class Piece:
 
 
 def whole(tokens: int, rows: int, columns: int, first: int = 0, behind: int = 0) -> tuple[Piece, ...]:
-    """A view of the whole picture by the tokens from ``first`` on, row by row; () if they are not as many as that
-    takes.
+    """A view of the whole picture, row by row from token ``first`` on; () if there are not as many as that takes.
 
     Args:
         tokens: of the image, in all; behind: tokens at the end of each row that show no place.
@@ -70,8 +69,7 @@ def tiled(tokens: int, count: int, rows: int | None, ahead: bool = False) -> tup
 
     Args:
         tokens: of the image; count: tiles, the small picture included; rows: of tiles, None = not known, then only the
-            small
-            picture has a place. ahead: the small picture comes before the tiles.
+            small picture has a place. ahead: the small picture comes before the tiles.
     """
     each, tiles = tokens // count, count - 1
     side = isqrt(each)
@@ -87,8 +85,7 @@ def tiled(tokens: int, count: int, rows: int | None, ahead: bool = False) -> tup
 
 
 def parts(rows: int, columns: int, side: tuple[int, int], first: int = 0) -> tuple[Piece, ...]:
-    """Tiles of ``side`` (rows, columns) cells that cover the picture, in reading order, token after token from
-    ``first``."""
+    """Tiles of ``side`` (rows, columns) cells that cover the picture in reading order, from token ``first`` on."""
     return tuple(
         Piece(
             cells(*side, first + (row * columns + column) * side[0] * side[1]),
@@ -100,8 +97,7 @@ def parts(rows: int, columns: int, side: tuple[int, int], first: int = 0) -> tup
 
 
 def cells(rows: int, columns: int, first: int = 0, behind: int = 0) -> Tensor:
-    """Numbers of tokens ``[rows, columns]``, row by row from ``first``, with ``behind`` others at the end of each
-    row."""
+    """Numbers of tokens ``[rows, columns]``, row by row from ``first``, with ``behind`` others after each row."""
     return first + torch.arange(rows)[:, None] * (columns + behind) + torch.arange(columns)
 
 
@@ -112,8 +108,7 @@ def in_square(height: int, width: int) -> Box:
 
 
 def inside(tokens: Tensor, box: Box) -> tuple[Piece, ...]:
-    """A piece of cells ``[rows, columns]`` in a box that may reach out of the picture; () if no cell has its middle in
-    it."""
+    """A piece of cells ``[rows, columns]`` in a box that may reach out of the picture; () if no cell is in it."""
     left, top, right, bottom = box
     spans = []
     for count, low, high in ((tokens.shape[0], top, bottom), (tokens.shape[1], left, right)):

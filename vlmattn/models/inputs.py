@@ -41,8 +41,7 @@ def encoded_lengths(inputs: Mapping[str, Any]) -> list[int] | None:
 
 
 def even_lengths(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-    """Tokens of each image, where all images have the same number of them; None where there are videos, or no
-    pixels."""
+    """Tokens of each image where all have as many; None where there are videos, or no pixels."""
     given = (inputs.get(name) for name in ("pixel_values", "pixel_values_images"))
     pixels, ids = next((found for found in given if found is not None), None), inputs.get("input_ids")
     if (found := encoded_lengths(inputs)) is not None or pixels is None or ids is None:

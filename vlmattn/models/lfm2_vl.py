@@ -33,8 +33,7 @@ class Lfm2VL(Tiled):
         return [(high * wide, 1) for high, wide in cells_of(model, inputs)]
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        """Tiles are square, and the small picture has the form of the whole one, which tells how many tiles are in a
-        row."""
+        """Tiles are square; the small picture has the form of the whole, which tells how many are in a row."""
         before = int((inputs["input_ids"][0, : int(slots[0])] == model.config.image_token_id).sum())
         sizes, count = [], 0
         for high, wide in cells_of(model, inputs):

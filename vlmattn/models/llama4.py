@@ -1,5 +1,4 @@
-"""Llama 4: tiles with separators between <|image_start|> and <|image_end|>; three of four layers see chunks of the
-text."""
+"""Llama 4: tiles with separators between <|image_start|> and <|image_end|>; most layers see chunks of the text."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ class Llama4(Tiled):
         return {self.first: model.config.boi_token_index}
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        """The picture lies at the top left of its tiles, the rest of them is padding; a single tile is taken as it
-        is."""
+        """The picture lies at the top left of its tiles, beside padding; a single tile is taken as it is."""
         found = super().layout(model, inputs, image, slots)
         if len(found) < 2:
             return found
@@ -53,8 +51,7 @@ class Llama4(Tiled):
 
 
 def filled(canvas: Tensor, small: Tensor) -> tuple[float, float]:
-    """Shares of height and width of a canvas ``[channels, height, width]`` that are not padding, by ``small``, the
-    picture alone.
+    """Shares of height and width of a canvas ``[channels, height, width]`` that ``small``, the picture alone, fills.
 
     Both are read up to the last row and column that do not have the colour of the canvas's corner, so borders that the
     picture has in that colour itself cancel out.

@@ -17,8 +17,7 @@ from vlmattn.models.towers import PatchTower
 
 @register_family
 class Llava(PatchTower):
-    """Images have no separators: adjacent ones are told apart by their number of tokens, all the same, or with a
-    Pixtral tower by size."""
+    """No separators: adjacent images are told apart by their number of tokens, with a Pixtral tower by size."""
 
     model_types: ClassVar[Mapping[str, str]] = {"llava": "llava-hf/llava-1.5-7b-hf"}
 

@@ -1,5 +1,4 @@
-"""LLaVA-NeXT (1.6): a small image and tiles of a large one, unpadded, with a newline token after each row of
-patches."""
+"""LLaVA-NeXT (1.6): a small image and unpadded tiles of a large one, a newline token after each row of patches."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Ovis2: image tokens are mixtures of a visual vocabulary; indicator tokens stand around an image and between its
-tiles."""
+"""Ovis2: image tokens are mixtures of a visual vocabulary; indicator tokens stand around images and tiles."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ class Qwen2VL(Qwen25VL):
     """The tower has the patches in the order of the prompt.
 
     Every frame of a video of Qwen3-VL has markers and a timestamp of its own, so it counts as an image. The timestamps
-    are
-    text: they stay where a branch drops the image.
+    are text: they stay where a branch drops the image.
     """
 
     model_types: ClassVar[Mapping[str, str]] = {

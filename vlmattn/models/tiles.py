@@ -82,8 +82,7 @@ def real_tiles(pixels: Tensor) -> tuple[slice, ...]:
 
 
 class Matched(Family):
-    """A family whose prompts do not say how many tiles are in a row: that is found by their likeness to the small
-    picture.
+    """A family whose prompts do not say how many tiles are in a row: their likeness to the small picture does.
 
     ``ahead``: as for ``Tiled``.
     """
@@ -97,8 +96,7 @@ class Matched(Family):
 
 
 def tiles_of(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], slots: Tensor) -> Tensor:
-    """Pixels ``[tiles, channels, height, width]`` of the image whose tokens are in ``slots``; all tiles have as many
-    tokens."""
+    """Pixels ``[tiles, channels, height, width]`` of the image in ``slots``; all tiles have as many tokens."""
     pixels: Tensor = inputs["pixel_values"].flatten(0, -4)
     visual = family.token_types(model, inputs["input_ids"])[0] != TEXT
     each = int(visual.sum()) // len(pixels)
@@ -107,8 +105,7 @@ def tiles_of(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], 
 
 
 def arranged(tiles: Tensor, small: Tensor) -> int | None:
-    """Rows of the tiles that look most like the picture in small ``[1, ...]``; None if others look nearly like it
-    too."""
+    """Rows of tiles that look most like the small picture ``[1, ...]``; None if others look nearly like it too."""
     found = []
     for rows in range(1, len(tiles) + 1):
         if len(tiles) % rows == 0:

@@ -11,8 +11,7 @@ from vlmattn.kernels import AttentionEdit
 
 
 class Weights(Protocol):
-    """``weights(start, stop)``: unedited attention, float32 ``[batch, heads, stop - start, key]``, of a few query
-    rows."""
+    """``weights(start, stop)``: unedited attention ``[batch, heads, stop - start, key]``, float32, of a few rows."""
 
     def __call__(self, start: int, stop: int, /, edit: AttentionEdit = ...) -> Tensor:
         """With ``edit``: as it would be under that edit (head gains aside)."""

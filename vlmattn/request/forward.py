@@ -39,15 +39,15 @@ class Part:
 
 @dataclass(eq=False)
 class Forward:
-    """One forward of the model over parts with requests of their own: one in general, more with a decoding rule's
-    branches.
+    """One forward of the model over parts with requests of their own: one, or more with a rule's branches.
 
     Attributes:
         parts: in the order of their rows.
         early: layer -> the residual stream that enters it, noted for layers that are keys here.
         blank: bool ``[batch, query]``, tokens whose embeddings are zeroed.
         branches: what the parts' logits become; None while a prompt is read, and without a decoding rule.
-        ahead: takes the queries' attention weights in place of an answer, before the layer runs.
+        ahead: takes the attention weights of a layer that has not run yet, in place of an answer; past: the keys that
+            the layer has from before, ``[batch, kv_heads, key, dim]``.
     """
 
     parts: tuple[Part, ...] = (Part(),)

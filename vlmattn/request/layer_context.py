@@ -73,8 +73,7 @@ class LayerContext:
         return self.step.memo((key, self.keys, self.device), make)
 
     def first_token(self, hidden: Tensor) -> Tensor:
-        """``hidden`` ``[batch, query, ...]`` of each row's first real token, float32, of a prompt read from its
-        beginning."""
+        """``hidden`` ``[batch, query, ...]`` of each row's first real token, float32; the prompt begins here."""
         real = self.real
         first = (
             torch.zeros(len(hidden), dtype=torch.long, device=hidden.device) if real is None else real.int().argmax(1)

@@ -16,21 +16,25 @@ from vlmattn.request.vision import ImageFeatures
 
 
 class Looker(Protocol):
-    """Who looks at the vision tower and at unedited attention."""
+    """Who looks at unedited attention."""
 
     @property
     def follows_attention(self) -> bool: ...
 
-    def on_image_features(self, sight: ImageFeatures) -> None: ...
-
     def on_attention(self, context: LayerContext, weights: Weights) -> None: ...
 
 
-class Method(Looker, Protocol):
-    """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
+class LookingMethod(Looker, Protocol):
+    """A method of a recipe, which may look at the vision tower too."""
 
     @property
     def info(self) -> Any: ...
+
+    def on_image_features(self, features: ImageFeatures) -> None: ...
+
+
+class Method(LookingMethod, Protocol):
+    """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
 
     @property
     def follows_hidden_states(self) -> bool: ...
@@ -43,7 +47,7 @@ class Method(Looker, Protocol):
 
 
 class Watcher(Protocol):
-    """Sees every layer at work and changes nothing; it belongs to no recipe (``Handle.watched``)."""
+    """Sees every layer at work and changes nothing; it belongs to no recipe (``Record.watched``)."""
 
     def enter(self, step: Step, layer: int, hidden: Tensor) -> None:
         """The residual stream ``[batch, rows, hidden]`` that enters a layer."""
@@ -52,11 +56,8 @@ class Watcher(Protocol):
         """The edit that was in force in a layer, and attention with it (before head gains)."""
 
 
-class Pruner(Looker, Protocol):
+class Pruner(LookingMethod, Protocol):
     """What the engine asks of a method that drops tokens; ``interventions.pruning.Pruning`` is the real thing."""
-
-    @property
-    def info(self) -> Any: ...
 
     @property
     def drops(self) -> bool: ...
@@ -70,8 +71,7 @@ class Pruner(Looker, Protocol):
 
 
 class Policy(Method, Protocol):
-    """What the engine asks of a method that evicts or reads a part; ``interventions.pruning.KVPolicy`` is the real
-    thing."""
+    """What the engine asks of a method that evicts or reads a part: of ``interventions.pruning.KVPolicy``."""
 
     @property
     def drops(self) -> bool: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vlmattn.request.methods import Looker, Method, Policy, Pruner, Watcher
+from vlmattn.request.methods import Looker, LookingMethod, Method, Policy, Pruner, Watcher
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Plan:
     Attributes:
         by_layer, on_hidden_states, on_attention, on_queries_keys: methods of each layer, by what they implement.
         before_prefill, on_image_features: methods that do so.
-        extending: layers whose observers also see generated tokens.
+        extending: layers whose ``on_hidden_states`` methods also see generated tokens.
         tower_layers: layers of the vision tower that ``on_image_features`` methods look at.
         turns: who needs to know where the user's turns are; ``uses_turns``: somebody wants to, if it can be known.
         texts: prompts without images are welcome. ``text_first``: so is text that images follow later, on the same
@@ -36,7 +36,7 @@ class Plan:
     before_prefill: tuple[Method, ...] = ()
     on_hidden_states: tuple[tuple[Method, ...], ...] = ()
     on_attention: tuple[tuple[Looker, ...], ...] = ()
-    on_image_features: tuple[Method | Pruner, ...] = ()
+    on_image_features: tuple[LookingMethod, ...] = ()
     extending: frozenset[int] = frozenset()
     tower_layers: frozenset[int] = frozenset()
     turns: tuple[str, ...] = ()

@@ -40,8 +40,7 @@ class PruningStage:
     tables: tuple[Tensor, Tensor]
 
     def top(self, scores: Tensor, counts: Sequence[int]) -> Tensor:
-        """The ``counts`` image tokens of each sequence with the highest scores ``[batch, rows]``: bool ``[batch,
-        rows]``."""
+        """The ``counts`` image tokens of each sequence with the highest scores ``[batch, rows]``: bool, as they are."""
         order = scores.float().masked_fill(~self.visual, float("-inf")).argsort(dim=1, descending=True, stable=True)
         wanted = torch.tensor(counts, device=scores.device)[:, None]
         return (order.argsort(dim=1) < wanted) & self.visual
@@ -61,8 +60,7 @@ class KeptTokens:
 
 @dataclass(frozen=True, eq=False)
 class Eviction:
-    """Slots of a layer's cache that stay: ``keep`` bool ``[batch, keys]``, ``counts`` of them that are real in each
-    sequence."""
+    """Slots of a layer's cache that stay, ``keep`` bool ``[batch, keys]``: ``counts`` real ones in each sequence."""
 
     keep: Tensor
     counts: tuple[int, ...]

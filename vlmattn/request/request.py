@@ -276,8 +276,7 @@ class Request:
         return copy
 
     def reorder(self, rows: Tensor) -> None:
-        """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); prompts of beams are the
-        same."""
+        """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); beams share their prompt."""
         for store in self._stores.values():
             store.reorder(rows)
         if any(tokens is not None and tokens.by_eviction for tokens in self.maps):  # beams evict for themselves

@@ -57,8 +57,7 @@ class Slots:
         slots[:, stop:] = self.fill
 
     def put(self, slot: int | Tensor, values: Tensor, length: int) -> None:
-        """Set one slot to ``values`` ``[batch]``, without knowing on the host which (static cache of ``length``
-        slots)."""
+        """Set one slot to ``values`` ``[batch]``; a static cache of ``length`` slots does not tell the host which."""
         if isinstance(slot, int):
             self.write(slot, values[:, None])
         else:
@@ -85,8 +84,7 @@ class Slots:
             found[:, : slots.shape[1]] &= ~slots.to(found.device)
 
     def picked(self, slots: Tensor, length: int) -> Slots:
-        """A copy whose first slots hold what ``slots`` ``[batch, kept]`` held, and then what came from slot ``length``
-        on."""
+        """A copy with what ``slots`` ``[batch, kept]`` held, and then what came from slot ``length`` on."""
         copy = Slots(self.fill, self._dtype)
         if self._values is not None:
             values = self._grow(length, len(slots), slots.device)

@@ -70,8 +70,7 @@ def compacted(keep: Tensor, valid: Tensor | None, counts: Sequence[int]) -> tupl
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """The slots of one layer: slot j holds original slot ``slots[:, j]``, and behind them what came later, without
-    gaps.
+    """The slots of one layer: slot j holds original slot ``slots[:, j]``; what came later lies behind, without gaps.
 
     Attributes:
         slots: int64 ``[batch, kept]``, ascending.
@@ -149,8 +148,7 @@ class TokenMap:
 
     @property
     def by_eviction(self) -> bool:
-        """A policy took the slots out, for each row by itself; else rows of a prompt were dropped, alike in all its
-        beams."""
+        """A policy took slots out, row by row; else tokens of a prompt were dropped, alike in all its beams."""
         return self.begin == self.at == _NEVER
 
     @property
@@ -163,8 +161,7 @@ class TokenMap:
         return self.at if original == self.begin else original - self.removed
 
     def rows(self, values: Tensor) -> Tensor:
-        """The kept ones among the newest rows: of ``[batch or 1, rows, ...]``, one for each original slot from
-        ``begin`` on."""
+        """The kept ones of the newest rows ``[batch or 1, rows, ...]``, one per original slot from ``begin`` on."""
         index = (self.slots[:, self.at :] - self.begin).to(values.device)
         shape = (*index.shape, *values.shape[2:])
         return values.expand(len(index), *values.shape[1:]).gather(

@@ -18,8 +18,7 @@ FOLDER = Path(__file__).parent / "tiny-rooms"
 
 
 def load(folder: str | Path = FOLDER, dtype: torch.dtype = torch.float32) -> MultiViewNetwork:
-    """A ``MultiViewNetwork`` from ``config.json`` and ``model.safetensors``; without arguments the bundled one,
-    offline.
+    """A ``MultiViewNetwork`` from ``config.json`` and ``model.safetensors``; by default the bundled one, offline.
 
     Args:
         folder: where it was saved.

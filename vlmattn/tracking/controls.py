@@ -63,8 +63,7 @@ class Score:
 
 
 def score(told: Array, truth: Array) -> Score:
-    """All errors of paired poses ``[n, 4, 4]``; a camera that never moves is scored as it is, at the mean of the
-    truth."""
+    """All errors of paired poses ``[n, 4, 4]``; one that never moves is scored at the mean of the truth."""
     told = _at_rest(told, truth)
     moved = np.array(told)
     moved[:, :3, :3] = align(torch.from_numpy(told), torch.from_numpy(truth)).rotation.numpy() @ told[:, :3, :3]

@@ -337,8 +337,7 @@ def _named(folder: Path) -> list[tuple[Path, float | None]]:
 
 
 def _times_of(stems: list[str]) -> list[float | None]:
-    """Seconds that names of files say: numbers with a decimal point, or so many nano-, micro- or milliseconds since
-    1970."""
+    """Seconds that file names say: with a decimal point, or in nano-, micro- or milliseconds since 1970."""
     if any(re.fullmatch(r"\d+\.\d+", stem) for stem in stems):
         return [float(stem) if re.fullmatch(r"\d+(\.\d+)?", stem) else None for stem in stems]
     unit = _SINCE_1970.get(len(stems[0]))
@@ -347,8 +346,7 @@ def _times_of(stems: list[str]) -> list[float | None]:
 
 
 def _displayed(frame: Any) -> Image.Image:
-    """A frame of a video as it is to be shown: phones store pictures as the sensor has them, and beside them how to
-    turn them."""
+    """A frame of a video, turned as the file says: phones store pictures as the sensor has them."""
     picture: Image.Image = frame.to_image()
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:

@@ -68,8 +68,7 @@ class Angular(_OfAngle):
 
 @dataclass(frozen=True)
 class Azel(_OfAngle):
-    """KV-Tracker's paper: min over keyframes of the azimuth difference, or of the elevation difference, exceeds
-    ``degrees``.
+    """KV-Tracker's paper: the least azimuth or elevation difference to a keyframe exceeds ``degrees``.
 
     azimuth = atan2(x, z), elevation = atan2(y, hypot(x, z)) of the direction of view, in the world of the map. The
     minima are taken one by one, so a combination of both may stay uncovered; ``angular`` has no such gap.
@@ -116,8 +115,7 @@ class Interval(Rule):
 
 @dataclass(frozen=True)
 class PoseChange(_OfAngle):
-    """No keyframe is near in both: turned by more than ``degrees``, or moved by more than ``distance`` mean depths,
-    from each."""
+    """Every keyframe is turned by more than ``degrees`` or moved by more than ``distance`` mean depths."""
 
     distance: float = 0.15
     name: ClassVar[str] = "pose"

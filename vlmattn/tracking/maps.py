@@ -27,8 +27,7 @@ class ModelState:
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> ModelState:
-        """``modules``: those with parameters of their own; found once, since walking a network takes longer than a
-        frame may."""
+        """``modules``: those with own parameters, found once: walking a network takes longer than a frame may."""
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
         first = parameters[0]
         kind = first.device.type
@@ -114,8 +113,7 @@ class Mapper:
         return ModelState.of(self._modules)
 
     def frame(self, image: Any, mask: Any, state: ModelState) -> tuple[Tensor, Tensor | None]:
-        """A checked frame (or a batch) in the model's dtype and on its device, blackened off the object; and the
-        mask."""
+        """A checked frame (or batch) in the model's dtype and on its device, black off the object, and the mask."""
         frame = to_tensor(image)
         multiple = self.adapter.multiple
         height, width = frame.shape[-2:]

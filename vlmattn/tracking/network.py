@@ -1,5 +1,4 @@
-"""A small multi-view network after pi^3 (arXiv 2507.13347): no view is the reference, every pass has a frame of its
-own.
+"""A small multi-view network after pi^3 (arXiv 2507.13347): no view is the reference, each pass has its frame.
 
 Blocks alternate between attention within a frame and attention over all frames; a few register tokens ride along with
 the patches of each frame; positions are two-dimensional rotary embeddings on the patch grid, the same in all frames, so
@@ -33,8 +32,7 @@ class NetworkConfig:
 
 
 def rotary_2d(positions: Tensor, dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[tokens, dim]``: the first half of the head turns with the row, the second with the
-    column."""
+    """Cosines and sines ``[tokens, dim]``: half of the head turns with the row, half with the column."""
     quarter = dim // 4
     speed = base ** -(torch.arange(quarter, device=positions.device, dtype=torch.float32) / quarter)
     angle = positions.float()[:, :, None] * speed  # [tokens, 2, quarter]
@@ -144,8 +142,7 @@ class MultiViewNetwork(nn.Module):
         return patches
 
     def anchors(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the patches say: local points ``[..., height, width, 3]``, their mean by patch, world point, log
-        precision."""
+        """Local points ``[..., height, width, 3]``, their mean by patch, world points and log precision of patches."""
         patch = self.config.patch_size
         rows, columns = (side // patch for side in images.shape[-2:])
         x = self.norm(tokens)
@@ -175,8 +172,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rigid(source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The rigid motion ``[..., 4, 4]`` that brings ``source`` ``[..., points, 3]`` nearest to ``target`` (weighted
-    Procrustes)."""
+    """The rigid motion ``[..., 4, 4]`` from ``source`` to ``target`` ``[..., points, 3]`` (weighted Procrustes)."""
     weight = (weight / weight.sum(-1, keepdim=True))[..., None]
     from_, to = (weight * source).sum(-2, keepdim=True), (weight * target).sum(-2, keepdim=True)
     turn = nearest_rotation((weight * (target - to)).transpose(-1, -2) @ (source - from_))

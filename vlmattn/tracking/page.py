@@ -1,5 +1,4 @@
-"""A page about one tracked sequence: its path from above, its confidence, its keyframes, its errors where they are
-known."""
+"""A page about one tracked sequence: path from above, confidence, keyframes, and errors where they are known."""
 
 from __future__ import annotations
 

@@ -129,8 +129,7 @@ def rays(size: int = SIZE) -> Tensor:
 
 @torch.no_grad()
 def render(rooms: Rooms, poses: Tensor, size: int = SIZE) -> tuple[Tensor, Tensor]:
-    """Pictures ``[rooms, views, 3, size, size]`` in [0, 1], and points in the camera ``[rooms, views, size, size,
-    3]``."""
+    """Pictures ``[rooms, views, 3, size, size]`` in [0, 1] and camera points ``[rooms, views, size, size, 3]``."""
     directions = rays(size)
     ray = torch.einsum("rvij,hwj->rvhwi", poses[..., :3, :3], directions)
     origin = poses[..., None, None, :3, 3]

@@ -129,8 +129,7 @@ def applied(model: _M, recipe: Any, *, processor: Any = None, **options: Any) ->
 
 @contextmanager
 def borrowed(model: nn.Module, processor: Any = None) -> Iterator[Record]:
-    """The record of a model, which is wrapped with the recipe "none" for the block if it is not wrapped: for reading
-    along.
+    """The record of a model for reading along; a bare model is wrapped with the recipe "none" for the block.
 
     Other threads go on meanwhile, bare or wrapped, and may borrow it too.
     """

@@ -1,5 +1,4 @@
-"""Reads the prompts of a decoding rule's branches, each by itself, so that they may differ in length, images and
-edits."""
+"""Reads the prompts of a rule's branches one by one, so that they may differ in length, images and edits."""
 
 from __future__ import annotations
 

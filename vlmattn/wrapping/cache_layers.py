@@ -1,5 +1,4 @@
-"""Layers of a cache: one with room to grow (the library's copies all keys and values for every new token), and one
-whose KV heads keep different tokens."""
+"""Layers of a cache: one with room to grow, and one whose KV heads keep different tokens."""
 
 from __future__ import annotations
 
@@ -161,8 +160,7 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
         self.arriving = None if bool(new.all()) else new
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Append ``[batch, heads, new, dim]``; one token sees the window that ends in it, several the one before them
-        too.
+        """Append ``[batch, heads, new, dim]``; one token sees the window up to it, several the one before them too.
 
         With ``split.late`` one token, too, sees the window before it.
         """

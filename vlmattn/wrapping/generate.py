@@ -82,8 +82,7 @@ def _plan(record: Record, preset: Any, kwargs: dict[str, Any]) -> Plan:
 def _begun(
     record: Record, model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any], given: Mapping[str, Any]
 ) -> tuple[Call, dict[str, Any]]:
-    """The call that begins with these arguments, and what the library's own generate() gets; ``given``: inputs of
-    branches."""
+    """The call with these arguments, and those for the library's generate(); ``given``: inputs of branches."""
     refuse_drafts(model, plan, kwargs)
     forget_branches(compat.cache_of(kwargs))
     branches = branches_of(model, plan, kwargs, given)
@@ -158,8 +157,7 @@ def _prompt_length(kwargs: dict[str, Any]) -> int | None:
 def save_pretrained(
     self: Any, original: Callable[..., Any], save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> Any:
-    """``save_pretrained`` of a wrapped model, or of the PEFT model around it: what the bare one writes, and the recipe
-    beside it."""
+    """``save_pretrained`` of a wrapped model, or of the PEFT model around it; it writes the recipe too."""
     record = record_of(within_peft(self))
     if record is None:
         return original(save_directory, *args, **kwargs)

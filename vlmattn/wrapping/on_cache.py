@@ -65,8 +65,7 @@ def repeated(request: Request, cache: Any, rows: int) -> Request:
 
 
 def report_original_lengths(cache: Any) -> None:
-    """Lengths that the library asks a cache for are in original slots: it cuts its inputs and makes its masks by
-    them."""
+    """Let a cache tell the library, which cuts inputs and makes masks by them, its lengths in original slots."""
     if cache is not None and "get_seq_length" not in cache.__dict__:
         cache.get_seq_length = MethodType(_original_length, cache)  # bound, so that a deep copy asks itself
         cache.get_mask_sizes = MethodType(_original_sizes, cache)

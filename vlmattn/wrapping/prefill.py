@@ -93,8 +93,7 @@ class _Noting(nn.Module):
 
 
 def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...]]:
-    """What enters the first layer, and every layer with the masks and rotary tables that the decoder itself makes for
-    it."""
+    """What enters the first layer, and the layers with the masks and rotary tables that the decoder makes for them."""
     layers: Any = decoder.layers
     noting = [_Noting() for _ in layers]
     double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is

@@ -37,8 +37,7 @@ def check_prompt(request: Request, recipe: str) -> None:
 
 
 def check_continuation(request: Request, recipe: str, start: int, labels: Any = None) -> None:
-    """Raise if a cache was cropped within a prompt whose tokens are partly gone, or a loss over all tokens is asked
-    for."""
+    """Raise if a cache was cropped within a prompt with dropped tokens, or a loss over all tokens is asked for."""
     if labels is not None:
         raise UnsupportedError(f"'{recipe}' drops tokens, so there is no loss over all of them; leave labels out")
     dropped = max((tokens.length for tokens in request.maps if tokens is not None), default=0)
@@ -205,6 +204,5 @@ def _mask(
 
 
 def _rows_of(tokens: TokenMap, values: Tensor, axes: int) -> Tensor:
-    """The kept rows of values ``[batch or 1, rows, ...]`` with so many axes, or of one of these for each axis of
-    M-RoPE."""
+    """The kept rows of values ``[batch or 1, rows, ...]`` with so many axes, or of those of each axis of M-RoPE."""
     return tokens.rows(values) if values.ndim == axes else torch.stack([tokens.rows(part) for part in values])

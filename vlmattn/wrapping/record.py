@@ -170,8 +170,7 @@ class Record:
 
     @contextmanager
     def temporarily(self, recipe: Any) -> Iterator[None]:
-        """Another recipe in force for the block, in this thread; recipe, report and state of the model stay as they
-        are."""
+        """Another recipe in force for the block, in this thread; recipe, report and state of the model stay."""
         chosen = Recipe.of(recipe)
         try:
             with self._for_block(InForce(chosen, self.plan_of(chosen))):
@@ -195,8 +194,7 @@ class Record:
             _TEMPORARY.reset(token)
 
     def enter(self, what: str) -> bool:
-        """Note that this thread runs the model, so that nobody unwraps it meanwhile. False: it was unwrapped
-        already."""
+        """Note that this thread runs the model, so that nobody unwraps it; False: it was unwrapped already."""
         with self.lock:
             if not self._gone:
                 self._running.setdefault(threading.current_thread(), []).append(what)

@@ -148,8 +148,7 @@ class _Told:
         return found
 
     def _scores(self, vocabulary: int) -> tuple[Tensor, ...]:
-        """For each token the log-probabilities it was chosen by, ``[batch, vocabulary]``; behind an answer only padding
-        is possible."""
+        """Log-probabilities ``[batch, vocabulary]`` that each token was chosen by; behind an answer only padding's."""
         rows = []
         for answer in self.answers:
             scores = answer.scores(vocabulary)

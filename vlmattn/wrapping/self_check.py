@@ -1,5 +1,4 @@
-"""Whether a model that transformers does not implement, or no family knows, lets its attention be edited: tried when it
-is wrapped."""
+"""Whether a model of remote code or of no family lets its attention be edited: tried when it is wrapped."""
 
 from __future__ import annotations
 

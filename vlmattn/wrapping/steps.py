@@ -229,8 +229,8 @@ def _uses_cache(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
 def _leading_types(count: int, start: int, inputs: dict[str, Any]) -> Tensor:
     """Types of tokens of which the first ``count`` real ones stand for the image."""
     embeds = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"][..., None]
-    mask, types = inputs.get("attention_mask"), torch.full(embeds.shape[:2], TEXT, dtype=torch.uint8)
-    types = types.to(embeds.device)
+    mask = inputs.get("attention_mask")
+    types = torch.full(embeds.shape[:2], TEXT, dtype=torch.uint8, device=embeds.device)
     if start == 0:
         real = torch.ones_like(types) if mask is None else mask[:, : types.shape[1]].long()
         types[(real.cumsum(1) <= count) & (real != 0)] = IMAGE
@@ -238,8 +238,7 @@ def _leading_types(count: int, start: int, inputs: dict[str, Any]) -> Tensor:
 
 
 def _image_order(inputs: dict[str, Any]) -> list[int] | None:
-    """Which encoded image each image of the prompt is: beams get the same tensors again. None = by the rows they are
-    in."""
+    """Which encoded image each of the prompt is (beams get the same tensors again); None = by the rows they are in."""
     seen: dict[int, int] = {}
     every = []
     for found in compat.encoded_images(inputs):

@@ -93,8 +93,7 @@ def _ordered(order: Sequence[int], seen: Sequence[Any]) -> list[Any]:
 
 
 def _order_of_rows(request: Request, start: int, types: Tensor, encoded: int) -> list[int]:
-    """Which encoded image each image of the prompt is, where every row may be there several times, one after
-    another."""
+    """Which encoded image each of the prompt is, where rows may be repeated, one after another."""
     numbers = request.images(start + types.shape[1], types.device)[:, start:]
     counts = [
         [torch.unique(row[own]).numel() for row, own in zip(numbers, types == kind, strict=True)]

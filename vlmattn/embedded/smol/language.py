@@ -37,8 +37,7 @@ def gguf_file() -> Path:
 
 
 def read_language_model(path: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Config (a dict for ``LlamaConfig``), float32 weights and tokenizer of the GGUF file; takes 20 seconds and
-    more."""
+    """Config (a dict for ``LlamaConfig``), float32 weights and tokenizer of the GGUF file, in 20 seconds or more."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = dict(gguf_file=path.name)

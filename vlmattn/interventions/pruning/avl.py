@@ -52,7 +52,7 @@ class AVL(KVPolicy):
 
     keep_secondary: float = option(0.5, 0, 1, "share of the image tokens that is held", source="released: .5 deleted")
     keep_core: float = option(
-        0.35, 0, 1, "share of them that ordinary steps read", source="released: .6 to .7 not read"
+        0.35, 0, 1, "share of the image tokens that ordinary steps read", source="released: .6 to .7 not read"
     )
     refresh: int = option(3, 1, 10**6, "every so many steps all held tokens are read", source="released: 3")
     text_keep: float = option(0.6, 0, 1, "share of text that stays", source="released: .4 to .5 pruned")

@@ -94,13 +94,13 @@ class VisionZip(Pruning):
         dominant = max(round(self.dominant * tokens), 1)
         return dominant, min(round(self.contextual * tokens), tokens - dominant)
 
-    def on_image_features(self, sight: ImageFeatures) -> None:
+    def on_image_features(self, features: ImageFeatures) -> None:
         contents, stays = [], []
-        for image in sight.images:
+        for image in features.images:
             content, stay = self._zip(image)
             contents.append(content)
             stays.append(stay)
-        sight.request.store(self).rows |= {"content": sight.place(contents), "stay": sight.place(stays)}
+        features.request.store(self).rows |= {"content": features.place(contents), "stay": features.place(stays)}
 
     def _zip(self, image: Image) -> tuple[Tensor, Tensor]:
         """What the image's slots hold ``[tokens, width]`` and which of them stay, bool ``[tokens]``."""

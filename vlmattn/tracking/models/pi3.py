@@ -1,5 +1,4 @@
-"""pi^3 (arXiv 2507.13347): every second decoder block attends over all frames. Known by the structure of the public
-class."""
+"""pi^3 (arXiv 2507.13347), known by its public class's structure: every second block attends over all frames."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from vlmattn.tracking.models.base import Adapter, Views, register_adapter
 
 @register_adapter
 class Pi3Adapter(Adapter):
-    """``Pi3`` of github.com/yyfz/Pi3: ``decoder`` blocks, odd ones global; ``register_token``; three decoders with
-    heads."""
+    """``Pi3`` of github.com/yyfz/Pi3: ``decoder`` blocks, odd ones global; ``register_token``; three decoders."""
 
     name = "pi3"
 

@@ -1,5 +1,4 @@
-"""VGGT (arXiv 2503.11651): the first frame has camera and register tokens of its own, and the camera head attends
-across frames.
+"""VGGT (arXiv 2503.11651): the first frame has tokens of its own, and the camera head attends across frames.
 
 A tracked frame is never the first. The network would take it for that, being alone in its pass, so its leading tokens
 are put right where the first block meets them. The camera head refines poses with a few blocks over the camera tokens
@@ -21,8 +20,7 @@ from vlmattn.tracking.models.base import Adapter, Views, register_adapter
 
 @register_adapter
 class VGGTAdapter(Adapter):
-    """``VGGT`` of github.com/facebookresearch/vggt: ``aggregator`` with frame and global blocks, ``camera_head`` with a
-    trunk."""
+    """``VGGT`` of facebookresearch/vggt: ``aggregator`` with frame and global blocks, ``camera_head`` with a trunk."""
 
     name = "vggt"
 
@@ -80,8 +78,7 @@ def _camera_to_world(encoded: Tensor) -> Tensor:
 
 
 def _unproject(depth: Tensor, field: Tensor) -> Tensor:
-    """Points in the camera ``[..., height, width, 3]`` of depths and (vertical, horizontal) fields of view in
-    radians."""
+    """Camera points ``[..., height, width, 3]`` of depths and (vertical, horizontal) fields of view in radians."""
     height, width = depth.shape[-2:]
     down = (torch.arange(height, device=depth.device) + 0.5) / height * 2 - 1
     right = (torch.arange(width, device=depth.device) + 0.5) / width * 2 - 1
