@@ -1,4 +1,4 @@
-"""The tests that all models of transformers share, on the small models of ``tests/zoo.py``: one class for each of them.
+"""The tests that all models of transformers share, on the small models of ``tests/zoo``: one class for each of them.
 
 Collected by ``run.py`` only, in a folder whose package ``tests`` is that of transformers.
 """

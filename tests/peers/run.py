@@ -6,7 +6,7 @@ The tests that belong to the installed version come from its source distribution
 all models share (``tests/test_modeling_common.py``) but not the tests of single models nor those of ``generate()``. With
 ``--checkout``, a checkout of transformers (of the same version, or near it), these run: ``tests/models/*``, with the
 common files of the installed version over those of the checkout. Without it the common tests run on the small models of
-``tests/zoo.py``.
+``tests/zoo``.
 
 Wrapped means: every model that is made or loaded gets a recipe that changes nothing (``--recipe``):
 
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--models",
         nargs="+",
         default=["llava", "qwen2_5_vl", "qwen3_vl"],
-        help='model types; without a checkout names in tests/zoo.py; "all"',
+        help='model types; without a checkout names in tests/zoo; "all"',
     )
     parser.add_argument("--recipe", nargs="+", default=["pass"], help="none, pass, gain, kernel, or what wrap() takes")
     parser.add_argument(
