@@ -451,11 +451,10 @@ def test_without_a_tokenizer_each_tile_is_an_image():
     assert family.image_layout(model, inputs, 0, 28) == ()  # it was counted with marks
 
 
-def test_models_of_no_family_and_prompts_with_videos_have_no_places():
+def test_models_of_no_family_have_no_places():
     model = build("qwen2_vl")
     inputs, _ = prompt("qwen2_vl", model, [picture(512, 512)])
     assert find_family(model).image_layout(model, inputs, 0, 64)
-    assert find_family(model).image_layout(model, {**inputs, "video_grid_thw": torch.tensor([[2, 4, 4]])}, 0, 64) == ()
     assert Generic().image_layout(model, inputs, 0, 64) == ()
 
 

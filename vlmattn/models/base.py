@@ -15,7 +15,7 @@ from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models.image_layout import Piece, square
 from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS, encoded_lengths, even_lengths, share_out
-from vlmattn.request import IMAGE, TEXT, VIDEO, number_images
+from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
 
 #: Kinds of methods, as families support or refuse them.
 KINDS = ("edits", "masks", "pruning", "decoding")
@@ -120,10 +120,32 @@ class Family:
     ) -> Tensor:
         """int16 ``[batch, tokens]``: number of the image of each visual token within its row, -1 for text.
 
+        Every frame of a video (or group of frames that the tower merges) is an image with a number of its own.
+
         Args:
             types: of the tokens of the call.
             marker_ids: ids of the tokens in ``Family.marker_ids``, None = the tokenizer is not known.
         """
+        numbers = self.numbers_of_runs(model, inputs, types, marker_ids)
+        runs = video_runs(types) if VIDEO in self.placeholders(model).values() else []
+        return number_frames(types, numbers, self.frame_lengths(model, inputs, runs)) if runs else numbers
+
+    def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
+        """Tokens of each frame of the videos of a call, in (row, token) order.
+
+        Args:
+            runs: lengths of the unbroken runs of video tokens, which are frames where text stands between frames.
+        """
+        return list(runs)
+
+    def numbers_of_runs(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        types: Tensor,
+        marker_ids: Mapping[str, int] | None = None,
+    ) -> Tensor:
+        """As ``image_numbers``, where an unbroken run of video tokens is one."""
         lengths = self.image_lengths(model, inputs)
         numbers = number_images(types, lengths)
         images = 0 if lengths is not None or self.separated or self.markers else self.given_images(inputs)
@@ -150,21 +172,33 @@ class Family:
 
         A box speaks of the picture as the processor showed it to the tower, so of what is left of a cropped one, and of
         a padded one with its padding; padding that the inputs tell of is taken off. Tokens that show no place (a CLS
-        token, ends of rows) are in no piece. () where tokens have no place, the layout is not known, or there are
-        videos.
+        token, ends of rows) are in no piece. () where tokens have no place, or the layout is not known.
 
         Args:
             inputs: of one prompt, without padding.
             image: its number there, and its ``tokens``, by ``image_numbers`` with the same ``marker_ids``.
         """
-        if any(inputs.get(name) is not None for name in ("pixel_values_videos", "video_grid_thw")):
-            return ()  # frames are numbered like images
-        numbers = self.image_numbers(model, inputs, self.token_types(model, inputs["input_ids"]), marker_ids)[0]
+        types = self.token_types(model, inputs["input_ids"])
+        numbers = self.image_numbers(model, inputs, types, marker_ids)[0]
         slots = (numbers == image).nonzero()[:, 0].cpu()
-        return self.layout(model, inputs, image, slots) if len(slots) == tokens else ()
+        if len(slots) != tokens:
+            return ()
+        video = bool(types[0, slots[0]] == VIDEO)
+        number = int((torch.unique(numbers[types[0] == (VIDEO if video else IMAGE)]) < image).sum())
+        return (self.frame_layout if video else self.layout)(model, inputs, number, slots)
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]``, cpu (``image_layout``)."""
+        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]``, cpu (``image_layout``).
+
+        Args:
+            image: its number among the images of the prompt, videos aside.
+        """
+        return square(len(slots)) if self.square else ()
+
+    def frame_layout(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
+    ) -> tuple[Piece, ...]:
+        """As ``layout``, of a frame: its number among the frames of all videos of the prompt."""
         return square(len(slots)) if self.square else ()
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -185,11 +219,15 @@ class Family:
         found = {}
         for name in OF_IMAGES:
             if isinstance(inputs.get(name), Tensor):
-                found[name] = self.rows_of(model, inputs, len(inputs[name]))
+                kind = VIDEO if "video" in name else IMAGE
+                found[name] = self.rows_of(model, inputs, len(inputs[name]), kind)
         return found
 
-    def rows_of(self, model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -> list[int]:
+    def rows_of(self, model: PreTrainedModel, inputs: Mapping[str, Any], count: int, kind: int = IMAGE) -> list[int]:
         """How many of the ``count`` rows of an input belong to each sequence of the batch.
+
+        Args:
+            kind: IMAGE or VIDEO, what the input is about.
 
         Raises:
             InputError: the images do not fit the image tokens of the prompts.
@@ -197,10 +235,12 @@ class Family:
         types = self.token_types(model, inputs["input_ids"])
         if self.by_sequence or len(types) == 1:
             return [count // len(types)] * len(types)
+        types = torch.where(types == kind, types, TEXT)
         runs = (number_images(types, None).amax(1) + 1).tolist()
         if sum(runs) == count:  # one for each image, or for each tile where tiles have tokens between them
             return [int(found) for found in runs]
-        images = (self.image_numbers(model, inputs, types).amax(1) + 1).tolist()
+        numbers = self.image_numbers(model, inputs, types)
+        images = [len(torch.unique(row[row >= 0])) for row in numbers]
         if sum(images) == count:
             return [int(found) for found in images]
         tokens = [int(found) for found in (types != TEXT).sum(1)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.qwen2_5_vl import Qwen25VL
 from vlmattn.models.registry import register_family
+from vlmattn.request import IMAGE, VIDEO
 
 
 @register_family
@@ -27,6 +29,12 @@ class Glm4v(Qwen25VL):
         "video_start_token_id",
         "video_end_token_id",
     )
+
+    def token_types(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """Frames have the placeholders of images, between the markers of their video."""
+        types, config = super().token_types(model, ids), model.config
+        inside = (ids == config.video_start_token_id).cumsum(1) > (ids == config.video_end_token_id).cumsum(1)
+        return torch.where((types == IMAGE) & inside, VIDEO, types).to(types.dtype)
 
     def tower(self, model: PreTrainedModel) -> nn.Module | None:
         return None

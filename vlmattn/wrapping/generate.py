@@ -17,6 +17,7 @@ from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.errors import UnsupportedError
 from vlmattn.files import copy_whole
+from vlmattn.models import OF_IMAGES
 from vlmattn.recipe import Recipe
 from vlmattn.request import Plan
 from vlmattn.wrapping.branch_cache import branches_on, forget_branches
@@ -94,6 +95,7 @@ def _begun(
     call = Call(
         record, model, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, branches=branches,
         ledger=record.now.ledger, ids=kwargs.get("inputs", kwargs.get("input_ids")),
+        sizes={name: kwargs[name] for name in OF_IMAGES if name in kwargs and not name.startswith("pixel")},
         given_cache=compat.cache_of(kwargs) is not None,
     )  # fmt: skip
     return call, kwargs

@@ -148,7 +148,7 @@ def _read(
         types = _leading_types(record.anatomy.leading, start, inputs)
     else:
         types = record.family.types_of_call(model, inputs)
-    images = record.family.image_numbers(model, inputs, types, record.marker_ids)
+    images = record.family.image_numbers(model, {**call.sizes, **inputs}, types, record.marker_ids)
     real = None if mask is None else _real_keys(mask)
     request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"))
     if plan.uses_turns and record.turns is not None and (request.has_images or plan.texts):
