@@ -179,16 +179,22 @@ def merged(number: int) -> list[int]:
     return [OPEN, *[IMG] * (high * wide // 4), CLOSE]
 
 
-def merging(config: str, model: str, text: dict[str, Any], vision: dict[str, Any], **ids: Any) -> Tiny:
-    """Qwen-VL and its kin."""
+def merging(
+    config: str,
+    model: str,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    width: Sequence[int] = (96,),
+    said: bool = True,
+    **ids: Any,
+) -> Tiny:
+    """Qwen-VL and its kin; ``width`` of a patch; ``said``: the model is told what kind each token is."""
     return Tiny(
         lambda: (
             getattr(hf, model),
             getattr(hf, config)(text_config={**TEXT, **MROPE, **text}, vision_config={**MERGING, **vision}, **(ids or QWEN_IDS)),
         ),
-        merged,
-        grids([3 * 2 * 4 * 4]),
-        typed(),
+        merged, grids(width), typed() if said else lambda ids: {},
     )  # fmt: skip
 
 

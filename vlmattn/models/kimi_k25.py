@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
+from vlmattn.models.grids import rows_by_grid
 from vlmattn.models.image_layout import Piece, by_grid, whole
-from vlmattn.models.qwen2_5_vl import rows_by_grid
 from vlmattn.models.registry import register_family
 
 

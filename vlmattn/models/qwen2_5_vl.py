@@ -10,89 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn import compat
-from vlmattn.models.base import Family
-from vlmattn.models.image_layout import Piece, by_grid, whole
-from vlmattn.models.inputs import share_out
+from vlmattn.models.grids import Spatial
 from vlmattn.models.registry import register_family
-from vlmattn.request import IMAGE, VIDEO
-
-
-def rows_by_grid(
-    types: Tensor, inputs: Mapping[str, Any], merged: int, frames_merged: bool = False
-) -> dict[str, list[int]]:
-    """Rows of patches and of grids that belong to each sequence, where ``merged`` patches become a token.
-
-    Args:
-        frames_merged: all frames of a grid become tokens of one.
-    """
-    found = {}
-    for kind, name, sizes in (
-        (IMAGE, "pixel_values", "image_grid_thw"),
-        (VIDEO, "pixel_values_videos", "video_grid_thw"),
-    ):
-        if inputs.get(name) is not None:
-            patches = inputs[sizes].prod(-1).tolist()
-            made = (
-                (inputs[sizes][:, 1:].prod(-1) // merged).tolist() if frames_merged else [n // merged for n in patches]
-            )
-            tokens = (types == kind).sum(1).tolist()
-            found[name] = share_out(tokens, list(zip(made, patches, strict=True)))
-            found[sizes] = share_out(tokens, [(count, 1) for count in made])
-    return found
 
 
 @register_family
-class Qwen25VL(Family):
-    """Images and videos are always separated by their markers, so unbroken runs are whole images or videos.
-
-    The tower merges two frames of a video into one, which counts as an image.
-    """
+class Qwen25VL(Spatial):
+    """The tower works window by window."""
 
     model_types: ClassVar[Mapping[str, str]] = {"qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct"}
-    markers: ClassVar[tuple[str, ...]] = ("vision_start_token_id", "vision_end_token_id")
-
-    def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
-        types = self.token_types(model, inputs["input_ids"])
-        return rows_by_grid(types, inputs, model.config.vision_config.spatial_merge_size**2)
-
-    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        merge = model.config.vision_config.spatial_merge_size
-        return by_grid(inputs, image, len(slots), merge, merge)
-
-    def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
-        grids = inputs.get("video_grid_thw")
-        if grids is None:
-            return list(runs)
-        unit = model.config.vision_config.spatial_merge_size**2
-        videos = dict(zip((grids.prod(-1) // unit).tolist(), grids[:, 0].tolist(), strict=True))
-        if not videos.keys() >= set(runs):  # frames have text between them
-            return list(runs)
-        return [tokens // videos[tokens] for tokens in runs for _ in range(videos[tokens])]
-
-    def frame_layout(
-        self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
-    ) -> tuple[Piece, ...]:
-        merge, grids = model.config.vision_config.spatial_merge_size, inputs["video_grid_thw"].cpu()
-        height, width = grids[:, 1:].repeat_interleave(grids[:, 0], 0)[frame].tolist()
-        return whole(len(slots), height // merge, width // merge)
-
-    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-        """``[4, batch, tokens]``: of the text, then time, height and width."""
-        text = super().positions(model, inputs)
-        if inputs.get("mm_token_type_ids") is None or all(
-            inputs.get(name) is None for name in ("image_grid_thw", "video_grid_thw")
-        ):
-            return text.expand(4, -1, -1)
-        names = (
-            "input_ids",
-            "mm_token_type_ids",
-            "image_grid_thw",
-            "video_grid_thw",
-            "second_per_grid_ts",
-            "attention_mask",
-        )
-        space, _ = model.model.get_rope_index(**{name: inputs.get(name) for name in names})  # type: ignore[union-attr, operator]
-        return torch.cat([text[None], space.to(text)])
 
     def tower(self, model: PreTrainedModel) -> nn.Module | None:
         return model.model.visual  # type: ignore[no-any-return, union-attr]
