@@ -54,7 +54,7 @@ class Tiny:
     Attributes:
         make: class and config; layout: ids of an image's tokens, by its number; pixels: image inputs.
         types: inputs that say what kind each token is, from ids.
-        leads: images stand before all text. single_image: there is one. by_sequence: pixels are ``[batch, images, ...]``.
+        leads: images stand before all text. single_image: there is one. by_sequence: pixels are ``[batch, images, ...]``; pixel_axis: else the axis of images.
         vocabulary: texts of markers, for tokenizers.
         padding, uncached: why the bare model is not the same in a padded batch, or without a cache; "" = it is.
         unbuildable: why there is no such model here.
@@ -67,6 +67,7 @@ class Tiny:
     leads: bool = False
     single_image: bool = False
     by_sequence: bool = False
+    pixel_axis: int = 0
     vocabulary: Mapping[str, int] = field(default_factory=dict)
     image_token: int = IMG
     padding: str = ""
@@ -121,10 +122,14 @@ def padded(tiny: Tiny, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
             parts = [_padded_to(part, axis, most) for part in parts]
         if name == "aspect_ratio_mask":
             parts = [part.index_fill(2, torch.tensor([0]), 1) for part in parts]  # a missing image has one tile too
-        if name in ("pixel_values", "pixel_values_images") and len({part.shape[1:] for part in parts}) > 1:
+        if (
+            name in ("pixel_values", "pixel_values_images")
+            and not tiny.pixel_axis
+            and len({part.shape[1:] for part in parts}) > 1
+        ):
             sides = [max(part.shape[axis] for part in parts) for axis in (-2, -1)]
             parts = [pad(part, (0, sides[1] - part.shape[-1], 0, sides[0] - part.shape[-2])) for part in parts]
-        batch[name] = torch.cat(parts)
+        batch[name] = torch.cat(parts, tiny.pixel_axis if name == "pixel_values" else 0)
     return batch
 
 

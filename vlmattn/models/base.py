@@ -42,6 +42,10 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
+    #: The model counts positions itself, over padding too.
+    counts_padding: ClassVar[bool] = False
+    #: Axis of pixel tensors along which images follow one another.
+    pixel_axis: ClassVar[int] = 0
     #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided
     #: by attention, "dropping" for branches without the image, "rotating" for those with another rotary base, or
     #: "turns" for methods that must know the user's) that the family cannot have, and why.
@@ -265,6 +269,8 @@ class Family:
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """Position ids ``[..., batch, tokens]`` of a prompt as generate() makes them, without a trace on the model."""
         mask: Tensor = inputs["attention_mask"]
+        if self.counts_padding:
+            return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
     def text_mask(self, real: Tensor) -> Tensor:

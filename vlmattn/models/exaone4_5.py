@@ -14,4 +14,6 @@ class Exaone45(Gridded):
     """Positions are counted in one dimension; layers without a window have none at all."""
 
     model_types: ClassVar[Mapping[str, str]] = {"exaone4_5": "LGAI-EXAONE/EXAONE-4.5-33B"}
+    markers: ClassVar[tuple[str, ...]] = ()
     separated: ClassVar[bool] = True
+    counts_padding: ClassVar[bool] = True

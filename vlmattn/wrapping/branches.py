@@ -224,11 +224,12 @@ class _Reader:
                 f"the branch '{self.branch.name}' changes the image; give pixel_values, not encoded features"
             )
         family, model, before = self.call.record.family, self.call.model, dict(inputs)
+        ahead = (slice(None),) * family.pixel_axis
         for name, counts in found.items():
             changed, first = before[name].clone(), 0
             for count in counts:
                 rows = slice(first, first + count)
-                own, first = (rows, *family.unpadded(model, before, name, rows)), first + count
+                own, first = (*ahead, rows, *family.unpadded(model, before, name, rows)), first + count
                 if count:
                     pixels = before[name][own]
                     after = change(pixels)
