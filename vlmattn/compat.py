@@ -212,3 +212,16 @@ def window_order(tower: Any, grid: Tensor) -> Tensor:
         grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
     )[0]
     return order
+
+
+def with_all_rows(kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward in which layers that share keys and values read all rows of a prompt.
+
+    Gemma 4 leaves out rows that no logits are asked for, if these are asked for by their number, not by their places.
+    """
+    last, given = kwargs.get("logits_to_keep"), inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if given is None else given
+    if not isinstance(last, int) or not last or given is None:
+        return kwargs
+    rows = given.shape[1]
+    return {**kwargs, "logits_to_keep": torch.arange(max(rows - last, 0), rows, device=given.device)}

@@ -42,6 +42,8 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
+    #: Some layers read only the rows of a prompt that logits are asked for; methods must see all.
+    leaves_rows_out: ClassVar[bool] = False
     #: The model counts positions itself, over padding too.
     counts_padding: ClassVar[bool] = False
     #: Axis of pixel tensors along which images follow one another.
@@ -56,6 +58,8 @@ class Family:
     untested: ClassVar[str] = ""
     #: What the decoder gets beside embeddings, mask and positions, for passes that read other inputs.
     also_given: ClassVar[tuple[str, ...]] = ("visual_pos_masks", "deepstack_visual_embeds")
+    #: Those of them that hold something for every token, ``[batch, tokens, ...]``.
+    given_by_token: ClassVar[tuple[str, ...]] = ()
 
     @property
     def marker_ids(self) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn import compat
-from vlmattn.attention import FORWARD
 from vlmattn.errors import UnsupportedError
 from vlmattn.files import copy_whole
 from vlmattn.models import OF_IMAGES
@@ -27,7 +26,7 @@ from vlmattn.wrapping.drafting import drafting_plan, refuse_drafts
 from vlmattn.wrapping.handle import record_of, within_peft
 from vlmattn.wrapping.record import Record
 from vlmattn.wrapping.search import refuse_ways, row_by_row, searching
-from vlmattn.wrapping.steps import forward_of
+from vlmattn.wrapping.steps import forward_of, with_forward
 
 
 def _generate(
@@ -139,7 +138,8 @@ def _prepare_inputs(
         return compat.with_cache(original(input_ids, *args, **compat.with_cache(kwargs, None, self)), cache, self)
     inputs = original(input_ids, *args, **kwargs)
     if call is not None and call.model is self and record is call.record and not kwargs.get("is_first_iteration"):
-        inputs[FORWARD] = forward_of(record, self, call, inputs)  # here, because the forward may be compiled
+        passing = forward_of(record, self, call, inputs)  # here, because the forward may be compiled
+        inputs = with_forward(inputs, passing, record.family, inputs)
     return inputs
 
 

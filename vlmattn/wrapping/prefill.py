@@ -38,13 +38,17 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         decoder(**_inputs(passing(watch), other, mask, positions), **later)
 
     def beside(
-        method: Any, other: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
+        method: Any, slots: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
     ) -> None:
+        other = _at(embeds, slots)
+        of_tokens = {name: _at(value, slots) for name, value in later.items() if name in family.given_by_token}
         stream = SideStream(method, layers, compare, other)
         seen = family.text_mask(real)
         if seen.dtype == torch.bool and step.base == "eager":
             seen = additive(seen, other.dtype)
-        stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing(stream.watch), other, seen, positions))
+        stream.hidden, stream.calls = _layer_calls(
+            decoder, _inputs(passing(stream.watch), other, seen, positions) | of_tokens
+        )
         part.streams += (stream,)
 
     prefill = Prefill(
@@ -60,6 +64,11 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     with torch.no_grad():
         for method in plan.before_prefill:
             method.before_prefill(prefill)
+
+
+def _at(values: Tensor, slots: Tensor) -> Tensor:
+    """Values ``[batch, tokens, ...]`` of the tokens at ``slots`` ``[batch, n]``."""
+    return values[torch.arange(len(slots), device=slots.device)[:, None], slots]
 
 
 def _cut(mask: Any, length: int) -> Any:
