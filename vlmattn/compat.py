@@ -225,3 +225,25 @@ def with_all_rows(kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str
         return kwargs
     rows = given.shape[1]
     return {**kwargs, "logits_to_keep": torch.arange(max(rows - last, 0), rows, device=given.device)}
+
+
+def with_chosen_keys(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask of a layer whose indexer chooses keys, which models put into it for "sdpa" and "eager" by name only.
+
+    They take ``indices`` ``[batch, query, chosen]`` (sparse attention of DeepSeek) or ``block_indices`` (MiniMax M3).
+    """
+    chosen, blocks = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
+    if blocks is not None:
+        places = kwargs.get("position_ids")
+        if places is None:
+            places = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)
+        places = (places if places.ndim > 1 else places[None]).expand(len(query), -1)
+        arguments = (blocks, mask, key.shape[2], query.dtype, query.device, places)
+        return module.indexer.build_block_mask(*arguments)  # type: ignore[no-any-return, union-attr, operator]
+    if chosen is None or mask is None:
+        return mask
+    keep = torch.zeros(*chosen.shape[:2], key.shape[2], dtype=torch.bool, device=chosen.device)
+    keep = keep.scatter(-1, chosen.long(), True)[:, None]
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(query.dtype).min)

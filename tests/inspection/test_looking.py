@@ -58,7 +58,17 @@ ADDED = (
 ONLY_EAGER = ("paligemma2",)
 LAYERS, HEADS = 4, 4
 ATTENDING = dict.fromkeys(("mllama", "mllama_tiles"), (0, 2)) | dict.fromkeys(
-    ("lfm2_vl", "qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), (1, 3)
+    (
+        "lfm2_vl",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "minicpmv4_6",
+        "minicpmv4_7",
+        "minicpm_ocr",
+        "lfm3_vl",
+        "qwen4_exp",
+    ),
+    (1, 3),
 )
 
 

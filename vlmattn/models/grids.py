@@ -45,19 +45,23 @@ class Gridded(Family):
 
     markers: ClassVar[tuple[str, ...]] = ("vision_start_token_id", "vision_end_token_id")
 
+    def merge(self, model: PreTrainedModel) -> int:
+        """Patches along each side of what becomes a token."""
+        return int(model.config.vision_config.spatial_merge_size)
+
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         types = self.token_types(model, inputs["input_ids"])
-        return rows_by_grid(types, inputs, model.config.vision_config.spatial_merge_size**2)
+        return rows_by_grid(types, inputs, self.merge(model) ** 2)
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        merge = model.config.vision_config.spatial_merge_size
+        merge = self.merge(model)
         return by_grid(inputs, image, len(slots), merge, merge)
 
     def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
         grids = inputs.get("video_grid_thw")
         if grids is None:
             return list(runs)
-        unit = model.config.vision_config.spatial_merge_size**2
+        unit = self.merge(model) ** 2
         videos = dict(zip((grids.prod(-1) // unit).tolist(), grids[:, 0].tolist(), strict=True))
         if not videos.keys() >= set(runs):  # frames have text between them
             return list(runs)
@@ -66,9 +70,14 @@ class Gridded(Family):
     def frame_layout(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
     ) -> tuple[Piece, ...]:
-        merge, grids = model.config.vision_config.spatial_merge_size, inputs["video_grid_thw"].cpu()
+        merge, grids = self.merge(model), inputs["video_grid_thw"].cpu()
         height, width = grids[:, 1:].repeat_interleave(grids[:, 0], 0)[frame].tolist()
         return whole(len(slots), height // merge, width // merge)
+
+
+def axes_of(model: PreTrainedModel) -> int:
+    """In how many dimensions positions are counted."""
+    return len((model.config.get_text_config().rope_parameters or {}).get("mrope_section") or (0, 0, 0))
 
 
 class Spatial(Gridded):
@@ -80,7 +89,7 @@ class Spatial(Gridded):
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """``[4, batch, tokens]``: of the text, then time, height and width; ``[3, ...]`` without ``text_axis``."""
         text = super().positions(model, inputs)
-        space = self.rope_index(model, inputs) if self.has_images(inputs) else text.expand(3, -1, -1)
+        space = self.rope_index(model, inputs) if self.has_images(inputs) else text.expand(axes_of(model), -1, -1)
         return torch.cat([text[None], space.to(text)]) if self.text_axis else space.to(text)
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:

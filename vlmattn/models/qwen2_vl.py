@@ -30,3 +30,11 @@ class Qwen2VL(Qwen25VL):
 
     def in_prompt_order(self, tower: Any, grid: Tensor, tokens: Tensor) -> Tensor:
         return tokens
+
+
+@register_family
+class Qwen4Exp(Qwen2VL):
+    """Most layers have a gated delta rule instead of attention, the others an indexer."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"qwen4_exp": "Qwen/Qwen4-Exp"}
+    causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses

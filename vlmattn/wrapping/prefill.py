@@ -92,6 +92,15 @@ def _inputs(passing: Forward, embeds: Tensor, mask: Any, positions: Tensor | Non
 class _Noting(nn.Module):
     """Stands in the place of a decoder layer and notes what the decoder gives it."""
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.kind = {name: value for name, value in vars(layer).items() if name.endswith("type")}
+
+    def __getattr__(self, name: str) -> Any:
+        """The decoder may ask for the kind of a layer."""
+        kind = self.__dict__.get("kind", {})
+        return kind[name] if name in kind else super().__getattr__(name)
+
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
         return hidden
@@ -104,7 +113,7 @@ class _Noting(nn.Module):
 def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...]]:
     """What enters the first layer, and the layers with the masks and rotary tables that the decoder makes for them."""
     layers: Any = decoder.layers
-    noting = [_Noting() for _ in layers]
+    noting = [_Noting(layer) for layer in layers]
     double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
     double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
     type(decoder).forward(double, **inputs)
