@@ -200,6 +200,7 @@ FORMULAS = {
 }
 
 
+NATIVE = {"molmo2"}  # images see each other both ways already
 SOME = ("pai", "sofa"), ("var", "knockout"), ("pai", "knockout"), ("var", "sofa")  # one on scores or masses, one mask
 
 
@@ -215,7 +216,7 @@ def test_edits_do_what_their_formulas_say(name, which):
     )
     wanted = worked_out(name, method, prompt)
     same(model(**prompt.inputs).logits, wanted)
-    if which == "bare" or (which == "sofa" and ZOO[name].single_image):
+    if which == "bare" or (which == "sofa" and (ZOO[name].single_image or name in NATIVE)):
         return
     assert moved(wanted, ZOO[name].build()(**prompt.inputs).logits), "the formula must do something"
     assert which != "var" or Hand.sinks > 0

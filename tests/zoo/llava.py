@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zoo.first import MISTRAL, QWEN2, _anyres, _anyres_tokens, _rectangles
 from zoo.parts import (
+    BREAK,
     CLIP,
     CLOSE,
     FAKE,
@@ -55,6 +56,29 @@ def _packed(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "target_sizes": sizes.int()}
 
 
+def _molmo(number: int) -> list[int]:
+    """The picture in small (2 x 2 tokens), then in full: 2 x 4 for an even image, else 2 x 2; a token ends each row."""
+    rows = [*[IMG] * (2 if number % 2 else 4), BREAK] * 2
+    return [FAKE, *[IMG, IMG, BREAK] * 2, CLOSE, OPEN, *rows, CLOSE]
+
+
+def _crops(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Crops of 4 x 4 patches, four of which become a token: one in small, then one or two side by side."""
+    square = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    wide = [0 if number % 2 else 1 for number in range(images)]
+    counts = [2 + more for more in wide]
+    pooling, first = [], 0
+    for more, count in zip(wide, counts, strict=True):
+        pooling.append(square + 16 * first)
+        tokens = [square.view(2, 2, 4) + 16 * (first + 1 + n) for n in range(1 + more)]
+        pooling.append(torch.cat(tokens, 1).view(-1, 4))
+        first += count
+    return {
+        "pixel_values": torch.randn(sum(counts), 16, 48, generator=generator), "image_token_pooling": torch.cat(pooling),
+        "image_grids": torch.tensor([[2, 2, 2, 4 if more else 2] for more in wide]), "image_num_crops": torch.tensor(counts),
+    }  # fmt: skip
+
+
 def minicpm(cls: str, config: str, **ids: int) -> Tiny:
     vision = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4,
@@ -99,6 +123,25 @@ MODELS: dict[str, Tiny] = {
         slice_end_id=ROW, newline_id=13,
     ),
     "minicpm_ocr": minicpm("MiniCPMOcrForConditionalGeneration", "MiniCPMOcrConfig"),
+    "molmo2": Tiny(
+        lambda: (
+            hf.Molmo2ForConditionalGeneration,
+            hf.Molmo2Config(
+                text_config={**TEXT, "additional_vocab_size": 0},
+                vision_config=dict(
+                    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+                    image_size=[16, 16], patch_size=4, num_position_embeddings=16,
+                ),
+                adapter_config=dict(
+                    vision_feature_layer=[-1, -2], hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+                    intermediate_size=64, text_hidden_size=32,
+                ),
+                image_patch_id=IMG, image_start_token_id=OPEN, low_res_image_start_token_id=FAKE, image_end_token_id=CLOSE,
+                frame_start_token_id=ROW, frame_end_token_id=94,
+            ),
+        ),
+        _molmo, _crops, typed(),
+    ),
     "lighton_ocr": Tiny(
         lambda: (
             hf.LightOnOcrForConditionalGeneration,

@@ -116,6 +116,9 @@ def padded(tiny: Tiny, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
             parts = [pad(part, (length - part.shape[1], 0)) for part in parts]
         elif name == "cross_attention_mask":
             parts = [pad(part, (0, 0, 0, 0, length - part.shape[1], 0)) for part in parts]
+        if name == "image_token_pooling":  # numbers of patches among those of all prompts
+            before = torch.tensor([0, *(prompt.inputs["pixel_values"][..., 0].numel() for prompt in prompts)]).cumsum(0)
+            parts = [part + first for part, first in zip(parts, before, strict=False)]
         if tiny.by_sequence and name not in _OF_TOKENS:
             axis = 2 if name == "cross_attention_mask" else 1
             most = max(part.shape[axis] for part in parts)

@@ -104,7 +104,7 @@ class Family:
 
     def placeholders(self, model: PreTrainedModel) -> dict[int, int]:
         """Token ids that stand for visual features, each with its type."""
-        names = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+        names = {"video_token_id": VIDEO, "image_token_id": IMAGE}  # the last has its way where both are one token
         found = {getattr(model.config, name, None): kind for name, kind in names.items()}
         return {token: kind for token, kind in found.items() if token is not None}
 
