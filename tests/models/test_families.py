@@ -281,7 +281,7 @@ def test_contrastive_decoding_equals_two_models(name, recipe):
 def noised(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     beta = torch.sigmoid(torch.linspace(-6, 6, 1000)) * (0.5e-2 - 1e-5) + 1e-5
     left, found = torch.cumprod(1 - beta, 0)[500], dict(inputs)
-    for name in ("pixel_values", "pixel_values_images", "high_res_pixel_values"):
+    for name in ("pixel_values", "pixel_values_images", "high_res_pixel_values", "pixel_values_local"):
         if name in inputs:
             noise = torch.randn(inputs[name].shape, generator=torch.Generator().manual_seed(0))
             found[name] = left.sqrt() * inputs[name] + (1 - left).sqrt() * noise

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models.image_layout import Piece, square
-from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS, encoded_lengths, even_lengths, share_out
+from vlmattn.models.inputs import OF_IMAGES, OF_PIXELS, OF_TOKENS, encoded_lengths, even_lengths, share_out
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
 
 #: Kinds of methods, as families support or refuse them.
@@ -211,8 +211,7 @@ class Family:
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """Rows of each pixel tensor of a call that belong to each sequence of the batch: name -> counts."""
-        names = ("pixel_values", "pixel_values_images", "pixel_values_videos", "high_res_pixel_values")
-        return {name: counts for name, counts in self.per_row(model, inputs).items() if name in names}
+        return {name: counts for name, counts in self.per_row(model, inputs).items() if name in OF_PIXELS}
 
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         """The part of rows of a pixel tensor that is no padding, which is there for larger images of other sequences.

@@ -13,12 +13,20 @@ from vlmattn.errors import InputError
 OF_TOKENS = ("mm_token_type_ids", "token_type_ids")
 
 
-#: Inputs of forward() that belong to images.
-OF_IMAGES = (
+#: Pictures among the inputs of forward().
+OF_PIXELS = (
     "pixel_values",
     "pixel_values_images",
     "pixel_values_videos",
+    "pixel_values_local",
     "high_res_pixel_values",
+)
+
+#: Inputs of forward() that belong to images.
+OF_IMAGES = (
+    *OF_PIXELS,
+    "num_local_patches",
+    "patches_grid",
     "pixel_attention_mask",
     "image_grid_thw",
     "video_grid_thw",
