@@ -19,25 +19,18 @@ STEP_VISION = dict(
 )
 
 
+SAM = dict(
+    hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=4, window_size=4,
+    global_attn_indexes=[1], mlp_dim=64, downsample_channels=[16, 32], scale=64,
+)  # fmt: skip
+ENCODER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+
+
 def _fuyu(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(1, images * 4, 48, generator=generator)}
 
 
 MODELS: dict[str, Tiny] = {
-    "chameleon": Tiny(
-        lambda: (
-            hf.ChameleonForConditionalGeneration,
-            hf.ChameleonConfig(
-                **{**TEXT, "vocab_size": 200},
-                vq_config=dict(
-                    embed_dim=8, num_embeddings=16, latent_channels=8, resolution=16, base_channels=32, channel_multiplier=[1, 1, 2],
-                    num_res_blocks=1,
-                ),
-                vocabulary_map={"<image>": IMG, **{"IMGIMG" + "".join(chr(65 + int(digit)) for digit in str(n)) + "Z": 100 + n for n in range(16)}}, image_token_id=IMG,
-            ),
-        ),
-        tokens(16, [OPEN], [CLOSE]), squares(),
-    ),
     "fuyu": Tiny(
         lambda: (
             hf.FuyuForCausalLM,
@@ -45,6 +38,26 @@ MODELS: dict[str, Tiny] = {
         ),
         lambda number: [*[IMG, IMG, ROW] * 2], _fuyu, single_image=True,
     ),
+    **{
+        name: Tiny(
+            lambda cls=cls, config=config, encoder=encoder: (
+                getattr(hf, cls),
+                getattr(hf, config)(
+                    text_config={
+                        **TEXT, "n_routed_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+                        "n_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"] * 2,
+                        **({"layer_types": ["reference_sliding_attention"] * 4, "sliding_window": 200, "num_key_value_heads": 4} if "Unlimited" in cls else {}),
+                    },
+                    vision_config=dict(sam_config=SAM, encoder_config={**ENCODER, **encoder}), image_token_id=IMG,
+                ),
+            ),
+            tokens(count), lambda images, generator: {"pixel_values": torch.randn(images, 3, 64, 64, generator=generator)},
+        )
+        for name, cls, config, encoder, count in (
+            ("deepseek_ocr2", "DeepseekOcr2ForConditionalGeneration", "DeepseekOcr2Config", {}, 145),
+            ("unlimited_ocr", "UnlimitedOcrForConditionalGeneration", "UnlimitedOcrConfig", dict(image_size=64, patch_size=16), 21),
+        )
+    },
     "step3p7": Tiny(
         lambda: (
             hf.Step3p7ForConditionalGeneration,
