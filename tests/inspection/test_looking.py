@@ -53,6 +53,7 @@ ADDED = (
     "cosmos3_omni",
     "cohere_compass",
     "qwen3_omni_moe_thinker",
+    "granite_docling",
     "gemma3n",
 )  # output_hidden_states is not what enters a layer: DeepStack, several streams
 ONLY_EAGER = ("paligemma2",)

@@ -6,7 +6,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from zoo.parts import CLOSE, FAKE, IMG, OPEN, ROPE, ROW, TEXT, Tiny, squares, tokens
+from zoo.first import _idefics3
+from zoo.parts import CLOSE, FAKE, IMG, LAST, OPEN, ROPE, ROW, TEXT, Tiny, squares, tokens
 
 STEP_VISION = dict(
     hidden_size=32,
@@ -24,6 +25,13 @@ SAM = dict(
     global_attn_indexes=[1], mlp_dim=64, downsample_channels=[16, 32], scale=64,
 )  # fmt: skip
 ENCODER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+
+
+def _tiles(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "pixel_values": torch.randn(1, 3 * images, 3, 16, 16, generator=generator),
+        "pixel_attention_mask": torch.ones(1, 3 * images, dtype=torch.bool),
+    }
 
 
 def _fuyu(images: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -58,6 +66,20 @@ MODELS: dict[str, Tiny] = {
             ("unlimited_ocr", "UnlimitedOcrForConditionalGeneration", "UnlimitedOcrConfig", dict(image_size=64, patch_size=16), 21),
         )
     },
+    "granite_docling": Tiny(
+        lambda: (
+            hf.GraniteDoclingForConditionalGeneration,
+            hf.GraniteDoclingConfig(
+                text_config=dict(**TEXT, embedding_multiplier=1.0, logits_scaling=1.0, residual_multiplier=1.0, attention_multiplier=8**-0.5),
+                vision_config=dict(
+                    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4,
+                    out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0, 1], use_fine_route=False,
+                ),
+                image_token_id=IMG,
+            ),
+        ),
+        _idefics3, _tiles, by_sequence=True, vocabulary={"<global-img>": LAST},
+    ),
     "step3p7": Tiny(
         lambda: (
             hf.Step3p7ForConditionalGeneration,
