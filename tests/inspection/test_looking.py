@@ -66,6 +66,7 @@ ATTENDING = dict.fromkeys(("mllama", "mllama_tiles"), (0, 2)) | dict.fromkeys(
         "minicpmv4_6",
         "minicpmv4_7",
         "minicpm_ocr",
+        "nemotron_h_omni",
         "lfm3_vl",
         "qwen4_exp",
     ),
@@ -182,7 +183,8 @@ def test_rows_states_and_logprobs_are_those_of_the_bare_eager_model(name):
     for attn in ("eager",) if name in ONLY_EAGER else ("sdpa", "eager"):
         model = ZOO[name].build(attn)
         trace = look(model, processor_of(name), made.inputs, answer=SAID, rows=[0, image, -3])
-        check(trace, *wanted)
+        scans = name == "nemotron_h_omni"  # a state space is scanned in chunks, and step by step in the answer
+        check(trace, *wanted, 4 * ROUNDING if scans else ROUNDING)
         assert sorted(trace.rows) == sorted({0, image, prompt - 3, *range(prompt - 1, prompt + 4)})
         if not name.startswith("mllama"):  # its placeholders, one for an image, stand side by side
             assert trace.images == (*made.images[0].tolist(), *[-1] * len(SAID))
