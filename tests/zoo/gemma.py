@@ -57,6 +57,17 @@ MODELS: dict[str, Tiny] = {
         ),
         tokens(4, [OPEN], [CLOSE]), _gemma4_pixels, typed(),
     ),
+    "gemma4_unified": Tiny(
+        lambda: (
+            hf.Gemma4UnifiedForConditionalGeneration,
+            hf.Gemma4UnifiedConfig(
+                text_config={**TEXT, "sliding_window": 200, "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 8},
+                vision_config=dict(patch_size=4, pooling_kernel_size=1, mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32),
+                image_token_id=IMG, video_token_id=VID, boi_token_id=OPEN, eoi_token_id=CLOSE, audio_token_id=95,
+            ),
+        ),
+        tokens(16, [OPEN], [CLOSE]), _gemma4_pixels, typed(),
+    ),
     "nemotron_h_omni": Tiny(
         lambda: (
             hf.NemotronH_Omni_Reasoning_V3,
