@@ -6,7 +6,7 @@ LMMS := .venv-lmms
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo smol test test-fast test-tools test-portable test-oldest test-newest test-lmms lint bench gpu clean
+.PHONY: demo smol test test-slow test-fast test-tools test-portable test-oldest test-newest test-lmms lint bench gpu clean
 
 # One stamp for the environment: rebuilt when the pins or the project file change.
 $(VENV)/.ready: constraints.txt pyproject.toml
@@ -25,7 +25,12 @@ smol: $(VENV)/.ready
 	$(BIN)/python -c "import vlmattn; vlmattn.load('smol')"
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# What takes its time: every preset in every cache and batch, examples drawn at random, notebooks, compilers, killed processes,
+# the second bundled model.
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # For daily work, within 90 seconds: the laws and the house on one small family, and every preset once.
 test-fast: $(VENV)/.ready

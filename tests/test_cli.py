@@ -384,4 +384,24 @@ def test_families_lists_what_runs_where(run):
     assert code == 0
     assert "qwen2_5_vl" in out
     assert "generic patcher" in out
+    assert "types of transformers" in out
     assert run("families", "--markdown")[1].startswith("| model type |")
+
+
+def test_families_are_readable_in_a_narrow_pipe(run, monkeypatch):
+    monkeypatch.setattr(cli.common.console, "width", 80)
+    lines = run("families")[1].splitlines()
+    (line,) = (line for line in lines if line.startswith("gemma3,"))
+    assert line.split()[-1] == "yes"
+    assert max(map(len, lines[: lines.index(next(line for line in lines if line.startswith("(1)")))])) <= 80
+
+
+def test_a_family_shows_itself(run):
+    code, out, _ = run("families", "gemma4")
+    assert code == 0
+    assert "google/gemma-4-E4B-it" in out
+    assert "no: some of its layers have a sliding window" in out
+    assert json.loads(run("families", "--json")[1])["llava"]["pruning"] == "yes"
+    code, _, err = run("families", "gema4")
+    assert code == 2
+    assert "did you mean gemma4" in err

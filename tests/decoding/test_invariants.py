@@ -43,7 +43,7 @@ from vlmattn.decoding import Decoding, Growth, Instead, Mixture, Search, TopAtte
 from vlmattn.registry import find_method
 from vlmattn.wrapping.call import CALL
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_grad")]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SINKS = VAR(tau=2.0, dims=(3, 17), layers="0:", max_sink=1.0, min_visual=0.0)
 PRESETS = [

@@ -152,7 +152,9 @@ def of_eager(name: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tens
     return torch.stack(own), states, out.logits[0]
 
 
-def check(trace: Trace, attention: Tensor, states: Tensor, logits: Tensor, close: float = ROUNDING, share: float = 1e-4) -> None:
+def check(
+    trace: Trace, attention: Tensor, states: Tensor, logits: Tensor, close: float = ROUNDING, share: float = 1e-4
+) -> None:
     for row in trace.rows:
         found = trace.attention(row)
         assert found.axes == ("layer", "head", "key")

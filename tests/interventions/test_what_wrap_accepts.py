@@ -18,7 +18,7 @@ import vlmattn
 from vlmattn import Recipe, VlmattnError
 from vlmattn.registry import all_presets, find_method
 
-pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore::UserWarning")]
 BUILT = [name for name, tiny in ZOO.items() if not tiny.unbuildable]
 PRESETS = sorted(vlmattn.presets())
 #: What presets leave to the user.

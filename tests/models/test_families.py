@@ -318,7 +318,8 @@ def test_placeholders_side_by_side_are_images():
 def test_every_registered_family_is_built_or_says_why_not():
     tested = {ZOO[name].build().config.model_type for name in BUILT}
     claimed = {kind for row in table_rows() if not row.untested for kind in row.types}
-    assert tested & set(registered()) == claimed
+    served = {kind for kind in claimed if not registered()[kind].unsupported}
+    assert tested & served == served
 
 
 def test_the_page_shows_the_table():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -156,27 +157,41 @@ _PACKAGES = (
 
 
 @app.command()
-def families(as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False) -> None:
-    """List the model families, and which kinds of methods run on each.
+def families(
+    name: Annotated[str | None, typer.Argument(help="Show one model type: a checkpoint, what runs, its parts.")] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Verdicts as JSON.")] = False,
+) -> None:
+    """List the model families and which kinds of methods run on each, or show one.
 
-    Example: [bold]vlmattn families[/bold]
+    Example: [bold]vlmattn families gemma4[/bold]
     """
     from vlmattn.models import KINDS
-    from vlmattn.models.table import cells, markdown
+    from vlmattn.models.table import counts, markdown, short, verdict, verdicts
 
     if as_markdown:
         print(markdown(), end="")
-        return
-    found, notes = cells("yes", "no")
-    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
-    for title in ("model type", *KINDS):
-        table.add_column(title, no_wrap=title != "model type")
-    for types, _, *kinds in found:
-        table.add_row(types, *kinds)
-    console.print(table)
-    for note in notes:
-        plain(note)
-    plain("Other decoder-only models get attention edits by a generic patcher, if it reaches their attention.")
+    elif name is not None:
+        found = verdict(name)
+        if as_json:
+            print(json.dumps({name: found}, indent=2))
+            return
+        for title, text in found.items():
+            plain(f"{title + ':':<14}{text if isinstance(text, str) else ', '.join(text)}")
+    elif as_json:
+        print(json.dumps(verdicts(), indent=2))
+    else:
+        rows, notes = short()
+        table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+        for title in ("model type", *KINDS):
+            table.add_column(title, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        for note in notes:
+            plain(note)
+        plain(counts())
+        plain("Other decoder-only models get attention edits by a generic patcher, if it reaches their attention.")
 
 
 @app.command()

@@ -21,6 +21,15 @@ from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, vi
 KINDS = ("edits", "masks", "pruning", "decoding")
 
 
+#: Why families with windows, and those with layers without attention, refuse methods.
+WINDOWED = {"pruning": "some of its layers have a sliding window, which counts tokens"}
+HYBRID = dict.fromkeys(
+    ("pruning", "decoding"),
+    "some of its layers have no attention but a state of all tokens before; attention edits act in the others, and"
+    " these methods need attention in every layer",
+)
+
+
 class Family:
     """One family of models: where its decoder is, how its image tokens are found, what is odd about it.
 
@@ -73,10 +82,7 @@ class Family:
         """Kinds of methods that this model cannot have, and why."""
         if all(self.attention(layer) is not None for layer in self.layers(model)):
             return dict(self.refused)
-        why = "some of its layers have no attention but a state of all tokens before; attention edits act in the others"
-        return dict.fromkeys(("pruning", "decoding"), f"{why}, and these methods need attention in every layer") | dict(
-            self.refused
-        )
+        return HYBRID | dict(self.refused)
 
     def entry(self, model: PreTrainedModel) -> nn.Module:
         """The module whose forward every step of generate() goes through."""

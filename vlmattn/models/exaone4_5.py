@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from vlmattn.models.base import WINDOWED
 from vlmattn.models.grids import Gridded
 from vlmattn.models.registry import register_family
 
@@ -14,6 +15,7 @@ class Exaone45(Gridded):
     """Positions are counted in one dimension; layers without a window have none at all."""
 
     model_types: ClassVar[Mapping[str, str]] = {"exaone4_5": "LGAI-EXAONE/EXAONE-4.5-33B"}
+    refused: ClassVar[Mapping[str, str]] = WINDOWED
     markers: ClassVar[tuple[str, ...]] = ()
     separated: ClassVar[bool] = True
     counts_padding: ClassVar[bool] = True

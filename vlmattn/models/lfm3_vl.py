@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from vlmattn.models.base import HYBRID
 from vlmattn.models.grids import Gridded
 from vlmattn.models.registry import register_family
 
@@ -14,3 +15,4 @@ class Lfm3VL(Gridded):
     """Edits act in the layers that have attention."""
 
     model_types: ClassVar[Mapping[str, str]] = {"lfm3_vl": "LiquidAI/LFM3-VL-2B"}
+    refused: ClassVar[Mapping[str, str]] = HYBRID

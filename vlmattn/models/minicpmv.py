@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmattn.models.base import HYBRID
 from vlmattn.models.image_layout import Piece, cells
 from vlmattn.models.inputs import share_out
 from vlmattn.models.registry import register_family
@@ -26,6 +27,7 @@ class MiniCPMV(Tiled):
         "minicpmv4_7": "openbmb/MiniCPM-V-4.7",
         "minicpm_ocr": "openbmb/MiniCPM-OCR",
     }
+    refused: ClassVar[Mapping[str, str]] = HYBRID
     first: ClassVar[str] = "<image>"
     markers: ClassVar[tuple[str, ...]] = ("image_start_id", "image_end_id", "slice_start_id", "slice_end_id")
     pixel_axis: ClassVar[int] = 3

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
+from vlmattn.models.base import WINDOWED
 from vlmattn.models.grids import Gridded
 from vlmattn.models.registry import register_family
 
@@ -19,6 +20,7 @@ class Muse(Gridded):
         "muse_glimmer": "meta-models/Muse-Glimmer-30B",
         "muse_spark": "meta-models/Muse-Spark-Open-816B-A42B",
     }
+    refused: ClassVar[Mapping[str, str]] = WINDOWED
     markers: ClassVar[tuple[str, ...]] = ()
     separated: ClassVar[bool] = True
 

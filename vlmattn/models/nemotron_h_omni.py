@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import Family
+from vlmattn.models.base import HYBRID, Family
 from vlmattn.models.image_layout import Piece, whole
 from vlmattn.models.inputs import encoded_lengths, share_out
 from vlmattn.models.registry import register_family
@@ -23,6 +23,7 @@ class NemotronHOmni(Family):
     model_types: ClassVar[Mapping[str, str]] = {
         "nemotron_h_omni": "nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16",
     }
+    refused: ClassVar[Mapping[str, str]] = HYBRID
     separated: ClassVar[bool] = True
 
     def decoder(self, model: PreTrainedModel) -> nn.Module:

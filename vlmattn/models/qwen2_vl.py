@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vlmattn.models.base import HYBRID
 from vlmattn.models.qwen2_5_vl import Qwen25VL
 from vlmattn.models.registry import register_family
 
@@ -23,8 +24,6 @@ class Qwen2VL(Qwen25VL):
         "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct",
         "qwen3_vl": "Qwen/Qwen3-VL-8B-Instruct",
         "qwen3_vl_moe": "Qwen/Qwen3-VL-30B-A3B-Instruct",
-        "qwen3_5": "Qwen/Qwen3.5-27B",
-        "qwen3_5_moe": "Qwen/Qwen3.5-35B-A3B",
         "cosmos3_omni": "nvidia/Cosmos3-Nano",
     }
 
@@ -33,7 +32,18 @@ class Qwen2VL(Qwen25VL):
 
 
 @register_family
-class Qwen4Exp(Qwen2VL):
+class Qwen35(Qwen2VL):
+    """Most layers have a gated delta rule instead of attention."""
+
+    model_types: ClassVar[Mapping[str, str]] = {
+        "qwen3_5": "Qwen/Qwen3.5-27B",
+        "qwen3_5_moe": "Qwen/Qwen3.5-35B-A3B",
+    }
+    refused: ClassVar[Mapping[str, str]] = HYBRID
+
+
+@register_family
+class Qwen4Exp(Qwen35):
     """Most layers have a gated delta rule instead of attention, the others an indexer."""
 
     model_types: ClassVar[Mapping[str, str]] = {"qwen4_exp": "Qwen/Qwen4-Exp"}

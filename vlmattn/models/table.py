@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import getdoc
 
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES
+
+from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import KINDS, Family
 from vlmattn.models.registry import registered
 
@@ -70,6 +76,64 @@ def cells(runs: str, refused: str) -> tuple[list[list[str]], list[str]]:
             kinds[KINDS.index("decoding")] += f", where a branch has no image {note(row.dropping)}"
         found.append([", ".join(row.types), ", ".join(row.checkpoints), *kinds])
     return found, [f"({number}) {text}" for number, text in enumerate(notes, 1)]
+
+
+def short() -> tuple[list[list[str]], list[str]]:
+    """A table of few columns: model types, then for each kind yes, no or part with the number of its notes."""
+    notes: list[str] = []
+
+    def cell(why: str, *within: str) -> str:
+        said = [text for text in (why, *within) if text]
+        notes.extend(text for text in dict.fromkeys(said) if text not in notes)
+        numbers = ", ".join(str(notes.index(text) + 1) for text in said)
+        return f"{'no' if why else 'part'} ({numbers})" if said else "yes"
+
+    found = []
+    for row in rows():
+        within = {"masks": (row.opening,), "decoding": (row.looking, row.dropping)}
+        kinds = [cell(why, *(() if why else within.get(kind, ()))) for kind, why in row.cells.items()]
+        found.append([", ".join(row.types), *kinds])
+    return found, [f"({number}) {text}" for number, text in enumerate(notes, 1)]
+
+
+def counts() -> str:
+    """How many of the types that the installed transformers knows are served."""
+    families = registered()
+    served = sum(name in families and not families[name].unsupported for name in TYPES)
+    return (
+        f"{served} of the {len(TYPES)} image-text-to-text types of transformers {transformers.__version__} are served,"
+        f" {sum(name in families for name in TYPES) - served} have a reason why not."
+    )
+
+
+def verdicts() -> dict[str, dict[str, str]]:
+    """For each model type what runs on it: kind of methods -> "yes", or why not."""
+    return {
+        name: {kind: family.unsupported or family.refused.get(kind, "yes") for kind in KINDS}
+        for name, family in registered().items()
+    }
+
+
+def verdict(name: str) -> dict[str, str | list[str]]:
+    """All that a family says of one model type.
+
+    Raises:
+        UnsupportedError: no family knows it.
+    """
+    family = registered().get(name)
+    if family is None:
+        near = get_close_matches(name, registered(), 3, 0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; see: vlmattn families"
+        raise UnsupportedError(f"no family knows the model type '{name}'{hint}")
+    said = {kind: family.refused.get(kind, "") for kind in ("opening", "looking", "dropping", "rotating", "turns")}
+    return {
+        "model type": name,
+        "checkpoint": family.model_types[name],
+        "about": " ".join((getdoc(family) or "").split("\n\n")[0].split()),
+        **{kind: text if text == "yes" else f"no: {text}" for kind, text in verdicts()[name].items()},
+        **{f"but {kind}": f"no: {text}" for kind, text in said.items() if text and not family.unsupported},
+        "markers": list(family.markers) or "none named in the config",
+    }
 
 
 def markdown() -> str:
