@@ -42,7 +42,7 @@ test-tools: $(VENV)/.ready
 
 # What other CPUs and thread counts would compute: kernels, methods, rules and laws with the arithmetic of an old CPU on one
 # thread, and with that of AVX2 on four; what has a family with one family in each, to stay within minutes.
-NUMERIC := $(BIN)/python -m pytest -n 2 -m "numeric and not slow"
+NUMERIC := $(BIN)/python -m pytest -n 2 -m numeric
 test-portable: $(VENV)/.ready
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(NUMERIC) -k "not qwen2_5_vl and not qwen3_vl"
 	OMP_NUM_THREADS=4 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(NUMERIC) -k "not llava and not qwen3_vl"
