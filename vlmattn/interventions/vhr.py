@@ -41,6 +41,7 @@ class VHR(Intervention):
     tokens have their gains in them. For a choice of its own give the whole conversation without ``past_key_values``.
     """
 
+    acts_on = "heads"
     alpha: float = option(2.0, 0, 10, "gain of the chosen heads; 4 and more breaks the model", source="paper")
     drop_outliers: bool = option(True, about="leave out heads that change most and are loud anyway", source="paper")
     ta_power: float = option(2.0, 1, 2, "power of the norm in the outlier rule", source="paper prints the square")
@@ -62,7 +63,7 @@ class VHR(Intervention):
             seeing = prompt[torch.arange(len(prompt), device=prompt.device), last]
             found = self.gains(seeing.float(), beside[:, -1].float())
             gain = torch.where(compared.to(found.device), found, 1.0)
-            request.store(self, layer).rows["gain"] = gain
+            prefill.store(self, layer).rows["gain"] = gain
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
             return gain
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmattn.request.callbacks import Compare, Watch, Weights
 from vlmattn.request.request import Request
+from vlmattn.request.store import Store
 
 
 @dataclass(eq=False)
@@ -25,7 +26,8 @@ class SideStream:
         method: who compares; layers: where.
         compare: sees both, see ``Compare``.
         hidden: ``[batch, tokens, hidden]``, the residual stream that enters its next layer.
-        calls: the decoder's layers, each with what the decoder gives it for these inputs.
+        calls: the decoder's layers, each with what the decoder gives it for these inputs. skipped: layers that do
+            not run, as they read images that the stream does not have; what their heads say counts as zero.
         layer: index of the next layer.
     """
 
@@ -34,6 +36,7 @@ class SideStream:
     compare: Compare
     hidden: Tensor
     calls: tuple[Callable[[Tensor], Tensor], ...] = ()
+    skipped: frozenset[int] = frozenset()
     layer: int = 0
     _prompt: Tensor | None = None
 
@@ -44,6 +47,8 @@ class SideStream:
     def follow(self, out: Tensor) -> None:
         """Run the stream's next layer; ``out`` ``[batch, query, heads, dim]`` are the prompt's head outputs there."""
         self._prompt = out
+        if self.layer in self.skipped and self.layer in self.layers:
+            self.compare(self.layer, out, torch.zeros_like(out[:, -1:]))
         with torch.no_grad():
             # In an empty context: who collects the outputs of layers for the prompt hears nothing of it.
             self.hidden = Context().run(self.calls[self.layer], self.hidden)
@@ -67,6 +72,7 @@ class Prefill:
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
         run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same
             tokens, which see what they see in the prompt; ``watch`` as in ``Part``.
+        store: ``store(method, layer)`` is what the method keeps about a layer.
         beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``SideStream`` of them go beside the
             prompt.
     """
@@ -78,4 +84,5 @@ class Prefill:
     visual: Tensor
     positions: Tensor | None
     run: Callable[[Tensor, Tensor | None, Watch], None]
+    store: Callable[[Any, int], Store]
     beside: Callable[[Any, Tensor, Tensor, Tensor | None, frozenset[int], Compare], None]

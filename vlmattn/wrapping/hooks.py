@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.models import Family
-from vlmattn.request import Forward, LayerContext, Part, Step
+from vlmattn.request import Forward, ImageContext, LayerContext, Part, Step
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.eviction import after_layer, before_layer
 from vlmattn.wrapping.handle import record_of
@@ -182,6 +182,8 @@ def _before_layer(
     for part in passing.parts:
         if part.acting is not None:
             _tell_hidden_states(part, part.acting, index, family.residual(hidden)[part.rows])
+            if index in part.plan.cross and (states := family.image_states(kwargs, len(hidden))) is not None:
+                _tell_images(part, part.acting, index, states[part.rows])
     return None
 
 
@@ -190,7 +192,7 @@ def _tell_hidden_states(part: Part, step: Step, index: int, hidden: Tensor) -> N
     plan = part.plan
     for watcher in plan.watching:
         watcher.enter(step, index, hidden)
-    methods, extended = plan.on_hidden_states[index], index in plan.extending
+    methods, extended = () if index in plan.cross else plan.on_hidden_states[index], index in plan.extending
     if len(methods) == 0 or not (step.is_prompt or extended):  # a tuple in "not" breaks compiled graphs
         return
     if step.start is None:  # one generated token
@@ -201,3 +203,11 @@ def _tell_hidden_states(part: Part, step: Step, index: int, hidden: Tensor) -> N
     for method in methods:
         if step.is_prompt or method.follows_hidden_states:
             method.on_hidden_states(context, hidden[:, : context.queries])
+
+
+def _tell_images(part: Part, step: Step, index: int, states: Tensor) -> None:
+    """Let methods see the states ``[batch, keys, width]`` of which a layer of cross-attention makes keys."""
+    keys = states.shape[1]
+    context = ImageContext(step, index, keys, keys, states.device, each=part.plan.image_keys)
+    for method in part.plan.on_hidden_states[index]:
+        method.on_hidden_states(context, states)

@@ -21,7 +21,7 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     assert step is not None
     request, length = step.request, step.request.prompt_length
     embeds, positions, given = (
-        kwargs["inputs_embeds"][:, :length],
+        _embeds(decoder, kwargs)[:, :length],
         kwargs.get("position_ids"),
         kwargs.get("attention_mask"),
     )
@@ -44,7 +44,8 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         seen = family.text_mask(real)
         if seen.dtype == torch.bool and step.base == "eager":
             seen = additive(seen, other.dtype)
-        stream.hidden, stream.calls = _layer_calls(decoder, _inputs(passing(stream.watch), other, seen, positions))
+        given = _inputs(passing(stream.watch), other, seen, positions)
+        stream.hidden, stream.calls, stream.skipped = _layer_calls(decoder, given)
         part.streams += (stream,)
 
     prefill = Prefill(
@@ -55,11 +56,19 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         visual=types != 0,
         positions=None if positions is None else positions[..., :length],
         run=run,
+        store=lambda method, layer: (request.image_store if layer in plan.cross else request.store)(method, layer),
         beside=beside,
     )
     with torch.no_grad():
         for method in plan.before_prefill:
             method.before_prefill(prefill)
+
+
+def _embeds(decoder: Any, kwargs: dict[str, Any]) -> Tensor:
+    """What the decoder reads; it may have token ids alone."""
+    given = kwargs.get("inputs_embeds")
+    found: Tensor = decoder.get_input_embeddings()(kwargs["input_ids"]) if given is None else given
+    return found
 
 
 def _cut(mask: Any, length: int) -> Any:
@@ -81,23 +90,31 @@ def _inputs(passing: Forward, embeds: Tensor, mask: Any, positions: Tensor | Non
 
 
 class _Noting(nn.Module):
-    """Stands in the place of a decoder layer and notes what the decoder gives it."""
+    """Stands in the place of a decoder layer and notes what the decoder gives it, if it runs it at all."""
+
+    kwargs: dict[str, Any] | None = None
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
         return hidden
 
     def call(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The layer with all that it was given beside the residual stream."""
-        return lambda hidden: layer(hidden, *self.args, **self.kwargs)  # type: ignore[no-any-return]
+        """The layer with all that it was given beside the residual stream; nothing for one that was skipped."""
+        if (given := self.kwargs) is None:
+            return lambda hidden: hidden
+        return lambda hidden: layer(hidden, *self.args, **given)  # type: ignore[no-any-return]
 
 
-def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...]]:
-    """What enters the first layer, and the layers with the masks and rotary tables that the decoder makes for them."""
+def _layer_calls(
+    decoder: nn.Module, inputs: dict[str, Any]
+) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...], frozenset[int]]:
+    """What enters the first layer, the layers with the masks and rotary tables that the decoder makes for them, and
+    which of them it skips."""
     layers: Any = decoder.layers
     noting = [_Noting() for _ in layers]
     double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
     double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
     type(decoder).forward(double, **inputs)
     calls = tuple(noted.call(layer) for layer, noted in zip(layers, noting, strict=True))
-    return noting[0].hidden, calls
+    skipped = frozenset(layer for layer, noted in enumerate(noting) if noted.kwargs is None)
+    return next(noted.hidden for noted in noting if noted.kwargs is not None), calls, skipped
