@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from zoo import IMG, ZOO, padded
+from zoo.parts import set_attention
 
 import vlmattn
 from vlmattn import PAI, VAR, VCD, VHR, FastV, FocusDirections, Knockout, SoFA, UnsupportedError
@@ -81,12 +82,17 @@ def footprint(model: PreTrainedModel) -> tuple[Any, ...]:
 
 
 def same(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=CLOSE * max(1.0, float(wanted.abs().max())))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=CLOSE * size(wanted))
 
 
 def moved(found: Tensor, bare: Tensor) -> bool:
     """Something happened, far above rounding."""
-    return bool((found - bare).abs().max() > 10 * CLOSE * max(1.0, float(bare.abs().max())))
+    return bool((found - bare).abs().max() > 10 * CLOSE * size(bare))
+
+
+def size(values: Tensor) -> float:
+    """The largest of the logits, at least 1; tokens that a model never says (Chameleon's images) do not count."""
+    return max(1.0, float(values.abs().where(values > torch.finfo(values.dtype).min / 2, 0).max()))
 
 
 # The bare model and back
@@ -198,7 +204,7 @@ def worked_out(name: str, method: Any, prompt: Any) -> Tensor:
             Hand.hidden[index] = family.image_states(kwargs, len(hidden)) if index in Hand.cross else hidden
 
         layer.register_forward_pre_hook(note, with_kwargs=True)
-    model.set_attn_implementation({"text_config": "by_hand"})
+    set_attention(model, "by_hand")
     return model(**prompt.inputs).logits
 
 

@@ -412,12 +412,41 @@ def test_codes_of_emu3_are_in_rows_with_an_end():
     assert len(own) - piece.tokens.numel() == 8
 
 
+def test_patches_of_fuyu_are_in_rows_with_a_newline():
+    """As many rows and columns as newlines say."""
+    model, given = ZOO["fuyu"].build(), ZOO["fuyu"].prompt(1)
+    ((piece,), own) = pieces_of("fuyu", model, given.inputs, 0)
+    assert piece.box == WHOLE
+    assert piece.tokens.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    ids = torch.tensor([[*[IMG] * 5, BREAK, *[IMG] * 5, BREAK, 1, 7]])
+    ((piece,), own) = pieces_of("fuyu", model, {"input_ids": ids}, 0)
+    assert piece.tokens.shape == (2, 5)
+    assert len(own) == 10
+
+
+def test_codes_of_chameleon_are_in_reading_order():
+    model = ZOO["chameleon"].build()
+    given = ZOO["chameleon"].prompt(2).inputs
+    codes = model.model.get_image_tokens(given["pixel_values"])  # as the codebook has them, row by row
+    for image in range(2):
+        ((piece,), own) = pieces_of("chameleon", model, given, image)
+        seen = model.model.get_image_features(given["pixel_values"]).pooler_output.flatten(0, 1)[own]
+        assert piece.box == WHOLE
+        assert piece.tokens.tolist() == torch.arange(16).view(4, 4).tolist()
+        assert torch.equal(seen[piece.tokens], model.get_input_embeddings()(codes[image].view(4, 4)))
+
+
 # What has no place, and what is not known
 
 
 def test_every_family_of_the_zoo_is_looked_at():
     again = {"mistral3_window", "gemma3_window", "cohere2_window"}
-    assert {name.split(",")[0] for name in CASES} | NO_PLACE.keys() | again | {"emu3", "florence2"} == ZOO.keys()
+    assert {name.split(",")[0] for name in CASES} | NO_PLACE.keys() | again | {
+        "emu3",
+        "chameleon",
+        "fuyu",
+        "florence2",
+    } == ZOO.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "florence2"])  # nothing serves it

@@ -2,6 +2,40 @@
 
 from __future__ import annotations
 
-from zoo.parts import Tiny
+import torch
+import transformers as hf
+from torch import Tensor
 
-MODELS: dict[str, Tiny] = {}
+from zoo.parts import BREAK, CLOSE, IMG, OPEN, ROPE, TEXT, Tiny, squares, tokens
+
+_CODES = {f"IMGIMG{''.join(chr(65 + int(digit)) for digit in str(n))}Z": 100 + n for n in range(16)}
+
+
+def _chameleon() -> tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]:
+    vq = dict(
+        embed_dim=8, num_embeddings=16, latent_channels=8, resolution=16, base_channels=32, channel_multiplier=[1, 1, 1],
+        num_res_blocks=1,
+    )  # fmt: skip
+    text = {**TEXT, "vocab_size": 120, "num_key_value_heads": 2}
+    text.pop("head_dim")
+    config = hf.ChameleonConfig(**text, vq_config=vq, vocabulary_map={"<image>": IMG, **_CODES}, rope_parameters=ROPE)
+    return hf.ChameleonForConditionalGeneration, config
+
+
+def _fuyu() -> tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]:
+    text = {**TEXT, "model_type": "persimmon", "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}
+    text.pop("head_dim"), text.pop("num_key_value_heads")
+    return hf.FuyuForCausalLM, hf.FuyuConfig(text_config=text, image_size=16, patch_size=4, image_token_id=IMG)
+
+
+def _patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(1, 12, 3 * 4 * 4, generator=generator)}
+
+
+MODELS: dict[str, Tiny] = {
+    "chameleon": Tiny(_chameleon, tokens(16, (OPEN,), (CLOSE,)), squares()),
+    # three rows of four patches, each with a newline
+    "fuyu": Tiny(
+        _fuyu, lambda number: [*[IMG] * 4, BREAK] * 3, _patches, leads=True, single_image=True, by_sequence=True
+    ),
+}

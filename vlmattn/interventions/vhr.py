@@ -63,7 +63,7 @@ class VHR(Intervention):
             seeing = prompt[torch.arange(len(prompt), device=prompt.device), last]
             found = self.gains(seeing.float(), beside[:, -1].float())
             gain = torch.where(compared.to(found.device), found, 1.0)
-            prefill.store(self, layer).rows["gain"] = gain
+            request.store(self, layer).rows["gain"] = gain
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
             return gain
 

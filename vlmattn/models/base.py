@@ -42,6 +42,8 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
+    #: Decoder layers return a tuple, not the residual stream alone.
+    in_tuples: ClassVar[bool] = False
     #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided
     #: by attention, "dropping" for branches without the image, "rotating" for those with another rotary base, "rows"
     #: for methods about rows of image tokens, or "turns" for methods that must know the user's) that the family cannot
@@ -82,6 +84,10 @@ class Family:
     def decoder(self, model: PreTrainedModel) -> nn.Module:
         """The text decoder: the module that gets ``inputs_embeds`` and holds ``layers``."""
         return model.model.language_model  # type: ignore[no-any-return, union-attr]
+
+    def embedded(self, decoder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the decoder is called with, as ``inputs_embeds`` that have image features in place."""
+        return kwargs
 
     def layers(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         """Decoder layers in order; each gets the residual stream as its first argument."""

@@ -49,6 +49,12 @@ class Mllama(Family):
     def refuses(self, model: PreTrainedModel) -> dict[str, str]:
         return dict(self.refused)
 
+    def embedded(self, decoder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = dict(kwargs)
+        if (ids := given.pop("input_ids", None)) is not None:
+            given["inputs_embeds"] = decoder.embed_tokens(ids)
+        return given
+
     def cross_attention(self, layer: nn.Module) -> nn.Module | None:
         return getattr(layer, "cross_attn", None)
 

@@ -210,7 +210,9 @@ class ImageContext(LayerContext):
 
     def store(self, method: Hashable) -> Store:
         """What ``method`` keeps about the images in this layer, by key."""
-        return self.request.image_store(method, self.layer)
+        store = super().store(method)
+        store.of_images = True
+        return store
 
     def read(self, kept: Slots) -> Tensor:
         return kept.read(self.keys, self.device)

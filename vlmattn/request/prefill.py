@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vlmattn.request.callbacks import Compare, Watch, Weights
 from vlmattn.request.request import Request
-from vlmattn.request.store import Store
 
 
 @dataclass(eq=False)
@@ -72,7 +71,6 @@ class Prefill:
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
         run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same
             tokens, which see what they see in the prompt; ``watch`` as in ``Part``.
-        store: ``store(method, layer)`` is what the method keeps about a layer.
         beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``SideStream`` of them go beside the
             prompt.
     """
@@ -84,5 +82,4 @@ class Prefill:
     visual: Tensor
     positions: Tensor | None
     run: Callable[[Tensor, Tensor | None, Watch], None]
-    store: Callable[[Any, int], Store]
     beside: Callable[[Any, Tensor, Tensor, Tensor | None, frozenset[int], Compare], None]

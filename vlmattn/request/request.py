@@ -57,7 +57,6 @@ class Request:
         self.prompt_length = 0
         self.has_padding = False
         self._stores: dict[tuple[Hashable, int | None], Store] = {}
-        self._image_stores: dict[tuple[Hashable, int], Store] = {}
         self._ids = Slots(-1, torch.int64)
         self._roles = Slots(ANSWER, torch.uint8)
         self._turns = Slots(-1, torch.int16)
@@ -188,10 +187,6 @@ class Request:
             self._stores[key] = Store()
         return self._stores[key]
 
-    def image_store(self, method: Hashable, layer: int) -> Store:
-        """What ``method`` keeps about a layer of cross-attention; its slots are keys of images, and stay."""
-        return self._image_stores.setdefault((method, layer), Store())
-
     def evict(self, layer: int, tokens: TokenMap, order: Tensor, keys: int) -> None:
         """A layer goes on with the slots ``order`` ``[batch, kept]`` of the ``keys`` it had, which ``tokens`` maps.
 
@@ -263,7 +258,6 @@ class Request:
         for name in _SLOTS:
             setattr(copy, name, getattr(self, name).moved(rows, shift))
         copy._stores = {key: store.moved(rows, shift) for key, store in self._stores.items()}
-        copy._image_stores = {key: store.moved(rows, 0) for key, store in self._image_stores.items()}
         if self._last_prompt_row is not None:
             copy._last_prompt_row = of_rows(self._last_prompt_row, rows) + shift
         if self._with_image is not None:
@@ -283,7 +277,7 @@ class Request:
 
     def reorder(self, rows: Tensor) -> None:
         """Let every row's state become what row ``rows`` ``[batch]`` had (beam search); beams share their prompt."""
-        for store in (*self._stores.values(), *self._image_stores.values()):
+        for store in self._stores.values():
             store.reorder(rows)
         if any(tokens is not None and tokens.by_eviction for tokens in self.maps):  # beams evict for themselves
             self._move_maps(rows)

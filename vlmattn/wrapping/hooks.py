@@ -136,6 +136,7 @@ def _before_decoder(family: Family, decoder: nn.Module, args: tuple[Any, ...], k
     passing: Forward | None = kwargs.get(FORWARD)
     if passing is None:
         return args, kwargs
+    kwargs = family.embedded(decoder, kwargs)
     if passing.blank is not None:
         kwargs = {**kwargs, **_blanked(passing.blank, kwargs)}
     main, step = passing.main, passing.main.step

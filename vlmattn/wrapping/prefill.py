@@ -21,7 +21,7 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     assert step is not None
     request, length = step.request, step.request.prompt_length
     embeds, positions, given = (
-        _embeds(decoder, kwargs)[:, :length],
+        kwargs["inputs_embeds"][:, :length],
         kwargs.get("position_ids"),
         kwargs.get("attention_mask"),
     )
@@ -45,7 +45,7 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         if seen.dtype == torch.bool and step.base == "eager":
             seen = additive(seen, other.dtype)
         given = _inputs(passing(stream.watch), other, seen, positions)
-        stream.hidden, stream.calls, stream.skipped = _layer_calls(decoder, given)
+        stream.hidden, stream.calls, stream.skipped = _layer_calls(decoder, given, family.in_tuples)
         part.streams += (stream,)
 
     prefill = Prefill(
@@ -56,19 +56,11 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         visual=types != 0,
         positions=None if positions is None else positions[..., :length],
         run=run,
-        store=lambda method, layer: (request.image_store if layer in plan.cross else request.store)(method, layer),
         beside=beside,
     )
     with torch.no_grad():
         for method in plan.before_prefill:
             method.before_prefill(prefill)
-
-
-def _embeds(decoder: Any, kwargs: dict[str, Any]) -> Tensor:
-    """What the decoder reads; it may have token ids alone."""
-    given = kwargs.get("inputs_embeds")
-    found: Tensor = decoder.get_input_embeddings()(kwargs["input_ids"]) if given is None else given
-    return found
 
 
 def _cut(mask: Any, length: int) -> Any:
@@ -94,24 +86,30 @@ class _Noting(nn.Module):
 
     kwargs: dict[str, Any] | None = None
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __init__(self, in_tuple: bool) -> None:
+        super().__init__()
+        self._in_tuple = in_tuple
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
-        return hidden
+        return (hidden,) if self._in_tuple else hidden
 
     def call(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The layer with all that it was given beside the residual stream; nothing for one that was skipped."""
         if (given := self.kwargs) is None:
             return lambda hidden: hidden
+        if self._in_tuple:
+            return lambda hidden: layer(hidden, *self.args, **given)[0]
         return lambda hidden: layer(hidden, *self.args, **given)  # type: ignore[no-any-return]
 
 
 def _layer_calls(
-    decoder: nn.Module, inputs: dict[str, Any]
+    decoder: nn.Module, inputs: dict[str, Any], in_tuples: bool
 ) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...], frozenset[int]]:
     """What enters the first layer, the layers with the masks and rotary tables that the decoder makes for them, and
     which of them it skips."""
     layers: Any = decoder.layers
-    noting = [_Noting() for _ in layers]
+    noting = [_Noting(in_tuples) for _ in layers]
     double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
     double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
     type(decoder).forward(double, **inputs)
