@@ -45,7 +45,12 @@ pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ig
 
 SAID = (5, 17, 60, 33, 8)
 ROUNDING = bound(torch.float32, 512)  # of shares of attention in a tiny model
-REFUSED = {"blip2": "before the tokens", "instructblip": "before the tokens", "florence2": "encoder-decoder"}
+REFUSED = {
+    "blip2": "before the tokens",
+    "instructblip": "before the tokens",
+    "instructblipvideo": "before the tokens",
+    "florence2": "encoder-decoder",
+}
 PREFIX = ("paligemma", "paligemma2")  # prompt tokens see ahead, answer tokens do not: one forward cannot say both
 ADDED = (
     "qwen3_vl",

@@ -45,7 +45,7 @@ Made = tuple[dict[str, Tensor], list[list[int]]]
 SQUARE = dict(height=16, width=16)
 SHAPES = [[16 * high, 16 * wide] for high in range(1, 4) for wide in range(1, 4) if high * wide > 1]
 NO_PLACE = {
-    "idefics2": "latents", "aria": "queries", "blip2": "queries", "instructblip": "queries",
+    "idefics2": "latents", "aria": "queries", "blip2": "queries", "instructblip": "queries", "instructblipvideo": "queries",
     "mllama": "placeholders", "mllama_tiles": "placeholders",
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from zoo.parts import BREAK, CLOSE, IMG, OPEN, ROPE, TEXT, Tiny, squares, tokens
+from zoo.parts import BREAK, CLOSE, IMG, OPEN, ROPE, TEXT, TOWER, Tiny, squares, tokens
 
 _CODES = {f"IMGIMG{''.join(chr(65 + int(digit)) for digit in str(n))}Z": 100 + n for n in range(16)}
 
@@ -32,8 +32,25 @@ def _patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(1, 12, 3 * 4 * 4, generator=generator)}
 
 
+def _instructblipvideo() -> tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]:
+    former = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, encoder_hidden_size=32, vocab_size=100,
+        cross_attention_frequency=1, max_position_embeddings=64,
+    )  # fmt: skip
+    text = {**TEXT, "model_type": "llama"}
+    return hf.InstructBlipVideoForConditionalGeneration, hf.InstructBlipVideoConfig(
+        text_config=text, vision_config=TOWER, qformer_config=former, num_query_tokens=4, video_token_index=IMG
+    )
+
+
+def _frames(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    pixels = torch.randn(images, 4, 3, 16, 16, generator=generator)
+    return {"pixel_values": pixels, "qformer_input_ids": torch.tensor([[1, 5, 6]])}
+
+
 MODELS: dict[str, Tiny] = {
     "chameleon": Tiny(_chameleon, tokens(16, (OPEN,), (CLOSE,)), squares()),
+    "instructblipvideo": Tiny(_instructblipvideo, tokens(16), _frames, leads=True, single_image=True),
     # three rows of four patches, each with a newline
     "fuyu": Tiny(
         _fuyu, lambda number: [*[IMG] * 4, BREAK] * 3, _patches, leads=True, single_image=True, by_sequence=True
