@@ -151,6 +151,8 @@ def by_hand(module, query, key, value, mask, scaling=None, softcap=None, sliding
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     score = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     score = score if softcap is None else softcap * torch.tanh(score / softcap)
+    if module.layer_idx is None:  # not of the decoder: the queries of Kosmos read the image with the same class
+        return (score.softmax(-1) @ value).transpose(1, 2).contiguous(), None
     seen = torch.ones(rows, keys, dtype=torch.bool).tril()[None, None] if mask is None else mask.expand(1, 1, -1, -1)
     seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
     visual, method = Hand.images[0] >= 0, Hand.method

@@ -46,7 +46,7 @@ SQUARE = dict(height=16, width=16)
 SHAPES = [[16 * high, 16 * wide] for high in range(1, 4) for wide in range(1, 4) if high * wide > 1]
 NO_PLACE = {
     "idefics2": "latents", "aria": "queries", "blip2": "queries", "instructblip": "queries", "instructblipvideo": "queries",
-    "mllama": "placeholders", "mllama_tiles": "placeholders",
+    "kosmos2": "queries", "kosmos2_5": "queries", "mllama": "placeholders", "mllama_tiles": "placeholders",
 }  # fmt: skip
 
 
@@ -324,7 +324,7 @@ def pieces_of(name: str, model: Any, inputs: Mapping[str, Tensor], image: int) -
     """The pieces of an image, and which of all image tokens are its own."""
     family = find_family(model)
     marker_ids = marker_ids_of(family, SimpleNamespace(get_vocab=lambda: tiny(name).vocabulary))
-    numbers = family.image_numbers(model, inputs, family.token_types(model, inputs["input_ids"]), marker_ids)[0]
+    numbers = family.image_numbers(model, inputs, family.types_of_call(model, inputs), marker_ids)[0]
     own = (numbers[numbers >= 0] == image).nonzero()[:, 0]
     return family.image_layout(model, inputs, image, len(own), marker_ids), own
 

@@ -48,9 +48,43 @@ def _frames(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "qformer_input_ids": torch.tensor([[1, 5, 6]])}
 
 
+_COUNTED = "positions of generated tokens count the padding, those of the prompt do not"
+_KOSMOS = dict(
+    vocab_size=100, embed_dim=32, layers=4, ffn_dim=64, attention_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1,
+    eos_token_id=2,
+)  # fmt: skip
+
+
+def _kosmos2() -> tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]:
+    config = hf.Kosmos2Config(text_config=_KOSMOS, vision_config=TOWER, latent_query_num=4)
+    return hf.Kosmos2ForConditionalGeneration, config
+
+
+def _kosmos2_5() -> tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]:
+    vision = dict(
+        hidden_size=32, patch_embed_hidden_size=48, intermediate_size=64, head_dim=8, num_hidden_layers=2, num_attention_heads=4,
+        max_num_patches=16,
+    )  # fmt: skip
+    config = hf.Kosmos2_5Config(text_config=_KOSMOS, vision_config=vision, latent_query_num=4)
+    return hf.Kosmos2_5ForConditionalGeneration, config
+
+
+def _flattened(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """4 x 4 patches, each behind its row and column."""
+    places = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, 5)).float()
+    patches = torch.randn(images, 16, 48, generator=generator)
+    return {"flattened_patches": torch.cat([places.expand(images, -1, -1), patches], 2)}
+
+
+def _places(ids: Tensor) -> dict[str, Tensor]:
+    return {"image_embeds_position_mask": (ids == IMG).long()}
+
+
 MODELS: dict[str, Tiny] = {
     "chameleon": Tiny(_chameleon, tokens(16, (OPEN,), (CLOSE,)), squares()),
     "instructblipvideo": Tiny(_instructblipvideo, tokens(16), _frames, leads=True, single_image=True),
+    "kosmos2": Tiny(_kosmos2, tokens(4, (OPEN,), (CLOSE,)), squares(), _places, padding=_COUNTED),
+    "kosmos2_5": Tiny(_kosmos2_5, tokens(4, (OPEN,), (CLOSE,)), _flattened, _places, padding=_COUNTED),
     # three rows of four patches, each with a newline
     "fuyu": Tiny(
         _fuyu, lambda number: [*[IMG] * 4, BREAK] * 3, _patches, leads=True, single_image=True, by_sequence=True

@@ -116,7 +116,7 @@ def prompt_of(model: PreTrainedModel, inputs: Inputs) -> tuple[Family, dict[str,
     family, given = find_family(model), prepared_one(model, inputs)
     if family.anatomy(model).leading:
         raise UnsupportedError(f"{type(model).__name__} puts its image before the tokens; it cannot be looked at")
-    types = family.token_types(model, given["input_ids"])
+    types = family.types_of_call(model, given)
     if not bool((types != TEXT).any()):
         raise InputError(
             "no image tokens in the prompt, so there is nothing to look at; put the image placeholder into it"

@@ -250,6 +250,10 @@ class Family:
         """The decoder's mask of a prompt without images, from ``real`` bool ``[batch, tokens]``: 2D, or 4D bool."""
         return real.long()
 
+    def first_position(self, decoder: Any) -> int:
+        """Position id of the first token."""
+        return 0
+
     def rotary(self, model: PreTrainedModel) -> nn.Module:
         """The module that makes cosines and sines of positions.
 

@@ -120,8 +120,8 @@ def _tell_missing_weights(record: Record, output: Any) -> None:
     """Put None where a layer has no attention weights, and say so once."""
     if not hasattr(output, "keys"):
         return
-    for name in [name for name in output if name.endswith("attentions")]:
-        missing = [layer for layer, found in enumerate(output[name] or ()) if found is not None and found.ndim == 1]
+    for name in [name for name in output if name.endswith("attentions") and isinstance(output[name], tuple)]:
+        missing = [layer for layer, found in enumerate(output[name]) if found is not None and found.ndim == 1]
         if missing:
             output[name] = tuple(None if found.ndim == 1 else found for found in output[name])
             if record.now.first("weights"):

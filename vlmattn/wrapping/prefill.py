@@ -42,6 +42,8 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     ) -> None:
         stream = SideStream(method, layers, compare, other)
         seen = family.text_mask(real)
+        if positions is not None:
+            positions = positions + family.first_position(decoder)
         if seen.dtype == torch.bool and step.base == "eager":
             seen = additive(seen, other.dtype)
         given = _inputs(passing(stream.watch), other, seen, positions)
