@@ -14,6 +14,7 @@ from zoo import IMG, ZOO, padded
 
 import vlmattn
 from vlmattn import PAI, VAR, VCD, VHR, Heads, Knockout, OptionError, Recipe, UnsupportedError
+from vlmattn.inspection import image_attention
 from vlmattn.interventions import VAF, HeadsGuided, SinkKnockout
 from vlmattn.models import find_family
 
@@ -170,6 +171,28 @@ def test_branches_have_image_keys_of_their_own(name):
         seen = found.isfinite()
         torch.testing.assert_close(found[seen], (2 * one - other)[seen], rtol=0, atol=2e-4)
     assert moved(found.nan_to_num(neginf=0), logits(name, rule, inputs, new=2)[0, 0].nan_to_num(neginf=0))
+
+
+@every
+def test_maps_show_cross_attention_by_image_and_tile(name):
+    """Mean weights of the last row in the bare eager model; tiles of (1, 2) lie side by side, each behind its CLS key."""
+    inputs, model = asked(name), ZOO[name].build("eager")
+    maps = image_attention(ZOO[name].build(), None, inputs)
+    weights = {}
+    for layer in CROSS:
+
+        def note(module, args, output, layer=layer):
+            weights[layer] = output[1][0, :, -1].mean(0)
+
+        model.model.language_model.layers[layer].cross_attn.register_forward_hook(note)
+    model(**inputs, output_attentions=True)
+    tiles = 1 if name == "mllama" else 2
+    wanted = torch.stack(list(weights.values())).mean(0).view(2, tiles, 17)[..., 1:].view(2, tiles, 4, 4)
+    assert [len(pieces) for pieces in maps] == ([1, 1] if name == "mllama" else [2, 1])
+    for image, pieces in enumerate(maps):
+        for tile, (box, found) in enumerate(pieces):
+            assert box == (tile / len(pieces), 0, (tile + 1) / len(pieces), 1)
+            torch.testing.assert_close(found, wanted[image, tile], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def _run(
     facts |= _states(recorder, anatomy.layers, len(facts["tokens"]) - 1)
     if others := sorted(set(range(anatomy.layers)) - set(store.layers)):
         what = "have no attention over the tokens (a state of them, or cross-attention to images), so it is not shown"
+        what += "; image_attention maps cross-attention to images" if anatomy.cross else ""
         facts["notes"] += (f"layers {', '.join(map(str, others))} {what}",)
     store.flush()
     return Trace(recipe=name, source=anatomy.source, layers=store.layers, rows=store.rows, gains=store.gains, **facts)

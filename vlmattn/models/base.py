@@ -105,6 +105,10 @@ class Family:
         """Keys of each image in layers of cross-attention."""
         return 0
 
+    def key_layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int) -> tuple[Piece, ...]:
+        """As ``image_layout``, for the keys of an image in layers of cross-attention."""
+        return ()
+
     def image_states(self, kwargs: Mapping[str, Any], batch: int) -> Tensor | None:
         """What a layer of cross-attention makes keys of, ``[batch, keys, width]``; None where they are cached."""
         return None

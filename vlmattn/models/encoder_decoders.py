@@ -78,3 +78,13 @@ class Git(Family):
         "its attention is computed by code of its own, not by transformers' attention interface, so no edit reaches"
         " it; for captions use a model like llava"
     )
+
+
+@register_family
+class Idefics(Family):
+    model_types: ClassVar[Mapping[str, str]] = {"idefics": "HuggingFaceM4/idefics-9b-instruct"}
+    untested: ClassVar[str] = _NEVER_RUN
+    unsupported: ClassVar[str] = (
+        "its gated layers of cross-attention to images are numbered apart from its decoder layers, with the same"
+        " numbers, so edits could not tell them apart; use idefics2, or mllama, which reads images the same way"
+    )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece, cells
 from vlmattn.models.registry import register_family
 
 _WHY = "its image tokens are not in the decoder's sequence but in cross-attention layers of their own"
@@ -61,6 +62,19 @@ class Mllama(Family):
     def image_keys(self, model: PreTrainedModel) -> int:
         vision: Any = model.config.vision_config
         return int(vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1))  # a CLS token each
+
+    def key_layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int) -> tuple[Piece, ...]:
+        vision: Any = model.config.vision_config
+        rows, columns = vision.supported_aspect_ratios[int(inputs["aspect_ratio_ids"][0, image]) - 1]
+        side = vision.image_size // vision.patch_size
+        return tuple(
+            Piece(
+                cells(side, side, first=(row * columns + column) * (side**2 + 1) + 1),
+                (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows),
+            )
+            for row in range(rows)
+            for column in range(columns)
+        )
 
     def image_states(self, kwargs: Mapping[str, Any], batch: int) -> Tensor | None:
         states: Tensor | None = kwargs.get("cross_attention_states")
