@@ -104,6 +104,7 @@ def function_in_place_of(name: str) -> Callable[..., Output]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Output:
         passing: Forward = kwargs.pop(FORWARD, None) or BARE
+        attention_mask = compat.with_chosen_keys(module, query, key, attention_mask, kwargs)
         layer = _Layer(compat.attention_function(name, module), module, query, key, value, attention_mask, kwargs)
         if passing.ahead is not None:
             return _look_ahead(layer, passing)

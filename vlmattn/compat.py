@@ -218,3 +218,38 @@ def window_order(tower: Any, grid: Tensor) -> Tensor:
         grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
     )[0]
     return order
+
+
+def with_all_rows(kwargs: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward in which layers that share keys and values read all rows of a prompt.
+
+    Gemma 4 leaves out rows that no logits are asked for, if these are asked for by their number, not by their places.
+    """
+    last, given = kwargs.get("logits_to_keep"), inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if given is None else given
+    if not isinstance(last, int) or not last or given is None:
+        return kwargs
+    rows = given.shape[1]
+    return {**kwargs, "logits_to_keep": torch.arange(max(rows - last, 0), rows, device=given.device)}
+
+
+def with_chosen_keys(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask of a layer whose indexer chooses keys, which models put into it for "sdpa" and "eager" by name only.
+
+    They take ``indices`` ``[batch, query, chosen]`` (sparse attention of DeepSeek) or ``block_indices`` (MiniMax M3).
+    """
+    chosen, blocks = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
+    if blocks is not None:
+        places = kwargs.get("position_ids")
+        if places is None:
+            places = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)
+        places = (places if places.ndim > 1 else places[None]).expand(len(query), -1)
+        arguments = (blocks, mask, key.shape[2], query.dtype, query.device, places)
+        return module.indexer.build_block_mask(*arguments)  # type: ignore[no-any-return, union-attr, operator]
+    if chosen is None or mask is None:
+        return mask
+    keep = torch.zeros(*chosen.shape[:2], key.shape[2], dtype=torch.bool, device=chosen.device)
+    keep = keep.scatter(-1, chosen.long(), True)[:, None]
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(query.dtype).min)

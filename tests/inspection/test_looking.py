@@ -55,10 +55,26 @@ PREFIX = ("paligemma", "paligemma2")  # prompt tokens see ahead, answer tokens d
 ADDED = (
     "qwen3_vl",
     "qwen3_vl_moe",
+    "cosmos3_omni",
+    "cohere_compass",
+    "qwen3_omni_moe_thinker",
     "gemma3n",
 )  # output_hidden_states is not what enters a layer: DeepStack, several streams
 ONLY_EAGER = ("paligemma2",)
 LAYERS, HEADS = 4, 4
+ATTENDING = dict.fromkeys(("mllama", "mllama_tiles"), (0, 2)) | dict.fromkeys(
+    (
+        "lfm2_vl",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "minicpmv4_6",
+        "minicpmv4_7",
+        "minicpm_ocr",
+        "lfm3_vl",
+        "qwen4_exp",
+    ),
+    (1, 3),
+)
 
 
 def processor_of(name: str) -> Any:
@@ -175,9 +191,7 @@ def test_rows_states_and_logprobs_are_those_of_the_bare_eager_model(name):
         if not name.startswith("mllama"):  # its placeholders, one for an image, stand side by side
             assert trace.images == (*made.images[0].tolist(), *[-1] * len(SAID))
         assert (trace.answer, trace.prompt, trace.recipe) == (SAID, prompt, "none")
-        assert trace.layers == {"mllama": (0, 2), "mllama_tiles": (0, 2), "lfm2_vl": (1, 3)}.get(
-            name, tuple(range(len(wanted[1])))
-        )
+        assert trace.layers == ATTENDING.get(name, tuple(range(len(wanted[1]))))
         assert bool(trace.notes) == (len(trace.layers) < len(wanted[1]))  # layers that are not shown are named
         assert all(bool((gain == 1).all()) for gain in trace.gains.values())
         assert tuple(len(own) for own in trace.pieces) == PIECES.get(name, tuple(len(own) for own in trace.pieces))

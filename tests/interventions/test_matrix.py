@@ -270,10 +270,7 @@ def test_videos_are_edited_like_images(image, name):
         assert apart(generate(model, inputs, **options), edited) < TOLERANCE
         tokens, score = beams(model, inputs)
         assert abs(score_of(model, inputs, tokens[0]) - float(score)) < NEW * TOLERANCE
-    if name in BETWEEN_IMAGES and not image:
-        assert apart(edited, plain) < TOLERANCE
-    else:
-        assert apart(edited, plain) > ACTS
+    assert apart(edited, plain) > ACTS  # frames are images: what acts between images acts between them
 
 
 def odd(family: str) -> list[dict[str, Tensor]]:

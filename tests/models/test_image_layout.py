@@ -417,7 +417,7 @@ def test_patches_of_fuyu_are_in_rows_with_a_newline():
     model, given = ZOO["fuyu"].build(), ZOO["fuyu"].prompt(1)
     ((piece,), own) = pieces_of("fuyu", model, given.inputs, 0)
     assert piece.box == WHOLE
-    assert piece.tokens.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert piece.tokens.tolist() == [[0, 1], [2, 3]]
     ids = torch.tensor([[*[IMG] * 5, BREAK, *[IMG] * 5, BREAK, 1, 7]])
     ((piece,), own) = pieces_of("fuyu", model, {"input_ids": ids}, 0)
     assert piece.tokens.shape == (2, 5)
@@ -480,11 +480,10 @@ def test_without_a_tokenizer_each_tile_is_an_image():
     assert family.image_layout(model, inputs, 0, 28) == ()  # it was counted with marks
 
 
-def test_models_of_no_family_and_prompts_with_videos_have_no_places():
+def test_models_of_no_family_have_no_places():
     model = build("qwen2_vl")
     inputs, _ = prompt("qwen2_vl", model, [picture(512, 512)])
     assert find_family(model).image_layout(model, inputs, 0, 64)
-    assert find_family(model).image_layout(model, {**inputs, "video_grid_thw": torch.tensor([[2, 4, 4]])}, 0, 64) == ()
     assert Generic().image_layout(model, inputs, 0, 64) == ()
 
 

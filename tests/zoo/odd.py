@@ -1,4 +1,4 @@
-"""Families that read images in other ways: discrete codes, cross-attention, queries."""
+"""Families that read images in other ways: discrete codes, patches without a tower, mixed views."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from zoo.parts import BREAK, CLOSE, IMG, OPEN, ROPE, TEXT, TOWER, Tiny, squares, tokens
+from zoo.parts import CLOSE, FAKE, IMG, OPEN, ROPE, ROW, TEXT, TOWER, Tiny, squares, tokens
 
 _CODES = {f"IMGIMG{''.join(chr(65 + int(digit)) for digit in str(n))}Z": 100 + n for n in range(16)}
 
@@ -20,16 +20,6 @@ def _chameleon() -> tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]:
     text.pop("head_dim")
     config = hf.ChameleonConfig(**text, vq_config=vq, vocabulary_map={"<image>": IMG, **_CODES}, rope_parameters=ROPE)
     return hf.ChameleonForConditionalGeneration, config
-
-
-def _fuyu() -> tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]:
-    text = {**TEXT, "model_type": "persimmon", "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}
-    text.pop("head_dim"), text.pop("num_key_value_heads")
-    return hf.FuyuForCausalLM, hf.FuyuConfig(text_config=text, image_size=16, patch_size=4, image_token_id=IMG)
-
-
-def _patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(1, 12, 3 * 4 * 4, generator=generator)}
 
 
 def _instructblipvideo() -> tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]:
@@ -80,13 +70,50 @@ def _places(ids: Tensor) -> dict[str, Tensor]:
     return {"image_embeds_position_mask": (ids == IMG).long()}
 
 
+STEP_VISION = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=16,
+    patch_size=4,
+    intermediate_size=64,
+    max_position_embeddings=16,
+)
+
+
+def _fuyu(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(1, images * 4, 48, generator=generator)}
+
+
 MODELS: dict[str, Tiny] = {
     "chameleon": Tiny(_chameleon, tokens(16, (OPEN,), (CLOSE,)), squares()),
     "instructblipvideo": Tiny(_instructblipvideo, tokens(16), _frames, leads=True, single_image=True),
     "kosmos2": Tiny(_kosmos2, tokens(4, (OPEN,), (CLOSE,)), squares(), _places, padding=_COUNTED),
     "kosmos2_5": Tiny(_kosmos2_5, tokens(4, (OPEN,), (CLOSE,)), _flattened, _places, padding=_COUNTED),
-    # three rows of four patches, each with a newline
     "fuyu": Tiny(
-        _fuyu, lambda number: [*[IMG] * 4, BREAK] * 3, _patches, leads=True, single_image=True, by_sequence=True
+        lambda: (
+            hf.FuyuForCausalLM,
+            hf.FuyuConfig(text_config={**TEXT, "model_type": "persimmon", "hidden_dropout": 0.0}, patch_size=4, image_size=16, image_token_id=IMG),
+        ),
+        lambda number: [*[IMG, IMG, ROW] * 2], _fuyu, single_image=True,
     ),
-}
+    "step3p7": Tiny(
+        lambda: (
+            hf.Step3p7ForConditionalGeneration,
+            hf.Step3p7Config(
+                text_config={
+                    **TEXT, "layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 200, "n_routed_experts": 4,
+                    "num_experts_per_tok": 4, "moe_intermediate_size": 16, "share_expert_dim": 16, "num_sliding_attention_heads": 4,
+                    "mlp_layer_types": ["dense", "sparse"] * 2, "rope_parameters": ROPE,
+                },
+                vision_config=STEP_VISION, image_token_id=IMG,
+            ),
+        ),
+        lambda number: [FAKE, *[IMG] * 1, ROW, OPEN, *[IMG] * 1, CLOSE],
+        lambda images, generator: {
+            **squares()(images, generator), "pixel_values_local": torch.randn(images, 3, 16, 16, generator=generator),
+            "num_local_patches": torch.ones(images, dtype=torch.long),
+        },
+        vocabulary={"<im_start>": OPEN},
+    ),
+}  # fmt: skip

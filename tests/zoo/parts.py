@@ -54,7 +54,7 @@ class Tiny:
     Attributes:
         make: class and config; layout: ids of an image's tokens, by its number; pixels: image inputs.
         types: inputs that say what kind each token is, from ids.
-        leads: images stand before all text. single_image: there is one. by_sequence: pixels are ``[batch, images, ...]``.
+        leads: images stand before all text. single_image: there is one. by_sequence: pixels are ``[batch, images, ...]``; pixel_axis: else the axis of images.
         vocabulary: texts of markers, for tokenizers.
         padding, uncached: why the bare model is not the same in a padded batch, or without a cache; "" = it is.
         unbuildable: why there is no such model here.
@@ -67,6 +67,7 @@ class Tiny:
     leads: bool = False
     single_image: bool = False
     by_sequence: bool = False
+    pixel_axis: int = 0
     vocabulary: Mapping[str, int] = field(default_factory=dict)
     image_token: int = IMG
     padding: str = ""
@@ -121,16 +122,23 @@ def padded(tiny: Tiny, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
             parts = [pad(part, (length - part.shape[1], 0)) for part in parts]
         elif name == "cross_attention_mask":
             parts = [pad(part, (0, 0, 0, 0, length - part.shape[1], 0)) for part in parts]
+        if name == "image_token_pooling":  # numbers of patches among those of all prompts
+            before = torch.tensor([0, *(prompt.inputs["pixel_values"][..., 0].numel() for prompt in prompts)]).cumsum(0)
+            parts = [part + first for part, first in zip(parts, before, strict=False)]
         if tiny.by_sequence and name not in _OF_TOKENS:
             axis = 2 if name == "cross_attention_mask" else 1
             most = max(part.shape[axis] for part in parts)
             parts = [_padded_to(part, axis, most) for part in parts]
         if name == "aspect_ratio_mask":
             parts = [part.index_fill(2, torch.tensor([0]), 1) for part in parts]  # a missing image has one tile too
-        if name in ("pixel_values", "pixel_values_images") and len({part.shape[1:] for part in parts}) > 1:
+        if (
+            name in ("pixel_values", "pixel_values_images")
+            and not tiny.pixel_axis
+            and len({part.shape[1:] for part in parts}) > 1
+        ):
             sides = [max(part.shape[axis] for part in parts) for axis in (-2, -1)]
             parts = [pad(part, (0, sides[1] - part.shape[-1], 0, sides[0] - part.shape[-2])) for part in parts]
-        batch[name] = torch.cat(parts)
+        batch[name] = torch.cat(parts, tiny.pixel_axis if name == "pixel_values" else 0)
     return batch
 
 
@@ -185,16 +193,22 @@ def merged(number: int) -> list[int]:
     return [OPEN, *[IMG] * (high * wide // 4), CLOSE]
 
 
-def merging(config: str, model: str, text: dict[str, Any], vision: dict[str, Any], **ids: Any) -> Tiny:
-    """Qwen-VL and its kin."""
+def merging(
+    config: str,
+    model: str,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    width: Sequence[int] = (96,),
+    said: bool = True,
+    **ids: Any,
+) -> Tiny:
+    """Qwen-VL and its kin; ``width`` of a patch; ``said``: the model is told what kind each token is."""
     return Tiny(
         lambda: (
             getattr(hf, model),
             getattr(hf, config)(text_config={**TEXT, **MROPE, **text}, vision_config={**MERGING, **vision}, **(ids or QWEN_IDS)),
         ),
-        merged,
-        grids([3 * 2 * 4 * 4]),
-        typed(),
+        merged, grids(width), typed() if said else lambda ids: {},
     )  # fmt: skip
 
 

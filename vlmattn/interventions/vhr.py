@@ -67,9 +67,8 @@ class VHR(Intervention):
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
             return gain
 
-        embeds = prefill.embeds.gather(1, order[..., None].expand(-1, -1, prefill.embeds.shape[-1]))
         positions = (words.cumsum(1) - 1).clamp_min(0)
-        prefill.beside(self, embeds, words, positions, layers, compare)
+        prefill.beside(self, order, words, positions, layers, compare)
 
     def gains(self, seeing: Tensor, blind: Tensor) -> Tensor:
         """Head gains ``[batch, heads]`` from head outputs ``[batch, heads, dim]`` with and without the image."""

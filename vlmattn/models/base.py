@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models.image_layout import Piece, square
-from vlmattn.models.inputs import OF_IMAGES, OF_TOKENS, encoded_lengths, even_lengths, share_out
-from vlmattn.request import IMAGE, TEXT, VIDEO, number_images
+from vlmattn.models.inputs import OF_IMAGES, OF_PIXELS, OF_TOKENS, encoded_lengths, even_lengths, share_out
+from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
 
 #: Kinds of methods, as families support or refuse them.
 KINDS = ("edits", "masks", "pruning", "decoding")
@@ -44,6 +44,12 @@ class Family:
     by_sequence: ClassVar[bool] = False
     #: Decoder layers return a tuple, not the residual stream alone.
     in_tuples: ClassVar[bool] = False
+    #: Some layers read only the rows of a prompt that logits are asked for; methods must see all.
+    leaves_rows_out: ClassVar[bool] = False
+    #: The model counts positions itself, over padding too.
+    counts_padding: ClassVar[bool] = False
+    #: Axis of pixel tensors along which images follow one another.
+    pixel_axis: ClassVar[int] = 0
     #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided
     #: by attention, "dropping" for branches without the image, "rotating" for those with another rotary base, "rows"
     #: for methods about rows of image tokens, or "turns" for methods that must know the user's) that the family cannot
@@ -55,6 +61,8 @@ class Family:
     untested: ClassVar[str] = ""
     #: What the decoder gets beside embeddings, mask and positions, for passes that read other inputs.
     also_given: ClassVar[tuple[str, ...]] = ("visual_pos_masks", "deepstack_visual_embeds")
+    #: Those of them that hold something for every token, ``[batch, tokens, ...]``.
+    given_by_token: ClassVar[tuple[str, ...]] = ()
 
     @property
     def marker_ids(self) -> tuple[str, ...]:
@@ -119,7 +127,7 @@ class Family:
 
     def placeholders(self, model: PreTrainedModel) -> dict[int, int]:
         """Token ids that stand for visual features, each with its type."""
-        names = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+        names = {"video_token_id": VIDEO, "image_token_id": IMAGE}  # the last has its way where both are one token
         found = {getattr(model.config, name, None): kind for name, kind in names.items()}
         return {token: kind for token, kind in found.items() if token is not None}
 
@@ -143,10 +151,32 @@ class Family:
     ) -> Tensor:
         """int16 ``[batch, tokens]``: number of the image of each visual token within its row, -1 for text.
 
+        Every frame of a video (or group of frames that the tower merges) is an image with a number of its own.
+
         Args:
             types: of the tokens of the call.
             marker_ids: ids of the tokens in ``Family.marker_ids``, None = the tokenizer is not known.
         """
+        numbers = self.numbers_of_runs(model, inputs, types, marker_ids)
+        runs = video_runs(types) if VIDEO in self.placeholders(model).values() else []
+        return number_frames(types, numbers, self.frame_lengths(model, inputs, runs)) if runs else numbers
+
+    def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
+        """Tokens of each frame of the videos of a call, in (row, token) order.
+
+        Args:
+            runs: lengths of the unbroken runs of video tokens, which are frames where text stands between frames.
+        """
+        return list(runs)
+
+    def numbers_of_runs(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        types: Tensor,
+        marker_ids: Mapping[str, int] | None = None,
+    ) -> Tensor:
+        """As ``image_numbers``, where an unbroken run of video tokens is one."""
         lengths = self.image_lengths(model, inputs)
         numbers = number_images(types, lengths)
         images = 0 if lengths is not None or self.separated or self.markers else self.given_images(inputs)
@@ -173,27 +203,38 @@ class Family:
 
         A box speaks of the picture as the processor showed it to the tower, so of what is left of a cropped one, and of
         a padded one with its padding; padding that the inputs tell of is taken off. Tokens that show no place (a CLS
-        token, ends of rows) are in no piece. () where tokens have no place, the layout is not known, or there are
-        videos.
+        token, ends of rows) are in no piece. () where tokens have no place, or the layout is not known.
 
         Args:
             inputs: of one prompt, without padding.
             image: its number there, and its ``tokens``, by ``image_numbers`` with the same ``marker_ids``.
         """
-        if any(inputs.get(name) is not None for name in ("pixel_values_videos", "video_grid_thw")):
-            return ()  # frames are numbered like images
-        numbers = self.image_numbers(model, inputs, self.token_types(model, inputs["input_ids"]), marker_ids)[0]
+        types = self.token_types(model, inputs["input_ids"])
+        numbers = self.image_numbers(model, inputs, types, marker_ids)[0]
         slots = (numbers == image).nonzero()[:, 0].cpu()
-        return self.layout(model, inputs, image, slots) if len(slots) == tokens else ()
+        if len(slots) != tokens:
+            return ()
+        video = bool(types[0, slots[0]] == VIDEO)
+        number = int((torch.unique(numbers[types[0] == (VIDEO if video else IMAGE)]) < image).sum())
+        return (self.frame_layout if video else self.layout)(model, inputs, number, slots)
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]``, cpu (``image_layout``)."""
+        """The pieces of an image whose tokens are in ``slots`` of the prompt, int64 ``[n]``, cpu (``image_layout``).
+
+        Args:
+            image: its number among the images of the prompt, videos aside.
+        """
+        return square(len(slots)) if self.square else ()
+
+    def frame_layout(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
+    ) -> tuple[Piece, ...]:
+        """As ``layout``, of a frame: its number among the frames of all videos of the prompt."""
         return square(len(slots)) if self.square else ()
 
     def pixels(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         """Rows of each pixel tensor of a call that belong to each sequence of the batch: name -> counts."""
-        names = ("pixel_values", "pixel_values_images", "pixel_values_videos", "high_res_pixel_values")
-        return {name: counts for name, counts in self.per_row(model, inputs).items() if name in names}
+        return {name: counts for name, counts in self.per_row(model, inputs).items() if name in OF_PIXELS}
 
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
         """The part of rows of a pixel tensor that is no padding, which is there for larger images of other sequences.
@@ -208,11 +249,15 @@ class Family:
         found = {}
         for name in OF_IMAGES:
             if isinstance(inputs.get(name), Tensor):
-                found[name] = self.rows_of(model, inputs, len(inputs[name]))
+                kind = VIDEO if "video" in name else IMAGE
+                found[name] = self.rows_of(model, inputs, len(inputs[name]), kind)
         return found
 
-    def rows_of(self, model: PreTrainedModel, inputs: Mapping[str, Any], count: int) -> list[int]:
+    def rows_of(self, model: PreTrainedModel, inputs: Mapping[str, Any], count: int, kind: int = IMAGE) -> list[int]:
         """How many of the ``count`` rows of an input belong to each sequence of the batch.
+
+        Args:
+            kind: IMAGE or VIDEO, what the input is about.
 
         Raises:
             InputError: the images do not fit the image tokens of the prompts.
@@ -220,10 +265,12 @@ class Family:
         types = self.token_types(model, inputs["input_ids"])
         if self.by_sequence or len(types) == 1:
             return [count // len(types)] * len(types)
+        types = torch.where(types == kind, types, TEXT)
         runs = (number_images(types, None).amax(1) + 1).tolist()
         if sum(runs) == count:  # one for each image, or for each tile where tiles have tokens between them
             return [int(found) for found in runs]
-        images = (self.image_numbers(model, inputs, types).amax(1) + 1).tolist()
+        numbers = self.image_numbers(model, inputs, types)
+        images = [len(torch.unique(row[row >= 0])) for row in numbers]
         if sum(images) == count:
             return [int(found) for found in images]
         tokens = [int(found) for found in (types != TEXT).sum(1)]
@@ -248,6 +295,8 @@ class Family:
     def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
         """Position ids ``[..., batch, tokens]`` of a prompt as generate() makes them, without a trace on the model."""
         mask: Tensor = inputs["attention_mask"]
+        if self.counts_padding:
+            return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
     def text_mask(self, real: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fuyu: patches of an image are projected straight into the decoder, row after row."""
+"""Fuyu: patches of an image go into the language model without a tower, row by row."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from vlmattn.request import TEXT
 
 @register_family
 class Fuyu(Family):
-    """A prompt has one image, in which a newline token ends each row of patches."""
+    """A new line ends each row of patches. A prompt has one image."""
 
     model_types: ClassVar[Mapping[str, str]] = {"fuyu": "adept/fuyu-8b"}
+    separated: ClassVar[bool] = True
     by_sequence: ClassVar[bool] = True
 
-    def norm(self, model: PreTrainedModel) -> nn.Module:
-        return self.decoder(model).final_layernorm  # type: ignore[return-value]
-
-    def image_numbers(
+    def numbers_of_runs(
         self,
         model: PreTrainedModel,
         inputs: Mapping[str, Any],
         types: Tensor,
         marker_ids: Mapping[str, int] | None = None,
     ) -> Tensor:
-        return torch.where(types != TEXT, 0, -1).to(torch.int16)
+        return torch.where(types == TEXT, -1, 0).to(torch.int16)
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        rows = int((slots.diff() > 1).sum()) + 1
+        rows = 1 + int((slots.diff() > 1).sum())
         return whole(len(slots), rows, len(slots) // rows)
+
+    def norm(self, model: PreTrainedModel) -> nn.Module:
+        return self.decoder(model).final_layernorm  # type: ignore[return-value]

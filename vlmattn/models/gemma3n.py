@@ -20,6 +20,7 @@ class Gemma3n(Family):
     markers: ClassVar[tuple[str, ...]] = ("boi_token_id", "eoi_token_id")
     square: ClassVar[bool] = True
     also_given: ClassVar[tuple[str, ...]] = ("per_layer_inputs",)
+    given_by_token: ClassVar[tuple[str, ...]] = also_given
     refused: ClassVar[Mapping[str, str]] = {
         "pruning": "its residual stream is four streams side by side, and its last layers reuse keys and values of"
         " others",

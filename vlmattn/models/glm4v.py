@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.qwen2_5_vl import Qwen25VL
+from vlmattn.models.grids import Spatial
 from vlmattn.models.registry import register_family
+from vlmattn.request import IMAGE, VIDEO
 
 
 @register_family
-class Glm4v(Qwen25VL):
+class Glm4v(Spatial):
     """Frames of a video have timestamps between them and count as images; the tower is not looked at (convolution)."""
 
     model_types: ClassVar[Mapping[str, str]] = {
         "glm4v": "zai-org/GLM-4.1V-9B-Thinking",
         "glm4v_moe": "zai-org/GLM-4.5V",
         "glm46v": "zai-org/GLM-4.6V-Flash",
+        "glm_ocr": "zai-org/GLM-OCR",
+        "glmga": "zai-org/GLM-4.1V-9B-Thinking",
     }
     markers: ClassVar[tuple[str, ...]] = (
         "image_start_token_id",
@@ -28,8 +32,8 @@ class Glm4v(Qwen25VL):
         "video_end_token_id",
     )
 
-    def tower(self, model: PreTrainedModel) -> nn.Module | None:
-        return None
-
-    def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
-        return ()
+    def token_types(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """Frames have the placeholders of images, between the markers of their video."""
+        types, config = super().token_types(model, ids), model.config
+        inside = (ids == config.video_start_token_id).cumsum(1) > (ids == config.video_end_token_id).cumsum(1)
+        return torch.where((types == IMAGE) & inside, VIDEO, types).to(types.dtype)

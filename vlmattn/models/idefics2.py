@@ -28,7 +28,7 @@ class Idefics2(Family):
     def decoder(self, model: PreTrainedModel) -> nn.Module:
         return model.model.text_model  # type: ignore[no-any-return, union-attr]
 
-    def image_numbers(
+    def numbers_of_runs(
         self,
         model: PreTrainedModel,
         inputs: Mapping[str, Any],

@@ -13,12 +13,20 @@ from vlmattn.errors import InputError
 OF_TOKENS = ("mm_token_type_ids", "token_type_ids")
 
 
-#: Inputs of forward() that belong to images.
-OF_IMAGES = (
+#: Pictures among the inputs of forward().
+OF_PIXELS = (
     "pixel_values",
     "pixel_values_images",
     "pixel_values_videos",
+    "pixel_values_local",
     "high_res_pixel_values",
+)
+
+#: Inputs of forward() that belong to images.
+OF_IMAGES = (
+    *OF_PIXELS,
+    "num_local_patches",
+    "patches_grid",
     "pixel_attention_mask",
     "image_grid_thw",
     "video_grid_thw",
@@ -27,6 +35,16 @@ OF_IMAGES = (
     "image_sizes_videos",
     "batch_num_images",
     "spatial_shapes",
+    "image_merge_sizes",
+    "video_merge_sizes",
+    "video_compression_mask",
+    "target_sizes",
+    "target_sizes_videos",
+    "image_token_pooling",
+    "image_grids",
+    "image_num_crops",
+    "video_token_pooling",
+    "video_grids",
     "aspect_ratio_ids",
     "aspect_ratio_mask",
     "cross_attention_mask",

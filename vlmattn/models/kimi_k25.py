@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
-from vlmattn.models.image_layout import Piece, by_grid
-from vlmattn.models.qwen2_5_vl import rows_by_grid
+from vlmattn.models.grids import rows_by_grid
+from vlmattn.models.image_layout import Piece, by_grid, whole
 from vlmattn.models.registry import register_family
 
 
@@ -26,6 +26,14 @@ class KimiK25(Family):
         high, wide = model.config.vision_config.merge_kernel_size
         return by_grid(inputs, image, len(slots), high, wide)
 
+    def frame_layout(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
+    ) -> tuple[Piece, ...]:
+        """Frames that are read together are merged into one."""
+        high, wide = model.config.vision_config.merge_kernel_size
+        _, height, width = inputs["video_grid_thw"][frame].tolist()
+        return whole(len(slots), height // high, width // wide)
+
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         high, wide = model.config.vision_config.merge_kernel_size
-        return rows_by_grid(self.token_types(model, inputs["input_ids"]), inputs, high * wide)
+        return rows_by_grid(self.token_types(model, inputs["input_ids"]), inputs, high * wide, frames_merged=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import ceil, isqrt
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmattn.models.image_layout import Piece, cells
 from vlmattn.models.llava_next import LlavaNext, features_of
 from vlmattn.models.registry import register_family
 
@@ -29,3 +31,17 @@ class LlavaOnevision(LlavaNext):
             features, sizes, image_newline=torch.ones(1), vision_aspect_ratio=aspect
         )[0]
         return found
+
+    def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
+        """A newline token ends a video; it goes with the last frame."""
+        vision = model.config.vision_config
+        each = ceil(vision.image_size // vision.patch_size / 2) ** 2
+        if any(run % each != 1 for run in runs):
+            return list(runs)
+        return [length for run in runs for length in (*[each] * (run // each - 1), each + 1)]
+
+    def frame_layout(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
+    ) -> tuple[Piece, ...]:
+        side = isqrt(len(slots))
+        return (Piece(cells(side, side)),)

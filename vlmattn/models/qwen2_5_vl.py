@@ -10,60 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmattn import compat
-from vlmattn.models.base import Family
-from vlmattn.models.image_layout import Piece, by_grid
-from vlmattn.models.inputs import share_out
+from vlmattn.models.grids import Spatial
 from vlmattn.models.registry import register_family
-from vlmattn.request import IMAGE, VIDEO
-
-
-def rows_by_grid(types: Tensor, inputs: Mapping[str, Any], merged: int) -> dict[str, list[int]]:
-    """Rows of patches and of grids that belong to each sequence, where ``merged`` patches become a token."""
-    found = {}
-    for kind, name, sizes in (
-        (IMAGE, "pixel_values", "image_grid_thw"),
-        (VIDEO, "pixel_values_videos", "video_grid_thw"),
-    ):
-        if inputs.get(name) is not None:
-            patches = inputs[sizes].prod(-1).tolist()
-            tokens = (types == kind).sum(1).tolist()
-            found[name] = share_out(tokens, [(count // merged, count) for count in patches])
-            found[sizes] = share_out(tokens, [(count // merged, 1) for count in patches])
-    return found
 
 
 @register_family
-class Qwen25VL(Family):
-    """Images and videos are always separated by their markers, so unbroken runs are whole images."""
+class Qwen25VL(Spatial):
+    """The tower works window by window."""
 
     model_types: ClassVar[Mapping[str, str]] = {"qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct"}
-    markers: ClassVar[tuple[str, ...]] = ("vision_start_token_id", "vision_end_token_id")
-
-    def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
-        types = self.token_types(model, inputs["input_ids"])
-        return rows_by_grid(types, inputs, model.config.vision_config.spatial_merge_size**2)
-
-    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
-        merge = model.config.vision_config.spatial_merge_size
-        return by_grid(inputs, image, len(slots), merge, merge)
-
-    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-        """``[4, batch, tokens]``: of the text, then time, height and width."""
-        text = super().positions(model, inputs)
-        if inputs.get("mm_token_type_ids") is None or all(
-            inputs.get(name) is None for name in ("image_grid_thw", "video_grid_thw")
-        ):
-            return text.expand(4, -1, -1)
-        names = (
-            "input_ids",
-            "mm_token_type_ids",
-            "image_grid_thw",
-            "video_grid_thw",
-            "second_per_grid_ts",
-            "attention_mask",
-        )
-        space, _ = model.model.get_rope_index(**{name: inputs.get(name) for name in names})  # type: ignore[union-attr, operator]
-        return torch.cat([text[None], space.to(text)])
 
     def tower(self, model: PreTrainedModel) -> nn.Module | None:
         return model.model.visual  # type: ignore[no-any-return, union-attr]
@@ -97,7 +52,7 @@ class Qwen25VL(Family):
         return self._by_image(tower, inputs["grid_thw"], keys.view(-1, unit, keys.shape[-1]).mean(1))
 
     def _by_image(self, tower: Any, grid: Tensor, tokens: Tensor) -> list[Tensor]:
-        """Values ``[token, ...]`` of all images, as the tower has them, image by image."""
+        """Values ``[token, ...]`` of all images, as the tower has them, image by image; a video is one."""
         ordered = self.in_prompt_order(tower, grid, tokens)
         return list(torch.split(ordered, (grid.prod(-1) // tower.spatial_merge_size**2).tolist()))
 

@@ -23,7 +23,18 @@ class Qwen2VL(Qwen25VL):
         "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct",
         "qwen3_vl": "Qwen/Qwen3-VL-8B-Instruct",
         "qwen3_vl_moe": "Qwen/Qwen3-VL-30B-A3B-Instruct",
+        "qwen3_5": "Qwen/Qwen3.5-27B",
+        "qwen3_5_moe": "Qwen/Qwen3.5-35B-A3B",
+        "cosmos3_omni": "nvidia/Cosmos3-Nano",
     }
 
     def in_prompt_order(self, tower: Any, grid: Tensor, tokens: Tensor) -> Tensor:
         return tokens
+
+
+@register_family
+class Qwen4Exp(Qwen2VL):
+    """Most layers have a gated delta rule instead of attention, the others an indexer."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"qwen4_exp": "Qwen/Qwen4-Exp"}
+    causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses

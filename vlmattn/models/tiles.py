@@ -30,7 +30,7 @@ class Tiled(Family):
     def marker_ids(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(text for text in (self.first, self.last) if text)
 
-    def image_numbers(
+    def numbers_of_runs(
         self,
         model: PreTrainedModel,
         inputs: Mapping[str, Any],

@@ -7,7 +7,20 @@ from vlmattn.request.methods import Looker, Method, Policy, Watcher
 from vlmattn.request.plan import NO_PLAN, Plan
 from vlmattn.request.prefill import Prefill, SideStream
 from vlmattn.request.pruning import Eviction, HeadSplit, KeptTokens, PruningStage
-from vlmattn.request.request import ANSWER, IMAGE, MARKER, SYSTEM, TEXT, USER, VIDEO, Request, RoleFinder, number_images
+from vlmattn.request.request import (
+    ANSWER,
+    IMAGE,
+    MARKER,
+    SYSTEM,
+    TEXT,
+    USER,
+    VIDEO,
+    Request,
+    RoleFinder,
+    number_frames,
+    number_images,
+    video_runs,
+)
 from vlmattn.request.slots import Ledger, Slots
 from vlmattn.request.step import Step
 from vlmattn.request.store import Store
@@ -53,5 +66,7 @@ __all__ = [
     "Watcher",
     "Weights",
     "compacted",
+    "number_frames",
     "number_images",
+    "video_runs",
 ]

@@ -71,8 +71,8 @@ class Prefill:
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
         run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same
             tokens, which see what they see in the prompt; ``watch`` as in ``Part``.
-        beside: ``beside(method, embeds, real, positions, layers, compare)`` lets a ``SideStream`` of them go beside the
-            prompt.
+        beside: ``beside(method, slots, real, positions, layers, compare)`` lets a ``SideStream`` of the prompt's tokens
+            at ``slots`` ``[batch, tokens]`` go beside the prompt.
     """
 
     request: Request

@@ -64,7 +64,9 @@ class Branches:
             inputs: what the main forward got; output: what it returned, changed in place.
         """
         assert self.cache is not None
-        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        if positions is None:  # the model counts them itself
+            positions = call.record.family.positions(call.model, {"attention_mask": torch.ones_like(ids), **inputs})
         prompt = call.prompt_length or ids.shape[1]
         if positions.shape[-2] == 1:  # one for all rows
             positions = positions.expand(*positions.shape[:-2], len(ids), -1)
@@ -222,11 +224,12 @@ class _Reader:
                 f"the branch '{self.branch.name}' changes the image; give pixel_values, not encoded features"
             )
         family, model, before = self.call.record.family, self.call.model, dict(inputs)
+        ahead = (slice(None),) * family.pixel_axis
         for name, counts in found.items():
             changed, first = before[name].clone(), 0
             for count in counts:
                 rows = slice(first, first + count)
-                own, first = (rows, *family.unpadded(model, before, name, rows)), first + count
+                own, first = (*ahead, rows, *family.unpadded(model, before, name, rows)), first + count
                 if count:
                     pixels = before[name][own]
                     after = change(pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,8 @@ class Call:
     generate(), which is only noted while the vision tower is looked at; ``outer`` is the call it may lie in.
 
     ``ids`` int64 ``[batch, tokens]`` are the tokens that the caller gave, those of a cache from before included.
-    ``given_cache``: the caller gave the cache, and may go on from it.
+    ``sizes`` are the caller's inputs about images, pixels aside: a forward does not get them where
+    generate() encodes images before. ``given_cache``: the caller gave the cache, and may go on from it.
 
     With a decoding rule ``branches`` are there. While one of them reads its prompt a call of its own is in progress:
     ``blank`` bool ``[batch, prompt]`` are image tokens whose features are zeroed, ``rope`` the factor on the rotary
@@ -57,6 +59,7 @@ class Call:
     token: object = field(default_factory=object)
     tower: TowerView = field(default_factory=TowerView)
     ids: Tensor | None = None
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     given_cache: bool = False
     ledger: Ledger = None  # type: ignore[assignment]
 

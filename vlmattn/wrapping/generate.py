@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn import compat
-from vlmattn.attention import FORWARD
 from vlmattn.errors import UnsupportedError
 from vlmattn.files import copy_whole
+from vlmattn.models import OF_IMAGES
 from vlmattn.recipe import Recipe
 from vlmattn.request import Plan
 from vlmattn.wrapping.branch_cache import branches_on, forget_branches
@@ -26,7 +26,7 @@ from vlmattn.wrapping.drafting import drafting_plan, refuse_drafts
 from vlmattn.wrapping.handle import record_of, within_peft
 from vlmattn.wrapping.record import Record
 from vlmattn.wrapping.search import refuse_ways, row_by_row, searching
-from vlmattn.wrapping.steps import forward_of
+from vlmattn.wrapping.steps import forward_of, with_forward
 
 
 def _generate(
@@ -94,6 +94,7 @@ def _begun(
     call = Call(
         record, model, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, branches=branches,
         ledger=record.now.ledger, ids=kwargs.get("inputs", kwargs.get("input_ids")),
+        sizes={name: kwargs[name] for name in OF_IMAGES if name in kwargs and not name.startswith("pixel")},
         given_cache=compat.cache_of(kwargs) is not None,
     )  # fmt: skip
     return call, kwargs
@@ -137,7 +138,8 @@ def _prepare_inputs(
         return compat.with_cache(original(input_ids, *args, **compat.with_cache(kwargs, None, self)), cache, self)
     inputs = original(input_ids, *args, **kwargs)
     if call is not None and call.model is self and record is call.record and not kwargs.get("is_first_iteration"):
-        inputs[FORWARD] = forward_of(record, self, call, inputs)  # here, because the forward may be compiled
+        passing = forward_of(record, self, call, inputs)  # here, because the forward may be compiled
+        inputs = with_forward(inputs, passing, record.family, inputs)
     return inputs
 
 

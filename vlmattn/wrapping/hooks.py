@@ -26,7 +26,7 @@ from vlmattn.wrapping.prefill import prepare
 from vlmattn.wrapping.pruning import pruned_inputs
 from vlmattn.wrapping.record import Record
 from vlmattn.wrapping.rotation import hook_rotation
-from vlmattn.wrapping.steps import forward_of, refuse_packing
+from vlmattn.wrapping.steps import forward_of, refuse_packing, with_forward
 from vlmattn.wrapping.vision import hook_tower, show_images
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
@@ -64,7 +64,7 @@ def _before_model(record: Record, model: nn.Module, args: tuple[Any, ...], kwarg
         kwargs = compat.with_cache(kwargs, own, model)
         inputs = compat.with_cache(inputs, own, model)
         hook_rotation(record, model, call)
-    return args, {**kwargs, FORWARD: forward_of(record, model, call, inputs)}
+    return args, with_forward(kwargs, forward_of(record, model, call, inputs), record.family, inputs)
 
 
 def _direct_call(record: Record, model: PreTrainedModel, inputs: dict[str, Any], outer: Call | None) -> Call:

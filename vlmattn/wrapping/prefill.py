@@ -38,15 +38,17 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         decoder(**_inputs(passing(watch), other, mask, positions), **later)
 
     def beside(
-        method: Any, other: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
+        method: Any, slots: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
     ) -> None:
+        other = _at(embeds, slots)
+        of_tokens = {name: _at(value, slots) for name, value in later.items() if name in family.given_by_token}
         stream = SideStream(method, layers, compare, other)
         seen = family.text_mask(real)
         if positions is not None:
             positions = positions + family.first_position(decoder)
         if seen.dtype == torch.bool and step.base == "eager":
             seen = additive(seen, other.dtype)
-        given = _inputs(passing(stream.watch), other, seen, positions)
+        given = _inputs(passing(stream.watch), other, seen, positions) | of_tokens
         stream.hidden, stream.calls, stream.skipped = _layer_calls(decoder, given, family.in_tuples)
         part.streams += (stream,)
 
@@ -63,6 +65,11 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     with torch.no_grad():
         for method in plan.before_prefill:
             method.before_prefill(prefill)
+
+
+def _at(values: Tensor, slots: Tensor) -> Tensor:
+    """Values ``[batch, tokens, ...]`` of the tokens at ``slots`` ``[batch, n]``."""
+    return values[torch.arange(len(slots), device=slots.device)[:, None], slots]
 
 
 def _cut(mask: Any, length: int) -> Any:
@@ -88,9 +95,15 @@ class _Noting(nn.Module):
 
     kwargs: dict[str, Any] | None = None
 
-    def __init__(self, in_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
         super().__init__()
+        self.kind = {name: value for name, value in vars(layer).items() if name.endswith("type")}
         self._in_tuple = in_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        """The decoder may ask for the kind of a layer."""
+        kind = self.__dict__.get("kind", {})
+        return kind[name] if name in kind else super().__getattr__(name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
@@ -111,7 +124,7 @@ def _layer_calls(
     """What enters the first layer, the layers with the masks and rotary tables that the decoder makes for them, and
     which of them it skips."""
     layers: Any = decoder.layers
-    noting = [_Noting(in_tuples) for _ in layers]
+    noting = [_Noting(layer, in_tuples) for layer in layers]
     double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
     double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
     type(decoder).forward(double, **inputs)

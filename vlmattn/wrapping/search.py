@@ -215,8 +215,9 @@ def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str,
             if isinstance(inputs.get(name), Tensor):
                 one[name] = inputs[name].to(ids.device)[row : row + 1, kept]
         for name, rows in counts.items():
-            part = inputs[name].to(ids.device).split(rows)[row]
-            if len(part):
+            axis = family.pixel_axis if name.startswith("pixel_values") else 0
+            part = inputs[name].to(ids.device).split(rows, axis)[row]
+            if rows[row]:
                 one[name] = part
         apart.append(one)
     return apart

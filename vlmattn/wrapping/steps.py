@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn import compat
+from vlmattn.attention import FORWARD
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import visible
+from vlmattn.models import Family
 from vlmattn.request import IMAGE, TEXT, Forward, Part, Plan, Request, Step
 from vlmattn.wrapping.branch_cache import branches_on
 from vlmattn.wrapping.call import Call
@@ -118,6 +121,19 @@ def _prompt_step(
     return Step(request, record.base, start, plain, plan.name, tower=call.tower, order=_image_order(inputs))
 
 
+def with_forward(
+    kwargs: dict[str, Any], passing: Forward | None, family: Family, inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a model's forward with ours, on which the methods see all rows of a prompt."""
+    if (
+        passing is not None
+        and family.leaves_rows_out
+        and any(part.step is not None or part.watch is not None for part in passing.parts)
+    ):
+        kwargs = compat.with_all_rows(kwargs, inputs)
+    return {**kwargs, FORWARD: passing}
+
+
 def _full_mask(inputs: dict[str, Any]) -> Tensor | None:
     """The mask of layers that see everything, where there is one for each kind of layer."""
     mask = inputs.get("attention_mask")
@@ -148,7 +164,7 @@ def _read(
         types = _leading_types(record.anatomy.leading, start, inputs)
     else:
         types = record.family.types_of_call(model, inputs)
-    images = record.family.image_numbers(model, inputs, types, record.marker_ids)
+    images = record.family.image_numbers(model, {**call.sizes, **inputs}, types, record.marker_ids)
     real = None if mask is None else _real_keys(mask)
     request.extend(start, types, images, real, call.prompt_length, inputs.get("input_ids"))
     if plan.uses_turns and record.turns is not None and (request.has_images or plan.texts):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vlmattn.errors import InputError
 from vlmattn.models import Family
-from vlmattn.request import IMAGE, TEXT, VIDEO, Image, ImageFeatures, Plan, Request, Step
+from vlmattn.request import IMAGE, TEXT, VIDEO, Image, ImageFeatures, Plan, Request, Step, video_runs
 from vlmattn.wrapping.call import CALL
 
 
@@ -95,9 +95,9 @@ def _ordered(order: Sequence[int], seen: Sequence[Any]) -> list[Any]:
 def _order_of_rows(request: Request, start: int, types: Tensor, encoded: int) -> list[int]:
     """Which encoded image each of the prompt is, where rows may be repeated, one after another."""
     numbers = request.images(start + types.shape[1], types.device)[:, start:]
-    counts = [
-        [torch.unique(row[own]).numel() for row, own in zip(numbers, types == kind, strict=True)]
-        for kind in (IMAGE, VIDEO)  # as they are encoded
+    counts = [  # as they are encoded
+        [torch.unique(row[own]).numel() for row, own in zip(numbers, types == IMAGE, strict=True)],
+        [len(video_runs(row[None])) for row in types],
     ]
     times = sum(map(sum, counts)) // encoded
     order: list[int] = []

@@ -1,0 +1,106 @@
+"""Images of any size and videos, told by grids of patches (``image_grid_thw``): what Qwen-VL and its kin share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlmattn.models.base import Family
+from vlmattn.models.image_layout import Piece, by_grid, whole
+from vlmattn.models.inputs import share_out
+from vlmattn.request import IMAGE, VIDEO
+
+
+def rows_by_grid(
+    types: Tensor, inputs: Mapping[str, Any], merged: int, frames_merged: bool = False
+) -> dict[str, list[int]]:
+    """Rows of patches and of grids that belong to each sequence, where ``merged`` patches become a token.
+
+    Args:
+        frames_merged: all frames of a grid become tokens of one.
+    """
+    found = {}
+    for kind, name, sizes in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if inputs.get(name) is not None:
+            patches = inputs[sizes].prod(-1).tolist()
+            made = (inputs[sizes][:, int(frames_merged) :].prod(-1) // merged).tolist()
+            tokens = (types == kind).sum(1).tolist()
+            found[name] = share_out(tokens, list(zip(made, patches, strict=True)))
+            found[sizes] = share_out(tokens, [(count, 1) for count in made])
+    return found
+
+
+class Gridded(Family):
+    """Images and videos are always separated by their markers, so unbroken runs are whole images or videos.
+
+    The tower merges two frames of a video into one, which counts as an image.
+    """
+
+    markers: ClassVar[tuple[str, ...]] = ("vision_start_token_id", "vision_end_token_id")
+
+    def merge(self, model: PreTrainedModel) -> int:
+        """Patches along each side of what becomes a token."""
+        return int(model.config.vision_config.spatial_merge_size)
+
+    def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        types = self.token_types(model, inputs["input_ids"])
+        return rows_by_grid(types, inputs, self.merge(model) ** 2)
+
+    def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
+        merge = self.merge(model)
+        return by_grid(inputs, image, len(slots), merge, merge)
+
+    def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
+        grids = inputs.get("video_grid_thw")
+        if grids is None:
+            return list(runs)
+        unit = self.merge(model) ** 2
+        videos = dict(zip((grids.prod(-1) // unit).tolist(), grids[:, 0].tolist(), strict=True))
+        if not videos.keys() >= set(runs):  # frames have text between them
+            return list(runs)
+        return [tokens // videos[tokens] for tokens in runs for _ in range(videos[tokens])]
+
+    def frame_layout(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
+    ) -> tuple[Piece, ...]:
+        merge, grids = self.merge(model), inputs["video_grid_thw"].cpu()
+        height, width = grids[:, 1:].repeat_interleave(grids[:, 0], 0)[frame].tolist()
+        return whole(len(slots), height // merge, width // merge)
+
+
+def axes_of(model: PreTrainedModel) -> int:
+    """In how many dimensions positions are counted."""
+    return len((model.config.get_text_config().rope_parameters or {}).get("mrope_section") or (0, 0, 0))
+
+
+class Spatial(Gridded):
+    """Positions count time, height and width (M-RoPE)."""
+
+    #: The decoder is given the positions of the text before those in time, height and width.
+    text_axis: ClassVar[bool] = True
+
+    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """``[4, batch, tokens]``: of the text, then time, height and width; ``[3, ...]`` without ``text_axis``."""
+        text = super().positions(model, inputs)
+        space = self.rope_index(model, inputs) if self.has_images(inputs) else text.expand(axes_of(model), -1, -1)
+        return torch.cat([text[None], space.to(text)]) if self.text_axis else space.to(text)
+
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the model is told of images and of the kind of each token, without which it counts text only."""
+        grids = (inputs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+        return inputs.get("mm_token_type_ids") is not None and any(grid is not None for grid in grids)
+
+    def rope_index(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """Positions ``[3, batch, tokens]`` as the model counts them."""
+        names = (
+            *("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"),
+            "attention_mask",
+        )
+        return model.model.get_rope_index(**{name: inputs.get(name) for name in names})[0]  # type: ignore[union-attr, operator, no-any-return]
