@@ -8,12 +8,17 @@ from torch import Tensor
 
 from zoo.first import _rectangles as rectangles
 from zoo.first import _rows
-from zoo.parts import CLOSE, IMG, OPEN, PIXTRAL, SIGLIP, TEXT, VID, Tiny, squares, tokens, typed
+from zoo.parts import CLOSE, IMG, OPEN, PIXTRAL, SIGLIP, TEXT, VID, Tiny, grids, merged, squares, tokens, typed
 
 GEMMA4 = dict(
     sliding_window=200, layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8,
     vocab_size_per_layer_input=100, num_kv_shared_layers=1, global_head_dim=8,
 )  # fmt: skip
+
+
+def _patches_hw(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    found = grids([48])(images, generator)
+    return {"pixel_values": found["pixel_values"], "image_grid_hw": found["image_grid_thw"][:, 1:]}
 
 
 def _gemma4_pixels(images: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -51,6 +56,35 @@ MODELS: dict[str, Tiny] = {
             ),
         ),
         tokens(4, [OPEN], [CLOSE]), _gemma4_pixels, typed(),
+    ),
+    "gemma4_unified": Tiny(
+        lambda: (
+            hf.Gemma4UnifiedForConditionalGeneration,
+            hf.Gemma4UnifiedConfig(
+                text_config={**TEXT, "sliding_window": 200, "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 8},
+                vision_config=dict(patch_size=4, pooling_kernel_size=1, mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32),
+                image_token_id=IMG, video_token_id=VID, boi_token_id=OPEN, eoi_token_id=CLOSE, audio_token_id=95,
+            ),
+        ),
+        tokens(16, [OPEN], [CLOSE]), _gemma4_pixels, typed(),
+    ),
+    "nemotron_h_omni": Tiny(
+        lambda: (
+            hf.NemotronH_Omni_Reasoning_V3,
+            hf.NemotronH_Omni_Reasoning_V3_Config(
+                text_config={
+                    **{key: value for key, value in TEXT.items() if key != "num_hidden_layers"}, "model_type": "nemotron_h",
+                    "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"],
+                    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "chunk_size": 8,
+                },
+                vision_config=dict(
+                    model_type="radio", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=4, image_size=16,
+                    max_img_size=32, num_cls_tokens=1, num_registers=1, patch_dim=48, video_patch_dim=96, video_temporal_patch_size=2,
+                ),
+                vision_hidden_size=32, projector_hidden_size=32, image_token_id=IMG, video_token_id=VID,
+            ),
+        ),
+        merged, _patches_hw,
     ),
     "mistral_large4": Tiny(
         lambda: (

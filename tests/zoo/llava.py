@@ -107,6 +107,21 @@ MODELS: dict[str, Tiny] = {
         ),
         _anyres_tokens, _anyres,
     ),
+    "granite4_vision": Tiny(
+        lambda: (
+            hf.Granite4VisionForConditionalGeneration,
+            hf.Granite4VisionConfig(
+                text_config=dict(**TEXT, attention_multiplier=8**-0.5), vision_config={**CLIP, "hidden_size": 64, "num_hidden_layers": 3},
+                qformer_config=dict(
+                    model_type="blip_2_qformer", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+                    encoder_hidden_size=32, cross_attention_frequency=1, vocab_size=100,
+                ),
+                image_token_index=IMG, image_grid_pinpoints=[[16, 32]], downsample_rate="1/2", deepstack_layer_map=[[-1, 0], [-2, 2]],
+                spatial_target_layers=[1, 1, 2, 2],
+            ),
+        ),
+        tokens(4 + 2 * 5), _anyres,
+    ),
     "video_llama_3": Tiny(
         lambda: (
             hf.VideoLlama3ForConditionalGeneration,

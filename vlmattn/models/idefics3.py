@@ -18,6 +18,7 @@ class Idefics3(Tiled):
 
     model_types: ClassVar[Mapping[str, str]] = {
         "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+        "granite_docling": "ibm-granite/granite-for-docling-500m",
         "smolvlm": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
     }
     by_sequence: ClassVar[bool] = True

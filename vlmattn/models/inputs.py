@@ -29,6 +29,7 @@ OF_IMAGES = (
     "patches_grid",
     "pixel_attention_mask",
     "image_grid_thw",
+    "image_grid_hw",
     "video_grid_thw",
     "second_per_grid_ts",
     "image_sizes",
