@@ -19,7 +19,8 @@ class Anatomy:
     may see tokens behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids
     tell).
     ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods
-    (``KINDS``) that the family cannot have, and why.
+    (``KINDS``) that the family cannot have, and why. ``cross`` are the layers of cross-attention, whose keys are the
+    images: ``image_keys`` for each.
     """
 
     family: str
@@ -39,6 +40,8 @@ class Anatomy:
     leading: int = 0
     refused: tuple[tuple[str, str], ...] = ()
     query_dim: int = 0
+    cross: tuple[int, ...] = ()
+    image_keys: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)

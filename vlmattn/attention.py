@@ -19,7 +19,7 @@ from vlmattn import compat
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit, Problem, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
-from vlmattn.request import BARE, Forward, LayerContext, Looker, Part, Plan, SideStream, Step, Weights
+from vlmattn.request import BARE, Forward, ImageContext, LayerContext, Looker, Part, Plan, SideStream, Step, Weights
 
 FORWARD = "vlmattn_forward"  # the keyword argument on which a forward travels through the decoder
 
@@ -139,9 +139,8 @@ def _run(layer: _Layer, part: Part) -> Output:
         out, attended = layer.bare()
         gain = part.watch(layer.index, out, layer.weights(Visibility(layer.mask)))
         return (out if gain is None else out * gain[:, None, :, None].to(out.dtype)), attended
-    query, plan, index = layer.query, part.plan, layer.index
-    step = _in_window(part.step, query, layer.key.shape[2])
-    context = LayerContext(step, index, query.shape[2], layer.key.shape[2], query.device, query.shape[1])
+    plan, index = part.plan, layer.index
+    context = _context(layer, part.step, plan)
     _tell(layer, context, plan)
     streams = [stream for stream in part.streams if stream.waits_at(index)]
     if len(streams) > 0:
@@ -153,8 +152,17 @@ def _run(layer: _Layer, part: Part) -> Output:
         out, attended, label = _attend(layer, context, edit)
     for watcher in plan.watching:
         watcher.attended(context, edit, layer.weights(layer.seen(context), edit))
-    step.request.ledger.add(("calls", layer.phase, label, str(index)))
+    context.request.ledger.add(("calls", layer.phase, label, str(index)))
     return out, attended
+
+
+def _context(layer: _Layer, step: Step, plan: Plan) -> LayerContext:
+    """What methods see of a layer."""
+    query, keys = layer.query, layer.key.shape[2]
+    if layer.index in plan.cross:
+        return ImageContext(step, layer.index, query.shape[2], keys, query.device, query.shape[1], plan.image_keys)
+    step = _in_window(step, query, keys)
+    return LayerContext(step, layer.index, query.shape[2], keys, query.device, query.shape[1])
 
 
 def _tell(layer: _Layer, context: LayerContext, plan: Plan) -> None:

@@ -129,6 +129,8 @@ class _Bound:
             evicting=evicting,
             policies=self.policies,
             on_queries_keys=self._on_queries_keys(),
+            cross=frozenset(self.anatomy.cross),
+            image_keys=self.anatomy.image_keys,
         )
 
     @property
@@ -189,7 +191,8 @@ def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecodi
             raise UnsupportedError(f"'{method_name(who)}' does not run on {anatomy.family}: {reason}")
 
     for method in recipe.interventions:
-        refuse(method, {method.kind: True, "opening": bool(method.opens()), "turns": method.turns == "needed"})
+        kinds = {method.kind: True, "opening": bool(method.opens()), "turns": method.turns == "needed"}
+        refuse(method, kinds | {"rows": method.acts_on == "image rows"})
     for pruner in recipe.pruning:
         refuse(pruner, {pruner.kind: True})
     branches = contrast.branches if contrast is not None else ()

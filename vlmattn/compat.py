@@ -127,6 +127,12 @@ def attention_name(config: Any) -> str | None:
     return found
 
 
+def set_attention_name(model: PreTrainedModel, name: str) -> None:
+    """Name the attention implementation of the text decoder; a config that is not nested is the text's itself."""
+    nested = model.config.get_text_config() is not model.config
+    model.set_attn_implementation({"text_config" if nested else "": name})
+
+
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty dynamic cache for the text decoder."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 REFUSED = {
     "mllama": "no attention over the tokens", "mllama_tiles": "no attention over the tokens", "lfm2_vl": "no attention over the tokens",
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "nemotron_h_omni", "lfm3_vl", "qwen4_exp"), "no attention over the tokens"),
-    "blip2": "before the tokens", "instructblip": "before the tokens", "florence2": "encoder-decoder",
+    "blip2": "before the tokens", "instructblip": "before the tokens", "instructblipvideo": "before the tokens", "florence2": "encoder-decoder",
 }  # fmt: skip
 HEADS = 4
 

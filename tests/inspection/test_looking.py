@@ -45,7 +45,12 @@ pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ig
 
 SAID = (5, 17, 60, 33, 8)
 ROUNDING = bound(torch.float32, 512)  # of shares of attention in a tiny model
-REFUSED = {"blip2": "before the tokens", "instructblip": "before the tokens", "florence2": "encoder-decoder"}
+REFUSED = {
+    "blip2": "before the tokens",
+    "instructblip": "before the tokens",
+    "instructblipvideo": "before the tokens",
+    "florence2": "encoder-decoder",
+}
 PREFIX = ("paligemma", "paligemma2")  # prompt tokens see ahead, answer tokens do not: one forward cannot say both
 ADDED = (
     "qwen3_vl",
@@ -95,7 +100,7 @@ def asked(images: int = 2, words: int = 5) -> dict[str, Tensor]:
 def longer(inputs: dict[str, Tensor], answer: tuple[int, ...] = SAID[:-1]) -> dict[str, Tensor]:
     """The prompt with an answer behind it, for one forward."""
     out, new = dict(inputs), len(answer)
-    for name in {"attention_mask", "mm_token_type_ids", "token_type_ids"} & out.keys():
+    for name in {"attention_mask", "mm_token_type_ids", "token_type_ids", "image_embeds_position_mask"} & out.keys():
         out[name] = pad(out[name], (0, new), value=int(name == "attention_mask"))
     out["input_ids"] = torch.cat([out["input_ids"], torch.tensor([answer])], 1)
     if (seen := out.get("cross_attention_mask")) is not None:

@@ -45,7 +45,11 @@ from vlmattn.interventions import (
     VisionZip,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:vlmattn:UserWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("no_grad"),
+    pytest.mark.filterwarnings("ignore:vlmattn:UserWarning"),
+]
 family_matrix = pytest.mark.parametrize("family", FAMILIES)
 setting_matrix = pytest.mark.parametrize("name", SETTINGS)
 

@@ -45,8 +45,9 @@ Made = tuple[dict[str, Tensor], list[list[int]]]
 SQUARE = dict(height=16, width=16)
 SHAPES = [[16 * high, 16 * wide] for high in range(1, 4) for wide in range(1, 4) if high * wide > 1]
 NO_PLACE = {
-    "idefics2": "latents", "aria": "queries", "blip2": "queries", "instructblip": "queries",
-    "mllama": "placeholders", "mllama_tiles": "placeholders", "deepseek_ocr2": "queries", "granite4_vision": "queries",
+    "idefics2": "latents", "aria": "queries", "blip2": "queries", "instructblip": "queries", "instructblipvideo": "queries",
+    "kosmos2": "queries", "kosmos2_5": "queries", "mllama": "placeholders", "mllama_tiles": "placeholders", "deepseek_ocr2": "queries",
+    "granite4_vision": "queries",
 }  # fmt: skip
 # Their processors are not run here: whether their pieces cover the tokens is looked at with the prompts of the zoo.
 SOUND = {
@@ -334,7 +335,7 @@ def pieces_of(name: str, model: Any, inputs: Mapping[str, Tensor], image: int) -
     """The pieces of an image, and which of all image tokens are its own."""
     family = find_family(model)
     marker_ids = marker_ids_of(family, SimpleNamespace(get_vocab=lambda: tiny(name).vocabulary))
-    numbers = family.image_numbers(model, inputs, family.token_types(model, inputs["input_ids"]), marker_ids)[0]
+    numbers = family.image_numbers(model, inputs, family.types_of_call(model, inputs), marker_ids)[0]
     own = (numbers[numbers >= 0] == image).nonzero()[:, 0]
     return family.image_layout(model, inputs, image, len(own), marker_ids), own
 
@@ -422,6 +423,30 @@ def test_codes_of_emu3_are_in_rows_with_an_end():
     assert len(own) - piece.tokens.numel() == 8
 
 
+def test_patches_of_fuyu_are_in_rows_with_a_newline():
+    """As many rows and columns as newlines say."""
+    model, given = ZOO["fuyu"].build(), ZOO["fuyu"].prompt(1)
+    ((piece,), own) = pieces_of("fuyu", model, given.inputs, 0)
+    assert piece.box == WHOLE
+    assert piece.tokens.tolist() == [[0, 1], [2, 3]]
+    ids = torch.tensor([[*[IMG] * 5, BREAK, *[IMG] * 5, BREAK, 1, 7]])
+    ((piece,), own) = pieces_of("fuyu", model, {"input_ids": ids}, 0)
+    assert piece.tokens.shape == (2, 5)
+    assert len(own) == 10
+
+
+def test_codes_of_chameleon_are_in_reading_order():
+    model = ZOO["chameleon"].build()
+    given = ZOO["chameleon"].prompt(2).inputs
+    codes = model.model.get_image_tokens(given["pixel_values"])  # as the codebook has them, row by row
+    for image in range(2):
+        ((piece,), own) = pieces_of("chameleon", model, given, image)
+        seen = model.model.get_image_features(given["pixel_values"]).pooler_output.flatten(0, 1)[own]
+        assert piece.box == WHOLE
+        assert piece.tokens.tolist() == torch.arange(16).view(4, 4).tolist()
+        assert torch.equal(seen[piece.tokens], model.get_input_embeddings()(codes[image].view(4, 4)))
+
+
 # What has no place, and what is not known
 
 
@@ -429,6 +454,7 @@ def test_every_family_of_the_zoo_is_looked_at():
     again = {"mistral3_window", "gemma3_window", "cohere2_window"}
     assert {name.split(",")[0] for name in CASES} | NO_PLACE.keys() | SOUND | again | {
         "emu3",
+        "chameleon",
         "florence2",
     } == ZOO.keys()
 

@@ -24,10 +24,12 @@ def test_every_image_input_matters(name):
     for prompt in prompts(name):
         logits = model(**prompt.inputs).logits[:, -1]
         assert logits.isfinite().all()
-        images = [key for key in prompt.inputs if "pixel_values" in key]
+        images = [key for key in prompt.inputs if "pixel_values" in key or key == "flattened_patches"]
         assert images
         for key in images:
-            other = {**prompt.inputs, key: prompt.inputs[key].flip(-1)}
+            first = 2 if key == "flattened_patches" else 0  # row and column of a patch stay
+            value = prompt.inputs[key]
+            other = {**prompt.inputs, key: torch.cat([value[..., :first], value[..., first:].flip(-1)], -1)}
             assert (model(**other).logits[:, -1] - logits).abs().max() > 1e-2
 
 

@@ -33,7 +33,7 @@ MERGING = dict(
     temporal_patch_size=2,
 )  # fmt: skip
 QWEN_IDS = dict(image_token_id=IMG, video_token_id=VID, vision_start_token_id=OPEN, vision_end_token_id=CLOSE)
-_OF_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_OF_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
 
 Pixels = Callable[[int, torch.Generator], dict[str, Tensor]]
 """Image inputs of so many images."""
@@ -87,7 +87,7 @@ class Tiny:
                 text = "language_model" in name or "text_model" in name or name.startswith("lm_head")
                 parameter.data.normal_(0, 0.3 if text else 0.15)
         if attn:
-            model.set_attn_implementation({"text_config": attn})
+            set_attention(model, attn)
         return model.eval()
 
     def prompt(self, images: int = 1, words: int = 5, seed: int = 1) -> Prompt:
@@ -104,6 +104,12 @@ class Tiny:
         found[0, : len(numbers)] = torch.tensor(numbers)
         inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **self.types(ids))
         return Prompt({**inputs, **self.pixels(images, generator)}, found)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Give the text decoder an attention function, also where the config is not nested."""
+    nested = model.config.get_text_config() is not model.config
+    model.set_attn_implementation({"text_config" if nested else "": name})
 
 
 def padded(tiny: Tiny, prompts: Sequence[Prompt]) -> dict[str, Tensor]:

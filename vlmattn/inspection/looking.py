@@ -101,6 +101,7 @@ def _run(
     facts |= _states(recorder, anatomy.layers, len(facts["tokens"]) - 1)
     if others := sorted(set(range(anatomy.layers)) - set(store.layers)):
         what = "have no attention over the tokens (a state of them, or cross-attention to images), so it is not shown"
+        what += "; image_attention maps cross-attention to images" if anatomy.cross else ""
         facts["notes"] += (f"layers {', '.join(map(str, others))} {what}",)
     store.flush()
     return Trace(recipe=name, source=anatomy.source, layers=store.layers, rows=store.rows, gains=store.gains, **facts)
@@ -116,7 +117,7 @@ def prompt_of(model: PreTrainedModel, inputs: Inputs) -> tuple[Family, dict[str,
     family, given = find_family(model), prepared_one(model, inputs)
     if family.anatomy(model).leading:
         raise UnsupportedError(f"{type(model).__name__} puts its image before the tokens; it cannot be looked at")
-    types = family.token_types(model, given["input_ids"])
+    types = family.types_of_call(model, given)
     if not bool((types != TEXT).any()):
         raise InputError(
             "no image tokens in the prompt, so there is nothing to look at; put the image placeholder into it"

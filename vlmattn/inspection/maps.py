@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.inspection.measuring import Inputs, attention_of, prepared_one
+from vlmattn.inspection.measuring import ImageMeasure, Inputs, Measure, attention_of, prepared_one
 from vlmattn.models import Box, find_family, marker_ids_of
 from vlmattn.request import LayerContext, Weights
 
@@ -17,6 +17,8 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
     """Attention of the last prompt row on each image, by the bare model.
 
         map[y, x] = mean over layers and heads of a_j,   j the image token at (y, x), a the last prompt row's attention
+
+    Where images are read by cross-attention (Llama 3.2 Vision) the layers are those of cross-attention.
 
     Args:
         inputs: what the processor made of one prompt, without padding.
@@ -30,7 +32,9 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
         UnsupportedError: a family or an attention implementation that is not supported.
     """
     family, given = find_family(model), prepared_one(model, inputs)
-    types = family.token_types(model, given["input_ids"])
+    if family.anatomy(model).cross:
+        return _of_cross_attention(model, given)
+    types = family.types_of_call(model, given)
     marker_ids = marker_ids_of(family, processor)
     numbers = family.image_numbers(model, given, types, marker_ids)[0].cpu()
     row = last_row(model, given)
@@ -42,7 +46,15 @@ def image_attention(model: PreTrainedModel, processor: Any, inputs: Inputs) -> l
     return found
 
 
-def last_row(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+def _of_cross_attention(model: PreTrainedModel, given: Inputs) -> list[tuple[tuple[Box, Tensor], ...]]:
+    """As ``image_attention``, from the keys of layers of cross-attention."""
+    family, row = find_family(model), last_row(model, given, ImageMeasure)
+    own = torch.split(row, family.image_keys(model))
+    pieces = [family.key_layout(model, given, image) for image in range(len(own))]
+    return [tuple((piece.box, keys[piece.tokens]) for piece in found) for keys, found in zip(own, pieces, strict=True)]
+
+
+def last_row(model: PreTrainedModel, inputs: Inputs, measuring: type[Measure] = Measure) -> Tensor:
     """The bare model's attention ``[keys]`` of a prompt's last row, mean over layers and heads, on the cpu."""
 
     def mean(context: LayerContext, weights: Weights) -> Tensor:
@@ -50,5 +62,5 @@ def last_row(model: PreTrainedModel, inputs: Inputs) -> Tensor:
 
     positions = find_family(model).positions(model, inputs)  # given, so that the model notes none
     with torch.inference_mode():
-        rows = attention_of(model, {**inputs, "position_ids": positions}, mean)
+        rows = attention_of(model, {**inputs, "position_ids": positions}, mean, measuring)
     return torch.stack(list(rows.values())).mean(0)

@@ -66,9 +66,21 @@ def only(model: PreTrainedModel, *methods: Intervention) -> Iterator[None]:
         yield
 
 
-def attention_of(model: PreTrainedModel, inputs: Mapping[str, Any], keep: Keep) -> dict[int, Any]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageMeasure(Measure):
+    """As ``Measure``, in layers of cross-attention to images."""
+
+    acts_on: ClassVar[str] = "image keys"
+
+    def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return anatomy.cross
+
+
+def attention_of(
+    model: PreTrainedModel, inputs: Mapping[str, Any], keep: Keep, measuring: type[Measure] = Measure
+) -> dict[int, Any]:
     """What ``keep`` makes of the bare model's attention in each layer, in one forward of prepared inputs."""
-    measure = Measure(keep=keep)
+    measure = measuring(keep=keep)
     with only(model, measure):
         model(**inputs, use_cache=False, logits_to_keep=1)
     return {layer: kept for layer, (kept,) in measure.kept.items()}

@@ -73,6 +73,9 @@ class Intervention(LookingMethod):
     place: ClassVar[str] = "interventions"
     #: Whether the method must know the user's turns (``wrap(..., processor=...)``), or uses them where they are known.
     turns: ClassVar[Literal["unused", "used", "needed"]] = "unused"
+    #: Where the method acts in models that read images by cross-attention: "image keys" (layers of cross-attention),
+    #: "tokens" (of self-attention), "heads" (both), or nowhere, as it is about "image rows", which they do not have.
+    acts_on: ClassVar[str] = "image rows"
     #: Without image tokens in the prompt there is nothing for the method to do.
     needs_images: ClassVar[bool] = True
     layers: str = option("0:", about="decoder layers: slices or indices joined by commas; a/b is a share of the depth")
@@ -91,12 +94,15 @@ class Intervention(LookingMethod):
         return self
 
     def active_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """Indices of the layers the method acts in, which have self-attention; at least one."""
-        attending = range(anatomy.layers) if anatomy.attending is None else anatomy.attending
+        """Indices of the layers the method acts in, which have attention of its kind (``acts_on``); at least one."""
+        attending = tuple(range(anatomy.layers)) if anatomy.attending is None else anatomy.attending
+        if anatomy.cross and self.acts_on in ("image keys", "heads"):
+            attending = anatomy.cross if self.acts_on == "image keys" else tuple(sorted({*attending, *anatomy.cross}))
         named = parse_layers(self.layers, anatomy.layers, f"{self.info.name}.layers")
         found = tuple(layer for layer in named if layer in attending)
         if not found:
-            which = f"0..{anatomy.layers - 1}" if anatomy.attending is None else f"with attention, {list(attending)}"
+            what = "cross-attention to images" if attending == anatomy.cross else "attention"
+            which = f"0..{anatomy.layers - 1}" if anatomy.attending is None else f"with {what}, {list(attending)}"
             raise OptionError(f"{self.info.name}.layers '{self.layers}' selects none of the layers {which}")
         return found
 

@@ -44,6 +44,7 @@ class Calibration(Intervention):
         InputError: more than 255 segments.
     """
 
+    acts_on = "tokens"
     needs_images = False
     strength: float = option(0.5, 0, 1, "0: as it was, 1: equal masses", source="released library's example")
     segments: str = option("tokens", about="what is evened out", choices=("tokens", "documents"))

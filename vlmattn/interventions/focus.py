@@ -52,6 +52,7 @@ class FocusDirections(Intervention):
         InputError: a file without query directions.
     """
 
+    acts_on = "tokens"
     needs_images = False
     files: ClassVar[Mapping[str, str]] = {"file": FILE_NAME}
     alpha: float = option(0.2, -100, 100, "strength", source="released script")

@@ -30,6 +30,7 @@ class HeadsGuided(LogitEdit):
     predicts the next token. Counts attention calls edited.
     """
 
+    acts_on = "image keys"
     alpha: float = option(0.5, 0, 10, "strength", source="released code")
     layers: str = option("1/6:1/2+3", about="decoder layers", source="released script: 5..18 of 32, both included")
 

@@ -100,9 +100,15 @@ class Heads(Intervention):
     def active_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         inside = parse_layers(self.layers, anatomy.layers, "heads.layers")
         found = tuple(sorted({layer for layer, _ in parse_heads(self.heads, "heads.heads")} & set(inside)))
+        if found and anatomy.cross and self.operation == "cut":
+            found = tuple(layer for layer in found if layer in anatomy.cross)
         if not found:
             raise OptionError(f"heads.layers '{self.layers}' has none of the heads {self.heads}")
         return found
+
+    @property
+    def acts_on(self) -> str:  # type: ignore[override]
+        return "image keys" if self.operation == "cut" else "heads"
 
     @property
     def edits_text(self) -> bool:

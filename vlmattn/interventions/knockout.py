@@ -43,6 +43,12 @@ class Knockout(Intervention):
     source: str = option("image", about="keys that are hidden", choices=("image", "text"))
     target: str = option("text", about="rows that lose them", choices=("text", "image", "last", "generated"))
 
+    @property
+    def acts_on(self) -> str:  # type: ignore[override]
+        if self.target == "image":
+            return "image rows"
+        return "image keys" if self.source == "image" else "tokens"
+
     def hides(self) -> frozenset[str]:
         rows = "image" if self.target == "image" else "text"
         if rows == self.source == "image":
@@ -51,6 +57,12 @@ class Knockout(Intervention):
 
     def edit(self, context: LayerContext) -> AttentionEdit:
         slots = torch.arange(context.keys, device=context.device).expand_as(context.visual)
+        if context.crosses:
+            tokens = context.tokens
+            slots_of_rows = torch.arange(tokens.keys, device=tokens.device).expand_as(tokens.visual)
+            rows = torch.where(self._rows(tokens, slots_of_rows < tokens.request.prompt_length), 0, -1)
+            context.count("knockout", (rows >= 0).sum())
+            return AttentionEdit(mask=(MaskPart(rows, torch.zeros_like(slots), 0.0),))
         in_prompt = slots < context.request.prompt_length
         hidden = context.visual if self.source == "image" else ~context.visual & in_prompt
         # Different slots: a row keeps itself. While decoding the row's slot is not known, and never among the hidden.

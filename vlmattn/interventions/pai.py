@@ -35,6 +35,7 @@ class PAI(LogitEdit):
         OptionError: alpha outside 0..0.999 (from 1 on a masked key could come back in the released form).
     """
 
+    acts_on = "image keys"
     alpha: float = option(0.2, 0, 0.999, "strength", source="released code and its README commands")
     layers: str = option("2:", about="decoder layers", source="released code: start 2, end 32 of 32")
 

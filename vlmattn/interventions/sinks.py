@@ -70,6 +70,7 @@ def sink_values(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
 class SinkTest(Intervention):
     """What methods about sinks share: which tokens that enter a layer are sinks, and the options for it."""
 
+    acts_on: ClassVar[str] = "image keys"
     files: ClassVar[Mapping[str, str]] = {"profile": SinkProfile.FILE_NAME}
     tau: float = option(20.0, 0, 1e3, "sink threshold; phi never exceeds sqrt(hidden size)", source="paper and code")
     dims: tuple[int, ...] = option((), about="sink dimensions; empty: those of the profile or the table, else all")
@@ -126,10 +127,10 @@ class SinkTest(Intervention):
         return replace(self, dims=self.dims or found.dims, tau=tau, layers=layers, profile=path)
 
     def is_sink(self, context: LayerContext, hidden: Tensor) -> Tensor:
-        """bool ``[batch, query]``."""
+        """bool ``[batch, query]``; for images of cross-attention all dimensions count, as ``dims`` are of tokens."""
         sink = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if self.sinks != "cos":
-            sink = sink_values(hidden, self.dims) > self.tau
+            sink = sink_values(hidden, () if context.crosses else self.dims) > self.tau
         if self.sinks != "phi":
             rows = context.store(self).rows
             if "first" not in rows:

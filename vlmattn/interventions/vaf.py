@@ -40,6 +40,7 @@ class VAF(Intervention):
     code edits all heads: so is the default. Counts attention calls edited.
     """
 
+    acts_on = "image keys"
     turns = "used"
     enhance: float = option(1.15, 1, 10, "factor of image scores", source="released script")
     suppress: float = option(0.95, 0, 1, "factor of system prompt scores", source="released script")

@@ -87,7 +87,7 @@ class VAR(SinkTest):
         groups = context.store(self).slots.get("groups")
         if groups is None or self.keep == 1:
             return AttentionEdit()
-        runs = context.request.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
+        runs = context.runs((TEXT, TEXT_SINK), (VISUAL, VISUAL_SINK))
         plan = context.request.store(self).once("plan", self._plan)  # it keeps its tables on the device
         part = GainPart(context.read(groups), plan, context.rows_after_image(), runs)
         return AttentionEdit(gain=(part,))

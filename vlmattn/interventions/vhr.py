@@ -41,6 +41,7 @@ class VHR(Intervention):
     tokens have their gains in them. For a choice of its own give the whole conversation without ``past_key_values``.
     """
 
+    acts_on = "heads"
     alpha: float = option(2.0, 0, 10, "gain of the chosen heads; 4 and more breaks the model", source="paper")
     drop_outliers: bool = option(True, about="leave out heads that change most and are loud anyway", source="paper")
     ta_power: float = option(2.0, 1, 2, "power of the norm in the outlier rule", source="paper prints the square")

@@ -51,6 +51,8 @@ class Family:
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
+    #: Decoder layers return a tuple, not the residual stream alone.
+    in_tuples: ClassVar[bool] = False
     #: Some layers read only the rows of a prompt that logits are asked for; methods must see all.
     leaves_rows_out: ClassVar[bool] = False
     #: The model counts positions itself, over padding too.
@@ -58,8 +60,9 @@ class Family:
     #: Axis of pixel tensors along which images follow one another.
     pixel_axis: ClassVar[int] = 0
     #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided
-    #: by attention, "dropping" for branches without the image, "rotating" for those with another rotary base, or
-    #: "turns" for methods that must know the user's) that the family cannot have, and why.
+    #: by attention, "dropping" for branches without the image, "rotating" for those with another rotary base, "rows"
+    #: for methods about rows of image tokens, or "turns" for methods that must know the user's) that the family cannot
+    #: have, and why.
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""
@@ -96,6 +99,10 @@ class Family:
         """The text decoder: the module that gets ``inputs_embeds`` and holds ``layers``."""
         return model.model.language_model  # type: ignore[no-any-return, union-attr]
 
+    def embedded(self, decoder: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the decoder is called with, as ``inputs_embeds`` that have image features in place."""
+        return kwargs
+
     def layers(self, model: PreTrainedModel) -> Sequence[nn.Module]:
         """Decoder layers in order; each gets the residual stream as its first argument."""
         return self.decoder(model).layers  # type: ignore[return-value]
@@ -103,6 +110,22 @@ class Family:
     def attention(self, layer: nn.Module) -> nn.Module | None:
         """The self-attention module of a decoder layer; None for layers that have none."""
         return getattr(layer, "self_attn", None)
+
+    def cross_attention(self, layer: nn.Module) -> nn.Module | None:
+        """The attention of a decoder layer to images that are no tokens of the prompt; None for layers without."""
+        return None
+
+    def image_keys(self, model: PreTrainedModel) -> int:
+        """Keys of each image in layers of cross-attention."""
+        return 0
+
+    def key_layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int) -> tuple[Piece, ...]:
+        """As ``image_layout``, for the keys of an image in layers of cross-attention."""
+        return ()
+
+    def image_states(self, kwargs: Mapping[str, Any], batch: int) -> Tensor | None:
+        """What a layer of cross-attention makes keys of, ``[batch, keys, width]``; None where they are cached."""
+        return None
 
     def residual(self, hidden: Tensor) -> Tensor:
         """The residual stream ``[batch, tokens, hidden]`` in what a decoder layer gets."""
@@ -286,6 +309,10 @@ class Family:
         """The decoder's mask of a prompt without images, from ``real`` bool ``[batch, tokens]``: 2D, or 4D bool."""
         return real.long()
 
+    def first_position(self, decoder: Any) -> int:
+        """Position id of the first token."""
+        return 0
+
     def rotary(self, model: PreTrainedModel) -> nn.Module:
         """The module that makes cosines and sines of positions.
 
@@ -364,7 +391,8 @@ class Family:
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         text = model.config.get_text_config()
         heads = text.num_attention_heads
-        attending = tuple(n for n, layer in enumerate(self.layers(model)) if self.attention(layer) is not None)
+        layers = tuple(enumerate(self.layers(model)))
+        attending = tuple(n for n, layer in layers if self.attention(layer) is not None)
         return Anatomy(
             family=model.config.model_type,
             layers=text.num_hidden_layers,
@@ -383,6 +411,8 @@ class Family:
             leading=self.leading(model),
             refused=tuple((self.refuses(model) | self._not_rotating(model)).items()),
             query_dim=getattr(text, "qk_head_dim", None) or 0,  # latent attention: longer than the values
+            cross=tuple(n for n, layer in layers if self.cross_attention(layer) is not None),
+            image_keys=self.image_keys(model),
         )
 
     def types_of_call(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP with a decoder-only language model: query tokens lead every prompt."""
+"""BLIP-2, InstructBLIP and its kin for videos with a decoder-only language model: query tokens lead every prompt."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import Family
 from vlmattn.models.registry import register_family
+
+_FRAMES = 4  # of every video, as its processor writes placeholders
 
 
 @register_family
@@ -50,3 +52,13 @@ class Blip2(Family):
 
     def leading(self, model: PreTrainedModel) -> int:
         return int(model.config.num_query_tokens)
+
+
+@register_family
+class InstructBlipVideo(Blip2):
+    """The query tokens of all frames lead the prompt, frame by frame."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"instructblipvideo": "Salesforce/instructblip-vicuna-7b"}
+
+    def leading(self, model: PreTrainedModel) -> int:
+        return _FRAMES * super().leading(model)

@@ -18,10 +18,18 @@ _DISTANCE = (
     " a model with rotary positions like qwen3_vl"
 )
 
+_OWN = "its attention is computed by code of its own, not by transformers' attention interface, so no edit reaches it"
+_TWICE = (
+    "its layers of cross-attention to images are numbered apart from its decoder layers, with the same numbers, so"
+    " edits could not tell them apart; take idefics2, or mllama, which reads images the same way"
+)
+
 #: Model type -> (a checkpoint, why).
 UNSERVED: Mapping[str, tuple[str, str]] = {
     "florence2": ("florence-community/Florence-2-large", _CROSS),
     "blip": ("Salesforce/blip-image-captioning-base", _CROSS),
+    "git": ("microsoft/git-base-coco", f"{_OWN}; {_LIKE}"),
+    "idefics": ("HuggingFaceM4/idefics-9b-instruct", _TWICE),
     "pix2struct": ("google/pix2struct-base", _CROSS),
     "udop": ("microsoft/udop-large", _CROSS),
     "vision-encoder-decoder": ("microsoft/trocr-base-handwritten", _CROSS),
@@ -83,5 +91,5 @@ UNSERVED: Mapping[str, tuple[str, str]] = {
 }
 
 for _name, (_checkpoint, _why) in UNSERVED.items():
-    said = {"model_types": {_name: _checkpoint}, "unsupported": _why, "__doc__": _why}
+    said = {"model_types": {_name: _checkpoint}, "unsupported": _why, "untested": "nothing acts on it", "__doc__": _why}
     register_family(type("Unserved", (Family,), said))

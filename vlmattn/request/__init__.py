@@ -2,7 +2,7 @@
 
 from vlmattn.request.callbacks import Compare, Watch, Weights
 from vlmattn.request.forward import BARE, Forward, Part
-from vlmattn.request.layer_context import LayerContext
+from vlmattn.request.layer_context import ImageContext, LayerContext
 from vlmattn.request.methods import Looker, Method, Policy, Watcher
 from vlmattn.request.plan import NO_PLAN, Plan
 from vlmattn.request.prefill import Prefill, SideStream
@@ -42,6 +42,7 @@ __all__ = [
     "Forward",
     "HeadSplit",
     "Image",
+    "ImageContext",
     "ImageFeatures",
     "Kept",
     "KeptTokens",

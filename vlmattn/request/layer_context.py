@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.kernels import Mask, Rows, Visibility
-from vlmattn.request.request import TEXT, Request
+from vlmattn.request.request import ANSWER, TEXT, Request
 from vlmattn.request.slots import Slots
 from vlmattn.request.step import Step
 from vlmattn.request.store import Store
@@ -33,6 +33,16 @@ class LayerContext:
     @property
     def request(self) -> Request:
         return self.step.request
+
+    @property
+    def crosses(self) -> bool:
+        """The keys are images that are no tokens of the prompt."""
+        return False
+
+    @property
+    def tokens(self) -> LayerContext:
+        """The same with the tokens of the prompt as keys."""
+        return self
 
     @property
     def visual(self) -> Tensor:
@@ -105,6 +115,10 @@ class LayerContext:
         rows: Rows = self.step.memo((make.__name__, self.device), lambda: make(start, self.queries, self.device))
         return rows
 
+    def runs(self, text: tuple[int, ...], image: tuple[int, ...]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        """Runs of keys (start, stop, groups that occur there), given the groups of text and of image tokens."""
+        return self.request.runs(text, image)
+
     def visibility(self, mask: Tensor | None) -> Visibility:
         """What the unedited model sees in this call; in a decode step the same for all layers with the same mask."""
         known = self.step.seen
@@ -129,3 +143,76 @@ class LayerContext:
     def count(self, method: str, amount: int | Tensor) -> None:
         """Tell the report that ``method`` found something to do."""
         self.request.ledger.add(("fired", method), amount)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageContext(LayerContext):
+    """A layer of cross-attention: rows are tokens, all of them text, and keys are images, ``each`` for one image."""
+
+    each: int = 0
+
+    @property
+    def crosses(self) -> bool:
+        return True
+
+    @property
+    def tokens(self) -> LayerContext:
+        stop = self.queries if self.step.start is None else self.step.start + self.queries
+        return LayerContext(self.step, self.layer, self.queries, stop, self.device, self.heads)
+
+    @property
+    def visual(self) -> Tensor:
+        return self._all(True, torch.bool)
+
+    @property
+    def images(self) -> Tensor:
+        numbers = torch.arange(self.keys, device=self.device) // max(self.each, 1)
+        return numbers.to(torch.int16).expand(self._batch, -1)
+
+    @property
+    def ids(self) -> Tensor:
+        return self._all(-1, torch.int64)
+
+    @property
+    def roles(self) -> Tensor:
+        return self._all(ANSWER, torch.uint8)
+
+    @property
+    def turns(self) -> Tensor:
+        return self._all(-1, torch.int16)
+
+    @property
+    def real(self) -> Tensor | None:
+        return None
+
+    @property
+    def _batch(self) -> int:
+        return self.request.batch or 1
+
+    def _all(self, value: int | bool, dtype: torch.dtype) -> Tensor:
+        return torch.full((self._batch, self.keys), value, dtype=dtype, device=self.device)
+
+    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        return self.step.memo(("images", key, self.keys, self.device), make)
+
+    def of_rows(self, values: Tensor, generated: int | bool) -> Tensor:
+        """``generated`` for every row, as no row is among the keys."""
+        return values.new_full((values.shape[0], self.queries), generated)
+
+    def runs(self, text: tuple[int, ...], image: tuple[int, ...]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+        return ((0, self.keys, image),)
+
+    def visibility(self, mask: Tensor | None) -> Visibility:
+        if mask is None:
+            mask = torch.ones(1, 1, self.queries, self.keys, dtype=torch.bool, device=self.device)
+        one_row = Mask.of(mask[..., : self.keys]) if self.queries == 1 else None
+        return Visibility(mask, None, None, False, one_row)
+
+    def store(self, method: Hashable) -> Store:
+        """What ``method`` keeps about the images in this layer, by key."""
+        store = super().store(method)
+        store.of_images = True
+        return store
+
+    def read(self, kept: Slots) -> Tensor:
+        return kept.read(self.keys, self.device)

@@ -28,6 +28,7 @@ class Plan:
             one.
         evicting: for each layer the policy that takes slots out of its cache, if one does; empty: no layer has one.
         policies: all methods about cached slots, which must know on the host how far a cache is filled.
+        cross: layers of cross-attention, whose keys are images: ``image_keys`` for each.
         watching: who sees every layer at work.
     """
 
@@ -53,6 +54,8 @@ class Plan:
     evicting: tuple[Policy | None, ...] = ()
     policies: tuple[Policy, ...] = ()
     on_queries_keys: tuple[tuple[Policy, ...], ...] = ()
+    cross: frozenset[int] = frozenset()
+    image_keys: int = 0
     watching: tuple[Watcher, ...] = ()
 
     @property

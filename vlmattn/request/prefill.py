@@ -25,7 +25,8 @@ class SideStream:
         method: who compares; layers: where.
         compare: sees both, see ``Compare``.
         hidden: ``[batch, tokens, hidden]``, the residual stream that enters its next layer.
-        calls: the decoder's layers, each with what the decoder gives it for these inputs.
+        calls: the decoder's layers, each with what the decoder gives it for these inputs. skipped: layers that do
+            not run, as they read images that the stream does not have; what their heads say counts as zero.
         layer: index of the next layer.
     """
 
@@ -34,6 +35,7 @@ class SideStream:
     compare: Compare
     hidden: Tensor
     calls: tuple[Callable[[Tensor], Tensor], ...] = ()
+    skipped: frozenset[int] = frozenset()
     layer: int = 0
     _prompt: Tensor | None = None
 
@@ -44,6 +46,8 @@ class SideStream:
     def follow(self, out: Tensor) -> None:
         """Run the stream's next layer; ``out`` ``[batch, query, heads, dim]`` are the prompt's head outputs there."""
         self._prompt = out
+        if self.layer in self.skipped and self.layer in self.layers:
+            self.compare(self.layer, out, torch.zeros_like(out[:, -1:]))
         with torch.no_grad():
             # In an empty context: who collects the outputs of layers for the prompt hears nothing of it.
             self.hidden = Context().run(self.calls[self.layer], self.hidden)

@@ -22,11 +22,13 @@ class Store:
         slots: one value for each cache slot, ``[batch, slots]``. They follow their sequence too, and their slot where a
             layer's cache is cropped or evicted.
         shared: what is the same for all sequences and slots, and stays.
+        of_images: slots are keys of images in a layer of cross-attention, which stay where tokens move.
     """
 
     rows: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, Slots] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+    of_images: bool = False
 
     def by_slot(self, name: str, fill: float | bool, dtype: torch.dtype) -> Slots:
         """The slots kept under ``name``; made at first, ``fill`` where nothing is written."""
@@ -50,8 +52,9 @@ class Store:
         """A copy in which sequence i is what ``rows[i]`` was and every slot lies ``shift`` later."""
         return Store(
             {name: of_rows(values, rows) for name, values in self.rows.items()},
-            {name: slots.moved(rows, shift) for name, slots in self.slots.items()},
+            {name: slots.moved(rows, 0 if self.of_images else shift) for name, slots in self.slots.items()},
             dict(self.shared),
+            self.of_images,
         )
 
     def evict(self, order: Tensor, keys: int) -> None:

@@ -70,7 +70,7 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         if record.now.plan.acts:
             _refuse_while_it_generates(model, family.entry(model))
         register()
-        model.set_attn_implementation({"text_config": NAMES[base]})
+        compat.set_attention_name(model, NAMES[base])
         if compat.attention_name(text) != NAMES[base]:
             raise UnsupportedError(
                 f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers"
@@ -113,7 +113,7 @@ def unwrap(model: _M) -> _M:
         WRAPPED.discard(record)
         shared = any(other.text is record.text for other in WRAPPED)
         if not shared and compat.attention_name(record.text) in NAMES.values():  # the user may have set another
-            model.set_attn_implementation({"text_config": record.base})
+            compat.set_attention_name(model, record.base)
     return given
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.models import Family
-from vlmattn.request import Forward, LayerContext, Part, Step
+from vlmattn.request import Forward, ImageContext, LayerContext, Part, Step
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.eviction import after_layer, before_layer
 from vlmattn.wrapping.handle import record_of
@@ -120,8 +120,8 @@ def _tell_missing_weights(record: Record, output: Any) -> None:
     """Put None where a layer has no attention weights, and say so once."""
     if not hasattr(output, "keys"):
         return
-    for name in [name for name in output if name.endswith("attentions")]:
-        missing = [layer for layer, found in enumerate(output[name] or ()) if found is not None and found.ndim == 1]
+    for name in [name for name in output if name.endswith("attentions") and isinstance(output[name], tuple)]:
+        missing = [layer for layer, found in enumerate(output[name]) if found is not None and found.ndim == 1]
         if missing:
             output[name] = tuple(None if found.ndim == 1 else found for found in output[name])
             if record.now.first("weights"):
@@ -136,6 +136,7 @@ def _before_decoder(family: Family, decoder: nn.Module, args: tuple[Any, ...], k
     passing: Forward | None = kwargs.get(FORWARD)
     if passing is None:
         return args, kwargs
+    kwargs = family.embedded(decoder, kwargs)
     if passing.blank is not None:
         kwargs = {**kwargs, **_blanked(passing.blank, kwargs)}
     main, step = passing.main, passing.main.step
@@ -182,6 +183,8 @@ def _before_layer(
     for part in passing.parts:
         if part.acting is not None:
             _tell_hidden_states(part, part.acting, index, family.residual(hidden)[part.rows])
+            if index in part.plan.cross and (states := family.image_states(kwargs, len(hidden))) is not None:
+                _tell_images(part, part.acting, index, states[part.rows])
     return None
 
 
@@ -190,7 +193,7 @@ def _tell_hidden_states(part: Part, step: Step, index: int, hidden: Tensor) -> N
     plan = part.plan
     for watcher in plan.watching:
         watcher.enter(step, index, hidden)
-    methods, extended = plan.on_hidden_states[index], index in plan.extending
+    methods, extended = () if index in plan.cross else plan.on_hidden_states[index], index in plan.extending
     if len(methods) == 0 or not (step.is_prompt or extended):  # a tuple in "not" breaks compiled graphs
         return
     if step.start is None:  # one generated token
@@ -201,3 +204,11 @@ def _tell_hidden_states(part: Part, step: Step, index: int, hidden: Tensor) -> N
     for method in methods:
         if step.is_prompt or method.follows_hidden_states:
             method.on_hidden_states(context, hidden[:, : context.queries])
+
+
+def _tell_images(part: Part, step: Step, index: int, states: Tensor) -> None:
+    """Let methods see the states ``[batch, keys, width]`` of which a layer of cross-attention makes keys."""
+    keys = states.shape[1]
+    context = ImageContext(step, index, keys, keys, states.device, each=part.plan.image_keys)
+    for method in part.plan.on_hidden_states[index]:
+        method.on_hidden_states(context, states)

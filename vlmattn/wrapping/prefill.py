@@ -44,11 +44,12 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         of_tokens = {name: _at(value, slots) for name, value in later.items() if name in family.given_by_token}
         stream = SideStream(method, layers, compare, other)
         seen = family.text_mask(real)
+        if positions is not None:
+            positions = positions + family.first_position(decoder)
         if seen.dtype == torch.bool and step.base == "eager":
             seen = additive(seen, other.dtype)
-        stream.hidden, stream.calls = _layer_calls(
-            decoder, _inputs(passing(stream.watch), other, seen, positions) | of_tokens
-        )
+        given = _inputs(passing(stream.watch), other, seen, positions) | of_tokens
+        stream.hidden, stream.calls, stream.skipped = _layer_calls(decoder, given, family.in_tuples)
         part.streams += (stream,)
 
     prefill = Prefill(
@@ -90,32 +91,43 @@ def _inputs(passing: Forward, embeds: Tensor, mask: Any, positions: Tensor | Non
 
 
 class _Noting(nn.Module):
-    """Stands in the place of a decoder layer and notes what the decoder gives it."""
+    """Stands in the place of a decoder layer and notes what the decoder gives it, if it runs it at all."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    kwargs: dict[str, Any] | None = None
+
+    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
         super().__init__()
         self.kind = {name: value for name, value in vars(layer).items() if name.endswith("type")}
+        self._in_tuple = in_tuple
 
     def __getattr__(self, name: str) -> Any:
         """The decoder may ask for the kind of a layer."""
         kind = self.__dict__.get("kind", {})
         return kind[name] if name in kind else super().__getattr__(name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
-        return hidden
+        return (hidden,) if self._in_tuple else hidden
 
     def call(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The layer with all that it was given beside the residual stream."""
-        return lambda hidden: layer(hidden, *self.args, **self.kwargs)  # type: ignore[no-any-return]
+        """The layer with all that it was given beside the residual stream; nothing for one that was skipped."""
+        if (given := self.kwargs) is None:
+            return lambda hidden: hidden
+        if self._in_tuple:
+            return lambda hidden: layer(hidden, *self.args, **given)[0]
+        return lambda hidden: layer(hidden, *self.args, **given)  # type: ignore[no-any-return]
 
 
-def _layer_calls(decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...]]:
-    """What enters the first layer, and the layers with the masks and rotary tables that the decoder makes for them."""
+def _layer_calls(
+    decoder: nn.Module, inputs: dict[str, Any], in_tuples: bool
+) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...], frozenset[int]]:
+    """What enters the first layer, the layers with the masks and rotary tables that the decoder makes for them, and
+    which of them it skips."""
     layers: Any = decoder.layers
-    noting = [_Noting(layer) for layer in layers]
+    noting = [_Noting(layer, in_tuples) for layer in layers]
     double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
     double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
     type(decoder).forward(double, **inputs)
     calls = tuple(noted.call(layer) for layer, noted in zip(layers, noting, strict=True))
-    return noting[0].hidden, calls
+    skipped = frozenset(layer for layer, noted in enumerate(noting) if noted.kwargs is None)
+    return next(noted.hidden for noted in noting if noted.kwargs is not None), calls, skipped

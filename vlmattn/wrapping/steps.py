@@ -182,7 +182,8 @@ def _read_before(
         StateError: there is more in it, or nobody knows; the recipe looks at every token as it is read.
     """
     ids, filled = call.ids, "this cache was filled without vlmattn"
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start or record.anatomy.leading:
+    told = record.family.placeholders(model) and not record.anatomy.leading  # by token ids
+    if not told or not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start:
         raise StateError(
             f"{filled}, and its tokens are not known; start a new generate() with all of them, and a new cache"
         )
