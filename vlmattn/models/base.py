@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +12,17 @@ from transformers import PreTrainedModel
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, UnsupportedError
 from vlmattn.models.image_layout import Piece, square
-from vlmattn.models.inputs import OF_IMAGES, OF_PIXELS, OF_TOKENS, encoded_lengths, even_lengths, share_out
+from vlmattn.models.inputs import (
+    OF_IMAGES,
+    OF_PIXELS,
+    OF_TOKENS,
+    encoded_lengths,
+    even_lengths,
+    share_out,
+    warn_of_runs,
+)
+from vlmattn.models.sizes import mlp_width, vision_of, window_of
+from vlmattn.models.tower import SeenTower
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
 
 #: Kinds of methods, as families support or refuse them.
@@ -30,7 +38,7 @@ HYBRID = dict.fromkeys(
 )
 
 
-class Family:
+class Family(SeenTower):
     """One family of models: where its decoder is, how its image tokens are found, what is odd about it.
 
     What is here fits most: the decoder is ``model.model.language_model``, image tokens are ``config.image_token_id``,
@@ -187,7 +195,7 @@ class Family:
         numbers = number_images(types, lengths)
         images = 0 if lengths is not None or self.separated or self.markers else self.given_images(inputs)
         if images > 1 and images > int((numbers.amax(1) + 1).sum()):
-            _warn_of_runs(model.config.model_type)
+            warn_of_runs(model.config.model_type)
         return numbers
 
     def given_images(self, inputs: Mapping[str, Any]) -> int:
@@ -344,50 +352,6 @@ class Family:
         """The norm before the head."""
         return self.decoder(model).norm  # type: ignore[return-value]
 
-    def tower(self, model: PreTrainedModel) -> nn.Module | None:
-        """The vision tower, if each image token is one of its tokens (or a few); None = it is not looked at."""
-        return None
-
-    def tower_attention(self, model: PreTrainedModel) -> Sequence[nn.Module]:
-        """Attention modules of the vision tower, in order."""
-        return ()
-
-    def summary_attention(
-        self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
-    ) -> list[Tensor]:
-        """How much each image's summary query attends to its tokens in one attention module of the tower.
-
-        The summary query is the CLS token's where the tower has one, else the mean query (ours).
-
-        Args:
-            hidden: what the attention module gets.
-            inputs: what the whole tower got.
-
-        Returns:
-            For each image float32 ``[heads, tokens]``, in the order of its tokens in the prompt.
-        """
-        raise NotImplementedError
-
-    def patch_keys(
-        self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
-    ) -> list[Tensor]:
-        """Mean key over heads of each image's tokens, before any rotation, in one attention module of the tower.
-
-        Args, order: as for ``summary_attention``. Returns float32 ``[tokens, dim]`` for each image.
-        """
-        raise NotImplementedError
-
-    def patch_features(self, model: PreTrainedModel, output: Any) -> list[tuple[Tensor, Tensor | None]]:
-        """What the tower says of each image before the projection: ``[tokens, width]``, and ``[width]`` of a CLS token.
-
-        Empty where what the language model gets is the first that belongs to single tokens.
-        """
-        return []
-
-    def project(self, model: PreTrainedModel, features: Tensor) -> Tensor:
-        """What the language model gets ``[n, hidden]`` for features ``[n, width]`` of ``patch_features``."""
-        return features
-
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         text = model.config.get_text_config()
         heads = text.num_attention_heads
@@ -400,11 +364,11 @@ class Family:
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             hidden_size=text.hidden_size,
-            backbone=(text.model_type, text.hidden_size, text.num_hidden_layers, _mlp_width(text)),
+            backbone=(text.model_type, text.hidden_size, text.num_hidden_layers, mlp_width(text)),
             tower_layers=len(self.tower_attention(model)),
             source=model.name_or_path,
-            deepstack=len(getattr(_vision(model), "deepstack_visual_indexes", None) or ()),
-            window=_window(text),
+            deepstack=len(getattr(vision_of(model), "deepstack_visual_indexes", None) or ()),
+            window=window_of(text),
             axes=3 if (getattr(text, "rope_parameters", None) or {}).get("mrope_section") else 1,
             attending=None if len(attending) == text.num_hidden_layers else attending,
             causal=self.causal,
@@ -428,36 +392,6 @@ class Family:
             row = table(torch.tensor(token, device=embeds.device))
             types[(embeds == row).all(-1)] = kind
         return types
-
-
-@cache
-def _warn_of_runs(model_type: str) -> None:
-    """Once per process and model type."""
-    warnings.warn(
-        f"vlmattn: the family of {model_type} does not tell images (or tiles) side by side apart, so those in one run"
-        " of image tokens count as one image; put text between images, or let the family say how long they are"
-        " (docs/extend/family.md)",
-        stacklevel=3,
-    )
-
-
-def _vision(model: PreTrainedModel) -> Any:
-    return getattr(model.config, "vision_config", None)
-
-
-def _mlp_width(text: Any) -> int:
-    width = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 0
-    return int(width if isinstance(width, int) else width[0])
-
-
-def _window(text: Any) -> int:
-    """The length of the sliding window that some layer of a language model sees, from its config; 0 = none does."""
-    kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
-    if kinds is not None and "chunked_attention" in kinds:
-        return int(text.attention_chunk_size)
-    if kinds is not None:
-        return int(window or 0) if "sliding_attention" in kinds else 0
-    return int(window) if window and getattr(text, "use_sliding_window", None) is not False else 0
 
 
 def marker_ids_of(family: Family, processor: Any) -> dict[str, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -88,3 +90,14 @@ def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[i
     if left or len(counts) < len(tokens) or wanted:
         raise InputError("the images do not fit the image tokens of the prompts; give each prompt the images it names")
     return counts
+
+
+@cache
+def warn_of_runs(model_type: str) -> None:
+    """Once per process and model type."""
+    warnings.warn(
+        f"vlmattn: the family of {model_type} does not tell images (or tiles) side by side apart, so those in one run"
+        " of image tokens count as one image; put text between images, or let the family say how long they are"
+        " (docs/extend/family.md)",
+        stacklevel=3,
+    )

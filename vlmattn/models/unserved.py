@@ -51,34 +51,6 @@ UNSERVED: Mapping[str, tuple[str, str]] = {
         "mistralai/Mistral-4",
         "its class in this list has no vision tower, it reads text only; take mistral3 or mistral_large4",
     ),
-    "chameleon": (
-        "facebook/chameleon-7b",
-        "one config is both its decoder's and its image codes', and the decoder looks up codes itself, so passes that"
-        " read other inputs have nowhere to enter; take emu3 or janus",
-    ),
-    "git": (
-        "microsoft/git-base",
-        "its image features lie before the text without placeholders, so prompts do not say which tokens are whose;"
-        " take paligemma, whose images lead the prompt too",
-    ),
-    "idefics": (
-        "HuggingFaceM4/idefics-9b-instruct",
-        "its image tokens are not in the decoder's sequence but in gated cross-attention layers between its layers;"
-        " take idefics2 or idefics3",
-    ),
-    "instructblipvideo": (
-        "Salesforce/instructblip-vicuna-7b",
-        "its generate() gives the language model embeddings only, led by as many queries for each frame as nothing in"
-        " the prompt tells; give frames as images to instructblip",
-    ),
-    "kosmos-2": (
-        "microsoft/kosmos-2-patch14-224",
-        "a mask beside the prompt says where image tokens are, not their ids; take paligemma",
-    ),
-    "kosmos-2.5": (
-        "microsoft/kosmos-2.5",
-        "a mask beside the prompt says where image tokens are, not their ids; take got_ocr2 or lighton_ocr",
-    ),
     "dots3_note": ("dots-studio/dots3-note-prev", _HEADS),
     "glm5_next": (
         "zai-org/GLM-5.3-Flash",

@@ -1,0 +1,27 @@
+"""Sizes of a model that configs tell in several ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def vision_of(model: PreTrainedModel) -> Any:
+    """The config of the tower."""
+    return getattr(model.config, "vision_config", None)
+
+
+def mlp_width(text: Any) -> int:
+    width = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 0
+    return int(width if isinstance(width, int) else width[0])
+
+
+def window_of(text: Any) -> int:
+    """The length of the sliding window that some layer of a language model sees, from its config; 0 = none does."""
+    kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+    if kinds is not None and "chunked_attention" in kinds:
+        return int(text.attention_chunk_size)
+    if kinds is not None:
+        return int(window or 0) if "sliding_attention" in kinds else 0
+    return int(window) if window and getattr(text, "use_sliding_window", None) is not False else 0
