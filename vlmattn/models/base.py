@@ -28,7 +28,6 @@ from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, vi
 #: Kinds of methods, as families support or refuse them.
 KINDS = ("edits", "masks", "pruning", "decoding")
 
-
 #: Why families with windows, and those with layers without attention, refuse methods.
 WINDOWED = {"pruning": "some of its layers have a sliding window, which counts tokens"}
 HYBRID = dict.fromkeys(
