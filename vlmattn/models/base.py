@@ -40,8 +40,7 @@ HYBRID = dict.fromkeys(
 class Family(SeenTower):
     """One family of models: where its decoder is, how its image tokens are found, what is odd about it.
 
-    What is here fits most: the decoder is ``model.model.language_model``, image tokens are ``config.image_token_id``,
-    an image is an unbroken run of them.
+    What is here fits most: ``model.model.language_model`` decodes, an unbroken run of ``image_token_id`` is an image.
     """
 
     #: ``config.model_type`` values this class serves, each with the checkpoints people know.
@@ -262,8 +261,7 @@ class Family(SeenTower):
         found = {}
         for name in OF_IMAGES:
             if isinstance(inputs.get(name), Tensor):
-                kind = VIDEO if "video" in name else IMAGE
-                found[name] = self.rows_of(model, inputs, len(inputs[name]), kind)
+                found[name] = self.rows_of(model, inputs, len(inputs[name]), VIDEO if "video" in name else IMAGE)
         return found
 
     def rows_of(self, model: PreTrainedModel, inputs: Mapping[str, Any], count: int, kind: int = IMAGE) -> list[int]:
