@@ -27,6 +27,7 @@ class SideStream:
         hidden: ``[batch, tokens, hidden]``, the residual stream that enters its next layer.
         calls: the decoder's layers, each with what the decoder gives it for these inputs. skipped: layers that do
             not run, as they read images that the stream does not have; what their heads say counts as zero.
+        silent: layers without attention, which run on the way to the next that has some.
         layer: index of the next layer.
     """
 
@@ -36,22 +37,29 @@ class SideStream:
     hidden: Tensor
     calls: tuple[Callable[[Tensor], Tensor], ...] = ()
     skipped: frozenset[int] = frozenset()
+    silent: frozenset[int] = frozenset()
     layer: int = 0
     _prompt: Tensor | None = None
 
     def waits_at(self, layer: int) -> bool:
         """The stream's next layer is this one (not so when a checkpointed layer is computed again for gradients)."""
-        return self.layer == layer <= max(self.layers)
+        return layer <= max(self.layers) and self.layer <= layer and self.silent.issuperset(range(self.layer, layer))
 
     def follow(self, out: Tensor) -> None:
         """Run the stream's next layer; ``out`` ``[batch, query, heads, dim]`` are the prompt's head outputs there."""
+        while self.layer in self.silent:
+            self._run()
         self._prompt = out
         if self.layer in self.skipped and self.layer in self.layers:
             self.compare(self.layer, out, torch.zeros_like(out[:, -1:]))
+        self._run()
+        self._prompt = None
+
+    def _run(self) -> None:
         with torch.no_grad():
             # In an empty context: who collects the outputs of layers for the prompt hears nothing of it.
             self.hidden = Context().run(self.calls[self.layer], self.hidden)
-        self.layer, self._prompt = self.layer + 1, None
+        self.layer += 1
 
     def watch(self, layer: int, out: Tensor, weights: Weights) -> Tensor | None:
         """What the stream's own attention does (``Watch``)."""

@@ -42,7 +42,9 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     ) -> None:
         other = _at(embeds, slots)
         of_tokens = {name: _at(value, slots) for name, value in later.items() if name in family.given_by_token}
-        stream = SideStream(method, layers, compare, other)
+        reading = (family.attention(layer) or family.cross_attention(layer) for layer in decoder.layers)
+        silent = frozenset(number for number, attention in enumerate(reading) if attention is None)
+        stream = SideStream(method, layers, compare, other, silent=silent)
         seen = family.text_mask(real)
         if positions is not None:
             positions = positions + family.first_position(decoder)
