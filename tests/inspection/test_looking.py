@@ -61,8 +61,9 @@ ADDED = (
     "granite_docling",
     "granite4_vision",
     "gemma3n",
+    "hy_v4_vl",
 )  # output_hidden_states is not what enters a layer: DeepStack, several streams
-ONLY_EAGER = ("paligemma2",)
+ONLY_EAGER = ("paligemma2", "hy_v4_vl")
 LAYERS, HEADS = 4, 4
 ATTENDING = dict.fromkeys(("mllama", "mllama_tiles"), (0, 2)) | dict.fromkeys(
     (

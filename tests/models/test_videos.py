@@ -32,7 +32,8 @@ class Film:
     Attributes:
         layout: ids of a video of so many frames.
         pixels: its inputs.
-        cells: rows and columns of the tokens of a frame that show a place; token: its placeholder.
+        cells: rows and columns of the tokens of a frame that show a place; behind: tokens at the end of a row that do not;
+            token: its placeholder.
         mixed: the bare model reads a prompt with an image and a video; kept: per video, not per row of pixels.
     """
 
@@ -40,6 +41,7 @@ class Film:
     pixels: Callable[[int, torch.Generator], dict[str, Tensor]]
     cells: tuple[int, int] = (2, 2)
     token: int = VID
+    behind: int = 0
     mixed: bool = True
     lengths: Callable[[int], list[int]] = lambda frames: [4] * frames
     vocabulary: dict[str, int] = field(default_factory=dict)
@@ -86,6 +88,9 @@ FILMS = {
         lambda frames: [VID] * (4 * frames + 1), clip, lengths=lambda frames: [*[4] * (frames - 1), 5]
     ),
     "llava_next_video": Film(lambda frames: [VID] * 4 * frames, clip),
+    "hy_v4_vl": Film(
+        lambda frames: [OPEN, *[VID] * 6 * frames, CLOSE], grids([48]), lengths=lambda frames: [6] * frames, behind=1
+    ),
     "cosmos3_omni": Film(stamped(OPEN, CLOSE), grids([96])),
     "qwen3_5": Film(stamped(OPEN, CLOSE), grids([96])),
     "video_llava": Film(lambda frames: [VID] * 17 * frames, clip, (4, 4), lengths=lambda frames: [17] * frames),
@@ -200,7 +205,9 @@ def test_maps_of_frames(name, image):
         assert tuple(piece.tokens.shape) == FILMS[name].cells
         slots = (numbers[0] == frame + image).nonzero()[:, 0]
         skipped = name == "video_llava"  # the CLS token
-        assert piece.tokens.flatten().tolist() == list(range(skipped, skipped + piece.tokens.numel()))
+        (high, wide), behind = FILMS[name].cells, FILMS[name].behind
+        places = [skipped + row * (wide + behind) + column for row in range(high) for column in range(wide)]
+        assert piece.tokens.flatten().tolist() == places
         shown = trace.attention(row).values[..., slots].mean((0, 1))[piece.tokens]
         wanted = torch.stack([layer[0, :, row, slots] for layer in eager]).mean((0, 1))[piece.tokens]
         torch.testing.assert_close(shown, wanted, rtol=0, atol=1e-5)

@@ -8,13 +8,16 @@ from typing import Any
 import transformers as hf
 from torch import Tensor
 
+from zoo.first import _rectangles
 from zoo.parts import (
     CLOSE,
     DEEP,
+    FAKE,
     GLM_IDS,
     IMG,
     OPEN,
     ROPE,
+    ROW,
     TEXT,
     VID,
     Tiny,
@@ -54,6 +57,39 @@ def _hunyuan(number: int) -> list[int]:
     return [OPEN, *[IMG] * (high // 2 * (wide // 2 + 1) + 2), CLOSE]
 
 
+def _in_rows(number: int) -> list[int]:
+    """A token ends each row."""
+    high, wide = size_in_patches(number)
+    return [OPEN, *[IMG] * (high // 2 * (wide // 2 + 1)), CLOSE]
+
+
+def _apertus() -> tuple[Any, Any]:
+    vision = dict(
+        codebook_size=16, embed_dim=4, latent_channels=4, base_channels=32, channel_multiplier=[1, 1, 1], num_res_blocks=1,
+        attn_resolutions=[4], resolution=16,
+    )  # fmt: skip
+    audio = dict(
+        model_type="wavtokenizer_encoder",
+        num_filters=2,
+        num_lstm_layers=1,
+        hidden_size=8,
+        codebook_dim=8,
+        codebook_size=8,
+    )
+    config = hf.Apertus1p5Config(
+        text_config={**TEXT, "vocab_size": 124}, vision_config=vision, audio_config=audio, image_token_id=IMG, audio_token_id=VID,
+        image_token_offset=100, audio_token_offset=116,
+    )  # fmt: skip
+    return hf.Apertus1p5ForConditionalGeneration, config
+
+
+def _coded(number: int) -> list[int]:
+    """The size as text, then a code for each 4 x 4 pixels; a token stands between rows."""
+    wide = 4 + 2 * (number % 2)
+    row = [IMG] * wide
+    return [OPEN, 61, 62, FAKE, *[*row, ROW] * 3, *row, CLOSE]
+
+
 MODELS: dict[str, Tiny] = {
     "hunyuan_vl": gridded(
         "HunYuanVLConfig", "HunYuanVLForConditionalGeneration", dict(rope_parameters={**ROPE, "mrope_section": [1, 1, 1, 1]}),
@@ -84,6 +120,16 @@ MODELS: dict[str, Tiny] = {
         "Ernie4_5_VLMoeConfig", "Ernie4_5_VLMoeForConditionalGeneration",
         dict(moe_intermediate_size=[32, 32], moe_k=2, moe_num_experts=4, moe_num_shared_experts=1, rope_parameters={**ROPE, "mrope_section": [1, 1, 2]}), {}, [48],
         **GLM_IDS,
+    ),
+    "apertus1p5": Tiny(_apertus, _coded, _rectangles),
+    "hy_v4_vl": gridded(
+        "HYV4VLConfig", "HYV4VLForConditionalGeneration",
+        dict(
+            num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, index_topk=64,
+            index_head_dim=8, index_n_heads=2, n_routed_experts=4, num_experts_per_tok=4, moe_intermediate_size=16, learnable_sink_init=0.5,
+            hc_mult=2, rope_parameters={**ROPE, "mrope_section": [2, 1, 1]},
+        ),
+        dict(**TOWER, out_hidden_size=32, max_image_size=32), image_token_id=IMG, video_token_id=VID, layout=_in_rows, width=[48], types=typed(),
     ),
     "qwen4_exp": merging("Qwen4ExpConfig", "Qwen4ExpForConditionalGeneration", dict(**DELTA_EXPERTS, hc_count=2, hc_lowrank=4, indexer_budget=64, indexer_compress_ratio=4, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8), DEEP | dict(deepstack_visual_indexes=[])),
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +17,12 @@ from vlmattn.request import IMAGE, VIDEO
 
 
 def rows_by_grid(
-    types: Tensor, inputs: Mapping[str, Any], merged: int, frames_merged: bool = False
+    types: Tensor, inputs: Mapping[str, Any], made: Callable[[int, int, int], int]
 ) -> dict[str, list[int]]:
-    """Rows of patches and of grids that belong to each sequence, where ``merged`` patches become a token.
+    """Rows of patches and of grids that belong to each sequence.
 
     Args:
-        frames_merged: all frames of a grid become tokens of one.
+        made: how many tokens a grid of (frames, height, width) patches becomes.
     """
     found = {}
     for kind, name, sizes in (
@@ -30,10 +31,10 @@ def rows_by_grid(
     ):
         if inputs.get(name) is not None:
             patches = inputs[sizes].prod(-1).tolist()
-            made = (inputs[sizes][:, int(frames_merged) :].prod(-1) // merged).tolist()
+            lengths = [made(*grid) for grid in inputs[sizes].tolist()]
             tokens = (types == kind).sum(1).tolist()
-            found[name] = share_out(tokens, list(zip(made, patches, strict=True)))
-            found[sizes] = share_out(tokens, [(count, 1) for count in made])
+            found[name] = share_out(tokens, list(zip(lengths, patches, strict=True)))
+            found[sizes] = share_out(tokens, [(length, 1) for length in lengths])
     return found
 
 
@@ -44,6 +45,8 @@ class Gridded(Family):
     """
 
     markers: ClassVar[tuple[str, ...]] = ("vision_start_token_id", "vision_end_token_id")
+    #: Image tokens at the end of each row that show no place.
+    behind: ClassVar[int] = 0
 
     def merge(self, model: PreTrainedModel) -> int:
         """Patches along each side of what becomes a token."""
@@ -51,18 +54,22 @@ class Gridded(Family):
 
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         types = self.token_types(model, inputs["input_ids"])
-        return rows_by_grid(types, inputs, self.merge(model) ** 2)
+        return rows_by_grid(types, inputs, partial(self.tokens_of_grid, model))
+
+    def tokens_of_grid(self, model: PreTrainedModel, frames: int, height: int, width: int) -> int:
+        """How many tokens a grid of patches becomes."""
+        merge = self.merge(model)
+        return frames * (height // merge) * (width // merge + self.behind)
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         merge = self.merge(model)
-        return by_grid(inputs, image, len(slots), merge, merge)
+        return by_grid(inputs, image, len(slots), merge, merge, self.behind)
 
     def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
         grids = inputs.get("video_grid_thw")
         if grids is None:
             return list(runs)
-        unit = self.merge(model) ** 2
-        videos = dict(zip((grids.prod(-1) // unit).tolist(), grids[:, 0].tolist(), strict=True))
+        videos = {self.tokens_of_grid(model, *grid): grid[0] for grid in grids.tolist()}
         if not videos.keys() >= set(runs):  # frames have text between them
             return list(runs)
         return [tokens // videos[tokens] for tokens in runs for _ in range(videos[tokens])]
@@ -72,7 +79,7 @@ class Gridded(Family):
     ) -> tuple[Piece, ...]:
         merge, grids = self.merge(model), inputs["video_grid_thw"].cpu()
         height, width = grids[:, 1:].repeat_interleave(grids[:, 0], 0)[frame].tolist()
-        return whole(len(slots), height // merge, width // merge)
+        return whole(len(slots), height // merge, width // merge, behind=self.behind)
 
 
 def axes_of(model: PreTrainedModel) -> int:

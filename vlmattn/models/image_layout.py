@@ -58,10 +58,12 @@ def square(tokens: int, first: int = 0) -> tuple[Piece, ...]:
     return whole(tokens, side, side, first)
 
 
-def by_grid(inputs: Mapping[str, Any], image: int, tokens: int, high: int, wide: int) -> tuple[Piece, ...]:
+def by_grid(
+    inputs: Mapping[str, Any], image: int, tokens: int, high: int, wide: int, behind: int = 0
+) -> tuple[Piece, ...]:
     """As ``whole``, where ``image_grid_thw`` counts patches and ``high`` times ``wide`` of them become a token."""
     frames, height, width = inputs["image_grid_thw"][image].tolist()
-    return whole(tokens, height // high, width // wide) if frames == 1 else ()
+    return whole(tokens, height // high, width // wide, behind=behind) if frames == 1 else ()
 
 
 def tiled(tokens: int, count: int, rows: int | None, ahead: bool = False) -> tuple[Piece, ...]:

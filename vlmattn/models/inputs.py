@@ -72,6 +72,15 @@ def even_lengths(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]
     return [int((ids == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
 
 
+def largest_size(inputs: Mapping[str, Any], rows: slice) -> tuple[slice, ...]:
+    """The part of ``rows`` of pixels, padded to one size, that the largest of their ``image_sizes`` takes."""
+    sizes = inputs.get("image_sizes")
+    if sizes is None or not len(sizes[rows]):
+        return ()
+    height, width = sizes[rows].amax(0).tolist()
+    return (slice(None), slice(height), slice(width))
+
+
 def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[int]:
     """Pixel rows of each sequence, from its number of image tokens and (tokens, pixel rows) of each image in order.
 

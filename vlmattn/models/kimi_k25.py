@@ -36,4 +36,5 @@ class KimiK25(Family):
 
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         high, wide = model.config.vision_config.merge_kernel_size
-        return rows_by_grid(self.token_types(model, inputs["input_ids"]), inputs, high * wide, frames_merged=True)
+        types = self.token_types(model, inputs["input_ids"])
+        return rows_by_grid(types, inputs, lambda _, height, width: height * width // (high * wide))

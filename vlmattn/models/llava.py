@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.image_layout import Piece, whole
-from vlmattn.models.inputs import encoded_lengths
+from vlmattn.models.inputs import encoded_lengths, largest_size
 from vlmattn.models.registry import register_family
 from vlmattn.models.towers import PatchTower
 
@@ -40,11 +40,7 @@ class Llava(PatchTower):
         return whole(len(slots), high // self.patch(model), wide // self.patch(model))
 
     def unpadded(self, model: PreTrainedModel, inputs: Mapping[str, Any], name: str, rows: slice) -> tuple[slice, ...]:
-        sizes = inputs.get("image_sizes")
-        if sizes is None or not len(sizes[rows]):
-            return ()
-        height, width = sizes[rows].amax(0).tolist()
-        return (slice(None), slice(height), slice(width))
+        return largest_size(inputs, rows)
 
     def feature_layers(self, model: PreTrainedModel) -> Sequence[int]:
         """Outputs of the tower's layers that are projected, side by side."""

@@ -8,15 +8,18 @@ from typing import ClassVar
 from vlmattn.models.lighton_ocr import LightOnOcr
 from vlmattn.models.registry import register_family
 
+#: What families refuse whose indexer keeps a cache.
+INDEXED = dict.fromkeys(
+    ("pruning", "decoding"),
+    "its indexer keeps keys of its own for every token, which would have to follow dropped tokens and branches; take an"
+    " attention edit",
+)
+
 
 @register_family
 class MistralLarge4(LightOnOcr):
     """Every row of an image ends in [IMG_BREAK] or [IMG_END], so an image is several runs."""
 
     model_types: ClassVar[Mapping[str, str]] = {"mistral_large4": "mistralai/Mistral-Large-4-1T-A52B"}
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("pruning", "decoding"),
-        "its indexer keeps keys of its own for every token, which would have to follow dropped tokens and branches;"
-        " take an attention edit",
-    )
+    refused: ClassVar[Mapping[str, str]] = INDEXED
     causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses

@@ -42,7 +42,8 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     ) -> None:
         other = _at(embeds, slots)
         of_tokens = {name: _at(value, slots) for name, value in later.items() if name in family.given_by_token}
-        reading = (family.attention(layer) or family.cross_attention(layer) for layer in decoder.layers)
+        own: Any = decoder.layers
+        reading = (family.attention(layer) or family.cross_attention(layer) for layer in own)
         silent = frozenset(number for number, attention in enumerate(reading) if attention is None)
         stream = SideStream(method, layers, compare, other, silent=silent)
         seen = family.text_mask(real)
@@ -92,6 +93,10 @@ def _inputs(passing: Forward, embeds: Tensor, mask: Any, positions: Tensor | Non
     }
 
 
+#: An input of layers that share an indexer: the keys that the layer before returned behind the residual stream.
+_CHOSEN = "prev_topk_indices"
+
+
 class _Noting(nn.Module):
     """Stands in the place of a decoder layer and notes what the decoder gives it, if it runs it at all."""
 
@@ -107,17 +112,26 @@ class _Noting(nn.Module):
         kind = self.__dict__.get("kind", {})
         return kind[name] if name in kind else super().__getattr__(name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
-        return (hidden,) if self._in_tuple else hidden
+        return (hidden, None) if self._in_tuple else hidden
 
-    def call(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The layer with all that it was given beside the residual stream; nothing for one that was skipped."""
+    def call(self, layer: nn.Module, passed: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """The layer with all that it was given beside the residual stream; nothing for one that was skipped.
+
+        Args:
+            passed: what layers pass on to the next one, written as they run.
+        """
         if (given := self.kwargs) is None:
             return lambda hidden: hidden
-        if self._in_tuple:
-            return lambda hidden: layer(hidden, *self.args, **given)[0]
-        return lambda hidden: layer(hidden, *self.args, **given)  # type: ignore[no-any-return]
+
+        def run(hidden: Tensor) -> Tensor:
+            out = layer(hidden, *self.args, **given | passed)
+            if _CHOSEN in given:
+                passed[_CHOSEN] = out[1]
+            return out[0] if self._in_tuple else out  # type: ignore[no-any-return]
+
+        return run
 
 
 def _layer_calls(
@@ -130,6 +144,7 @@ def _layer_calls(
     double = copy.copy(decoder)  # shares all weights; the decoder of other threads stays as it is
     double.__dict__["_modules"] = {**decoder._modules, "layers": nn.ModuleList(noting)}
     type(decoder).forward(double, **inputs)
-    calls = tuple(noted.call(layer) for layer, noted in zip(layers, noting, strict=True))
+    passed: dict[str, Any] = {}
+    calls = tuple(noted.call(layer, passed) for layer, noted in zip(layers, noting, strict=True))
     skipped = frozenset(layer for layer, noted in enumerate(noting) if noted.kwargs is None)
     return next(noted.hidden for noted in noting if noted.kwargs is not None), calls, skipped

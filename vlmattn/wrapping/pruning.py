@@ -153,10 +153,11 @@ def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str,
     """Unedited attention of a layer that has not run yet."""
     past = compat.cache_of(kwargs).layers[index].keys[:, :, :start] if start else None
     found: list[Weights] = []
+    norm = layer.input_layernorm if hasattr(layer, "input_layernorm") else layer.attention_layernorm  # of Apertus
     with torch.no_grad():
         layer.self_attn(
             **compat.with_cache(kwargs, None, layer.self_attn)
-            | {"hidden_states": layer.input_layernorm(hidden), FORWARD: Forward(ahead=found.append, past=past)}
+            | {"hidden_states": norm(hidden), FORWARD: Forward(ahead=found.append, past=past)}
         )
     return found[0]
 
