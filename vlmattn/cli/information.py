@@ -166,8 +166,7 @@ def families(
 
     Example: [bold]vlmattn families gemma4[/bold]
     """
-    from vlmattn.models import KINDS
-    from vlmattn.models.table import counts, markdown, short, verdict, verdicts
+    from vlmattn.models.table import COLUMNS, counts, markdown, short, verdict, verdicts
 
     if as_markdown:
         print(markdown(), end="")
@@ -177,13 +176,13 @@ def families(
             print(json.dumps({name: found}, indent=2))
             return
         for title, text in found.items():
-            plain(f"{title + ':':<14}{text if isinstance(text, str) else ', '.join(text)}")
+            plain(f"{title + ':':<13} {text}")
     elif as_json:
         print(json.dumps(verdicts(), indent=2))
     else:
         rows, notes = short()
         table = Table(box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
-        for title in ("model type", *KINDS):
+        for title in ("model type", *COLUMNS):
             table.add_column(title, overflow="fold")
         for row in rows:
             table.add_row(*row)
