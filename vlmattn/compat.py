@@ -26,6 +26,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput as Searc
 from transformers.generation.utils import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
 __all__ = ["DynamicLayer", "DynamicSlidingWindowLayer", "SearchOutput"]
@@ -266,3 +267,8 @@ def joined_states(layers: Sequence[Any]) -> Any | None:
         rows = {index: [state[index] for state in states] for index in states[0]}
         setattr(joined, name, {n: None if of[0] is None else torch.cat(of) for n, of in rows.items()})
     return joined
+
+
+def image_text_types() -> list[str]:
+    """Model types of which transformers knows a model that reads pictures and text and writes text."""
+    return list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
