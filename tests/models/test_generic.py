@@ -14,7 +14,7 @@ from zoo import ZOO
 
 import vlmattn
 from vlmattn import PAI, UnsupportedError, compat
-from vlmattn.models import find_family, registry
+from vlmattn.models import find_family, inputs, registry
 from vlmattn.models.llava import Llava
 
 pytestmark = pytest.mark.usefixtures("no_grad")
