@@ -47,7 +47,7 @@ class UnlimitedOcr(DeepseekOcr2):
     causal: ClassVar[bool] = False
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("pruning", "decoding"),
-        "its cache drops the oldest tokens of the answer by a rule of its own, which knows no dropped tokens, no branches;"
+        "its cache drops the oldest tokens of the answer by a rule of its own, which knows no branches and no gaps;"
         " take an attention edit",
     )
 
