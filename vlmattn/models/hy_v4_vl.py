@@ -21,7 +21,7 @@ class HYV4VL(Spatial):
     separated: ClassVar[bool] = True
     behind: ClassVar[int] = 1
     refused: ClassVar[Mapping[str, str]] = INDEXED
-    in_tuples: ClassVar[bool] = True
+    in_tuples: ClassVar[int] = 2
     causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses
 
     def residual(self, hidden: Tensor) -> Tensor:

@@ -23,3 +23,4 @@ class MistralLarge4(LightOnOcr):
     model_types: ClassVar[Mapping[str, str]] = {"mistral_large4": "mistralai/Mistral-Large-4-1T-A52B"}
     refused: ClassVar[Mapping[str, str]] = INDEXED
     causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses
+    in_tuples: ClassVar[int] = 2

@@ -102,7 +102,7 @@ class _Noting(nn.Module):
 
     kwargs: dict[str, Any] | None = None
 
-    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, in_tuple: int) -> None:
         super().__init__()
         self.kind = {name: value for name, value in vars(layer).items() if name.endswith("type")}
         self._in_tuple = in_tuple
@@ -112,9 +112,9 @@ class _Noting(nn.Module):
         kind = self.__dict__.get("kind", {})
         return kind[name] if name in kind else super().__getattr__(name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
-        return (hidden, None) if self._in_tuple else hidden
+        return (hidden, *(None,) * (self._in_tuple - 1)) if self._in_tuple else hidden
 
     def call(self, layer: nn.Module, passed: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         """The layer with all that it was given beside the residual stream; nothing for one that was skipped.
@@ -135,7 +135,7 @@ class _Noting(nn.Module):
 
 
 def _layer_calls(
-    decoder: nn.Module, inputs: dict[str, Any], in_tuples: bool
+    decoder: nn.Module, inputs: dict[str, Any], in_tuples: int
 ) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...], frozenset[int]]:
     """What enters the first layer, the layers with the masks and rotary tables that the decoder makes for them, and
     which of them it skips."""
