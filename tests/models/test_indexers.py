@@ -9,6 +9,8 @@ from zoo import IMG, ZOO
 
 import vlmattn
 from vlmattn import PAI
+from vlmattn.models import find_family
+from vlmattn.wrapping.prefill import _layer_calls
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore::UserWarning")]
 FEW = {
@@ -56,3 +58,26 @@ def test_cached_decoding_equals_recomputing(name):
         cached, whole = (generate(model, inputs, 3, suppress_tokens=[IMG], use_cache=use) for use in (True, False))
     torch.testing.assert_close(cached, whole, rtol=0, atol=1e-4)
     assert (cached - bare).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mistral_large4", "hy_v4_vl"])
+def test_layers_beside_the_prompt_pass_on_what_an_indexer_chose(name):
+    """Layer by layer they say what the decoder's own say: a layer without an indexer takes the choice of the one before."""
+    model = build(name, "eager")
+    family = find_family(model)
+    decoder, wanted = family.decoder(model), []
+    inputs = {
+        "inputs_embeds": torch.randn(1, 14, 32),
+        "attention_mask": torch.ones(1, 14, dtype=torch.long),
+        "use_cache": False,
+    }
+    hooks = [layer.register_forward_hook(lambda _, __, out: wanted.append(out[0])) for layer in decoder.layers]
+    decoder(**inputs)
+    for hook in hooks:
+        hook.remove()
+    shares = [getattr(family.attention(layer), "indexer", None) is None for layer in decoder.layers]
+    assert any(shares) or name != "hy_v4_vl"
+    hidden, calls, _ = _layer_calls(decoder, inputs, family.in_tuples)
+    for call, out in zip(calls, wanted, strict=True):
+        hidden = call(hidden)
+        torch.testing.assert_close(hidden, out)
