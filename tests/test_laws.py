@@ -655,9 +655,10 @@ def test_wrong_order_and_wrong_inputs_are_refused(family, monkeypatch):
     with pytest.raises(UnsupportedError, match="prefill_chunk_size=None"):
         generate(model, inputs, prefill_chunk_size=2)
     text = torch.tensor([[1, 5, 6, 7]])
+    pictures = {name: value for name, value in inputs.items() if name.startswith(("pixel", "image"))}
     for call in (model, model.generate):
         with pytest.raises(InputError, match=r"no image tokens.*model\.vlmattn\.disable"):
-            call(input_ids=text, attention_mask=torch.ones_like(text))
+            call(input_ids=text, attention_mask=torch.ones_like(text), **pictures)
     monkeypatch.setenv("VLMATTN_BACKEND", "triton")
     with pytest.raises(UnsupportedError, match="'triton' was forced but cannot run this call"):
         generate(model, inputs)

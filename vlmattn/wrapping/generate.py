@@ -18,7 +18,7 @@ from vlmattn.errors import UnsupportedError
 from vlmattn.files import copy_whole
 from vlmattn.models import OF_IMAGES
 from vlmattn.recipe import Recipe
-from vlmattn.request import Plan
+from vlmattn.request import NO_PLAN, Plan
 from vlmattn.wrapping.branch_cache import branches_on, forget_branches
 from vlmattn.wrapping.branch_checks import branches_of
 from vlmattn.wrapping.call import CALL, Call
@@ -27,6 +27,7 @@ from vlmattn.wrapping.handle import record_of, within_peft
 from vlmattn.wrapping.record import Record
 from vlmattn.wrapping.search import refuse_ways, row_by_row, searching
 from vlmattn.wrapping.steps import forward_of, with_forward
+from vlmattn.wrapping.text_alone import answers_bare
 
 
 def _generate(
@@ -52,10 +53,12 @@ def _generate(
     now, entered = record.now, False
     try:
         with _ended_on_error(kwargs.get("streamer")):
-            plan = _plan(record, preset, kwargs)
+            plan, resting = _plan(record, preset, kwargs), preset is None and not now.enabled
+            if answers_bare(record, self, plan, kwargs):
+                now.warn_of_text(plan.name)
+                plan, resting = NO_PLAN, True
             if plan.acts and not (entered := record.enter("generate")):
                 return original(**kwargs)
-            resting = preset is None and not now.enabled
             call, kwargs = _begun(record, self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
             token = CALL.set(call)
             try:

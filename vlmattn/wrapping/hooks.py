@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.models import Family
-from vlmattn.request import Forward, ImageContext, LayerContext, Part, Step
+from vlmattn.request import NO_PLAN, Forward, ImageContext, LayerContext, Part, Step
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.eviction import after_layer, before_layer
 from vlmattn.wrapping.handle import record_of
@@ -102,8 +102,16 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if call is not None and call.branches is not None and given is not None and given is call.branches.cache:
         call.branches.spread(call, kwargs, output, {} if passing is None else passing.early)
         return
-    if passing is not None and passing.main.step is not None and (cache := compat.output_cache(output)) is not None:
-        ride(cache, passing.main.step.request, passing.main.plan)
+    if passing is not None and (cache := compat.output_cache(output)) is not None:
+        _let_ride(passing.main, cache)
+
+
+def _let_ride(main: Part, cache: Any) -> None:
+    """Put what was read on the cache that has it."""
+    if main.noted is not None:
+        ride(cache, main.noted, NO_PLAN)
+    elif main.step is not None:
+        ride(cache, main.step.request, main.plan)
 
 
 def _end(model: nn.Module, output: Any) -> None:
