@@ -48,9 +48,11 @@ test-portable: $(VENV)/.ready
 	OMP_NUM_THREADS=4 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(NUMERIC) -k "not llava and not qwen3_vl"
 
 # The oldest and the newest transformers that we support, each in an environment of its own and without our pins: the laws,
-# one test for each preset and each difference between versions, and the README's example.
+# one test for each preset and each difference between versions, the README's example, and the matrix of some families.
 TRANSFORMERS_oldest := transformers==5.17.*
 TRANSFORMERS_newest := transformers<6
+FAMILIES_oldest := paligemma or internvl or kimi_k25
+FAMILIES_newest := qwen2_5_vl or qwen3_vl or qwen3_5 or gemma3 or gemma4 or internvl or molmo2 or next_video or minicpmv or mllama
 CORE := tests/test_laws.py tests/test_compat.py tests/test_presets.py tests/test_readme.py
 
 .venv-%/.ready: pyproject.toml
@@ -61,6 +63,7 @@ CORE := tests/test_laws.py tests/test_compat.py tests/test_presets.py tests/test
 test-oldest test-newest: test-%: .venv-%/.ready
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e . pytest pytest-xdist hypothesis "$(TRANSFORMERS_$*)" torch==2.13.0
 	.venv-$*/bin/python -m pytest -n 2 $(CORE)
+	.venv-$*/bin/python -m pytest -n 2 tests/models/test_families.py -k "$(FAMILIES_$*)"
 
 # lmms-eval in an environment of its own, with the few of its dependencies that our tests need: without torchvision, whose
 # wheel is for CUDA and beside a torch for CPUs breaks transformers.

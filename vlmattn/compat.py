@@ -9,11 +9,12 @@ own goes on with it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput as Searc
 from transformers.generation.utils import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
 __all__ = ["DynamicLayer", "DynamicSlidingWindowLayer", "SearchOutput"]
@@ -253,3 +255,20 @@ def with_chosen_keys(
     keep = torch.zeros(*chosen.shape[:2], key.shape[2], dtype=torch.bool, device=chosen.device)
     keep = keep.scatter(-1, chosen.long(), True)[:, None]
     return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(query.dtype).min)
+
+
+def joined_states(layers: Sequence[Any]) -> Any | None:
+    """A cache layer with the rows of all ``layers`` that keep a state in place of keys; None if they keep keys."""
+    if hasattr(layers[0], "keys") or not hasattr(layers[0], "conv_states"):
+        return None
+    joined = copy.copy(layers[0])
+    for name in ("conv_states", "recurrent_states"):
+        states = [getattr(layer, name) for layer in layers]
+        rows = {index: [state[index] for state in states] for index in states[0]}
+        setattr(joined, name, {n: None if of[0] is None else torch.cat(of) for n, of in rows.items()})
+    return joined
+
+
+def image_text_types() -> list[str]:
+    """Model types of which transformers knows a model that reads pictures and text and writes text."""
+    return list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)

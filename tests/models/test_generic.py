@@ -14,7 +14,7 @@ from zoo import ZOO
 
 import vlmattn
 from vlmattn import PAI, UnsupportedError, compat
-from vlmattn.models import base, find_family, registry
+from vlmattn.models import find_family, registry
 from vlmattn.models.llava import Llava
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -91,7 +91,7 @@ def test_models_that_are_something_else():
     with pytest.raises(UnsupportedError, match=r"it writes no text.*AutoModelForImageTextToText"):
         vlmattn.wrap(CLIPModel(config), EDIT)
     with pytest.raises(
-        UnsupportedError, match="is not supported: it is an encoder-decoder: its image tokens are in the encoder"
+        UnsupportedError, match="is not supported: it is an encoder-decoder, which reads the image by cross-attention"
     ):
         vlmattn.wrap(ZOO["florence2"].build(), EDIT)
 
@@ -109,7 +109,7 @@ def side_by_side(between: int = 0) -> dict[str, Any]:
 
 def test_images_side_by_side_that_a_family_does_not_tell_apart(unknown):
     """Warned of once per process, where it matters; the remedies work."""
-    base._warn_of_runs.cache_clear()
+    inputs.warn_of_runs.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*side by side")
         vlmattn.wrap(unknown, EDIT)
@@ -121,7 +121,7 @@ def test_images_side_by_side_that_a_family_does_not_tell_apart(unknown):
         [generate(unknown, side_by_side()) for _ in range(2)]
     assert sum("side by side" in str(one.message) for one in told) == 1
     vlmattn.unwrap(unknown)
-    base._warn_of_runs.cache_clear()
+    inputs.warn_of_runs.cache_clear()
 
     @vlmattn.register_family
     class Mine(vlmattn.Family):

@@ -30,11 +30,12 @@ KINDS = ("edits", "masks", "pruning", "decoding")
 
 #: Why families with windows, and those with layers without attention, refuse methods.
 WINDOWED = {"pruning": "some of its layers have a sliding window, which counts tokens"}
-HYBRID = dict.fromkeys(
-    ("pruning", "decoding"),
-    "some of its layers have no attention but a state of all tokens before; attention edits act in the others, and"
-    " these methods need attention in every layer",
-)
+_STATE = "some of its layers have no attention but a state of all tokens before"
+HYBRID = {
+    "pruning": f"{_STATE}, which the tokens left out would have to leave too; take an attention edit",
+    "looking": f"{_STATE}, which show no attention; take a rule that is not guided by it, like vcd",
+    "sharing": f"{_STATE}, of which no token can be taken back; take a rule with branches of its own, like vcd",
+}
 
 
 class Family(SeenTower):
@@ -65,10 +66,9 @@ class Family(SeenTower):
     counts_padding: ClassVar[bool] = False
     #: Axis of pixel tensors along which images follow one another.
     pixel_axis: ClassVar[int] = 0
-    #: Kinds of methods (``KINDS``, "opening" for masks that open edges, "looking" for decoding methods that are guided
-    #: by attention, "dropping" for branches without the image, "rotating" for those with another rotary base, "rows"
-    #: for methods about rows of image tokens, or "turns" for methods that must know the user's) that the family cannot
-    #: have, and why.
+    #: Kinds of methods that the family cannot have, and why: ``KINDS``, "opening" (masks that open edges), "rows"
+    #: (about rows of image tokens), "turns" (that must know the user's), and of decoding methods "looking" (guided by
+    #: attention), "sharing" (taking tokens back), "dropping" (branches without an image), "rotating" (another base).
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmattn import compat
 from vlmattn.models.base import Family
 from vlmattn.models.image_layout import Piece
 from vlmattn.models.registry import register_family
@@ -51,7 +52,7 @@ class Kosmos2(Family):
         if images is not None:
             embeds = embeds.masked_scatter((given[_MASK] != 0)[..., None], images.to(embeds))
         if given.get("position_ids") is None:
-            past, table = given.get("past_key_values"), decoder.embed_positions
+            past, table = compat.cache_of(given), decoder.embed_positions
             length = 0 if past is None else past.get_seq_length()
             given["position_ids"] = table.create_position_ids_from_input_ids(ids, table.padding_idx, length)
         return given | {"inputs_embeds": embeds}

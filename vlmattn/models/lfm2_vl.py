@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlmattn.models.base import HYBRID
 from vlmattn.models.image_layout import Piece, cells, parts, whole
 from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
@@ -19,10 +20,7 @@ class Lfm2VL(Tiled):
 
     model_types: ClassVar[Mapping[str, str]] = {"lfm2_vl": "LiquidAI/LFM2-VL-1.6B"}
     first: ClassVar[str] = "<|image_start|>"
-    refused: ClassVar[Mapping[str, str]] = {
-        "pruning": "its convolution layers mix neighbouring tokens, so none can be left out",
-        "decoding": "its convolution layers keep a state that branches cannot share",
-    }
+    refused: ClassVar[Mapping[str, str]] = HYBRID
 
     def norm(self, model: PreTrainedModel) -> nn.Module:
         return self.decoder(model).embedding_norm  # type: ignore[return-value]

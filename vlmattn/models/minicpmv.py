@@ -24,7 +24,6 @@ class MiniCPMV(Tiled):
 
     model_types: ClassVar[Mapping[str, str]] = {
         "minicpmv4_6": "openbmb/MiniCPM-V-4.6",
-        "minicpmv4_7": "openbmb/MiniCPM-V-4.7",
         "minicpm_ocr": "openbmb/MiniCPM-OCR",
     }
     refused: ClassVar[Mapping[str, str]] = HYBRID
@@ -88,3 +87,21 @@ class MiniCPMV(Tiled):
             found.append(Piece(cells(high, wide, first), box))
             first += high * wide
         return tuple(found)
+
+
+@register_family
+class MiniCPMV47(MiniCPMV):
+    """Slices lie on one canvas, whose positions count time, height and width (M-RoPE)."""
+
+    model_types: ClassVar[Mapping[str, str]] = {"minicpmv4_7": "openbmb/MiniCPM-V-4.7"}
+
+    def positions(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """``[4, batch, tokens]``: of the text, then time, height and width."""
+        text = super().positions(model, inputs)
+        if inputs.get("mm_token_type_ids") is None:
+            return text.expand(4, -1, -1)
+        names = ("input_ids", "mm_token_type_ids", "target_sizes", "target_sizes_videos", "attention_mask")
+        given = {name: inputs.get(name) for name in names}
+        mode = inputs.get("downsample_mode")
+        space, _ = model.model.get_rope_index(**given, downsample_mode=mode)  # type: ignore[union-attr, operator]
+        return torch.cat([text[None], space.to(text)])

@@ -48,3 +48,8 @@ class Qwen4Exp(Qwen35):
 
     model_types: ClassVar[Mapping[str, str]] = {"qwen4_exp": "Qwen/Qwen4-Exp"}
     causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses
+    refused: ClassVar[Mapping[str, str]] = {
+        **HYBRID,
+        "decoding": "its indexer keeps keys of its own for every token, which would have to follow branches; take an"
+        " attention edit",
+    }

@@ -13,6 +13,7 @@ from vlmattn.models.generic import generic_family
 from vlmattn.registry import load_plugins
 
 _FAMILIES: dict[str, Family] = {}
+_KNOWN_BY_NAME = ("gemma3", "internvl", "llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")
 _F = TypeVar("_F", bound="Family | type[Family]")
 
 
@@ -68,4 +69,6 @@ def find_family(model: nn.Module) -> Family:
 
 def _known() -> str:
     """What is supported, for messages."""
-    return f"supported: {', '.join(supported_families())}; see vlmattn.supported_families()"
+    some = [name for name in _KNOWN_BY_NAME if name in _FAMILIES]
+    more = len(supported_families()) - len(some)
+    return f"supported: {', '.join(some)} and {more} more; see vlmattn.supported_families()"

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import getdoc
 
-import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES
-
+from vlmattn import compat
 from vlmattn.errors import UnsupportedError
 from vlmattn.models.base import KINDS, Family
 from vlmattn.models.registry import registered
@@ -98,11 +96,11 @@ def short() -> tuple[list[list[str]], list[str]]:
 
 def counts() -> str:
     """How many of the types that the installed transformers knows are served."""
-    families = registered()
-    served = sum(name in families and not families[name].unsupported for name in TYPES)
+    families, types = registered(), compat.image_text_types()
+    served = sum(name in families and not families[name].unsupported for name in types)
     return (
-        f"{served} of the {len(TYPES)} image-text-to-text types of transformers {transformers.__version__} are served,"
-        f" {sum(name in families for name in TYPES) - served} have a reason why not."
+        f"{served} of the {len(types)} image-text-to-text types of transformers {compat.INSTALLED} are served,"
+        f" {sum(name in families for name in types) - served} have a reason why not."
     )
 
 
