@@ -32,9 +32,12 @@ def forward_of(record: Record, model: PreTrainedModel, call: Call | None, inputs
         branches.check(call)
         return branches.forward(cache, inputs["input_ids"].shape[1])
     assert call is not None
+    if call.direct and (text := noted_text(record, model, call.plan, inputs)) is not None:
+        record.now.warn_of_text(call.plan.name)
+        return Forward((Part(noted=text),))
     part = _part(record, model, call, inputs)
     early = call.branches.contrast.layers if call.branches is not None and call.branches.cache is not None else ()
-    if part.step is None and part.noted is None and not early and call.blank is None:
+    if part.step is None and not early and call.blank is None:
         return None
     return Forward((part,), dict.fromkeys(early), call.blank)
 
@@ -46,9 +49,6 @@ def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, 
     request = _request_so_far(cache, plan, tokens)
     if tokens is None or (plan.is_identity and request is None):
         return Part()
-    if call.direct and (text := noted_text(record, model, plan, inputs, request)) is not None:
-        record.now.warn_of_text(plan.name)
-        return Part(noted=text)
     rode = request if tokens.shape[1] == 1 else None  # with a request from before, one token may need no look from here
     if rode is not None and rode.call is call.token:  # in generate(), where nothing may wait for the device
         return Part(step=_decode_step(record, rode, plan, cache), plan=plan)

@@ -32,14 +32,13 @@ def answers_bare(record: Record, model: PreTrainedModel, plan: Plan, inputs: Map
     return _is_text(record, model, inputs, inputs.get("inputs", inputs.get("input_ids")))
 
 
-def noted_text(
-    record: Record, model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Any], before: Request | None
-) -> Request | None:
+def noted_text(record: Record, model: PreTrainedModel, plan: Plan, inputs: Mapping[str, Any]) -> Request | None:
     """The text of a forward outside of generate() that the bare model reads, with what its cache has from before.
 
     None: the recipe has something to do, or nobody knows what is in the cache.
     """
     cache, ids = compat.cache_of(inputs), inputs.get("input_ids")
+    before = request_on(cache)
     if (before is not None and plan_on(cache) is not NO_PLAN) or record.measuring or not _edits_images(plan):
         return None
     start = 0 if cache is None else int(cache.get_seq_length())
@@ -47,7 +46,9 @@ def noted_text(
         before = Request(len(plan.by_layer))
     elif start == 0:
         return None
-    if before is None or not _is_text(record, model, inputs, ids):
+    if before is None or ids is None or not _is_text(record, model, inputs, ids):
+        return None
+    if before.batch not in (None, len(ids)):
         return None
     return _with_text(before, start, ids)
 
