@@ -25,9 +25,18 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput as SearchOutput
 from transformers.generation.utils import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
+
+from vlmattn.bases import base_attention
 
 __all__ = ["DynamicLayer", "DynamicSlidingWindowLayer", "SearchOutput"]
 
@@ -108,19 +117,44 @@ def warn_if_untested() -> None:
 
 
 def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention function of implementation "sdpa", or the "eager" one beside a module's class."""
+    """The attention function of an implementation, for masks as ``register_attention`` has them made.
+
+    "eager" is beside a module's class.
+    """
     if name == "sdpa":
         return cast("Callable[..., Any]", sdpa_attention_forward)
-    return cast("Callable[..., Any]", sys.modules[type(module).__module__].eager_attention_forward)
+    if name == "eager":
+        return cast("Callable[..., Any]", sys.modules[type(module).__module__].eager_attention_forward)
+    return base_attention(name, AttentionInterface()[name], mask_kind(name))
+
+
+def mask_kind(name: str | None) -> str | None:
+    """Whose masks an attention implementation takes: "sdpa", "eager", "flash" or "flex"; None: not known."""
+    if name == "eager":
+        return name
+    known = AttentionMaskInterface()
+    if name not in known or name not in AttentionInterface():
+        return None
+    kinds = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash", flex_attention_mask: "flex"}
+    return kinds.get(known[name])
 
 
 def register_attention(name: str, base: str, function: Callable[..., Any]) -> None:
-    """Make an attention function known under ``name``, with the masks of ``base`` ("sdpa" or "eager").
+    """Make an attention function known under ``name``, with masks of four dimensions that say what ``base`` sees.
 
-    Without a mask function of the same name transformers drops every mask silently.
+    They are additive for "eager", else bool. Without a mask function of the same name transformers drops every mask
+    silently.
     """
+    masks: dict[str | None, Callable[..., Any]] = {"eager": eager_mask, "flash": _padded_causal_mask}
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask if base == "sdpa" else eager_mask)
+    AttentionMaskInterface.register(name, masks.get(mask_kind(base), sdpa_mask))
+
+
+def _padded_causal_mask(
+    *args: Any, mask_function: Any = None, local_size: int | None = None, **kwargs: Any
+) -> Tensor | None:
+    """A mask for flash attention, which goes by padding alone; ``bases.seen_by_flash`` has what layers add."""
+    return cast("Tensor | None", sdpa_mask(*args, mask_function=causal_mask_function, **kwargs))
 
 
 def attention_name(config: Any) -> str | None:
@@ -129,8 +163,14 @@ def attention_name(config: Any) -> str | None:
     return found
 
 
-def set_attention_name(model: PreTrainedModel, name: str) -> None:
-    """Name the attention implementation of the text decoder; a config that is not nested is the text's itself."""
+def set_attention_name(model: PreTrainedModel, name: str, checked: bool = True) -> None:
+    """Name the attention implementation of the text decoder; a config that is not nested is the text's itself.
+
+    ``checked`` False: without a look at whether it is installed, which loads kernels and may take another in its place.
+    """
+    if not checked:
+        model.config.get_text_config()._attn_implementation_internal = name
+        return
     nested = model.config.get_text_config() is not model.config
     model.set_attn_implementation({"text_config" if nested else "": name})
 

@@ -25,6 +25,7 @@ from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.drafting import drafting_plan, refuse_drafts
 from vlmattn.wrapping.handle import record_of, within_peft
 from vlmattn.wrapping.record import Record
+from vlmattn.wrapping.registration import refuse_mask
 from vlmattn.wrapping.search import refuse_ways, row_by_row, searching
 from vlmattn.wrapping.steps import forward_of, with_forward
 from vlmattn.wrapping.text_alone import answers_bare
@@ -94,6 +95,7 @@ def _begun(
     if not plan.is_identity or branches is not None:
         _refuse_chunks(model, kwargs)
     mask = kwargs.get("attention_mask")
+    refuse_mask(record.base, mask)
     call = Call(
         record, model, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, branches=branches,
         ledger=record.now.ledger, ids=kwargs.get("inputs", kwargs.get("input_ids")),

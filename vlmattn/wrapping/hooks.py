@@ -25,6 +25,7 @@ from vlmattn.wrapping.on_cache import ride
 from vlmattn.wrapping.prefill import prepare
 from vlmattn.wrapping.pruning import pruned_inputs
 from vlmattn.wrapping.record import Record
+from vlmattn.wrapping.registration import refuse_mask
 from vlmattn.wrapping.rotation import hook_rotation
 from vlmattn.wrapping.steps import forward_of, refuse_packing, with_forward
 from vlmattn.wrapping.vision import hook_tower, show_images
@@ -57,6 +58,7 @@ def _before_model(record: Record, model: nn.Module, args: tuple[Any, ...], kwarg
     call = CALL.get()
     if call is None or call.record is not record or call.direct:  # not in generate(), or within another model's
         call = _direct_call(record, model, inputs, call)
+        refuse_mask(record.base, inputs.get("attention_mask"))
         if call.plan.acts and not torch.compiler.is_compiling() and not record.enter("forward"):
             return args, kwargs  # unwrapped a moment ago, by another thread
         _begin(call, inputs)

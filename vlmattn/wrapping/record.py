@@ -130,8 +130,8 @@ class Record:
         return {key: value for key, value in self.__dict__.items() if key not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        register()  # this may be another process
         self.__dict__.update(state)
+        register(self.base)  # this may be another process
         self._begin()
         with WRAPPING:
             WRAPPED.add(self)
