@@ -652,7 +652,7 @@ def test_wrong_order_and_wrong_inputs_are_refused(family, monkeypatch):
     with pytest.raises(StateError, match="already wrapped"), vlmattn.applied(model, "vhr"):
         pass
     with pytest.raises(UnsupportedError, match="prefill_chunk_size=None"):
-        generate(model, inputs, prefill_chunk_size=2)
+        generate(model, inputs, prefill_chunk_size=2, preset="vhr")
     text = torch.tensor([[1, 5, 6, 7]])
     pictures = {name: value for name, value in inputs.items() if name.startswith(("pixel", "image"))}
     for call in (model, model.generate):

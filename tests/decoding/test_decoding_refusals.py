@@ -111,7 +111,7 @@ def one(**fields: Any) -> ContrastiveDecoding:
 
 WAYS = {
     "use_cache": (False, "a decoding rule needs a cache, where its branches live; leave use_cache at True"),
-    "prefill_chunk_size": (4, "need the prompt in one piece; set prefill_chunk_size=None"),
+    "prefill_chunk_size": (4, "must see the whole prompt in one piece; set prefill_chunk_size=None"),
     "guidance_scale": (
         2.0,
         "guidance_scale is a decoding rule of its own and conflicts with the recipe's; use one of them",
@@ -838,7 +838,7 @@ BEFORE = {
     "branch_inputs missing": (dict(preset="agla"), InputError),
     "branch_inputs unknown": (dict(branch_inputs={"x": {}}), InputError),
     "no cache": (dict(use_cache=False), UnsupportedError),
-    "chunks": (dict(prefill_chunk_size=4), UnsupportedError),
+    "chunks": (dict(preset="vcd", prefill_chunk_size=4), UnsupportedError),
     "guidance": (dict(guidance_scale=2.0), UnsupportedError),
     "paged": (dict(cache_implementation="paged"), UnsupportedError),
     "embeddings": (dict(inputs_embeds=torch.zeros(1, 3, 32)), UnsupportedError),

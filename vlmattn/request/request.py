@@ -340,7 +340,7 @@ class Request:
         if (real := self.real(start + queries, device)) is not None:
             visual = visual & real
         after = (types == TEXT) & (visual.cumsum(1) > 0)
-        return Rows(after[:, start:], max(self._first_row_after_image - start, 0))
+        return Rows(after[:, start:], min(max(self._first_row_after_image - start, 0), queries))
 
     def generated_row_after_image(self, device: torch.device) -> Rows | None:
         """The one generated row of each sequence that has an image; None if all have one."""
@@ -349,7 +349,7 @@ class Request:
     def rows_that_predict(self, start: int, queries: int, device: torch.device) -> Rows:
         """The last prompt row of each sequence and every row generated after it."""
         slots = torch.arange(start, start + queries, device=device)
-        return Rows(slots >= self.last_prompt_row(device)[:, None], max(self.first_last_row - start, 0))
+        return Rows(slots >= self.last_prompt_row(device)[:, None], min(max(self.first_last_row - start, 0), queries))
 
 
 def _column_runs(text: Tensor, image: Tensor) -> tuple[tuple[int, int, bool, bool], ...]:

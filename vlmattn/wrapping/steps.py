@@ -50,7 +50,9 @@ def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, 
     if tokens is None or (plan.is_identity and request is None):
         return Part()
     rode = request if tokens.shape[1] == 1 else None  # with a request from before, one token may need no look from here
-    if rode is not None and rode.call is call.token:  # in generate(), where nothing may wait for the device
+    if (
+        rode is not None and rode.call is call.token and not _in_pieces(call)
+    ):  # in generate(), where nothing may wait for the device
         return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     start = int(cache.get_seq_length()) if cache is not None else 0
     if start == 0 and plan.is_identity:
@@ -61,6 +63,11 @@ def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, 
     if rode is not None and call.prompt_length is None and start >= rode.prompt_length > 0:
         return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     return Part(step=_prompt_step(record, model, call, inputs, request, start), plan=plan)
+
+
+def _in_pieces(call: Call) -> bool:
+    """Tokens of a prompt that comes in pieces are still to come."""
+    return call.ahead is not None and call.ahead.entered < (call.prompt_length or 0)
 
 
 def _tokens_of(inputs: dict[str, Any]) -> Tensor | None:
@@ -165,6 +172,14 @@ def _read(
 ) -> None:
     """Let the request read the new tokens of a prompt."""
     plan = call.plan
+    if call.ahead is not None:
+        tokens = _tokens_of(inputs)
+        assert tokens is not None
+        begun, real = call.ahead.entered > 0, None if mask is None else _real_keys(mask)
+        call.ahead.read(request, start + tokens.shape[1], real, call.prompt_length, len(tokens))
+        if plan.uses_turns and record.turns is not None and not begun:
+            request.find_turns(record.turns, ", ".join(plan.turns))
+        return
     if record.anatomy.leading:
         types = _leading_types(record.anatomy.leading, start, inputs)
     else:
