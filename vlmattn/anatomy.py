@@ -46,6 +46,14 @@ class Anatomy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)
 
+    def attends(self, layer: int) -> bool:
+        """Whether a layer has self-attention."""
+        return self.attending is None or layer in self.attending
+
+    def attending_before(self, layer: int) -> int:
+        """The last layer with self-attention before ``layer``; -1 if there is none."""
+        return max((number for number in range(layer) if self.attends(number)), default=-1)
+
     @property
     def fingerprint(self) -> str:
         """Hash of all sizes: profiles of heads, sinks and directions belong to models that share it."""

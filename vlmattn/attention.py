@@ -107,7 +107,7 @@ def function_in_place_of(name: str) -> Callable[..., Output]:
         attention_mask = compat.with_chosen_keys(module, query, key, attention_mask, kwargs)
         layer = _Layer(compat.attention_function(name, module), module, query, key, value, attention_mask, kwargs)
         if passing.ahead is not None:
-            return _look_ahead(layer, passing)
+            _look_ahead(layer, passing)
         if isinstance(key, SplitStates):
             return _run_apart(layer, passing.main, name == "eager")
         if len(passing.parts) == 1:
@@ -121,14 +121,12 @@ def function_in_place_of(name: str) -> Callable[..., Output]:
     return forward
 
 
-def _look_ahead(layer: _Layer, passing: Forward) -> Output:
-    """Only tell the weights that the layer would have; it has not run, so its older keys come along."""
+def _look_ahead(layer: _Layer, passing: Forward) -> None:
+    """Tell the weights that the layer would have; it has not run, so its older keys come along."""
     assert passing.ahead is not None
     if passing.past is not None:
         layer = replace(layer, key=torch.cat([passing.past, layer.key], 2))
     passing.ahead(layer.weights(Visibility(layer.mask)))
-    batch, heads, queries, _ = layer.query.shape
-    return layer.query.new_zeros(batch, queries, heads, layer.value.shape[-1]), None  # latent attention: short values
 
 
 def _run(layer: _Layer, part: Part) -> Output:

@@ -220,11 +220,28 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
             " needs all image tokens in every layer; use one of them"
         )
     methods = [method.bind(anatomy) for method in recipe.pruning]
-    return _one_each(
+    found = _one_each(
         anatomy,
         [(method, method.stages(anatomy)) for method in methods],
         "choose tokens before layer {}; use one of them",
     )
+    _check_seeing(found, anatomy)
+    return found
+
+
+def _check_seeing(pruning: Sequence[Pruning | None], anatomy: Anatomy) -> None:
+    """Raise ``OptionError`` for a method that chooses by attention where no layer has any since the choice before."""
+    before = 0
+    for layer, method in enumerate(pruning):
+        if method is None:
+            continue
+        if not method.sees(anatomy, layer, before):
+            where = f"in layer {layer}" if method.looks_ahead else f"between layers {before} and {layer}"
+            raise OptionError(
+                f"'{method.info.name}' chooses tokens by attention, and there is none {where}: of this model's layers"
+                f" {list(anatomy.attending or ())} have attention; choose other layers"
+            )
+        before = layer
 
 
 def _one_each(anatomy: Anatomy, places: Iterable[tuple[_P, Iterable[int]]], what: str) -> tuple[_P | None, ...]:

@@ -146,6 +146,13 @@ def capacity(cache: Any) -> int:
     return found
 
 
+def counting_layer(cache: Any, layer: int) -> int:
+    """The layer whose length a cache says for ``layer``: layers that keep a state in place of keys have none."""
+    if layer >= len(cache.layers) or hasattr(cache.layers[layer], "keys"):
+        return layer
+    return next((number for number, found in enumerate(cache.layers) if hasattr(found, "keys")), layer)
+
+
 def is_static(cache: Any) -> bool:
     """Whether a cache has slots of a fixed number, and does not tell on the host how many are filled."""
     return any(hasattr(layer, "max_cache_len") for layer in cache.layers)

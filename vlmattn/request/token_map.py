@@ -23,7 +23,7 @@ class Kept:
     """Rows of one forward that are still there, by original slot.
 
     Attributes:
-        slots: int64 ``[batch, rows]``, ascending.
+        slots: int64 ``[batch, rows]``, ascending, behind padding and fillers.
         valid: bool ``[batch, rows]``, False for padding and for fillers that make the rows of a batch equally long;
             None = all True.
         visual: image tokens that are left in each sequence.
@@ -51,6 +51,9 @@ class Kept:
             order = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
             return Kept(self.slots, stay, tuple(visual), compact), order
         order, valid = compacted(keep, self.valid, [v + t for v, t in zip(visual, text, strict=True)])
+        if valid is not None:  # fillers lead, as padding does: a layer that keeps a state has none of it yet
+            lead = valid.byte().argsort(dim=1, stable=True)
+            order, valid = order.gather(1, lead), valid.gather(1, lead)
         return Kept(self.slots.gather(1, order), valid, tuple(visual), compact), order
 
 
@@ -73,7 +76,7 @@ class TokenMap:
     """The slots of one layer: slot j holds original slot ``slots[:, j]``; what came later lies behind, without gaps.
 
     Attributes:
-        slots: int64 ``[batch, kept]``, ascending.
+        slots: int64 ``[batch, kept]``, ascending, but that fillers lead the rows of a forward.
         valid: bool ``[batch, kept]``, False where nobody may look; None = all True.
         length: original slots that the map speaks of; slot j from ``kept`` on is original slot ``j + removed``.
         begin, at: where the newest of them begin, originally and in this layer.

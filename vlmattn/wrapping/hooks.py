@@ -176,7 +176,7 @@ def _before_layer(
         passing.early[index] = family.residual(hidden)
     main = passing.main
     if main.acting is not None and main.plan.drops:  # never with branches
-        view, hidden, kwargs = pruned_inputs(passing, layer, index, hidden, kwargs)
+        view, hidden, kwargs = pruned_inputs(passing, layer, family.attention(layer) is not None, index, hidden, kwargs)
         before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
         _tell_hidden_states(main, view, index, hidden)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

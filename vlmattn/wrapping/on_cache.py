@@ -56,7 +56,7 @@ def _reorder_cache(self: Any, beams: Tensor) -> None:
 
 def repeated(request: Request, cache: Any, rows: int) -> Request:
     """The request of a cache whose rows were repeated by ``cache.batch_repeat_interleave``."""
-    keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+    keys = next((layer.keys for layer in getattr(cache, "layers", ()) if hasattr(layer, "keys")), None)
     held = len(keys) if isinstance(keys, Tensor) else 0
     if request.batch and held == rows and rows % request.batch == 0:
         request = request.moved(torch.arange(request.batch).repeat_interleave(rows // request.batch))
@@ -92,5 +92,5 @@ def _original_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[int, 
 
 def _removed(cache: Any, layer: int) -> int:
     request = request_on(cache)
-    tokens = request.maps[layer] if request is not None else None
+    tokens = request.maps[compat.counting_layer(cache, layer)] if request is not None else None
     return 0 if tokens is None else tokens.removed

@@ -6,6 +6,7 @@ The library goes on in original slots: it gives every layer the masks, position 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ def check_continuation(request: Request, recipe: str, start: int, labels: Any = 
         )
 
 
-def pruned_inputs(passing: Forward, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
-    """What the layer ``index`` gets, from what the library gives it."""
+def pruned_inputs(
+    passing: Forward, layer: nn.Module, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> Inputs:
+    """What the layer ``index`` gets, from what the library gives it; if it does not attend, it keeps a state."""
     step, plan = passing.main.step, passing.main.plan
     assert step is not None
     request = step.request
@@ -58,26 +61,28 @@ def pruned_inputs(passing: Forward, layer: nn.Module, index: int, hidden: Tensor
             raise UnsupportedError(f"'{plan.name}' drops tokens, which is for inference; call model.eval()")
         given = sum(sum(images) for images, _ in request.newest)
         if given:
-            hidden = _pruned(step, plan, layer, index, hidden, kwargs)
+            hidden = _pruned(step, plan, layer, attends, index, hidden, kwargs)
         _note_rows(step, index, hidden, kwargs)
         request.ledger.add(("image tokens", str(index)), given if step.rows is None else sum(step.rows.visual))
         if index == 0:
             request.ledger.add(("prompts with images",), sum(bool(images) for images, _ in request.newest))
             request.ledger.add(("image tokens", "prompt"), given)
-    view, hidden, kwargs = _through(step, request.maps[index], index, hidden, kwargs)
+    view, hidden, kwargs = _through(step, request.maps[index], attends, index, hidden, kwargs)
     return view, hidden, kwargs if view is step else {**kwargs, FORWARD: passing.at(view)}
 
 
-def _pruned(step: Step, plan: Plan, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _pruned(
+    step: Step, plan: Plan, layer: nn.Module, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
     """The rows that reach a layer, after the method that chooses before it."""
     if index == 0:
         for method in dict.fromkeys(plan.pruning):
             if method is not None:
-                method.on_embeddings(_stage(step, layer, index, hidden, kwargs))
+                method.on_embeddings(_stage(step, layer, attends, index, hidden, kwargs))
     pruner = plan.pruning[index] if plan.pruning else None
     if pruner is None:
         return hidden
-    stage = _stage(step, layer, index, hidden, kwargs)
+    stage = _stage(step, layer, attends, index, hidden, kwargs)
     choice = pruner.choose_tokens(stage)
     step.request.ledger.add(("fired", pruner.info.name), sum(stage.counts) - sum(choice.counts))
     return _follow(step, choice, hidden, pruner.drops, pruner.compact)
@@ -115,7 +120,9 @@ def _visual(request: Request, slots: Tensor) -> Tensor:
     return visual if real is None else visual & real.gather(1, slots)
 
 
-def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> PruningStage:
+def _stage(
+    step: Step, layer: nn.Module, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> PruningStage:
     """The rows that are there now, for a method that chooses among them."""
     request, start = step.request, step.start or 0
     rows = step.rows or request.rows_of_prompt(start, request.stop, hidden.device)
@@ -127,7 +134,7 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
     now = before
     if step.rows is not None:
         now = TokenMap.of(before, rows, start, request.stop, request.real(request.stop, hidden.device))
-    view, _, seen = _through(step, now, index, hidden, kwargs)
+    view, _, seen = _through(step, now, attends, index, hidden, kwargs)
 
     def weights(first: int, last: int, edit: AttentionEdit = NO_EDIT) -> Tensor:
         if view.start and isinstance(compat.cache_of(kwargs).layers[index], SplitLayer):
@@ -145,32 +152,46 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
         given=tuple(images for images, _ in request.newest),
         weights=weights,
         start=view.start or 0,
-        tables=seen["position_embeddings"],
+        tables=seen.get("position_embeddings"),
     )
 
 
-def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str, Any], start: int) -> Weights:
-    """Unedited attention of a layer that has not run yet."""
+class _Seen(Exception):
+    """The attention of a layer is known; the rest of it need not run."""
+
+
+def _weights_before(layer: nn.Module, index: int, hidden: Tensor, kwargs: Mapping[str, Any], start: int) -> Weights:
+    """Unedited attention of a layer that has not run yet; it runs up to its attention, and no hook hears of it."""
     past = compat.cache_of(kwargs).layers[index].keys[:, :, :start] if start else None
     found: list[Weights] = []
-    with torch.no_grad():
-        layer.self_attn(
-            **compat.with_cache(kwargs, None, layer.self_attn)
-            | {"hidden_states": layer.input_layernorm(hidden), FORWARD: Forward(ahead=found.append, past=past)}
-        )
+
+    def ahead(weights: Weights) -> None:
+        found.append(weights)
+        raise _Seen
+
+    given = {name: value for name, value in compat.with_cache(kwargs, None, layer).items() if name != "hidden_states"}
+    with torch.no_grad(), suppress(_Seen):
+        layer.forward(hidden, **given | {FORWARD: Forward(ahead=ahead, past=past)})
     return found[0]
 
 
-def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
+def _through(
+    step: Step, tokens: TokenMap | None, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> Inputs:
     """Inputs of a layer that goes on with some of the tokens; ``hidden`` are its rows."""
     if tokens is None:
         return step, hidden, kwargs
     view, newest = step.through(tokens), step.start == tokens.begin
-    found, ids = (
-        {**kwargs, "attention_mask": _mask(step, view, tokens, index, hidden, kwargs)},
+    if attends:
+        mask = _mask(step, view, tokens, index, hidden, kwargs)
+    else:
+        mask = _state_mask(step, view, tokens, kwargs.get("attention_mask"))
+    found, ids, tables = (
+        {**kwargs, "attention_mask": mask},
         kwargs.get("position_ids"),
+        kwargs.get("position_embeddings"),
     )
-    if tokens.lost is not None:
+    if tokens.lost is not None and tables is not None:
         if not isinstance(ids, Tensor) or step.rotary is None:
             raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
         found["position_ids"] = positions = tokens.positions(ids, newest)
@@ -178,11 +199,32 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
     elif newest:
         if isinstance(ids, Tensor):
             found["position_ids"] = view.memo(("positions", ids.device), lambda: _rows_of(tokens, ids, 2))
-        tables = kwargs["position_embeddings"]
-        found["position_embeddings"] = view.memo(
-            ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
-        )
+        if tables is not None:
+            found["position_embeddings"] = view.memo(
+                ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
+            )
     return view, hidden, found
+
+
+def _state_mask(step: Step, view: Step, tokens: TokenMap, given: Tensor | None) -> Tensor | None:
+    """Which rows enter the state of a layer without attention, ``[batch, rows]``; None = all."""
+    if step.start != tokens.begin:
+        return given
+    valid = None if tokens.valid is None else tokens.valid[:, tokens.at :]
+    if given is None and valid is None:
+        return None
+    if step.start and (valid is None or not bool(valid.all())):
+        raise StateError(
+            f"the turns of this batch have different lengths once '{step.recipe}' has dropped tokens, and layers"
+            " without attention would count what fills them up; continue the conversations one by one"
+        )
+
+    def make() -> Tensor:
+        rows = tokens.slots.new_ones(tokens.slots.shape)[:, tokens.at :] if given is None else tokens.rows(given)
+        return rows if valid is None else rows * valid.to(rows)
+
+    found: Tensor = view.memo(("state", None if given is None else given.device), make)
+    return found
 
 
 def _mask(

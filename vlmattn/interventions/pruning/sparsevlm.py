@@ -81,7 +81,7 @@ class SparseVLM(Staged):
         return self.version == "1"
 
     def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        return tuple(layer - 1 for layer in self.stages(anatomy))
+        return tuple(map(anatomy.attending_before, self.stages(anatomy)))
 
     def on_embeddings(self, stage: PruningStage) -> None:
         """Find the raters."""
