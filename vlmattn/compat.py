@@ -146,6 +146,15 @@ def capacity(cache: Any) -> int:
     return found
 
 
+def rotary_tables(decoder: Any) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
+    """What makes rotary tables of the residual stream, positions and the number of a layer; None without such."""
+    if (rotary := getattr(decoder, "rotary_emb", None)) is None:
+        return None
+    if "layer_type" not in inspect.signature(type(rotary).forward).parameters:
+        return lambda hidden, positions, layer: rotary(hidden, positions)
+    return lambda hidden, positions, layer: rotary(hidden, positions, layer_type=decoder.config.layer_types[layer])
+
+
 def counting_layer(cache: Any, layer: int) -> int:
     """The layer whose length a cache says for ``layer``: layers that keep a state in place of keys have none."""
     if layer >= len(cache.layers) or hasattr(cache.layers[layer], "keys"):

@@ -28,7 +28,7 @@ class Step:
         order: which encoded image each image of the prompt is (beams repeat them); None = by the rows they are in.
         seen: what one query row sees of so many keys, as the last layer had it.
         rows: prompt rows that are still there; None = all.
-        rotary: makes cosines and sines, for methods that count positions anew.
+        rotary: makes cosines and sines of positions for a layer, for methods that count positions anew.
         masks: the mask in original slots as the last layer had it, and in the slots of this view.
         passed: slots that the layer's sliding window has left behind.
         wants_weights: the caller of the model asked for attention weights.
@@ -45,7 +45,7 @@ class Step:
     order: list[int] | None = None
     seen: tuple[int, Visibility] | None = None
     rows: Kept | None = None
-    rotary: Callable[..., tuple[Tensor, Tensor]] | None = None
+    rotary: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     masks: tuple[Tensor | None, Tensor | None] | None = None
     passed: int = 0
     wants_weights: bool = False

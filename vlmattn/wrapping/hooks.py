@@ -141,7 +141,7 @@ def _before_decoder(family: Family, decoder: nn.Module, args: tuple[Any, ...], k
         kwargs = {**kwargs, **_blanked(passing.blank, kwargs)}
     main, step = passing.main, passing.main.step
     if step is not None and main.plan.pruning:
-        step.rotary = getattr(decoder, "rotary_emb", None)
+        step.rotary = compat.rotary_tables(decoder)
     if main.acting is not None and main.acting.is_prompt:
         if main.plan.on_image_features:
             show_images(main.acting, main.plan, kwargs["inputs_embeds"])

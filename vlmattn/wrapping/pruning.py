@@ -191,17 +191,20 @@ def _through(
         kwargs.get("position_ids"),
         kwargs.get("position_embeddings"),
     )
+    kept = ("rotary", hidden.device, id(tables))  # some models have tables of their own for each kind of layer
     if tokens.lost is not None and tables is not None:
         if not isinstance(ids, Tensor) or step.rotary is None:
             raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
         found["position_ids"] = positions = tokens.positions(ids, newest)
-        found["position_embeddings"] = view.memo(("rotary", hidden.device), lambda: step.rotary(hidden, positions))  # type: ignore[misc]
+        found["position_embeddings"] = view.memo(kept, lambda: step.rotary(hidden, positions, index))  # type: ignore[misc]
     elif newest:
         if isinstance(ids, Tensor):
             found["position_ids"] = view.memo(("positions", ids.device), lambda: _rows_of(tokens, ids, 2))
-        if tables is not None:
+        if isinstance(tables, Tensor):
+            found["position_embeddings"] = view.memo(kept, lambda: _rows_of(tokens, tables, 3))
+        elif tables is not None:
             found["position_embeddings"] = view.memo(
-                ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
+                kept, lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
             )
     return view, hidden, found
 
