@@ -29,6 +29,7 @@ class Step:
         seen: what one query row sees of so many keys, as the last layer had it.
         rows: prompt rows that are still there; None = all.
         rotary: makes cosines and sines of positions for a layer, for methods that count positions anew.
+        tables: rotary tables of all tokens in the last layer with attention, and which layer that was.
         masks: the mask in original slots as the last layer had it, and in the slots of this view.
         passed: slots that the layer's sliding window has left behind.
         wants_weights: the caller of the model asked for attention weights.
@@ -46,6 +47,7 @@ class Step:
     seen: tuple[int, Visibility] | None = None
     rows: Kept | None = None
     rotary: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    tables: tuple[int, Any] | None = None
     masks: tuple[Tensor | None, Tensor | None] | None = None
     passed: int = 0
     wants_weights: bool = False

@@ -67,6 +67,8 @@ def pruned_inputs(
         if index == 0:
             request.ledger.add(("prompts with images",), sum(bool(images) for images, _ in request.newest))
             request.ledger.add(("image tokens", "prompt"), given)
+    if attends and (tables := kwargs.get("position_embeddings")) is not None:
+        step.tables = index, tables
     view, hidden, kwargs = _through(step, request.maps[index], attends, index, hidden, kwargs)
     return view, hidden, kwargs if view is step else {**kwargs, FORWARD: passing.at(view)}
 
@@ -135,6 +137,11 @@ def _stage(
     if step.rows is not None:
         now = TokenMap.of(before, rows, start, request.stop, request.real(request.stop, hidden.device))
     view, _, seen = _through(step, now, attends, index, hidden, kwargs)
+    tables = None
+    if step.tables is not None:
+        last, tables = step.tables
+        if now is not None:
+            tables = _tables(step, view, now, last, hidden, seen.get("position_ids"), tables)
 
     def weights(first: int, last: int, edit: AttentionEdit = NO_EDIT) -> Tensor:
         if view.start and isinstance(compat.cache_of(kwargs).layers[index], SplitLayer):
@@ -152,7 +159,7 @@ def _stage(
         given=tuple(images for images, _ in request.newest),
         weights=weights,
         start=view.start or 0,
-        tables=seen.get("position_embeddings"),
+        tables=tables,
     )
 
 
@@ -191,22 +198,35 @@ def _through(
         kwargs.get("position_ids"),
         kwargs.get("position_embeddings"),
     )
-    kept = ("rotary", hidden.device, id(tables))  # some models have tables of their own for each kind of layer
-    if tokens.lost is not None and tables is not None:
-        if not isinstance(ids, Tensor) or step.rotary is None:
-            raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
-        found["position_ids"] = positions = tokens.positions(ids, newest)
-        found["position_embeddings"] = view.memo(kept, lambda: step.rotary(hidden, positions, index))  # type: ignore[misc]
-    elif newest:
-        if isinstance(ids, Tensor):
-            found["position_ids"] = view.memo(("positions", ids.device), lambda: _rows_of(tokens, ids, 2))
-        if isinstance(tables, Tensor):
-            found["position_embeddings"] = view.memo(kept, lambda: _rows_of(tokens, tables, 3))
-        elif tables is not None:
-            found["position_embeddings"] = view.memo(
-                kept, lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
-            )
+    if isinstance(ids, Tensor) and (newest or tokens.lost is not None):
+        found["position_ids"] = view.memo(("positions", ids.device), lambda: _positions(tokens, ids, newest))
+    if tables is not None:
+        found["position_embeddings"] = _tables(step, view, tokens, index, hidden, found.get("position_ids"), tables)
     return view, hidden, found
+
+
+def _positions(tokens: TokenMap, ids: Tensor, newest: bool) -> Tensor:
+    """Position ids of a layer's rows, from those of all tokens."""
+    return _rows_of(tokens, ids, 2) if tokens.lost is None else tokens.positions(ids, newest)
+
+
+def _tables(step: Step, view: Step, tokens: TokenMap, index: int, hidden: Tensor, positions: Any, tables: Any) -> Any:
+    """Rotary tables of a layer's rows, from those of all tokens; layers with the same ones share them."""
+    rotary, newest = step.rotary, step.start == tokens.begin
+    if tokens.lost is None and not newest:
+        return tables
+    if tokens.lost is not None and (rotary is None or not isinstance(positions, Tensor)):
+        raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
+
+    def make() -> Any:
+        if tokens.lost is not None:
+            assert rotary is not None
+            return rotary(hidden, positions, index)
+        return (
+            _rows_of(tokens, tables, 3) if isinstance(tables, Tensor) else tuple(_rows_of(tokens, t, 3) for t in tables)
+        )
+
+    return view.memo(("rotary", hidden.device, id(tables)), make)
 
 
 def _state_mask(step: Step, view: Step, tokens: TokenMap, given: Tensor | None) -> Tensor | None:

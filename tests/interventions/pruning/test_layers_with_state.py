@@ -15,7 +15,7 @@ from zoo.parts import set_attention
 import vlmattn
 from vlmattn import FastV, OptionError, PyramidDrop, StateError
 from vlmattn.binding import bind
-from vlmattn.interventions.pruning import Rounds, SparseVLM
+from vlmattn.interventions.pruning import Rounds, SparseVLM, VisionZip
 from vlmattn.models import find_family
 from vlmattn.recipe import Recipe
 
@@ -206,3 +206,23 @@ def test_a_batch_of_further_images_is_continued_one_by_one():
     more["attention_mask"] = torch.cat([before, more["attention_mask"]], 1)
     with pytest.raises(StateError, match=r"once 'fastv' has dropped tokens, .* continue the conversations one by one"):
         model(**more, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SparseVLM(layers="2", keep_ratios=(0.5,), version="2"),
+        VisionZip(dominant=0.4, contextual=0.1, positions="original"),
+    ],
+)
+@every
+def test_methods_that_look_at_rotations_or_at_the_tower(name, method):
+    """In LFM3 the layer behind the one that is looked at has no rotary tables, in Nemotron H none has any."""
+    model = ZOO[name].build()
+    if isinstance(method, VisionZip) and not find_family(model).anatomy(model).tower_layers:
+        pytest.skip("refused: a tower that cannot be looked at")
+    prompt = prompts(name)[0]
+    plain = answer(model, prompt.inputs)
+    found = answer(vlmattn.wrap(model, method), prompt.inputs)
+    assert float((found.logits[0] - plain.logits[0]).abs().max()) > ACTS
+    assert found.past_key_values.layers[3].keys.shape[2] < plain.past_key_values.layers[3].keys.shape[2]
