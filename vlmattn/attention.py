@@ -82,10 +82,12 @@ class _Layer:
 
     def seen(self, context: LayerContext) -> Visibility:
         """What the unedited model sees; the mask of a window that is shorter than the prompt is not just causal."""
-        see, window = context.visibility(self.mask), self.kwargs.get("sliding_window")
-        if window is None or context.keys <= window or context.queries == 1:
+        see, window, tokens = context.visibility(self.mask), self.kwargs.get("sliding_window"), context.request.tokens
+        gone = 0 if tokens is None else tokens.removed
+        if window is None or context.keys + gone <= window or context.queries == 1:
             return see
-        return replace(see, plain=False, window=window)
+        places = None if tokens is None else tokens.columns(0, context.keys)
+        return replace(see, plain=False, window=window, places=places)
 
     def wants_weights(self, step: Step | None) -> bool:
         """Whether the caller of the model asked for attention weights."""

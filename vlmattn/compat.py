@@ -162,6 +162,18 @@ def counting_layer(cache: Any, layer: int) -> int:
     return next((number for number, found in enumerate(cache.layers) if hasattr(found, "keys")), layer)
 
 
+def growing_window(layer: Any) -> int:
+    """The sliding window of a cache layer that grows up to it and then lets its oldest slots go; 0 = it has none."""
+    return int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else 0
+
+
+def keys_before(cache: Any, layer: int, start: int) -> Tensor:
+    """Keys ``[batch, kv_heads, key, dim]`` that a layer sees beside those of a forward that begins at its slot
+    ``start``."""
+    keys, window = cache.layers[layer].keys, growing_window(cache.layers[layer])
+    return keys[:, :, -(window - 1) :] if window else keys[:, :, :start]
+
+
 def is_static(cache: Any) -> bool:
     """Whether a cache has slots of a fixed number, and does not tell on the host how many are filled."""
     return any(hasattr(layer, "max_cache_len") for layer in cache.layers)

@@ -86,8 +86,11 @@ def _reset(self: Any) -> None:
 
 def _original_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[int, int]:
     length, offset = type(self).get_mask_sizes(self, query_length, layer_idx)
-    static = layer_idx < len(self.layers) and hasattr(self.layers[layer_idx], "max_cache_len")
-    return (length if static else length + _removed(self, layer_idx)), offset
+    layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+    if window := compat.growing_window(layer):
+        held = self.get_seq_length(layer_idx)
+        return min(held, window - 1) + query_length, max(held - window + 1, 0)
+    return (length if hasattr(layer, "max_cache_len") else length + _removed(self, layer_idx)), offset
 
 
 def _removed(cache: Any, layer: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from vlmattn import compat
 from vlmattn.attention import FORWARD, refusal_of_apart
@@ -146,7 +147,8 @@ def _stage(
     def weights(first: int, last: int, edit: AttentionEdit = NO_EDIT) -> Tensor:
         if view.start and isinstance(compat.cache_of(kwargs).layers[index], SplitLayer):
             raise refusal_of_apart(step, index)
-        return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last, edit)
+        found = _weights_before(layer, index, hidden, seen, view.start or 0)(first, last, edit)
+        return pad(found, ((view.start or 0) + hidden.shape[1] - found.shape[-1], 0))  # keys that left a window
 
     return PruningStage(
         request=view.request,
@@ -169,7 +171,7 @@ class _Seen(Exception):
 
 def _weights_before(layer: nn.Module, index: int, hidden: Tensor, kwargs: Mapping[str, Any], start: int) -> Weights:
     """Unedited attention of a layer that has not run yet; it runs up to its attention, and no hook hears of it."""
-    past = compat.cache_of(kwargs).layers[index].keys[:, :, :start] if start else None
+    past = compat.keys_before(compat.cache_of(kwargs), index, start) if start else None
     found: list[Weights] = []
 
     def ahead(weights: Weights) -> None:
@@ -226,7 +228,7 @@ def _tables(step: Step, view: Step, tokens: TokenMap, index: int, hidden: Tensor
             _rows_of(tokens, tables, 3) if isinstance(tables, Tensor) else tuple(_rows_of(tokens, t, 3) for t in tables)
         )
 
-    return view.memo(("rotary", hidden.device, id(tables)), make)
+    return view.memo_of(tables, ("rotary", hidden.device), make)
 
 
 def _state_mask(step: Step, view: Step, tokens: TokenMap, given: Tensor | None) -> Tensor | None:
@@ -255,17 +257,27 @@ def _mask(
 ) -> Tensor | None:
     """The mask in the slots of a layer; layers with the same one in original slots share it."""
     given, cache, queries = kwargs.get("attention_mask"), compat.cache_of(kwargs), hidden.shape[1]
-    if view.masks is None or view.masks[0] is not given:
-        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    window = compat.growing_window(layer)
+
+    def make() -> Tensor | None:
         static = getattr(layer, "max_cache_len", None)
-        if given is not None:
+        passed, offset = 0, 0
+        if window:
+            held = int(layer.get_seq_length())
+            width = min(held, window - 1) + queries
+            passed = held + queries - width
+        elif given is not None:
             width = given.shape[-1] - (0 if static else tokens.removed)
         else:
             width = static or int(0 if layer is None else layer.get_seq_length()) + queries
-        start = step.start if step.start is not None else width + tokens.removed - queries
+        start = step.start if step.start is not None else passed + width + tokens.removed - queries
+        if window:
+            offset = 0
         additive = hidden.dtype if step.base == "eager" else None
-        view.masks = (given, tokens.mask(given, start, queries, width, additive))
-    return view.masks[1]
+        return tokens.mask(given, start, queries, width, additive, passed, offset)
+
+    return view.memo_of(given, ("mask", window), make)  # type: ignore[no-any-return]
 
 
 def _rows_of(tokens: TokenMap, values: Tensor, axes: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
-from vlmattn.errors import OptionError, UnsupportedError
+from vlmattn.errors import OptionError
 from vlmattn.interventions.base import LookingMethod, optional
 from vlmattn.options import MANY, option, parse_layers
 from vlmattn.request import KeptTokens, PruningStage
@@ -60,17 +60,11 @@ class Pruning(LookingMethod):
         Raises:
             OptionError: layers that the model does not have, or in which image features still come in; positions
                 counted anew where a token has several; tokens only hidden from layers that keep a state.
-            UnsupportedError: layers that see a sliding window.
         """
         if anatomy.attending is not None and not self.drops:
             raise OptionError(
                 f"{self.info.name}.mode 'mask' only hides tokens, which stay in what layers without attention keep of"
                 " all tokens; use mode='drop'"
-            )
-        if anatomy.window:
-            raise UnsupportedError(
-                f"'{self.info.name}' drops tokens, and this language model has sliding windows, which count them; use a"
-                " model with full attention in every layer"
             )
         if self.compact and anatomy.axes > 1:
             raise OptionError(
