@@ -100,7 +100,13 @@ def asked(images: int = 2, words: int = 5) -> dict[str, Tensor]:
 def longer(inputs: dict[str, Tensor], answer: tuple[int, ...] = SAID[:-1]) -> dict[str, Tensor]:
     """The prompt with an answer behind it, for one forward."""
     out, new = dict(inputs), len(answer)
-    for name in {"attention_mask", "mm_token_type_ids", "token_type_ids", "image_embeds_position_mask"} & out.keys():
+    for name in {
+        "attention_mask",
+        "mm_token_type_ids",
+        "moe_mm_token_type_ids",
+        "token_type_ids",
+        "image_embeds_position_mask",
+    } & out.keys():
         out[name] = pad(out[name], (0, new), value=int(name == "attention_mask"))
     out["input_ids"] = torch.cat([out["input_ids"], torch.tensor([answer])], 1)
     if (seen := out.get("cross_attention_mask")) is not None:

@@ -60,6 +60,15 @@ def grids(
     return make
 
 
+def timed(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {**grids([96])(frames, generator), "video_second_per_grid": torch.tensor([1.0])}
+
+
+def in_pairs(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Twice as many frames, of which two become one."""
+    return grids([48])(2 * frames, generator)
+
+
 def clip(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values_videos": torch.randn(1, frames, 3, 16, 16, generator=generator)}
 
@@ -73,14 +82,28 @@ def stamped(before: int, after: int) -> Callable[[int], list[int]]:
     return lambda frames: [token for second in range(frames) for token in (40 + second, before, *[VID] * 4, after)]
 
 
+def unbroken(frames: int) -> list[int]:
+    return [OPEN, *[VID] * 4 * frames, CLOSE]
+
+
+GLM = Film(
+    lambda frames: [FAKE, *(t for n in range(frames) for t in (OPEN, *[IMG] * 4, CLOSE, 40 + n)), ROW],
+    grids([96]),
+    token=IMG,
+    mixed=False,
+)
 FILMS = {
-    "qwen2_vl": Film(lambda frames: [OPEN, *[VID] * 4 * frames, CLOSE], grids([96])),
-    "qwen2_5_vl": Film(lambda frames: [OPEN, *[VID] * 4 * frames, CLOSE], grids([96])),
+    "qwen2_vl": Film(unbroken, grids([96])),
+    "qwen2_5_vl": Film(unbroken, grids([96])),
     "qwen3_vl": Film(stamped(OPEN, CLOSE), grids([96])),
-    "glm4v": Film(
-        lambda frames: [FAKE, *(t for n in range(frames) for t in (OPEN, *[IMG] * 4, CLOSE, 40 + n)), ROW], grids([96]),
-        token=IMG, mixed=False,
-    ),
+    "glm4v": GLM,
+    "glm_ocr": GLM,
+    "qwen2_5_omni_thinker": Film(unbroken, timed),
+    "qwen3_omni_moe_thinker": Film(unbroken, timed),
+    "exaone4_5": Film(unbroken, grids([96])),
+    "cohere_compass": Film(stamped(OPEN, CLOSE), grids([96])),
+    "qwen4_exp": Film(stamped(OPEN, CLOSE), grids([96])),
+    "ernie4_5_vl_moe": Film(lambda frames: [FAKE, *[VID] * 4 * frames, ROW], in_pairs),
     "kimi_k25": Film(stamped(OPEN, CLOSE), grids([3, 4, 4], apart=True, merged=MERGED)),
     "llava_onevision": Film(
         lambda frames: [VID] * (4 * frames + 1), clip, lengths=lambda frames: [*[4] * (frames - 1), 5]
@@ -112,7 +135,7 @@ def filmed(
     types = torch.tensor([[0 if n < 0 else 1 if image and n == 0 else 2 for n in numbers]])
     inputs = dict(input_ids=found, attention_mask=torch.ones_like(found), **film.pixels(frames, generator))
     if tiny.types(found):
-        inputs["mm_token_type_ids"] = types
+        inputs |= tiny.types(found) | {"mm_token_type_ids": types}
     if image:
         inputs |= tiny.pixels(1, generator)
     return inputs, torch.tensor([numbers])
@@ -124,7 +147,7 @@ def together(prompts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     batch = {}
     for name in prompts[0]:
         parts = [prompt[name] for prompt in prompts]
-        of_tokens = name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        of_tokens = name in ("input_ids", "attention_mask", "mm_token_type_ids", "moe_mm_token_type_ids")
         batch[name] = torch.cat([pad(part, (length - part.shape[1], 0)) for part in parts] if of_tokens else parts)
     return batch
 

@@ -33,7 +33,14 @@ MERGING = dict(
     temporal_patch_size=2,
 )  # fmt: skip
 QWEN_IDS = dict(image_token_id=IMG, video_token_id=VID, vision_start_token_id=OPEN, vision_end_token_id=CLOSE)
-_OF_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "image_embeds_position_mask")
+_OF_TOKENS = (
+    "input_ids",
+    "attention_mask",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "token_type_ids",
+    "image_embeds_position_mask",
+)
 
 Pixels = Callable[[int, torch.Generator], dict[str, Tensor]]
 """Image inputs of so many images."""

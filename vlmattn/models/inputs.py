@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from vlmattn.errors import InputError
 
 #: Inputs of forward() that say what kind each token is.
-OF_TOKENS = ("mm_token_type_ids", "token_type_ids")
+OF_TOKENS = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 
+#: Inputs of forward() that say how to read all sequences.
+OF_ALL = ("use_audio_in_video",)
 
 #: Pictures among the inputs of forward().
 OF_PIXELS = (

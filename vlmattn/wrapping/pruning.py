@@ -15,6 +15,7 @@ from vlmattn import compat
 from vlmattn.attention import FORWARD, refusal_of_apart
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit
+from vlmattn.models import OF_TOKENS
 from vlmattn.request import TEXT, Forward, KeptTokens, Plan, PruningStage, Request, Step, TokenMap, Weights
 from vlmattn.wrapping.cache_layers import SplitLayer
 from vlmattn.wrapping.on_cache import report_original_lengths
@@ -170,6 +171,8 @@ def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kw
         {**kwargs, "attention_mask": _mask(step, view, tokens, index, hidden, kwargs)},
         kwargs.get("position_ids"),
     )
+    if newest:
+        found |= {name: tokens.rows(kwargs[name]) for name in OF_TOKENS if isinstance(kwargs.get(name), Tensor)}
     if tokens.lost is not None:
         if not isinstance(ids, Tensor) or step.rotary is None:
             raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
