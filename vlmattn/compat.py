@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 
-__all__ = ["DynamicLayer", "DynamicSlidingWindowLayer", "SearchOutput"]
+__all__ = ["INSTALLED", "DynamicLayer", "DynamicSlidingWindowLayer", "SearchOutput"]
 
 TESTED = ("5.17", "5.24")  # the oldest and the newest release that the suite is run on
 _NAMES = ("cache", "past_key_values")
@@ -272,3 +272,17 @@ def joined_states(layers: Sequence[Any]) -> Any | None:
 def image_text_types() -> list[str]:
     """Model types of which transformers knows a model that reads pictures and text and writes text."""
     return list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def repeat_rows(cache: Any, times: int) -> None:
+    """Every row of a cache ``times`` times, one after another; layers that keep a state cannot do that themselves."""
+    for number, layer in enumerate(cache.layers):
+        if hasattr(layer, "batch_repeat_interleave"):
+            layer.batch_repeat_interleave(times)
+        elif (state := joined_states([layer] * times)) is not None:
+            rows = torch.arange(next(of for of in state.conv_states.values() if of is not None).shape[0])
+            order = rows.view(times, -1).T.flatten()
+            for name in ("conv_states", "recurrent_states"):
+                states = getattr(state, name)
+                setattr(state, name, {n: None if of is None else of[order.to(of.device)] for n, of in states.items()})
+            cache.layers[number] = state

@@ -15,6 +15,7 @@ from zoo import ZOO
 import vlmattn
 from vlmattn import PAI, UnsupportedError, compat
 from vlmattn.models import find_family, registry
+from vlmattn.models.inputs import warn_of_runs
 from vlmattn.models.llava import Llava
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -109,7 +110,7 @@ def side_by_side(between: int = 0) -> dict[str, Any]:
 
 def test_images_side_by_side_that_a_family_does_not_tell_apart(unknown):
     """Warned of once per process, where it matters; the remedies work."""
-    inputs.warn_of_runs.cache_clear()
+    warn_of_runs.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*side by side")
         vlmattn.wrap(unknown, EDIT)
@@ -121,7 +122,7 @@ def test_images_side_by_side_that_a_family_does_not_tell_apart(unknown):
         [generate(unknown, side_by_side()) for _ in range(2)]
     assert sum("side by side" in str(one.message) for one in told) == 1
     vlmattn.unwrap(unknown)
-    inputs.warn_of_runs.cache_clear()
+    warn_of_runs.cache_clear()
 
     @vlmattn.register_family
     class Mine(vlmattn.Family):

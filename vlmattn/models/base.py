@@ -58,8 +58,8 @@ class Family(SeenTower):
     causal: ClassVar[bool] = True
     #: Pixel tensors have one row for each sequence of the batch, not for each image.
     by_sequence: ClassVar[bool] = False
-    #: Decoder layers return a tuple, not the residual stream alone.
-    in_tuples: ClassVar[bool] = False
+    #: How many values decoder layers return in a tuple, the residual stream first; 0 = it alone.
+    in_tuples: ClassVar[int] = 0
     #: Some layers read only the rows of a prompt that logits are asked for; methods must see all.
     leaves_rows_out: ClassVar[bool] = False
     #: The model counts positions itself, over padding too.

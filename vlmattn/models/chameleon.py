@@ -20,7 +20,7 @@ class Chameleon(Family):
     model_types: ClassVar[Mapping[str, str]] = {"chameleon": "facebook/chameleon-7b"}
     even: ClassVar[bool] = True
     square: ClassVar[bool] = True
-    in_tuples: ClassVar[bool] = True
+    in_tuples: ClassVar[int] = 1
 
     def check(self, model: PreTrainedModel) -> None:
         if getattr(model.config, "image_token_id", None) is None:

@@ -45,10 +45,11 @@ class UnlimitedOcr(DeepseekOcr2):
 
     model_types: ClassVar[Mapping[str, str]] = {"unlimited_ocr": "baidu/Unlimited-OCR"}
     causal: ClassVar[bool] = False
-    refused: ClassVar[Mapping[str, str]] = {
-        "decoding": "its cache drops the oldest tokens of the answer by a rule of its own, which branches cannot share;"
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("pruning", "decoding"),
+        "its cache drops the oldest tokens of the answer by a rule of its own, which knows no branches and no gaps;"
         " take an attention edit",
-    }
+    )
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         """A page without parts; where its parts lie is not told by the tokens."""

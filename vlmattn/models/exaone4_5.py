@@ -15,7 +15,10 @@ class Exaone45(Gridded):
     """Positions are counted in one dimension; layers without a window have none at all."""
 
     model_types: ClassVar[Mapping[str, str]] = {"exaone4_5": "LGAI-EXAONE/EXAONE-4.5-33B"}
-    refused: ClassVar[Mapping[str, str]] = WINDOWED
+    refused: ClassVar[Mapping[str, str]] = {
+        **WINDOWED,
+        "rotating": "it counts positions itself, the same for all branches; take a rule that changes images, like vcd",
+    }
     markers: ClassVar[tuple[str, ...]] = ()
     separated: ClassVar[bool] = True
     counts_padding: ClassVar[bool] = True

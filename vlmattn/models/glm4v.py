@@ -35,5 +35,5 @@ class Glm4v(Spatial):
     def token_types(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
         """Frames have the placeholders of images, between the markers of their video."""
         types, config = super().token_types(model, ids), model.config
-        inside = (ids == config.video_start_token_id).cumsum(1) > (ids == config.video_end_token_id).cumsum(1)
+        inside = (ids == config.video_start_token_id).cumsum(-1) > (ids == config.video_end_token_id).cumsum(-1)
         return torch.where((types == IMAGE) & inside, VIDEO, types).to(types.dtype)

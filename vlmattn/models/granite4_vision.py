@@ -20,6 +20,9 @@ class Granite4Vision(LlavaNext):
     """Windows of patches become fewer tokens."""
 
     model_types: ClassVar[Mapping[str, str]] = {"granite4_vision": "ibm-granite/granite-vision-4.0-3b"}
+    refused: ClassVar[Mapping[str, str]] = {
+        "pruning": "features of several depths are added to the rows of images in later layers; take an attention edit"
+    }
     also_given: ClassVar[tuple[str, ...]] = ("vision_mask", "deepstack_features")
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:

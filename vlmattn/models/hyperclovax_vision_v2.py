@@ -16,4 +16,7 @@ class HyperClovaXVision2(Gridded):
     model_types: ClassVar[Mapping[str, str]] = {"hyperclovax_vision_v2": "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B"}
     markers: ClassVar[tuple[str, ...]] = ()
     separated: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, str]] = {
+        "rotating": "it counts positions itself, the same for all branches; take a rule that changes images, like vcd",
+    }
     counts_padding: ClassVar[bool] = True

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from vlmattn.models.base import HYBRID
 from vlmattn.models.grids import Gridded
 from vlmattn.models.registry import register_family
@@ -16,3 +19,6 @@ class Lfm3VL(Gridded):
 
     model_types: ClassVar[Mapping[str, str]] = {"lfm3_vl": "LiquidAI/LFM3-VL-2B"}
     refused: ClassVar[Mapping[str, str]] = HYBRID
+
+    def norm(self, model: PreTrainedModel) -> nn.Module:
+        return self.decoder(model).embedding_norm  # type: ignore[return-value]

@@ -20,3 +20,4 @@ class MistralLarge4(LightOnOcr):
         " take an attention edit",
     )
     causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses
+    in_tuples: ClassVar[int] = 2

@@ -36,6 +36,9 @@ class NemotronHOmni(Family):
     def norm(self, model: PreTrainedModel) -> nn.Module:
         return self.decoder(model).norm_f  # type: ignore[return-value]
 
+    def logits(self, model: PreTrainedModel, hidden: Tensor, normed: bool = True) -> Tensor:
+        return model.language_model.lm_head(self.norm(model)(hidden) if normed else hidden)  # type: ignore[no-any-return, union-attr, operator]
+
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
         found, grids = encoded_lengths(inputs), inputs.get("image_grid_hw")
         return found if found is not None or grids is None else (grids.prod(-1) // _MERGED**2).tolist()

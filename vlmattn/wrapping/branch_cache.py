@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from vlmattn.compat import DynamicLayer, DynamicSlidingWindowLayer, joined_states
+from vlmattn.compat import DynamicLayer, DynamicSlidingWindowLayer, joined_states, repeat_rows
 from vlmattn.decoding import ContrastiveDecoding
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import OF_TOKENS
@@ -60,7 +60,7 @@ class ReadPrompt:
         if times == 1:
             return self
         request, plan = self.request, self.plan
-        self.cache.batch_repeat_interleave(times)
+        repeat_rows(self.cache, times)
         if request is not None:
             rows = torch.arange(len(self.mask)).repeat_interleave(times)
             ride(self.cache, request.moved(rows), plan)

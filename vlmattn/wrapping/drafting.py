@@ -21,11 +21,17 @@ def drafting_plan(plan: Plan) -> Plan:
     return NO_PLAN if own else plan
 
 
-def refuse_drafts(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any]) -> None:
-    """Raise ``UnsupportedError`` for policies: they choose slots token by token, and never take a token back."""
-    if not plan.policies:
+def refuse_drafts(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any], states: bool) -> None:
+    """Raise ``UnsupportedError`` for policies: they choose slots token by token, and never take a token back; and for
+    branches of a model whose layers keep a state."""
+    if not plan.policies and (plan.decoding is None or not states):
         return
-    if asked := compat.drafts_asked(model, kwargs):
+    if (asked := compat.drafts_asked(model, kwargs)) and not plan.policies:
+        raise UnsupportedError(
+            f"some layers of {type(model).__name__} keep a state of all tokens, from which branches cannot take drafts"
+            f" back; leave {asked[0]} out"
+        )
+    if asked:
         names = ", ".join(dict.fromkeys(policy.info.name for policy in plan.policies))
         raise UnsupportedError(
             f"{names} chooses cache slots token by token, and drafts of assisted decoding come several at once and are"

@@ -83,7 +83,7 @@ def _begun(
     record: Record, model: PreTrainedModel, plan: Plan, kwargs: dict[str, Any], given: Mapping[str, Any]
 ) -> tuple[Call, dict[str, Any]]:
     """The call with these arguments, and those for the library's generate(); ``given``: inputs of branches."""
-    refuse_drafts(model, plan, kwargs)
+    refuse_drafts(model, plan, kwargs, record.anatomy.attending is not None and not record.anatomy.cross)
     forget_branches(compat.cache_of(kwargs))
     branches = branches_of(model, plan, kwargs, given)
     if plan.search is not None:

@@ -42,7 +42,8 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     ) -> None:
         other = _at(embeds, slots)
         of_tokens = {name: _at(value, slots) for name, value in later.items() if name in family.given_by_token}
-        reading = (family.attention(layer) or family.cross_attention(layer) for layer in decoder.layers)
+        own: Any = decoder.layers
+        reading = (family.attention(layer) or family.cross_attention(layer) for layer in own)
         silent = frozenset(number for number, attention in enumerate(reading) if attention is None)
         stream = SideStream(method, layers, compare, other, silent=silent)
         seen = family.text_mask(real)
@@ -97,7 +98,7 @@ class _Noting(nn.Module):
 
     kwargs: dict[str, Any] | None = None
 
-    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, in_tuple: int) -> None:
         super().__init__()
         self.kind = {name: value for name, value in vars(layer).items() if name.endswith("type")}
         self._in_tuple = in_tuple
@@ -107,9 +108,9 @@ class _Noting(nn.Module):
         kind = self.__dict__.get("kind", {})
         return kind[name] if name in kind else super().__getattr__(name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         self.hidden, self.args, self.kwargs = hidden, args, kwargs
-        return (hidden,) if self._in_tuple else hidden
+        return (hidden, *(None,) * (self._in_tuple - 1)) if self._in_tuple else hidden
 
     def call(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """The layer with all that it was given beside the residual stream; nothing for one that was skipped."""
@@ -121,7 +122,7 @@ class _Noting(nn.Module):
 
 
 def _layer_calls(
-    decoder: nn.Module, inputs: dict[str, Any], in_tuples: bool
+    decoder: nn.Module, inputs: dict[str, Any], in_tuples: int
 ) -> tuple[Tensor, tuple[Callable[[Tensor], Tensor], ...], frozenset[int]]:
     """What enters the first layer, the layers with the masks and rotary tables that the decoder makes for them, and
     which of them it skips."""
