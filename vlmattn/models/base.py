@@ -264,6 +264,10 @@ class Family(SeenTower):
                 found[name] = self.rows_of(model, inputs, len(inputs[name]), VIDEO if "video" in name else IMAGE)
         return found
 
+    def by_itself(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of one sequence, taken out of those of a batch, as they would be without the others."""
+        return dict(inputs)
+
     def rows_of(self, model: PreTrainedModel, inputs: Mapping[str, Any], count: int, kind: int = IMAGE) -> list[int]:
         """How many of the ``count`` rows of an input belong to each sequence of the batch.
 

@@ -35,6 +35,16 @@ class MiniCPMV(Tiled):
         start = getattr(model.config, "image_start_id", None)
         return {} if start is None else {self.first: start}
 
+    def image_numbers(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        types: Tensor,
+        marker_ids: Mapping[str, int] | None = None,
+    ) -> Tensor:
+        """A frame is cut into slices as an image is, between the same markers."""
+        return self.numbers_of_runs(model, inputs, types, marker_ids)
+
     def sides(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
         """Patches along each side of what becomes a token."""
         mode = inputs.get("downsample_mode") or model.config.downsample_mode

@@ -220,7 +220,7 @@ def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str,
             part = inputs[name].to(ids.device).split(rows, axis)[row]
             if rows[row]:
                 one[name] = part
-        apart.append(one)
+        apart.append(family.by_itself(one))
     return apart
 
 
