@@ -3,10 +3,11 @@
 import pkgutil
 from importlib import import_module
 
-from vlmattn.models.base import KINDS, Family, marker_ids_of
+from vlmattn.models.base import Family, marker_ids_of
 from vlmattn.models.generic import Generic
 from vlmattn.models.image_layout import WHOLE, Box, Piece
 from vlmattn.models.inputs import OF_ALL, OF_IMAGES, OF_TOKENS
+from vlmattn.models.reasons import KINDS
 from vlmattn.models.registry import find_family, register_family, registered, supported_families
 from vlmattn.models.turns import Turns
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vlmattn.models.base import WINDOWED
 from vlmattn.models.grids import Gridded
+from vlmattn.models.reasons import WINDOWED
 from vlmattn.models.registry import register_family
 
 

@@ -74,6 +74,24 @@ def even_lengths(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int]
     return [int((ids == model.config.image_token_id).sum()) // len(pixels)] * len(pixels)
 
 
+def for_rows(lengths: Sequence[int], tokens: Sequence[int]) -> list[int] | None:
+    """Lengths in (row, token) order, repeated where generate() repeats every row for beams; None where they do not fit.
+
+    Args:
+        tokens: of each row that the lengths are of.
+    """
+    times, left = divmod(sum(tokens), max(sum(lengths), 1))
+    if left or not times or len(tokens) % times:
+        return None
+    try:
+        counts = share_out(tokens[::times], [(length, 1) for length in lengths])
+    except InputError:
+        return None
+    starts = [sum(counts[:row]) for row in range(len(counts))]
+    rows = [list(lengths[start : start + count]) for start, count in zip(starts, counts, strict=True)]
+    return [length for row in rows for length in row * times]
+
+
 def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[int]:
     """Pixel rows of each sequence, from its number of image tokens and (tokens, pixel rows) of each image in order.
 

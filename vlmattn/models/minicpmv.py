@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import HYBRID
 from vlmattn.models.image_layout import Piece, cells
 from vlmattn.models.inputs import share_out
+from vlmattn.models.reasons import HYBRID
 from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
 from vlmattn.request import IMAGE, VIDEO

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import WINDOWED
 from vlmattn.models.grids import Gridded
+from vlmattn.models.reasons import WINDOWED
 from vlmattn.models.registry import register_family
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import WINDOWED
 from vlmattn.models.inputs import share_out
+from vlmattn.models.reasons import WINDOWED
 from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
 

@@ -71,7 +71,7 @@ def kept_of(inputs: Mapping[str, Any], sizes: Tensor) -> tuple[Tensor, ...]:
     """Which tokens of parts of ``sizes`` tokens, videos or frames, were not left out: bool, on the CPU."""
     kept = inputs.get("video_compression_mask")
     kept = torch.ones(int(sizes.sum()), dtype=torch.bool) if kept is None else kept.cpu()
-    return kept.split(sizes.tolist())
+    return tuple(torch.split(kept, sizes.tolist()))
 
 
 def runs_of(kept: Tensor) -> tuple[Piece, ...]:

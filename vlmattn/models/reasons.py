@@ -1,0 +1,15 @@
+"""Kinds of methods, and why some families refuse some."""
+
+from __future__ import annotations
+
+#: Kinds of methods, as families support or refuse them.
+KINDS = ("edits", "masks", "pruning", "decoding")
+
+#: Why families with windows, and those with layers without attention, refuse methods.
+WINDOWED = {"pruning": "some of its layers have a sliding window, which counts tokens"}
+_STATE = "some of its layers have no attention but a state of all tokens before"
+HYBRID = {
+    "pruning": f"{_STATE}, which the tokens left out would have to leave too; take an attention edit",
+    "looking": f"{_STATE}, which show no attention; take a rule that is not guided by it, like vcd",
+    "sharing": f"{_STATE}, of which no token can be taken back; take a rule with branches of its own, like vcd",
+}
