@@ -58,7 +58,7 @@ class Family(SeenTower):
     pixel_axis: ClassVar[int] = 0
     #: Kinds of methods that the family cannot have, and why: ``KINDS``, "opening" (masks that open edges), "rows"
     #: (about rows of image tokens), "turns" (that must know the user's), and of decoding methods "looking" (guided by
-    #: attention), "sharing" (taking tokens back), "dropping" (branches without an image), "rotating" (another base).
+    #: attention), "dropping" (branches without an image), "rotating" (another base).
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""

@@ -10,6 +10,5 @@ WINDOWED = {"pruning": "some of its layers have a sliding window, which counts t
 _STATE = "some of its layers have no attention but a state of all tokens before"
 HYBRID = {
     "pruning": f"{_STATE}, which the tokens left out would have to leave too; take an attention edit",
-    "looking": f"{_STATE}, which show no attention; take a rule that is not guided by it, like vcd",
-    "sharing": f"{_STATE}, of which no token can be taken back; take a rule with branches of its own, like vcd",
+    "looking": f"{_STATE}, which show no attention and take no token back; take a rule that needs neither, like vcd",
 }
