@@ -201,7 +201,6 @@ def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecodi
         "looking": looking,
         "rotating": any(branch.rope != 1 for branch in branches),
         "dropping": any(branch.image == "drop" for branch in branches),
-        "sharing": isinstance(recipe.decoding, Search) or any(branch.shares_prompt for branch in branches),
     }
     refuse(recipe.decoding, asked)
 

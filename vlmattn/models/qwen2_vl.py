@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vlmattn.models.base import HYBRID
 from vlmattn.models.qwen2_5_vl import Qwen25VL
+from vlmattn.models.reasons import HYBRID
 from vlmattn.models.registry import register_family
 
 

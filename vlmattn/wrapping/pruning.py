@@ -17,6 +17,7 @@ from vlmattn import compat
 from vlmattn.attention import FORWARD, refusal_of_apart
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit
+from vlmattn.models import OF_TOKENS
 from vlmattn.request import TEXT, Forward, KeptTokens, Plan, PruningStage, Request, Step, TokenMap, Weights
 from vlmattn.wrapping.cache_layers import SplitLayer
 from vlmattn.wrapping.on_cache import report_original_lengths
@@ -200,6 +201,8 @@ def _through(
         kwargs.get("position_ids"),
         kwargs.get("position_embeddings"),
     )
+    if newest:
+        found |= {name: tokens.rows(kwargs[name]) for name in OF_TOKENS if isinstance(kwargs.get(name), Tensor)}
     if isinstance(ids, Tensor) and (newest or tokens.lost is not None):
         found["position_ids"] = view.memo(("positions", ids.device), lambda: _positions(tokens, ids, newest))
     if tables is not None:
@@ -273,7 +276,7 @@ def _mask(
             width = static or int(0 if layer is None else layer.get_seq_length()) + queries
         start = step.start if step.start is not None else passed + width + tokens.removed - queries
         if window:
-            offset = 0
+            offset = max(start - window + 1, 0)  # the given mask begins there
         additive = hidden.dtype if step.base == "eager" else None
         return tokens.mask(given, start, queries, width, additive, passed, offset)
 
