@@ -131,6 +131,7 @@ class _Bound:
             on_queries_keys=self._on_queries_keys(),
             cross=frozenset(self.anatomy.cross),
             image_keys=self.anatomy.image_keys,
+            sources=self.anatomy.sources,
         )
 
     @property
@@ -225,6 +226,7 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
         "choose tokens before layer {}; use one of them",
     )
     _check_seeing(found, anatomy)
+    _check_sources(found, anatomy)
     return found
 
 
@@ -241,6 +243,17 @@ def _check_seeing(pruning: Sequence[Pruning | None], anatomy: Anatomy) -> None:
                 f" {list(anatomy.attending or ())} have attention; choose other layers"
             )
         before = layer
+
+
+def _check_sources(pruning: Sequence[Pruning | None], anatomy: Anatomy) -> None:
+    """Raise ``OptionError`` for tokens dropped between a layer and another that uses its keys and values again."""
+    for layer, source in enumerate(anatomy.sources):
+        between = [number for number in range(source + 1, layer + 1) if pruning and pruning[number]]
+        if between:
+            raise OptionError(
+                f"'{pruning[between[0]].info.name}' drops tokens before layer {between[0]}, and layer {layer} uses the"  # type: ignore[union-attr]
+                f" keys of layer {source}, which still has them; choose layers up to {min(anatomy.sources[layer:])}"
+            )
 
 
 def _one_each(anatomy: Anatomy, places: Iterable[tuple[_P, Iterable[int]]], what: str) -> tuple[_P | None, ...]:

@@ -170,7 +170,8 @@ def growing_window(layer: Any) -> int:
 def keys_before(cache: Any, layer: int, start: int) -> Tensor:
     """Keys ``[batch, kv_heads, key, dim]`` that a layer sees beside those of a forward that begins at its slot
     ``start``."""
-    keys, window = cache.layers[layer].keys, growing_window(cache.layers[layer])
+    keys: Tensor = cache.layers[layer].keys
+    window = growing_window(cache.layers[layer])
     return keys[:, :, -(window - 1) :] if window else keys[:, :, :start]
 
 

@@ -23,7 +23,7 @@ from vlmattn.models.inputs import (
     warn_of_runs,
 )
 from vlmattn.models.reasons import HYBRID
-from vlmattn.models.sizes import mlp_width, vision_of, window_of
+from vlmattn.models.sizes import mlp_width, sources_of, vision_of, window_of
 from vlmattn.models.tower import SeenTower
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
 
@@ -363,6 +363,7 @@ class Family(SeenTower):
             source=model.name_or_path,
             deepstack=len(getattr(vision_of(model), "deepstack_visual_indexes", None) or ()),
             window=window_of(text),
+            sources=sources_of(text),
             axes=3 if (getattr(text, "rope_parameters", None) or {}).get("mrope_section") else 1,
             attending=None if len(attending) == text.num_hidden_layers else attending,
             causal=self.causal,

@@ -22,6 +22,8 @@ from vlmattn.request import TEXT, Forward, KeptTokens, Plan, PruningStage, Reque
 from vlmattn.wrapping.cache_layers import SplitLayer
 from vlmattn.wrapping.on_cache import report_original_lengths
 
+_OF_ROWS = (*OF_TOKENS, "per_layer_input")
+
 Inputs = tuple[Step, Tensor, dict[str, Any]]
 """A step, the residual stream and the keyword arguments of a layer."""
 
@@ -71,7 +73,8 @@ def pruned_inputs(
             request.ledger.add(("image tokens", "prompt"), given)
     if attends and (tables := kwargs.get("position_embeddings")) is not None:
         step.tables = index, tables
-    view, hidden, kwargs = _through(step, request.maps[index], attends, index, hidden, kwargs)
+    source = plan.sources[index] if plan.sources else index  # of the same kind, with the same rows
+    view, hidden, kwargs = _through(step, request.maps[index], attends, source, hidden, kwargs)
     return view, hidden, kwargs if view is step else {**kwargs, FORWARD: passing.at(view)}
 
 
@@ -202,7 +205,7 @@ def _through(
         kwargs.get("position_embeddings"),
     )
     if newest:
-        found |= {name: tokens.rows(kwargs[name]) for name in OF_TOKENS if isinstance(kwargs.get(name), Tensor)}
+        found |= {name: tokens.rows(kwargs[name]) for name in _OF_ROWS if isinstance(kwargs.get(name), Tensor)}
     if isinstance(ids, Tensor) and (newest or tokens.lost is not None):
         found["position_ids"] = view.memo(("positions", ids.device), lambda: _positions(tokens, ids, newest))
     if tables is not None:
@@ -263,17 +266,19 @@ def _mask(
     layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
     window = compat.growing_window(layer)
 
+    def held() -> int:
+        return 0 if layer is None else int(layer.get_seq_length())
+
     def make() -> Tensor | None:
         static = getattr(layer, "max_cache_len", None)
         passed, offset = 0, 0
         if window:
-            held = int(layer.get_seq_length())
-            width = min(held, window - 1) + queries
-            passed = held + queries - width
+            width = min(held(), window - 1) + queries
+            passed = held() + queries - width
         elif given is not None:
             width = given.shape[-1] - (0 if static else tokens.removed)
         else:
-            width = static or int(0 if layer is None else layer.get_seq_length()) + queries
+            width = static or held() + queries
         start = step.start if step.start is not None else passed + width + tokens.removed - queries
         if window:
             offset = max(start - window + 1, 0)  # the given mask begins there
