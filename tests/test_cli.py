@@ -399,7 +399,7 @@ def test_families_are_readable_in_a_narrow_pipe(run, monkeypatch):
 def test_a_family_shows_itself(run):
     code, out, _ = run("families", "gemma4")
     assert code == 0
-    assert "google/gemma-4-E4B-it" in out
+    assert "google/gemma-4-e2b-it" in out
     assert "no: some of its layers have a sliding window" in out
     assert json.loads(run("families", "--json")[1])["llava"]["pruning"] == "yes"
     code, _, err = run("families", "gema4")

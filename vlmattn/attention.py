@@ -87,10 +87,12 @@ class _Layer:
 
     def seen(self, context: LayerContext) -> Visibility:
         """What the unedited model sees; the mask of a window that is shorter than the prompt is not just causal."""
-        see, window = context.visibility(self.mask), self.kwargs.get("sliding_window")
-        if window is None or context.keys <= window or context.queries == 1:
+        see, window, tokens = context.visibility(self.mask), self.kwargs.get("sliding_window"), context.request.tokens
+        gone = 0 if tokens is None else tokens.removed
+        if window is None or context.keys + gone <= window or context.queries == 1:
             return see
-        return replace(see, plain=False, window=window)
+        places = None if tokens is None else tokens.columns(0, context.keys)
+        return replace(see, plain=False, window=window, places=places)
 
     def wants_weights(self, step: Step | None) -> bool:
         """Whether the caller of the model asked for attention weights."""
@@ -116,7 +118,7 @@ def function_in_place_of(name: str) -> Callable[..., Output]:
         attention_mask = compat.with_chosen_keys(module, query, key, attention_mask, kwargs)
         layer = _Layer(compat.attention_function(name, module), module, query, key, value, attention_mask, kwargs)
         if passing.ahead is not None:
-            return _look_ahead(layer, passing)
+            _look_ahead(layer, passing)
         if isinstance(key, SplitStates):
             return _run_apart(layer, passing.main, name)
         if len(passing.parts) == 1:
@@ -138,14 +140,12 @@ def _refuse_indexer(name: str, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _look_ahead(layer: _Layer, passing: Forward) -> Output:
-    """Only tell the weights that the layer would have; it has not run, so its older keys come along."""
+def _look_ahead(layer: _Layer, passing: Forward) -> None:
+    """Tell the weights that the layer would have; it has not run, so its older keys come along."""
     assert passing.ahead is not None
     if passing.past is not None:
         layer = replace(layer, key=torch.cat([passing.past, layer.key], 2))
     passing.ahead(layer.weights(Visibility(layer.mask)))
-    batch, heads, queries, _ = layer.query.shape
-    return layer.query.new_zeros(batch, queries, heads, layer.value.shape[-1]), None  # latent attention: short values
 
 
 def _run(layer: _Layer, part: Part) -> Output:

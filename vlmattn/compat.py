@@ -186,6 +186,35 @@ def capacity(cache: Any) -> int:
     return found
 
 
+def rotary_tables(decoder: Any) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
+    """What makes rotary tables of the residual stream, positions and the number of a layer; None without such."""
+    if (rotary := getattr(decoder, "rotary_emb", None)) is None:
+        return None
+    if "layer_type" not in inspect.signature(type(rotary).forward).parameters:
+        return lambda hidden, positions, layer: rotary(hidden, positions)
+    return lambda hidden, positions, layer: rotary(hidden, positions, layer_type=decoder.config.layer_types[layer])
+
+
+def counting_layer(cache: Any, layer: int) -> int:
+    """The layer whose length a cache says for ``layer``: layers that keep a state in place of keys have none."""
+    if layer >= len(cache.layers) or hasattr(cache.layers[layer], "keys"):
+        return layer
+    return next((number for number, found in enumerate(cache.layers) if hasattr(found, "keys")), layer)
+
+
+def growing_window(layer: Any) -> int:
+    """The sliding window of a cache layer that grows up to it and then lets its oldest slots go; 0 = it has none."""
+    return int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else 0
+
+
+def keys_before(cache: Any, layer: int, start: int) -> Tensor:
+    """Keys ``[batch, kv_heads, key, dim]`` that a layer sees beside those of a forward that begins at its slot
+    ``start``."""
+    keys: Tensor = cache.layers[layer].keys
+    window = growing_window(cache.layers[layer])
+    return keys[:, :, -(window - 1) :] if window else keys[:, :, :start]
+
+
 def is_static(cache: Any) -> bool:
     """Whether a cache has slots of a fixed number, and does not tell on the host how many are filled."""
     return any(hasattr(layer, "max_cache_len") for layer in cache.layers)
@@ -297,32 +326,35 @@ def with_chosen_keys(
     return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(query.dtype).min)
 
 
-def joined_states(layers: Sequence[Any]) -> Any | None:
-    """A cache layer with the rows of all ``layers`` that keep a state in place of keys; None if they keep keys."""
-    if hasattr(layers[0], "keys") or not hasattr(layers[0], "conv_states"):
-        return None
-    joined = copy.copy(layers[0])
+def keeps_state(layer: Any) -> bool:
+    """Whether a cache layer has a state of all tokens in place of keys and values."""
+    return hasattr(layer, "conv_states") and not hasattr(layer, "keys")
+
+
+def with_states(layer: Any, make: Callable[[str, int], Tensor]) -> Any:
+    """A copy of a cache layer that keeps states, each made anew: ``make(name, number)``."""
+    found = copy.copy(layer)
     for name in ("conv_states", "recurrent_states"):
-        states = [getattr(layer, name) for layer in layers]
-        rows = {index: [state[index] for state in states] for index in states[0]}
-        setattr(joined, name, {n: None if of[0] is None else torch.cat(of) for n, of in rows.items()})
-    return joined
+        states = getattr(layer, name)
+        setattr(found, name, {n: None if state is None else make(name, n) for n, state in states.items()})
+    return found
+
+
+def joined_states(layers: Sequence[Any]) -> Any:
+    """A cache layer with the rows of all ``layers``, which keep states."""
+    return with_states(layers[0], lambda name, n: torch.cat([getattr(layer, name)[n] for layer in layers]))
+
+
+def repeat_rows(cache: Any, times: int) -> None:
+    """Every row of a cache ``times`` times, one after another; layers that keep states cannot do that themselves."""
+    for number, layer in enumerate(cache.layers):
+        if keeps_state(layer):
+            again = functools.partial(lambda of, name, n: getattr(of, name)[n].repeat_interleave(times, 0), layer)
+            cache.layers[number] = with_states(layer, again)
+        else:
+            layer.batch_repeat_interleave(times)
 
 
 def image_text_types() -> list[str]:
     """Model types of which transformers knows a model that reads pictures and text and writes text."""
     return list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-
-
-def repeat_rows(cache: Any, times: int) -> None:
-    """Every row of a cache ``times`` times, one after another; layers that keep a state cannot do that themselves."""
-    for number, layer in enumerate(cache.layers):
-        if hasattr(layer, "batch_repeat_interleave"):
-            layer.batch_repeat_interleave(times)
-        elif (state := joined_states([layer] * times)) is not None:
-            rows = torch.arange(next(of for of in state.conv_states.values() if of is not None).shape[0])
-            order = rows.view(times, -1).T.flatten()
-            for name in ("conv_states", "recurrent_states"):
-                states = getattr(state, name)
-                setattr(state, name, {n: None if of is None else of[order.to(of.device)] for n, of in states.items()})
-            cache.layers[number] = state

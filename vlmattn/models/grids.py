@@ -16,12 +16,12 @@ from vlmattn.request import IMAGE, VIDEO
 
 
 def rows_by_grid(
-    types: Tensor, inputs: Mapping[str, Any], merged: int, frames_merged: bool = False
+    types: Tensor, inputs: Mapping[str, Any], merged: int, frames_merged: bool = False, together: int = 1
 ) -> dict[str, list[int]]:
     """Rows of patches and of grids that belong to each sequence, where ``merged`` patches become a token.
 
     Args:
-        frames_merged: all frames of a grid become tokens of one.
+        frames_merged: all frames of a grid become tokens of one; together: so many frames of a video do.
     """
     found = {}
     for kind, name, sizes in (
@@ -30,11 +30,13 @@ def rows_by_grid(
     ):
         if inputs.get(name) is not None:
             patches = inputs[sizes].prod(-1).tolist()
-            made = (inputs[sizes][:, int(frames_merged) :].prod(-1) // merged).tolist()
+            unit = merged * (together if kind == VIDEO else 1)
+            made = (inputs[sizes][:, int(frames_merged) :].prod(-1) // unit).tolist()
             tokens = (types == kind).sum(1).tolist()
             found[name] = share_out(tokens, list(zip(made, patches, strict=True)))
             found[sizes] = share_out(tokens, [(count, 1) for count in made])
-    return found
+    times = ("second_per_grid_ts", "video_second_per_grid")
+    return found | {name: found["video_grid_thw"] for name in times if isinstance(inputs.get(name), Tensor)}
 
 
 class Gridded(Family):
@@ -49,29 +51,34 @@ class Gridded(Family):
         """Patches along each side of what becomes a token."""
         return int(model.config.vision_config.spatial_merge_size)
 
+    def together(self, model: PreTrainedModel) -> int:
+        """Frames of the grid of a video that become tokens of one."""
+        return 1
+
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         types = self.token_types(model, inputs["input_ids"])
-        return rows_by_grid(types, inputs, self.merge(model) ** 2)
+        return rows_by_grid(types, inputs, self.merge(model) ** 2, together=self.together(model))
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         merge = self.merge(model)
         return by_grid(inputs, image, len(slots), merge, merge)
 
     def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
-        grids = inputs.get("video_grid_thw")
-        if grids is None:
+        """As the grids tell: a run is a video, a frame, or some frames between stretches of sound."""
+        if inputs.get("video_grid_thw") is None:
             return list(runs)
-        unit = self.merge(model) ** 2
-        videos = dict(zip((grids.prod(-1) // unit).tolist(), grids[:, 0].tolist(), strict=True))
-        if not videos.keys() >= set(runs):  # frames have text between them
-            return list(runs)
-        return [tokens // videos[tokens] for tokens in runs for _ in range(videos[tokens])]
+        return (self.frame_grids(model, inputs).prod(-1) // self.merge(model) ** 2).tolist()  # type: ignore[no-any-return]
+
+    def frame_grids(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """Patches (rows, columns) of each frame of the videos of a call, int64 ``[frames, 2]``, cpu."""
+        grids = inputs["video_grid_thw"].cpu()
+        return grids[:, 1:].repeat_interleave(grids[:, 0] // self.together(model), 0)  # type: ignore[no-any-return]
 
     def frame_layout(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
     ) -> tuple[Piece, ...]:
-        merge, grids = self.merge(model), inputs["video_grid_thw"].cpu()
-        height, width = grids[:, 1:].repeat_interleave(grids[:, 0], 0)[frame].tolist()
+        merge = self.merge(model)
+        height, width = self.frame_grids(model, inputs)[frame].tolist()
         return whole(len(slots), height // merge, width // merge)
 
 
@@ -90,7 +97,8 @@ class Spatial(Gridded):
         """``[4, batch, tokens]``: of the text, then time, height and width; ``[3, ...]`` without ``text_axis``."""
         text = super().positions(model, inputs)
         space = self.rope_index(model, inputs) if self.has_images(inputs) else text.expand(axes_of(model), -1, -1)
-        return torch.cat([text[None], space.to(text)]) if self.text_axis else space.to(text)
+        space = space.to(text.device)  # some count time in fractions
+        return torch.cat([text[None], space]) if self.text_axis else space
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the model is told of images and of the kind of each token, without which it counts text only."""

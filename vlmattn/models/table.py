@@ -9,7 +9,8 @@ from inspect import getdoc
 
 from vlmattn import compat
 from vlmattn.errors import UnsupportedError
-from vlmattn.models.base import KINDS, Family
+from vlmattn.models.base import Family
+from vlmattn.models.reasons import KINDS
 from vlmattn.models.registry import registered
 
 _TITLES = ("attention edits", "masks", "pruning", "contrastive decoding")  # of KINDS
@@ -44,7 +45,7 @@ def rows() -> Iterator[Row]:
 
 def _row(family: Family) -> Row:
     cells = {kind: family.unsupported or family.refused.get(kind, "") for kind in KINDS}
-    types = tuple(family.model_types), tuple(family.model_types.values())
+    types = tuple(family.model_types), tuple(filter(None, family.model_types.values()))
     within = (family.refused.get(kind, "") for kind in ("opening", "looking", "dropping"))
     return Row(*types, cells, family.untested, *within)
 
@@ -126,7 +127,7 @@ def verdict(name: str) -> dict[str, str | list[str]]:
     said = {kind: family.refused.get(kind, "") for kind in ("opening", "looking", "dropping", "rotating", "turns")}
     return {
         "model type": name,
-        "checkpoint": family.model_types[name],
+        "checkpoint": family.model_types[name] or "none that transformers names",
         "about": " ".join((getdoc(family) or "").split("\n\n")[0].split()),
         **{kind: text if text == "yes" else f"no: {text}" for kind, text in verdicts()[name].items()},
         **{f"but {kind}": f"no: {text}" for kind, text in said.items() if text and not family.unsupported},

@@ -29,7 +29,7 @@ UNSERVED: Mapping[str, tuple[str, str]] = {
     "florence2": ("florence-community/Florence-2-large", _CROSS),
     "blip": ("Salesforce/blip-image-captioning-base", _CROSS),
     "git": ("microsoft/git-base-coco", f"{_OWN}; {_LIKE}"),
-    "idefics": ("HuggingFaceM4/idefics-9b-instruct", _TWICE),
+    "idefics": ("HuggingFaceM4/idefics-9b", _TWICE),
     "pix2struct": ("google/pix2struct-base", _CROSS),
     "udop": ("microsoft/udop-large", _CROSS),
     "vision-encoder-decoder": ("microsoft/trocr-base-handwritten", _CROSS),
@@ -44,11 +44,11 @@ UNSERVED: Mapping[str, tuple[str, str]] = {
         "it writes actions of a robot, not text, so there is no answer to edit; take its language model, paligemma",
     ),
     "diffusion_gemma": (
-        "google/diffusion-gemma",
+        "google/diffusiongemma-26B-A4B-it",
         "it writes blocks of tokens by diffusion, in a loop of its own that has no step of one token; take gemma4",
     ),
     "mistral4": (
-        "mistralai/Mistral-4",
+        "mistralai/Mistral-Small-4-119B-2603",
         "its class in this list has no vision tower, it reads text only; take mistral3 or mistral_large4",
     ),
     "dots3_note": ("dots-studio/dots3-note-prev", _HEADS),
@@ -58,7 +58,7 @@ UNSERVED: Mapping[str, tuple[str, str]] = {
         " others see the keys that an indexer chooses; take glm46v",
     ),
     "inkling2": ("thinkingmachines/Inkling-2-Small-MXFP8", _DISTANCE),
-    "inkling2_loop": ("thinkingmachines/Inkling-2-Loop", _DISTANCE),
+    "inkling2_loop": ("", _DISTANCE),
     "inkling_mm_model": ("thinkingmachines/Inkling", _DISTANCE),
 }
 

@@ -49,7 +49,7 @@ class Forward:
         early: layer -> the residual stream that enters it, noted for layers that are keys here.
         blank: bool ``[batch, query]``, tokens whose embeddings are zeroed.
         branches: what the parts' logits become; None while a prompt is read, and without a decoding rule.
-        ahead: takes the attention weights of a layer that has not run yet, in place of an answer; past: the keys that
+        ahead: takes the attention weights of a layer that has not run yet, and ends it by raising; past: the keys that
             the layer has from before, ``[batch, kv_heads, key, dim]``.
     """
 

@@ -151,7 +151,7 @@ def _before_decoder(family: Family, decoder: nn.Module, args: tuple[Any, ...], k
         kwargs = {**kwargs, **_blanked(passing.blank, kwargs)}
     main, step = passing.main, passing.main.step
     if step is not None and main.plan.pruning:
-        step.rotary = getattr(decoder, "rotary_emb", None)
+        step.rotary = compat.rotary_tables(decoder)
     if main.acting is not None and main.acting.is_prompt:
         if main.plan.on_image_features:
             show_images(main.acting, main.plan, kwargs["inputs_embeds"])
@@ -186,16 +186,23 @@ def _before_layer(
         passing.early[index] = family.residual(hidden)
     main = passing.main
     if main.acting is not None and main.plan.drops:  # never with branches
-        view, hidden, kwargs = pruned_inputs(passing, layer, index, hidden, kwargs)
+        kwargs = {**kwargs, **_named(layer, args)}
+        view, hidden, kwargs = pruned_inputs(passing, layer, family.attention(layer) is not None, index, hidden, kwargs)
         before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
         _tell_hidden_states(main, view, index, hidden)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for part in passing.parts:
         if part.acting is not None:
             _tell_hidden_states(part, part.acting, index, family.residual(hidden)[part.rows])
             if index in part.plan.cross and (states := family.image_states(kwargs, len(hidden))) is not None:
                 _tell_images(part, part.acting, index, states[part.rows])
     return None
+
+
+def _named(layer: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """What a layer is given by place behind the residual stream, by name."""
+    names = list(inspect.signature(type(layer).forward).parameters)[2:] if len(args) > 1 else ()
+    return dict(zip(names, args[1:], strict=False))
 
 
 def _tell_hidden_states(part: Part, step: Step, index: int, hidden: Tensor) -> None:
