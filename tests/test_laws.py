@@ -632,7 +632,7 @@ def test_other_attention_is_refused():
     model = build("llava")
     model.config.get_text_config()._attn_implementation_internal = "of_nobody"
     with pytest.raises(
-        UnsupportedError, match="'of_nobody' is not known .*; load the model with attn_implementation='sdpa'"
+        UnsupportedError, match=r"'of_nobody' is not known .*; load the model with attn_implementation='sdpa'"
     ):
         vlmattn.wrap(model, "pai")
     assert not our_hooks(model)
