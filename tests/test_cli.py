@@ -399,7 +399,7 @@ def test_families_are_readable_in_a_narrow_pipe(run, monkeypatch):
 def test_a_family_shows_itself(run):
     code, out, _ = run("families", "gemma4")
     assert code == 0
-    assert "google/gemma-4-E4B-it" in out
+    assert "google/gemma-4-e2b-it" in out
     assert "no: some of its layers have a sliding window" in out
     assert "pruning on other models, like qwen2_5_vl" in out
     assert "decoder:      model.model.language_model\n" in out

@@ -39,13 +39,13 @@ RECIPES = {
 def run(model, inputs, recipe, compiled: bool, fullgraph: bool = True) -> torch.Tensor:
     """Greedy tokens; on a CPU the library compiles only when it is told to."""
     model._valid_auto_compile_criteria = lambda *_: compiled
-    options = {}
+    options = {} if recipe is None else {"preset": recipe}
     if compiled:
         config = CompileConfig(backend="eager", fullgraph=fullgraph, mode=None)
-        options = dict(cache_implementation="static", compile_config=config)
+        options |= dict(cache_implementation="static", compile_config=config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, preset=recipe, **options)
+        return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, **options)
 
 
 def graphs() -> int:

@@ -16,7 +16,7 @@ import vlmattn
 PACKAGE = Path(vlmattn.__file__).parent
 #: From the ground up: a room imports from its own floor and from those before.
 FLOORS = (
-    {"errors", "files", "texts", "pages", "pictures", "drawing", "compat"},
+    {"errors", "files", "texts", "pages", "pictures", "drawing", "bases", "compat"},
     {"kernels", "anatomy", "options"},
     {"request", "registry"},
     {"attention", "interventions", "models"},

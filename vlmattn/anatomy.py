@@ -20,7 +20,7 @@ class Anatomy:
     tell).
     ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods
     (``KINDS``) that the family cannot have, and why. ``cross`` are the layers of cross-attention, whose keys are the
-    images: ``image_keys`` for each.
+    images: ``image_keys`` for each. ``sources``: the layer whose keys each layer attends with (empty = its own).
     """
 
     family: str
@@ -42,9 +42,18 @@ class Anatomy:
     query_dim: int = 0
     cross: tuple[int, ...] = ()
     image_keys: int = 0
+    sources: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)
+
+    def attends(self, layer: int) -> bool:
+        """Whether a layer has self-attention."""
+        return self.attending is None or layer in self.attending
+
+    def attending_before(self, layer: int) -> int:
+        """The last layer with self-attention before ``layer``; -1 if there is none."""
+        return max((number for number in range(layer) if self.attends(number)), default=-1)
 
     @property
     def fingerprint(self) -> str:

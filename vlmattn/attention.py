@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn import compat
+from vlmattn.bases import seen_by_flash
 from vlmattn.errors import UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit, Problem, SplitStates, Visibility, attend, scale_heads
 from vlmattn.kernels import weights as attention_weights
@@ -71,6 +72,10 @@ class _Layer:
         softcap, sinks, dropout = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("dropout", 0.0)
         return Problem(self.query, self.key, self.value, see, scale, edit, softcap, sinks, dropout)
 
+    def with_any_mask(self) -> Tensor:
+        """As ``bare``, by our kernels, which take every mask: ``[batch, query, heads, dim]``."""
+        return attend(self.problem(Visibility(self.mask, plain=False)))[0].transpose(1, 2).contiguous()
+
     def weights(self, see: Visibility, edit: AttentionEdit = NO_EDIT) -> Weights:
         """Attention of a few query rows, computed when somebody asks."""
         problem = self.problem(see, edit)
@@ -82,10 +87,12 @@ class _Layer:
 
     def seen(self, context: LayerContext) -> Visibility:
         """What the unedited model sees; the mask of a window that is shorter than the prompt is not just causal."""
-        see, window = context.visibility(self.mask), self.kwargs.get("sliding_window")
-        if window is None or context.keys <= window or context.queries == 1:
+        see, window, tokens = context.visibility(self.mask), self.kwargs.get("sliding_window"), context.request.tokens
+        gone = 0 if tokens is None else tokens.removed
+        if window is None or context.keys + gone <= window or context.queries == 1:
             return see
-        return replace(see, plain=False, window=window)
+        places = None if tokens is None else tokens.columns(0, context.keys)
+        return replace(see, plain=False, window=window, places=places)
 
     def wants_weights(self, step: Step | None) -> bool:
         """Whether the caller of the model asked for attention weights."""
@@ -98,18 +105,22 @@ class _Layer:
 
 
 def function_in_place_of(name: str) -> Callable[..., Output]:
-    """The attention function of models that had the implementation ``name`` ("sdpa" or "eager")."""
+    """The attention function of models that had the implementation ``name``."""
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Output:
         passing: Forward = kwargs.pop(FORWARD, None) or BARE
+        if name not in ("sdpa", "eager"):
+            _refuse_indexer(name, kwargs)
+            if compat.mask_kind(name) == "flash":
+                attention_mask = seen_by_flash(module, query, key, attention_mask, kwargs)
         attention_mask = compat.with_chosen_keys(module, query, key, attention_mask, kwargs)
         layer = _Layer(compat.attention_function(name, module), module, query, key, value, attention_mask, kwargs)
         if passing.ahead is not None:
-            return _look_ahead(layer, passing)
+            _look_ahead(layer, passing)
         if isinstance(key, SplitStates):
-            return _run_apart(layer, passing.main, name == "eager")
+            return _run_apart(layer, passing.main, name)
         if len(passing.parts) == 1:
             return _run(layer, passing.main)
         if all(part.step is None for part in passing.parts):
@@ -121,14 +132,20 @@ def function_in_place_of(name: str) -> Callable[..., Output]:
     return forward
 
 
-def _look_ahead(layer: _Layer, passing: Forward) -> Output:
-    """Only tell the weights that the layer would have; it has not run, so its older keys come along."""
+def _refuse_indexer(name: str, kwargs: dict[str, Any]) -> None:
+    if any(kwargs.get(given) is not None for given in ("indices", "block_indices")):
+        raise UnsupportedError(
+            f"layers whose indexer chooses keys hand '{name}' the choice in a form of its own; load the model with"
+            " attn_implementation='sdpa'"
+        )
+
+
+def _look_ahead(layer: _Layer, passing: Forward) -> None:
+    """Tell the weights that the layer would have; it has not run, so its older keys come along."""
     assert passing.ahead is not None
     if passing.past is not None:
         layer = replace(layer, key=torch.cat([passing.past, layer.key], 2))
     passing.ahead(layer.weights(Visibility(layer.mask)))
-    batch, heads, queries, _ = layer.query.shape
-    return layer.query.new_zeros(batch, queries, heads, layer.value.shape[-1]), None  # latent attention: short values
 
 
 def _run(layer: _Layer, part: Part) -> Output:
@@ -230,8 +247,9 @@ def _attend(layer: _Layer, context: LayerContext, edit: AttentionEdit) -> Labell
     return out.transpose(1, 2).contiguous(), attended, backend
 
 
-def _run_apart(layer: _Layer, part: Part, eager: bool) -> Output:
+def _run_apart(layer: _Layer, part: Part, name: str) -> Output:
     """Attention of a layer whose KV heads keep different tokens: those that keep all, then the others."""
+    eager, flash = name == "eager", compat.mask_kind(name) == "flash"
     query, key, value = layer.query, layer.key, layer.value
     batch, _, queries, dim = query.shape
     step = part.acting
@@ -245,7 +263,7 @@ def _run_apart(layer: _Layer, part: Part, eager: bool) -> Output:
     ):
         if len(heads):
             own = replace(layer, query=packed[:, heads].flatten(1, 2), key=keys, value=values, mask=seen)
-            out, _ = own.bare()
+            out = own.bare()[0] if keys is key.full or not flash else own.with_any_mask()
             outs.append(out.view(batch, queries, len(heads), -1, out.shape[-1]))
     if step is not None:
         step.request.ledger.add(("calls", layer.phase, "split", str(layer.index)))

@@ -131,6 +131,7 @@ class _Bound:
             on_queries_keys=self._on_queries_keys(),
             cross=frozenset(self.anatomy.cross),
             image_keys=self.anatomy.image_keys,
+            sources=self.anatomy.sources,
         )
 
     @property
@@ -201,7 +202,6 @@ def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecodi
         "looking": looking,
         "rotating": any(branch.rope != 1 for branch in branches),
         "dropping": any(branch.image == "drop" for branch in branches),
-        "sharing": isinstance(recipe.decoding, Search) or any(branch.shares_prompt for branch in branches),
     }
     refuse(recipe.decoding, asked)
 
@@ -220,11 +220,40 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
             " needs all image tokens in every layer; use one of them"
         )
     methods = [method.bind(anatomy) for method in recipe.pruning]
-    return _one_each(
+    found = _one_each(
         anatomy,
         [(method, method.stages(anatomy)) for method in methods],
         "choose tokens before layer {}; use one of them",
     )
+    _check_seeing(found, anatomy)
+    _check_sources(found, anatomy)
+    return found
+
+
+def _check_seeing(pruning: Sequence[Pruning | None], anatomy: Anatomy) -> None:
+    """Raise ``OptionError`` for a method that chooses by attention where no layer has any since the choice before."""
+    before = 0
+    for layer, method in enumerate(pruning):
+        if method is None:
+            continue
+        if not method.sees(anatomy, layer, before):
+            where = f"in layer {layer}" if method.looks_ahead else f"between layers {before} and {layer}"
+            raise OptionError(
+                f"'{method.info.name}' chooses tokens by attention, and there is none {where}: of this model's layers"
+                f" {list(anatomy.attending or ())} have attention; choose other layers"
+            )
+        before = layer
+
+
+def _check_sources(pruning: Sequence[Pruning | None], anatomy: Anatomy) -> None:
+    """Raise ``OptionError`` for tokens dropped between a layer and another that uses its keys and values again."""
+    for layer, source in enumerate(anatomy.sources):
+        between = [number for number in range(source + 1, layer + 1) if pruning and pruning[number]]
+        if between:
+            raise OptionError(
+                f"'{pruning[between[0]].info.name}' drops tokens before layer {between[0]}, and layer {layer} uses the"  # type: ignore[union-attr]
+                f" keys of layer {source}, which still has them; choose layers up to {min(anatomy.sources[layer:])}"
+            )
 
 
 def _one_each(anatomy: Anatomy, places: Iterable[tuple[_P, Iterable[int]]], what: str) -> tuple[_P | None, ...]:

@@ -25,9 +25,18 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput as SearchOutput
 from transformers.generation.utils import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
+
+from vlmattn.bases import base_attention
 
 __all__ = ["INSTALLED", "DynamicLayer", "DynamicSlidingWindowLayer", "SearchOutput"]
 
@@ -108,19 +117,44 @@ def warn_if_untested() -> None:
 
 
 def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention function of implementation "sdpa", or the "eager" one beside a module's class."""
+    """The attention function of an implementation, for masks as ``register_attention`` has them made.
+
+    "eager" is beside a module's class.
+    """
     if name == "sdpa":
         return cast("Callable[..., Any]", sdpa_attention_forward)
-    return cast("Callable[..., Any]", sys.modules[type(module).__module__].eager_attention_forward)
+    if name == "eager":
+        return cast("Callable[..., Any]", sys.modules[type(module).__module__].eager_attention_forward)
+    return base_attention(name, AttentionInterface()[name], mask_kind(name))
+
+
+def mask_kind(name: str | None) -> str | None:
+    """Whose masks an attention implementation takes: "sdpa", "eager", "flash" or "flex"; None: not known."""
+    if name == "eager":
+        return name
+    known = AttentionMaskInterface()
+    if name not in known or name not in AttentionInterface():
+        return None
+    kinds = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash", flex_attention_mask: "flex"}
+    return kinds.get(known[name])
 
 
 def register_attention(name: str, base: str, function: Callable[..., Any]) -> None:
-    """Make an attention function known under ``name``, with the masks of ``base`` ("sdpa" or "eager").
+    """Make an attention function known under ``name``, with masks of four dimensions that say what ``base`` sees.
 
-    Without a mask function of the same name transformers drops every mask silently.
+    They are additive for "eager", else bool. Without a mask function of the same name transformers drops every mask
+    silently.
     """
+    masks: dict[str | None, Callable[..., Any]] = {"eager": eager_mask, "flash": _padded_causal_mask}
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask if base == "sdpa" else eager_mask)
+    AttentionMaskInterface.register(name, masks.get(mask_kind(base), sdpa_mask))
+
+
+def _padded_causal_mask(
+    *args: Any, mask_function: Any = None, local_size: int | None = None, **kwargs: Any
+) -> Tensor | None:
+    """A mask for flash attention, which goes by padding alone; ``bases.seen_by_flash`` has what layers add."""
+    return cast("Tensor | None", sdpa_mask(*args, mask_function=causal_mask_function, **kwargs))
 
 
 def attention_name(config: Any) -> str | None:
@@ -129,8 +163,14 @@ def attention_name(config: Any) -> str | None:
     return found
 
 
-def set_attention_name(model: PreTrainedModel, name: str) -> None:
-    """Name the attention implementation of the text decoder; a config that is not nested is the text's itself."""
+def set_attention_name(model: PreTrainedModel, name: str, checked: bool = True) -> None:
+    """Name the attention implementation of the text decoder; a config that is not nested is the text's itself.
+
+    ``checked`` False: without a look at whether it is installed, which loads kernels and may take another in its place.
+    """
+    if not checked:
+        model.config.get_text_config()._attn_implementation_internal = name
+        return
     nested = model.config.get_text_config() is not model.config
     model.set_attn_implementation({"text_config" if nested else "": name})
 
@@ -144,6 +184,35 @@ def capacity(cache: Any) -> int:
     """Slots that a cache has room for; -1 for one that grows."""
     found: int = (getattr(cache, "get_max_length", None) or cache.get_max_cache_shape)()
     return found
+
+
+def rotary_tables(decoder: Any) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None:
+    """What makes rotary tables of the residual stream, positions and the number of a layer; None without such."""
+    if (rotary := getattr(decoder, "rotary_emb", None)) is None:
+        return None
+    if "layer_type" not in inspect.signature(type(rotary).forward).parameters:
+        return lambda hidden, positions, layer: rotary(hidden, positions)
+    return lambda hidden, positions, layer: rotary(hidden, positions, layer_type=decoder.config.layer_types[layer])
+
+
+def counting_layer(cache: Any, layer: int) -> int:
+    """The layer whose length a cache says for ``layer``: layers that keep a state in place of keys have none."""
+    if layer >= len(cache.layers) or hasattr(cache.layers[layer], "keys"):
+        return layer
+    return next((number for number, found in enumerate(cache.layers) if hasattr(found, "keys")), layer)
+
+
+def growing_window(layer: Any) -> int:
+    """The sliding window of a cache layer that grows up to it and then lets its oldest slots go; 0 = it has none."""
+    return int(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else 0
+
+
+def keys_before(cache: Any, layer: int, start: int) -> Tensor:
+    """Keys ``[batch, kv_heads, key, dim]`` that a layer sees beside those of a forward that begins at its slot
+    ``start``."""
+    keys: Tensor = cache.layers[layer].keys
+    window = growing_window(cache.layers[layer])
+    return keys[:, :, -(window - 1) :] if window else keys[:, :, :start]
 
 
 def is_static(cache: Any) -> bool:
@@ -257,32 +326,35 @@ def with_chosen_keys(
     return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(query.dtype).min)
 
 
-def joined_states(layers: Sequence[Any]) -> Any | None:
-    """A cache layer with the rows of all ``layers`` that keep a state in place of keys; None if they keep keys."""
-    if hasattr(layers[0], "keys") or not hasattr(layers[0], "conv_states"):
-        return None
-    joined = copy.copy(layers[0])
+def keeps_state(layer: Any) -> bool:
+    """Whether a cache layer has a state of all tokens in place of keys and values."""
+    return hasattr(layer, "conv_states") and not hasattr(layer, "keys")
+
+
+def with_states(layer: Any, make: Callable[[str, int], Tensor]) -> Any:
+    """A copy of a cache layer that keeps states, each made anew: ``make(name, number)``."""
+    found = copy.copy(layer)
     for name in ("conv_states", "recurrent_states"):
-        states = [getattr(layer, name) for layer in layers]
-        rows = {index: [state[index] for state in states] for index in states[0]}
-        setattr(joined, name, {n: None if of[0] is None else torch.cat(of) for n, of in rows.items()})
-    return joined
+        states = getattr(layer, name)
+        setattr(found, name, {n: None if state is None else make(name, n) for n, state in states.items()})
+    return found
+
+
+def joined_states(layers: Sequence[Any]) -> Any:
+    """A cache layer with the rows of all ``layers``, which keep states."""
+    return with_states(layers[0], lambda name, n: torch.cat([getattr(layer, name)[n] for layer in layers]))
+
+
+def repeat_rows(cache: Any, times: int) -> None:
+    """Every row of a cache ``times`` times, one after another; layers that keep states cannot do that themselves."""
+    for number, layer in enumerate(cache.layers):
+        if keeps_state(layer):
+            again = functools.partial(lambda of, name, n: getattr(of, name)[n].repeat_interleave(times, 0), layer)
+            cache.layers[number] = with_states(layer, again)
+        else:
+            layer.batch_repeat_interleave(times)
 
 
 def image_text_types() -> list[str]:
     """Model types of which transformers knows a model that reads pictures and text and writes text."""
     return list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-
-
-def repeat_rows(cache: Any, times: int) -> None:
-    """Every row of a cache ``times`` times, one after another; layers that keep a state cannot do that themselves."""
-    for number, layer in enumerate(cache.layers):
-        if hasattr(layer, "batch_repeat_interleave"):
-            layer.batch_repeat_interleave(times)
-        elif (state := joined_states([layer] * times)) is not None:
-            rows = torch.arange(next(of for of in state.conv_states.values() if of is not None).shape[0])
-            order = rows.view(times, -1).T.flatten()
-            for name in ("conv_states", "recurrent_states"):
-                states = getattr(state, name)
-                setattr(state, name, {n: None if of is None else of[order.to(of.device)] for n, of in states.items()})
-            cache.layers[number] = state

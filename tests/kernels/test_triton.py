@@ -398,3 +398,21 @@ def test_a_whole_model_says_the_same_on_the_kernel(family, recipe, monkeypatch, 
             found[backend] = out.logits[0]
             assert backend in model.vlmattn.report()["backends"]["decode"]
     torch.testing.assert_close(found["triton"], found["eager"], rtol=0.05, atol=0.15)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="flash attention needs a GPU")
+@pytest.mark.parametrize("name", ["pai", "var", "fastv"])
+def test_models_that_were_loaded_with_flash_attention(name):
+    """Without an edit bit for bit as bare; with one as on a model with sdpa."""
+    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    inputs = {key: value.to(DEVICE) for key, value in prompt("llava").items()}
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    models = [build("llava").to(DEVICE, torch.bfloat16) for _ in range(2)]
+    models[1].set_attn_implementation({"text_config": "flash_attention_2"})
+    with torch.no_grad():
+        bare = models[1](**inputs).logits
+        assert torch.equal(vlmattn.wrap(models[1], "none")(**inputs).logits, bare)
+        vlmattn.unwrap(models[1])
+        sdpa, flash = (vlmattn.wrap(model, name)(**inputs).logits.float() for model in models)
+    assert models[1].vlmattn.report()["layers"]["prefill"]
+    torch.testing.assert_close(flash, sdpa, rtol=0, atol=5e-2 * float(sdpa.abs().max()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,7 @@ from vlmattn.models import find_family
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore::UserWarning")]
 NEAR, NEW = 2e-4, 3
+OF_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,23 @@ class Film:
     Attributes:
         layout: ids of a video of so many frames.
         pixels: its inputs.
-        cells: rows and columns of the tokens of a frame that show a place; behind: tokens at the end of a row that do not;
-            token: its placeholder.
-        mixed: the bare model reads a prompt with an image and a video; kept: per video, not per row of pixels.
+        pieces: rows and columns of the pieces of a frame, by its number; token: its placeholder; kind: their type.
+        mixed: the bare model reads a prompt with an image and a video.
+        lengths: tokens of each frame; hidden: of them, at the front, those that show no place; behind: those
+             at the end of each row.
+        batch: frames of two videos that one batch may have.
     """
 
     layout: Callable[[int], list[int]]
     pixels: Callable[[int, torch.Generator], dict[str, Tensor]]
-    cells: tuple[int, int] = (2, 2)
+    pieces: Callable[[int], list[tuple[int, int]]] = lambda frame: [(2, 2)]
     token: int = VID
+    kind: int = 2
     behind: int = 0
     mixed: bool = True
     lengths: Callable[[int], list[int]] = lambda frames: [4] * frames
-    vocabulary: dict[str, int] = field(default_factory=dict)
+    hidden: int = 0
+    batch: tuple[int, int] = (3, 2)
 
 
 def grids(
@@ -62,6 +67,15 @@ def grids(
     return make
 
 
+def timed(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {**grids([96])(frames, generator), "video_second_per_grid": torch.tensor([1.0])}
+
+
+def in_pairs(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Twice as many frames, of which two become one."""
+    return grids([48])(2 * frames, generator)
+
+
 def clip(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values_videos": torch.randn(1, frames, 3, 16, 16, generator=generator)}
 
@@ -70,30 +84,93 @@ def clip(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
 MERGED = 2 if parse(transformers.__version__) >= parse("5.24") else 1
 
 
+def compressed(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """VideoLLaMA 3: the first frame whole, of each later one what has changed: all but its second token."""
+    kept = torch.ones(frames, 4, dtype=torch.bool)
+    kept[1:, 1] = False
+    return {
+        **grids([48])(frames, generator), "video_merge_sizes": torch.tensor([2]), "video_compression_mask": kept.flatten(),
+    }  # fmt: skip
+
+
+def strip(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """MiniCPM-V: frames of 8 x 8 patches, the second of which has two slices besides."""
+    sizes = torch.tensor([size for n in range(frames) for size in ([8, 8], *([[4, 8]] * 2 if n == 1 else []))])
+    pixels = torch.randn(1, 3, 4, 4 * int(sizes.prod(1).sum()), generator=generator)
+    return {"pixel_values_videos": pixels, "target_sizes_videos": sizes.int()}
+
+
+def sliced(frames: int) -> list[int]:
+    slices = [FAKE, *[VID] * 2, ROW] * 2
+    return [token for n in range(frames) for token in (OPEN, *[VID] * 4, CLOSE, *(slices if n == 1 else []))]
+
+
+def pooled(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Molmo 2: frames of 4 x 4 patches, four of which become a token."""
+    square = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    return {
+        "pixel_values_videos": torch.randn(frames, 16, 48, generator=generator),
+        "video_token_pooling": torch.cat([square + 16 * n for n in range(frames)]),
+        "video_grids": torch.tensor([[frames, 2, 2]]),
+    }
+
+
 def stamped(before: int, after: int) -> Callable[[int], list[int]]:
     """A time before each frame."""
     return lambda frames: [token for second in range(frames) for token in (40 + second, before, *[VID] * 4, after)]
 
 
+def unbroken(frames: int) -> list[int]:
+    return [OPEN, *[VID] * 4 * frames, CLOSE]
+
+
+GLM = Film(
+    lambda frames: [FAKE, *(t for n in range(frames) for t in (OPEN, *[IMG] * 4, CLOSE, 40 + n)), ROW],
+    grids([96]),
+    token=IMG,
+    mixed=False,
+)
+SLICED = Film(
+    sliced, strip, lambda frame: [(2, 2), (1, 2), (1, 2)] if frame == 1 else [(2, 2)],
+    lengths=lambda frames: [4, 8, *[4] * (frames - 2)],
+)  # fmt: skip
+
 FILMS = {
-    "qwen2_vl": Film(lambda frames: [OPEN, *[VID] * 4 * frames, CLOSE], grids([96])),
-    "qwen2_5_vl": Film(lambda frames: [OPEN, *[VID] * 4 * frames, CLOSE], grids([96])),
+    "qwen2_vl": Film(unbroken, grids([96])),
+    "qwen2_5_vl": Film(unbroken, grids([96])),
     "qwen3_vl": Film(stamped(OPEN, CLOSE), grids([96])),
-    "glm4v": Film(
-        lambda frames: [FAKE, *(t for n in range(frames) for t in (OPEN, *[IMG] * 4, CLOSE, 40 + n)), ROW], grids([96]),
-        token=IMG, mixed=False,
-    ),
+    "glm4v": GLM,
+    "glm_ocr": GLM,
+    "qwen2_5_omni_thinker": Film(unbroken, timed),
+    "qwen3_omni_moe_thinker": Film(unbroken, timed),
+    "exaone4_5": Film(unbroken, grids([96])),
+    "cohere_compass": Film(stamped(OPEN, CLOSE), grids([96])),
+    "qwen4_exp": Film(stamped(OPEN, CLOSE), grids([96])),
+    "ernie4_5_vl_moe": Film(lambda frames: [FAKE, *[VID] * 4 * frames, ROW], in_pairs),
     "kimi_k25": Film(stamped(OPEN, CLOSE), grids([3, 4, 4], apart=True, merged=MERGED)),
     "llava_onevision": Film(
-        lambda frames: [VID] * (4 * frames + 1), clip, lengths=lambda frames: [*[4] * (frames - 1), 5]
+        lambda frames: [VID] * (4 * frames + 1), clip, batch=(3, 3), lengths=lambda frames: [*[4] * (frames - 1), 5]
     ),
-    "llava_next_video": Film(lambda frames: [VID] * 4 * frames, clip),
+    "llava_next_video": Film(lambda frames: [VID] * 4 * frames, clip, batch=(3, 3)),
+    "video_llama_3": Film(
+        lambda frames: [token for n in range(frames) for token in (40 + n, *[VID] * (3 if n else 4), 41)], compressed,
+        lambda frame: [(1, 1), (1, 2)] if frame else [(2, 2)], lengths=lambda frames: [4, *[3] * (frames - 1)],
+    ),
+    "minicpmv4_6": SLICED,
+    "minicpmv4_7": SLICED,
+    "molmo2": Film(
+        lambda frames: [t for n in range(frames) for t in (40 + n, ROW, *[IMG] * 4, 94)], pooled, token=IMG, kind=1,
+        mixed=False,
+    ),
     "hy_v4_vl": Film(
         lambda frames: [OPEN, *[VID] * 6 * frames, CLOSE], grids([48]), lengths=lambda frames: [6] * frames, behind=1
     ),
+    "hyperclovax_vision_v2": Film(lambda frames: [OPEN, *[VID] * 4 * frames, CLOSE], grids([96])),
     "cosmos3_omni": Film(stamped(OPEN, CLOSE), grids([96])),
     "qwen3_5": Film(stamped(OPEN, CLOSE), grids([96])),
-    "video_llava": Film(lambda frames: [VID] * 17 * frames, clip, (4, 4), lengths=lambda frames: [17] * frames),
+    "video_llava": Film(
+        lambda frames: [VID] * 17 * frames, clip, lambda frame: [(4, 4)], lengths=lambda frames: [17] * frames, hidden=1, batch=(3, 3)
+    ),
 }  # fmt: skip
 
 
@@ -114,24 +191,35 @@ def filmed(
         else:
             numbers.append(-1)
     found = torch.tensor([ids])
-    types = torch.tensor([[0 if n < 0 else 1 if image and n == 0 else 2 for n in numbers]])
+    types = torch.tensor([[0 if n < 0 else 1 if image and n == 0 else film.kind for n in numbers]])
     inputs = dict(input_ids=found, attention_mask=torch.ones_like(found), **film.pixels(frames, generator))
     if tiny.types(found):
-        inputs["mm_token_type_ids"] = types
+        inputs |= tiny.types(found) | {"mm_token_type_ids": types}
     if image:
         inputs |= tiny.pixels(1, generator)
     return inputs, torch.tensor([numbers])
 
 
-def together(prompts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def together(name: str, prompts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The prompts as one batch, padded on the left."""
     length = max(prompt["input_ids"].shape[1] for prompt in prompts)
     batch = {}
-    for name in prompts[0]:
-        parts = [prompt[name] for prompt in prompts]
-        of_tokens = name in ("input_ids", "attention_mask", "mm_token_type_ids")
-        batch[name] = torch.cat([pad(part, (length - part.shape[1], 0)) for part in parts] if of_tokens else parts)
+    for key in prompts[0]:
+        parts = [prompt[key] for prompt in prompts]
+        if key in OF_TOKENS:
+            parts = [pad(part, (length - part.shape[1], 0)) for part in parts]
+        elif key == "video_token_pooling":  # numbers of patches among those of all prompts
+            before = [0, *(prompt["pixel_values_videos"][..., 0].numel() for prompt in prompts)]
+            parts = [part + sum(before[: row + 1]) for row, part in enumerate(parts)]
+        batch[key] = torch.cat(parts, ZOO[name].pixel_axis if key.startswith("pixel_values") else 0)
     return batch
+
+
+def processor_of(name: str) -> Any:
+    """Its tokenizer knows the markers."""
+    return SimpleNamespace(
+        tokenizer=SimpleNamespace(get_vocab=lambda: ZOO[name].vocabulary, decode=lambda ids, **_: str(ids))
+    )
 
 
 def near(found: Tensor, wanted: Tensor) -> bool:
@@ -149,7 +237,7 @@ ways = pytest.mark.parametrize(("name", "image"), WAYS, ids=[f"{name}{'-mixed' *
 @ways
 def test_every_frame_is_an_image(name, image):
     """In a forward, where generate() encodes before, and in a padded batch."""
-    model = vlmattn.wrap(ZOO[name].build(), PAI(layers="0:"))
+    model = vlmattn.wrap(ZOO[name].build(), PAI(layers="0:"), processor=processor_of(name))
     given = [filmed(name, 3, 4, image), filmed(name, 3, 7, image, seed=2)]
     for inputs, numbers in given:
         found = model(**inputs, use_cache=True).past_key_values._vlmattn_request
@@ -157,7 +245,10 @@ def test_every_frame_is_an_image(name, image):
     length = max(numbers.shape[1] for _, numbers in given)
     wanted = torch.cat([pad(numbers, (length - numbers.shape[1], 0), value=-1) for _, numbers in given])
     out = model.generate(
-        **together([inputs for inputs, _ in given]), max_new_tokens=1, return_dict_in_generate=True, pad_token_id=0
+        **together(name, [inputs for inputs, _ in given]),
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        pad_token_id=0,
     )
     assert torch.equal(out.past_key_values._vlmattn_request.images(length, torch.device("cpu")).long(), wanted)
 
@@ -180,11 +271,11 @@ def test_every_kind_of_method_runs_alone_as_in_a_batch(name, image, method):
     kind = {"fastv": "pruning", "vcd": "decoding"}.get(method, "edits")
     if kind in dict(find_family(model).anatomy(model).refused):
         pytest.skip(f"{kind} is refused")
-    vlmattn.wrap(model, METHODS[method])
+    vlmattn.wrap(model, METHODS[method], processor=processor_of(name))
     alone = [answer(model, inputs) for inputs in given]
-    assert not near(alone[0], bare)
+    assert near(alone[0], bare) == (method == "sofa" and name == "molmo2")  # whose images see each other anyway
     if method != "vcd":  # noise is drawn for a batch
-        both = answer(model, together(given))
+        both = answer(model, together(name, given))
         assert near(both[0], alone[0][0])
         assert near(both[1], alone[1][0])
 
@@ -193,24 +284,66 @@ def test_every_kind_of_method_runs_alone_as_in_a_batch(name, image, method):
 def test_maps_of_frames(name, image):
     """`look` has a map for each frame: the eager model's attention at the frame's tokens, row by row."""
     inputs, numbers = filmed(name, 3, 4, image)
-    processor = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict, decode=lambda ids, **_: str(ids)))
-    trace = look(ZOO[name].build(), processor, inputs, answer=[7], rows=[-1])
+    trace = look(ZOO[name].build(), processor_of(name), inputs, answer=[7], rows=[-1])
     assert trace.images[:-1] == tuple(numbers[0].tolist())
     assert len(trace.pieces) == 3 + image
     eager = ZOO[name].build("eager")(**inputs, output_attentions=True).attentions
     eager = [layer for layer in eager if layer is not None]
     row = inputs["input_ids"].shape[1] - 1
     for frame in range(3):
-        (piece,) = trace.pieces[frame + image]
-        assert tuple(piece.tokens.shape) == FILMS[name].cells
+        pieces = trace.pieces[frame + image]
+        assert [tuple(piece.tokens.shape) for piece in pieces] == FILMS[name].pieces(frame)
         slots = (numbers[0] == frame + image).nonzero()[:, 0]
-        skipped = name == "video_llava"  # the CLS token
-        (high, wide), behind = FILMS[name].cells, FILMS[name].behind
-        places = [skipped + row * (wide + behind) + column for row in range(high) for column in range(wide)]
-        assert piece.tokens.flatten().tolist() == places
-        shown = trace.attention(row).values[..., slots].mean((0, 1))[piece.tokens]
-        wanted = torch.stack([layer[0, :, row, slots] for layer in eager]).mean((0, 1))[piece.tokens]
-        torch.testing.assert_close(shown, wanted, rtol=0, atol=1e-5)
+        shown = torch.cat([piece.tokens.flatten() for piece in pieces])
+        first, behind = FILMS[name].hidden, FILMS[name].behind
+        wide = pieces[0].tokens.shape[1]
+        assert shown.tolist() == [first + place + place // wide * behind for place in range(len(shown))]
+        seen = trace.attention(row).values[..., slots].mean((0, 1))[shown]
+        wanted = torch.stack([layer[0, :, row, slots] for layer in eager]).mean((0, 1))[shown]
+        torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "boxes"),
+    [
+        ("video_llama_3", 0, [(0, 0, 1, 1)]),
+        ("video_llama_3", 2, [(0, 0, 0.5, 0.5), (0, 0.5, 1, 1)]),  # without its second token
+        ("minicpmv4_6", 1, [(0, 0, 1, 1), (0, 0, 0.5, 1), (0.5, 0, 1, 1)]),
+        ("minicpmv4_7", 2, [(0, 0, 1, 1)]),
+    ],
+)
+def test_pieces_of_a_frame_lie_where_they_were_cut(name, frame, boxes):
+    inputs, _ = filmed(name)
+    model, tokens = ZOO[name].build(), FILMS[name].lengths(3)[frame]
+    found = find_family(model).image_layout(model, inputs, frame, tokens, ZOO[name].vocabulary)
+    assert [piece.box for piece in found] == boxes
+
+
+@ways
+def test_inputs_of_each_prompt(name, image):
+    """Every input that comes image by image is taken apart where the prompts are."""
+    given = [filmed(name, frames, 4, image, seed=2 + row)[0] for row, frames in enumerate(FILMS[name].batch)]
+    model = ZOO[name].build()
+    found = find_family(model).per_row(model, together(name, given))
+    assert found.keys() == {key for key in given[0] if key not in OF_TOKENS}
+    for key, counts in found.items():
+        axis = ZOO[name].pixel_axis if key.startswith("pixel_values") else 0
+        assert counts == [prompt[key].shape[axis] for prompt in given], key
+
+
+@ways
+def test_a_search_takes_prompts_apart(name, image):
+    """OPERA reads the prompts of a batch one by one, each as if it came alone."""
+    model = ZOO[name].build()
+    refused = dict(find_family(model).anatomy(model).refused)
+    if {"decoding", "looking"} & refused.keys() or find_family(model).anatomy(model).window:
+        pytest.skip("a search is refused")
+    vlmattn.wrap(model, "opera", processor=processor_of(name))
+    given = [filmed(name, frames, 4, image, seed=2 + row)[0] for row, frames in enumerate(FILMS[name].batch)]
+    options = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0, suppress_tokens=[IMG, VID])
+    alone = [model.generate(**inputs, **options)[0, -3:].tolist() for inputs in given]
+    assert alone[0] != alone[1]
+    assert model.generate(**together(name, given), **options)[:, -3:].tolist() == alone
 
 
 @pytest.mark.parametrize("name", FILMS)

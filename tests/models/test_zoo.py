@@ -52,5 +52,10 @@ def test_padding_is_invisible_or_said_to_be_seen(name):
 def test_a_cache_is_invisible_or_said_to_be_seen(name):
     model, tiny = ZOO[name].build(), ZOO[name]
     inputs, options = prompts(name)[0].inputs, dict(suppress_tokens=[tiny.image_token])
-    cached, recomputed = (generate(model, inputs, 3, use_cache=use, **options) for use in (True, False))
-    assert torch.allclose(cached, recomputed, **CLOSE) != bool(tiny.uncached)
+    cached = generate(model, inputs, 3, use_cache=True, **options)
+    try:
+        recomputed = generate(model, inputs, 3, use_cache=False, **options)
+    except IndexError:
+        assert tiny.uncached
+    else:
+        assert torch.allclose(cached, recomputed, **CLOSE) != bool(tiny.uncached)

@@ -127,10 +127,8 @@ def test_a_padded_batch_and_beams_behind_a_text():
 
 @pytest.mark.parametrize("name", ["pai", "sofa", "paint", "heads_guided", "fastv", "sparsevlm", "visionzip"])
 def test_text_that_the_bare_model_read(name):
-    """``disable()``, as the error about prompts without images advises; then the recipe goes on."""
+    """Text read after ``disable()``, or before a cache was promised; then the recipe goes on."""
     model = vlmattn.wrap(build("llava"), name)
-    with pytest.raises(InputError, match=r"call model\.vlmattn\.disable\(\)"):
-        model(input_ids=SYSTEM)
     model.vlmattn.disable()
     cache = read(model)
     model.vlmattn.enable()
@@ -162,11 +160,68 @@ def test_text_that_the_recipe_had_to_read_itself(name):
 
 
 @pytest.mark.parametrize("name", ["vhr", "avl", "rounds", "bidirectional_prompt"])
-def test_recipes_that_read_all_at_once_say_so_at_the_first_text(name):
+def test_recipes_that_read_all_at_once_say_so_at_the_image(name):
     model = vlmattn.wrap(build("llava"), name)
-    with pytest.raises(InputError, match=f"no image tokens.*'{name}' cannot go on from their cache.*as one prompt"):
-        read(model)
-    answer(model, behind(SYSTEM))
+    cache, whole = read(model), behind(SYSTEM)
+    with pytest.raises(StateError, match=f"read bare, and '{name}' must see every token.*the whole conversation"):
+        answer(model, whole, past_key_values=cache)
+    answer(model, whole)
+
+
+TEXT = {"input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]]), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+ABOUT_IMAGES = ("pai", "var", "vhr", "avl", "fastv", "visionzip", "knockout_sinks", "vcd", "agla", "pai+dola_low")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ABOUT_IMAGES)
+def test_text_alone_is_answered_by_the_bare_model(name, family):
+    name = {"sparsevlm": "sparsevlm_plus", "visionzip": "visionzip_positions"}.get(name, name)
+    model, bare = vlmattn.wrap(build(family), name), build(family)
+    with pytest.warns(UserWarning, match=f"a prompt without image tokens: '{re.escape(name)}' is about images") as said:
+        found, later = answer(model, TEXT), answer(model, TEXT, num_beams=2)
+    assert len([one for one in said if "without image tokens" in str(one.message)]) == 1
+    assert torch.equal(logits(found), logits(answer(bare, TEXT)))
+    assert torch.equal(later.sequences, answer(bare, TEXT, num_beams=2).sequences)
+    more = torch.cat([found.sequences, torch.tensor([[9], [9]])], 1)  # a second question without an image
+    more = {"input_ids": more, "attention_mask": torch.cat([TEXT["attention_mask"], torch.ones(2, 5).long()], 1)}
+    assert torch.equal(
+        logits(answer(model, more, past_key_values=found.past_key_values)),
+        logits(answer(bare, more, past_key_values=answer(bare, TEXT).past_key_values)),
+    )
+    changed = answer(model, prompt(family), **({"branch_inputs": PIXELS[family]} if name == "agla" else {}))
+    assert not torch.equal(logits(changed), logits(answer(bare, prompt(family))))
+
+
+PIXELS = {
+    "llava": {"augmented": {"pixel_values": torch.zeros(1, 3, 16, 16)}},
+    "qwen2_5_vl": {"augmented": {"pixel_values": torch.zeros(16, 96)}},
+}
+
+
+@pytest.mark.parametrize("name", ["pai", "var", "vhr", "avl", "fastv"])
+def test_text_alone_token_by_token(name):
+    """Forwards of one's own; an image may follow where the recipe need not have seen the text."""
+    model, bare, caches = vlmattn.wrap(build("llava"), name), build("llava"), [None, None]
+    for part in (SYSTEM, torch.tensor([[7]]), torch.tensor([[8, 9]])):
+        outs = [one(input_ids=part, past_key_values=cache) for one, cache in zip((model, bare), caches, strict=True)]
+        assert torch.equal(outs[0].logits, outs[1].logits)
+        caches = [out.past_key_values for out in outs]
+    whole = behind(torch.tensor([[1, 5, 6, 7, 8, 9]]))
+    image = {"input_ids": whole["input_ids"][:, 6:], "pixel_values": whole["pixel_values"]}
+    if name in ("pai", "fastv"):
+        there = model(**image, past_key_values=caches[0]).logits[:, -1]
+        torch.testing.assert_close(there, model(**whole).logits[:, -1], rtol=0, atol=2e-5)
+        assert (there - bare(**whole).logits[:, -1]).abs().max() > 1e-4
+    else:
+        with pytest.raises(StateError, match=f"'{name}' must see every token"):
+            model(**image, past_key_values=caches[0])
+
+
+def test_pictures_without_a_place_are_no_text():
+    model, inputs = vlmattn.wrap(build("llava"), "pai"), {**TEXT, "pixel_values": prompt("llava")["pixel_values"]}
+    for call in (model, model.generate):
+        with pytest.raises(InputError, match="no image tokens in the prompt; put the image placeholder into it"):
+            call(**inputs)
 
 
 def test_caches_with_unknown_tokens_or_images():

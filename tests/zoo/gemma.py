@@ -84,7 +84,7 @@ MODELS: dict[str, Tiny] = {
                 vision_hidden_size=32, projector_hidden_size=32, image_token_id=IMG, video_token_id=VID,
             ),
         ),
-        merged, _patches_hw,
+        merged, _patches_hw, calm="mixer.in_proj",
     ),
     "mistral_large4": Tiny(
         lambda: (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 import transformers as hf
 from torch import Tensor
 
@@ -31,6 +33,13 @@ from zoo.qwen import DELTA_EXPERTS
 
 TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=4)
 WINDOWS = dict(layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=200)
+
+
+def by_experts(ids: Tensor) -> dict[str, Tensor]:
+    """Kinds of tokens, and whose experts they go to: markers have no kind, and go where their images go."""
+    experts = torch.isin(ids, torch.tensor([OPEN, IMG, CLOSE])).int()
+    experts[torch.isin(ids, torch.tensor([FAKE, VID, ROW]))] = 2
+    return {**typed()(ids), "moe_mm_token_type_ids": experts}
 
 
 def gridded(
@@ -116,11 +125,11 @@ MODELS: dict[str, Tiny] = {
         dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, patch_size=4, layer_types=["conv", "full_attention"]),
         image_token_id=IMG, video_token_id=VID, vision_start_token_id=OPEN, vision_end_token_id=CLOSE, projector_hidden_size=32,
     ),
-    "ernie4_5_vl_moe": merging(
+    "ernie4_5_vl_moe": replace(merging(
         "Ernie4_5_VLMoeConfig", "Ernie4_5_VLMoeForConditionalGeneration",
         dict(moe_intermediate_size=[32, 32], moe_k=2, moe_num_experts=4, moe_num_shared_experts=1, rope_parameters={**ROPE, "mrope_section": [1, 1, 2]}), {}, [48],
         **GLM_IDS,
-    ),
+    ), types=by_experts, uncached="it does not lengthen what says whose experts tokens go to"),
     "apertus1p5": Tiny(_apertus, _coded, _rectangles),
     "hy_v4_vl": gridded(
         "HYV4VLConfig", "HYV4VLForConditionalGeneration",

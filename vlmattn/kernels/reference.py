@@ -67,7 +67,9 @@ def _weights(problem: Problem, score: Tensor, shown: Tensor, real: Tensor, b: in
         there &= shown.new_tensor([j in read for j in range(keys)])
     openable, see = there, problem.visibility
     if see.window is not None:
-        openable = there & shown.new_tensor([abs((see.offset or 0) + i - j) < see.window for j in range(keys)])
+        places = range(keys) if see.places is None else see.places[b].tolist()
+        row = places[(see.offset or 0) + i]
+        openable = there & shown.new_tensor([abs(row - places[j]) < see.window for j in range(keys)])
     sink = float("-inf") if problem.sinks is None else float(problem.sinks[h])
     return _softmax(score, shown & there, openable, edit.mask, b, h, i, sink)
 

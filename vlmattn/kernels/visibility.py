@@ -40,7 +40,7 @@ class Mask:
         visible, hidden: bool ``[batch or 1, heads or 1, query, key]``.
         bias: values of an additive mask, float32 and 0 where it hides; None = none.
         blind: bool ``[batch or 1, heads or 1, query, 1]``, rows that see nothing; None = there are none.
-        reach: bool ``[query, key]``, keys that an edit may open; None = all.
+        reach: bool ``[batch or 1, 1, query, key]``, keys that an edit may open; None = all.
     """
 
     visible: Tensor
@@ -74,6 +74,7 @@ class Visibility:
         plain: the mask is exactly causal and not padding (no window, nothing from the user).
         one_row: the mask of a single query row, taken apart.
         window: keys that far from a row, or further, stay invisible whatever an edit opens; None = no window.
+        places: int64 ``[batch, key]``, where keys are, for windows; None = side by side.
     """
 
     mask: Tensor | None
@@ -82,6 +83,7 @@ class Visibility:
     plain: bool = True
     one_row: Mask | None = None
     window: int | None = None
+    places: Tensor | None = None
 
     def of_rows(self, start: int, stop: int, keys: int, device: torch.device) -> Mask:
         """The mask of the query rows ``start:stop`` of several."""
@@ -91,5 +93,7 @@ class Visibility:
             given = (torch.arange(keys, device=device) <= torch.arange(start, stop, device=device)[:, None])[None, None]
         if self.window is None:
             return Mask.of(given)
-        rows = torch.arange(start, stop, device=device)[:, None] + (self.offset or 0)
-        return Mask.of(given, (rows - torch.arange(keys, device=device)).abs() < self.window)
+        first = self.offset or 0
+        places = torch.arange(keys, device=device)[None] if self.places is None else self.places
+        rows = places[:, None, first + start : first + stop, None]
+        return Mask.of(given, (rows - places[:, None, None]).abs() < self.window)

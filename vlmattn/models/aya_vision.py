@@ -19,6 +19,3 @@ class AyaVision(Matched, Tiled):
         "cohere2_vision": "CohereLabs/command-a-vision-07-2025",
     }
     first: ClassVar[str] = "<|START_OF_IMG|>"
-    refused: ClassVar[Mapping[str, str]] = {
-        "pruning": "some of its layers have a sliding window, which counts tokens",
-    }

@@ -18,24 +18,14 @@ from vlmattn.models.inputs import (
     OF_TOKENS,
     encoded_lengths,
     even_lengths,
+    for_rows,
     share_out,
     warn_of_runs,
 )
-from vlmattn.models.sizes import mlp_width, vision_of, window_of
+from vlmattn.models.reasons import HYBRID
+from vlmattn.models.sizes import mlp_width, sources_of, vision_of, window_of
 from vlmattn.models.tower import SeenTower
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
-
-#: Kinds of methods, as families support or refuse them.
-KINDS = ("edits", "masks", "pruning", "decoding")
-
-#: Why families with windows, and those with layers without attention, refuse methods.
-WINDOWED = {"pruning": "some of its layers have a sliding window, which counts tokens"}
-_STATE = "some of its layers have no attention but a state of all tokens before"
-HYBRID = {
-    "pruning": f"{_STATE}, which the tokens left out would have to leave too; take an attention edit",
-    "looking": f"{_STATE}, which show no attention; take a rule that is not guided by it, like vcd",
-    "sharing": f"{_STATE}, of which no token can be taken back; take a rule with branches of its own, like vcd",
-}
 
 
 class Family(SeenTower):
@@ -44,7 +34,7 @@ class Family(SeenTower):
     What is here fits most: ``model.model.language_model`` decodes, an unbroken run of ``image_token_id`` is an image.
     """
 
-    #: ``config.model_type`` values this class serves, each with the checkpoints people know.
+    #: ``config.model_type`` values this class serves, each with a checkpoint people know ("" = none is named).
     model_types: ClassVar[Mapping[str, str]] = {}
     #: Config fields with ids of tokens that are in a prompt for the sake of its images, placeholders aside.
     markers: ClassVar[tuple[str, ...]] = ()
@@ -68,7 +58,7 @@ class Family(SeenTower):
     pixel_axis: ClassVar[int] = 0
     #: Kinds of methods that the family cannot have, and why: ``KINDS``, "opening" (masks that open edges), "rows"
     #: (about rows of image tokens), "turns" (that must know the user's), and of decoding methods "looking" (guided by
-    #: attention), "sharing" (taking tokens back), "dropping" (branches without an image), "rotating" (another base).
+    #: attention), "dropping" (branches without an image), "rotating" (another base).
     refused: ClassVar[Mapping[str, str]] = {}
     #: Why nothing at all runs on the family; "" = something does.
     unsupported: ClassVar[str] = ""
@@ -171,7 +161,10 @@ class Family(SeenTower):
         """
         numbers = self.numbers_of_runs(model, inputs, types, marker_ids)
         runs = video_runs(types) if VIDEO in self.placeholders(model).values() else []
-        return number_frames(types, numbers, self.frame_lengths(model, inputs, runs)) if runs else numbers
+        if not runs:
+            return numbers
+        lengths = for_rows(self.frame_lengths(model, inputs, runs), (types == VIDEO).sum(1).tolist())
+        return number_frames(types, numbers, lengths or runs)
 
     def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
         """Tokens of each frame of the videos of a call, in (row, token) order.
@@ -263,6 +256,10 @@ class Family(SeenTower):
             if isinstance(inputs.get(name), Tensor):
                 found[name] = self.rows_of(model, inputs, len(inputs[name]), VIDEO if "video" in name else IMAGE)
         return found
+
+    def by_itself(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of one sequence, taken out of those of a batch, as they would be without the others."""
+        return dict(inputs)
 
     def rows_of(self, model: PreTrainedModel, inputs: Mapping[str, Any], count: int, kind: int = IMAGE) -> list[int]:
         """How many of the ``count`` rows of an input belong to each sequence of the batch.
@@ -366,6 +363,7 @@ class Family(SeenTower):
             source=model.name_or_path,
             deepstack=len(getattr(vision_of(model), "deepstack_visual_indexes", None) or ()),
             window=window_of(text),
+            sources=sources_of(text),
             axes=3 if (getattr(text, "rope_parameters", None) or {}).get("mrope_section") else 1,
             attending=None if len(attending) == text.num_hidden_layers else attending,
             causal=self.causal,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vlmattn.models.base import WINDOWED
 from vlmattn.models.grids import Spatial
 from vlmattn.models.registry import register_family
 
@@ -15,4 +14,3 @@ class CohereCompass(Spatial):
     """Layers with a window have rotary positions, those without have others."""
 
     model_types: ClassVar[Mapping[str, str]] = {"cohere_compass": "CohereLabs/North-Micro-Vision-Instruct"}
-    refused: ClassVar[Mapping[str, str]] = WINDOWED

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vlmattn.models.base import WINDOWED
 from vlmattn.models.grids import Gridded
 from vlmattn.models.registry import register_family
 
@@ -16,7 +15,6 @@ class Exaone45(Gridded):
 
     model_types: ClassVar[Mapping[str, str]] = {"exaone4_5": "LGAI-EXAONE/EXAONE-4.5-33B"}
     refused: ClassVar[Mapping[str, str]] = {
-        **WINDOWED,
         "rotating": "it counts positions itself, the same for all branches; take a rule that changes images, like vcd",
     }
     markers: ClassVar[tuple[str, ...]] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vlmattn.models.base import WINDOWED, Family
+from vlmattn.models.base import Family
 from vlmattn.models.registry import register_family
 
 
@@ -21,4 +21,3 @@ class Gemma3(Family):
     markers: ClassVar[tuple[str, ...]] = ("boi_token_index", "eoi_token_index")
     square: ClassVar[bool] = True
     causal: ClassVar[bool] = False
-    refused: ClassVar[Mapping[str, str]] = WINDOWED

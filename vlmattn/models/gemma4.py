@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import WINDOWED, Family
+from vlmattn.models.base import Family
 from vlmattn.models.image_layout import Piece, whole
 from vlmattn.models.registry import register_family
 
@@ -19,10 +19,9 @@ class Gemma4(Family):
     others; edits see what a layer really attends with."""
 
     model_types: ClassVar[Mapping[str, str]] = {
-        "gemma4": "google/gemma-4-E4B-it",
+        "gemma4": "google/gemma-4-e2b-it",
         "gemma4_unified": "google/gemma-4-12b-it",
     }
-    refused: ClassVar[Mapping[str, str]] = WINDOWED
     markers: ClassVar[tuple[str, ...]] = ("boi_token_id", "eoi_token_id")
     leaves_rows_out: ClassVar[bool] = True
     causal: ClassVar[bool] = False  # where images are seen both ways, and for the windows

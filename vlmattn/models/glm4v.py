@@ -23,7 +23,7 @@ class Glm4v(Spatial):
         "glm4v_moe": "zai-org/GLM-4.5V",
         "glm46v": "zai-org/GLM-4.6V-Flash",
         "glm_ocr": "zai-org/GLM-OCR",
-        "glmga": "zai-org/GLM-4.1V-9B-Thinking",
+        "glmga": "",
     }
     markers: ClassVar[tuple[str, ...]] = (
         "image_start_token_id",

@@ -19,7 +19,7 @@ from vlmattn.models.registry import register_family
 class Granite4Vision(LlavaNext):
     """Windows of patches become fewer tokens."""
 
-    model_types: ClassVar[Mapping[str, str]] = {"granite4_vision": "ibm-granite/granite-vision-4.0-3b"}
+    model_types: ClassVar[Mapping[str, str]] = {"granite4_vision": ""}
     refused: ClassVar[Mapping[str, str]] = {
         "pruning": "features of several depths are added to the rows of images in later layers; take an attention edit"
     }

@@ -17,12 +17,13 @@ from vlmattn.request import IMAGE, VIDEO
 
 
 def rows_by_grid(
-    types: Tensor, inputs: Mapping[str, Any], made: Callable[[int, int, int], int]
+    types: Tensor, inputs: Mapping[str, Any], made: Callable[[int, int, int], int], together: int = 1
 ) -> dict[str, list[int]]:
     """Rows of patches and of grids that belong to each sequence.
 
     Args:
-        made: how many tokens a grid of (frames, height, width) patches becomes.
+        made: how many tokens a grid of (frames, height, width) patches becomes; together: so many frames of a video
+            become tokens of one.
     """
     found = {}
     for kind, name, sizes in (
@@ -31,11 +32,13 @@ def rows_by_grid(
     ):
         if inputs.get(name) is not None:
             patches = inputs[sizes].prod(-1).tolist()
-            lengths = [made(*grid) for grid in inputs[sizes].tolist()]
+            count = together if kind == VIDEO else 1
+            lengths = [made(frames // count, *sides) for frames, *sides in inputs[sizes].tolist()]
             tokens = (types == kind).sum(1).tolist()
             found[name] = share_out(tokens, list(zip(lengths, patches, strict=True)))
             found[sizes] = share_out(tokens, [(length, 1) for length in lengths])
-    return found
+    times = ("second_per_grid_ts", "video_second_per_grid")
+    return found | {name: found["video_grid_thw"] for name in times if isinstance(inputs.get(name), Tensor)}
 
 
 class Gridded(Family):
@@ -52,9 +55,13 @@ class Gridded(Family):
         """Patches along each side of what becomes a token."""
         return int(model.config.vision_config.spatial_merge_size)
 
+    def together(self, model: PreTrainedModel) -> int:
+        """Frames of the grid of a video that become tokens of one."""
+        return 1
+
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
         types = self.token_types(model, inputs["input_ids"])
-        return rows_by_grid(types, inputs, partial(self.tokens_of_grid, model))
+        return rows_by_grid(types, inputs, partial(self.tokens_of_grid, model), self.together(model))
 
     def tokens_of_grid(self, model: PreTrainedModel, frames: int, height: int, width: int) -> int:
         """How many tokens a grid of patches becomes."""
@@ -66,19 +73,21 @@ class Gridded(Family):
         return by_grid(inputs, image, len(slots), merge, merge, self.behind)
 
     def frame_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any], runs: Sequence[int]) -> list[int]:
-        grids = inputs.get("video_grid_thw")
-        if grids is None:
+        """As the grids tell: a run is a video, a frame, or some frames between stretches of sound."""
+        if inputs.get("video_grid_thw") is None:
             return list(runs)
-        videos = {self.tokens_of_grid(model, *grid): grid[0] for grid in grids.tolist()}
-        if not videos.keys() >= set(runs):  # frames have text between them
-            return list(runs)
-        return [tokens // videos[tokens] for tokens in runs for _ in range(videos[tokens])]
+        return [self.tokens_of_grid(model, 1, *sides) for sides in self.frame_grids(model, inputs).tolist()]
+
+    def frame_grids(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """Patches (rows, columns) of each frame of the videos of a call, int64 ``[frames, 2]``, cpu."""
+        grids = inputs["video_grid_thw"].cpu()
+        return grids[:, 1:].repeat_interleave(grids[:, 0] // self.together(model), 0)  # type: ignore[no-any-return]
 
     def frame_layout(
         self, model: PreTrainedModel, inputs: Mapping[str, Any], frame: int, slots: Tensor
     ) -> tuple[Piece, ...]:
-        merge, grids = self.merge(model), inputs["video_grid_thw"].cpu()
-        height, width = grids[:, 1:].repeat_interleave(grids[:, 0], 0)[frame].tolist()
+        merge = self.merge(model)
+        height, width = self.frame_grids(model, inputs)[frame].tolist()
         return whole(len(slots), height // merge, width // merge, behind=self.behind)
 
 
@@ -97,7 +106,8 @@ class Spatial(Gridded):
         """``[4, batch, tokens]``: of the text, then time, height and width; ``[3, ...]`` without ``text_axis``."""
         text = super().positions(model, inputs)
         space = self.rope_index(model, inputs) if self.has_images(inputs) else text.expand(axes_of(model), -1, -1)
-        return torch.cat([text[None], space.to(text)]) if self.text_axis else space.to(text)
+        space = space.to(text.device)  # some count time in fractions
+        return torch.cat([text[None], space]) if self.text_axis else space
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the model is told of images and of the kind of each token, without which it counts text only."""

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from vlmattn.errors import InputError
 
 #: Inputs of forward() that say what kind each token is.
-OF_TOKENS = ("mm_token_type_ids", "token_type_ids")
+OF_TOKENS = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 
+#: Inputs of forward() that say how to read all sequences.
+OF_ALL = ("use_audio_in_video",)
 
 #: Pictures among the inputs of forward().
 OF_PIXELS = (
@@ -79,6 +81,24 @@ def largest_size(inputs: Mapping[str, Any], rows: slice) -> tuple[slice, ...]:
         return ()
     height, width = sizes[rows].amax(0).tolist()
     return (slice(None), slice(height), slice(width))
+
+
+def for_rows(lengths: Sequence[int], tokens: Sequence[int]) -> list[int] | None:
+    """Lengths in (row, token) order, repeated where generate() repeats every row for beams; None where they do not fit.
+
+    Args:
+        tokens: of each row that the lengths are of.
+    """
+    times, left = divmod(sum(tokens), max(sum(lengths), 1))
+    if left or not times or len(tokens) % times:
+        return None
+    try:
+        counts = share_out(tokens[::times], [(length, 1) for length in lengths])
+    except InputError:
+        return None
+    starts = [sum(counts[:row]) for row in range(len(counts))]
+    rows = [list(lengths[start : start + count]) for start, count in zip(starts, counts, strict=True)]
+    return [length for row in rows for length in row * times]
 
 
 def share_out(tokens: Sequence[int], items: Sequence[tuple[int, int]]) -> list[int]:

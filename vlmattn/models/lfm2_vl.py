@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import HYBRID
 from vlmattn.models.image_layout import Piece, cells, parts, whole
+from vlmattn.models.reasons import HYBRID
 from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
 

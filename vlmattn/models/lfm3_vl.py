@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import HYBRID
 from vlmattn.models.grids import Gridded
+from vlmattn.models.reasons import HYBRID
 from vlmattn.models.registry import register_family
 
 

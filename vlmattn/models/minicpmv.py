@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import HYBRID
 from vlmattn.models.image_layout import Piece, cells
 from vlmattn.models.inputs import share_out
+from vlmattn.models.reasons import HYBRID
 from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
 from vlmattn.request import IMAGE, VIDEO
@@ -34,6 +34,16 @@ class MiniCPMV(Tiled):
     def known_marker_ids(self, model: PreTrainedModel) -> dict[str, int]:
         start = getattr(model.config, "image_start_id", None)
         return {} if start is None else {self.first: start}
+
+    def image_numbers(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        types: Tensor,
+        marker_ids: Mapping[str, int] | None = None,
+    ) -> Tensor:
+        """A frame is cut into slices as an image is, between the same markers."""
+        return self.numbers_of_runs(model, inputs, types, marker_ids)
 
     def sides(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> int:
         """Patches along each side of what becomes a token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,14 +27,10 @@ class Molmo2(Family):
     causal: ClassVar[bool] = False
 
     def image_lengths(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[int] | None:
-        found, films = encoded_lengths(inputs), inputs.get("video_grids")
+        films, grids = inputs.get("video_grids"), inputs.get("image_grids")
         if films is not None:
-            frames = {count * high * wide: (count, high * wide) for count, high, wide in films.tolist()}
-            lengths = found or list(frames)
-            return (
-                [frames[n][1] for n in lengths for _ in range(frames[n][0])] if frames.keys() >= set(lengths) else None
-            )
-        grids = inputs.get("image_grids")
+            return [high * wide for frames, high, wide in films.tolist() for _ in range(frames)]
+        found = encoded_lengths(inputs)
         return found if found is not None or grids is None else _sizes(grids)
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
@@ -55,11 +52,32 @@ class Molmo2(Family):
                 "image_num_crops": one,
             }
         if inputs.get("pixel_values_videos") is not None:
-            films = share_out(
-                tokens, [(count * high * wide, 1) for count, high, wide in inputs["video_grids"].tolist()]
-            )
-            return {"pixel_values_videos": films, "video_token_pooling": films, "video_grids": films}
+            films = [(frames * high * wide, frames) for frames, high, wide in inputs["video_grids"].tolist()]
+            return {
+                "pixel_values_videos": share_out(tokens, films),
+                "video_token_pooling": tokens,
+                "video_grids": share_out(tokens, [(size, 1) for size, _ in films]),
+            }
         return {}
+
+    def by_itself(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Patches that are pooled are numbered from the first of the batch; the first of each image is pooled."""
+        found = dict(inputs)
+        for name in ("image_token_pooling", "video_token_pooling"):
+            if (pooled := found.get(name)) is not None:  # -1: none
+                found[name] = torch.where(pooled < 0, pooled, pooled - pooled[pooled >= 0].min())
+        return found
+
+    def retyped(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Markers, and what is between them, see each other as image tokens do."""
+        ids, config = inputs["input_ids"], model.config
+        first = (config.low_res_image_start_token_id, config.image_start_token_id, config.frame_start_token_id)
+        opens, ends = (
+            torch.isin(ids, torch.tensor(names, device=ids.device))
+            for names in (first, (config.image_end_token_id, config.frame_end_token_id))
+        )
+        inside = opens.cumsum(1) > ends.cumsum(1) - ends.long()
+        return {name: inside.to(inputs[name].dtype) for name in ("mm_token_type_ids",) if name in inputs}
 
 
 def _sizes(grids: Tensor) -> list[int]:

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import WINDOWED
 from vlmattn.models.grids import Gridded
 from vlmattn.models.registry import register_family
 
@@ -20,7 +19,6 @@ class Muse(Gridded):
         "muse_glimmer": "meta-models/Muse-Glimmer-30B",
         "muse_spark": "meta-models/Muse-Spark-Open-816B-A42B",
     }
-    refused: ClassVar[Mapping[str, str]] = WINDOWED
     markers: ClassVar[tuple[str, ...]] = ()
     separated: ClassVar[bool] = True
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import HYBRID, Family
+from vlmattn.models.base import Family
 from vlmattn.models.image_layout import Piece, whole
 from vlmattn.models.inputs import encoded_lengths, share_out
+from vlmattn.models.reasons import HYBRID
 from vlmattn.models.registry import register_family
 
 _MERGED = 2  # patches along each side of what becomes a token

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vlmattn.models.base import HYBRID
 from vlmattn.models.qwen2_5_vl import Qwen25VL
+from vlmattn.models.reasons import HYBRID
 from vlmattn.models.registry import register_family
 
 
@@ -50,6 +50,7 @@ class Qwen4Exp(Qwen35):
     causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses
     refused: ClassVar[Mapping[str, str]] = {
         **HYBRID,
+        "pruning": "its indexer keeps keys of its own for every token; take an attention edit",
         "decoding": "its indexer keeps keys of its own for every token, which would have to follow branches; take an"
         " attention edit",
     }

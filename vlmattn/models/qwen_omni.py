@@ -21,6 +21,12 @@ class QwenOmni(Spatial):
         "qwen3_omni_moe_thinker": "Qwen/Qwen3-Omni-30B-A3B-Instruct",
     }
 
+    def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Every sound has a marker before it."""
+        sounds = (inputs["input_ids"] == model.config.audio_start_token_id).sum(1).tolist()
+        heard = ("input_features", "feature_attention_mask", "audio_feature_lengths")
+        return super().per_row(model, inputs) | {name: sounds for name in heard if isinstance(inputs.get(name), Tensor)}
+
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         return True
 

@@ -17,6 +17,17 @@ def mlp_width(text: Any) -> int:
     return int(width if isinstance(width, int) else width[0])
 
 
+def sources_of(text: Any) -> tuple[int, ...]:
+    """The layer whose keys and values each layer attends with; the last ones may use those of the last layer of their
+    kind that has its own. Empty: all have their own."""
+    shared = int(getattr(text, "num_kv_shared_layers", None) or 0)
+    if not shared:
+        return ()
+    own, kinds = text.num_hidden_layers - shared, text.layer_types
+    last = {kind: layer for layer, kind in enumerate(kinds[:own])}
+    return (*range(own), *(last[kind] for kind in kinds[own:]))
+
+
 def window_of(text: Any) -> int:
     """The length of the sliding window that some layer of a language model sees, from its config; 0 = none does."""
     kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)

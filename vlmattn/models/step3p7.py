@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from vlmattn.models.base import WINDOWED
 from vlmattn.models.inputs import share_out
 from vlmattn.models.registry import register_family
 from vlmattn.models.tiles import Tiled
@@ -18,7 +17,6 @@ class Step3p7(Tiled):
     """The whole picture comes last and ends an image."""
 
     model_types: ClassVar[Mapping[str, str]] = {"step3p7": "stepfun-ai/Step-3.7-Flash"}
-    refused: ClassVar[Mapping[str, str]] = WINDOWED
     last: ClassVar[str] = "<im_start>"
 
     def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:

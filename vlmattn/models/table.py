@@ -9,8 +9,9 @@ from inspect import getdoc
 
 from vlmattn import compat
 from vlmattn.errors import UnsupportedError
-from vlmattn.models.base import KINDS, Family
+from vlmattn.models.base import Family
 from vlmattn.models.paths import hook_points
+from vlmattn.models.reasons import KINDS
 from vlmattn.models.registry import registered
 
 #: What the table tells of: kinds of methods, and whether ``look`` shows what the model attends to.
@@ -50,7 +51,7 @@ def rows() -> Iterator[Row]:
 
 
 def _row(family: Family) -> Row:
-    types = tuple(family.model_types), tuple(family.model_types.values())
+    types = tuple(family.model_types), tuple(filter(None, family.model_types.values()))
     within = (family.refused.get(kind, "") for kind in ("opening", "looking", "dropping"))
     return Row(*types, _reasons(family), family.untested, *within)
 
@@ -149,7 +150,7 @@ def verdict(name: str) -> dict[str, str]:
         near = get_close_matches(name, registered(), 3, 0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; see: vlmattn families"
         raise UnsupportedError(f"no family knows the model type '{name}'{hint}")
-    about = {"model type": name, "checkpoint": family.model_types[name]}
+    about = {"model type": name, "checkpoint": family.model_types[name] or "none that transformers names"}
     if family.unsupported:
         return about | {"nothing runs": family.unsupported}
     reasons = _reasons(family)

@@ -29,7 +29,7 @@ UNSERVED: Mapping[str, tuple[str, str]] = {
     "florence2": ("florence-community/Florence-2-large", _CROSS),
     "blip": ("Salesforce/blip-image-captioning-base", _CROSS),
     "git": ("microsoft/git-base-coco", f"{_OWN}; {_LIKE}"),
-    "idefics": ("HuggingFaceM4/idefics-9b-instruct", _TWICE),
+    "idefics": ("HuggingFaceM4/idefics-9b", _TWICE),
     "pix2struct": ("google/pix2struct-base", _CROSS),
     "udop": ("microsoft/udop-large", _CROSS),
     "vision-encoder-decoder": ("microsoft/trocr-base-handwritten", _CROSS),
@@ -58,7 +58,7 @@ UNSERVED: Mapping[str, tuple[str, str]] = {
         " others see the keys that an indexer chooses; take glm46v",
     ),
     "inkling2": ("thinkingmachines/Inkling-2-Small-MXFP8", _DISTANCE),
-    "inkling2_loop": ("thinkingmachines/Inkling-2-Mini", _DISTANCE),
+    "inkling2_loop": ("", _DISTANCE),
     "inkling_mm_model": ("thinkingmachines/Inkling", _DISTANCE),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmattn.request.callbacks import Watch, Weights
 from vlmattn.request.plan import NO_PLAN, Plan
 from vlmattn.request.prefill import SideStream
+from vlmattn.request.request import Request
 from vlmattn.request.step import Step
 
 
@@ -23,6 +24,7 @@ class Part:
         plan: which methods act.
         watch: sees what attention does in a pass of preparation or beside a prompt, where no edit runs.
         streams: other inputs that accompany this prompt.
+        noted: text that the bare model reads, and which rides on the cache for what follows.
     """
 
     rows: slice = field(default_factory=lambda: slice(None))
@@ -30,6 +32,7 @@ class Part:
     plan: Plan = NO_PLAN
     watch: Watch | None = None
     streams: tuple[SideStream, ...] = ()
+    noted: Request | None = None
 
     @property
     def acting(self) -> Step | None:
@@ -46,7 +49,7 @@ class Forward:
         early: layer -> the residual stream that enters it, noted for layers that are keys here.
         blank: bool ``[batch, query]``, tokens whose embeddings are zeroed.
         branches: what the parts' logits become; None while a prompt is read, and without a decoding rule.
-        ahead: takes the attention weights of a layer that has not run yet, in place of an answer; past: the keys that
+        ahead: takes the attention weights of a layer that has not run yet, and ends it by raising; past: the keys that
             the layer has from before, ``[batch, kv_heads, key, dim]``.
     """
 

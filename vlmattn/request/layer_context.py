@@ -117,7 +117,8 @@ class LayerContext:
 
     def runs(self, text: tuple[int, ...], image: tuple[int, ...]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
         """Runs of keys (start, stop, groups that occur there), given the groups of text and of image tokens."""
-        return self.request.runs(text, image)
+        runs = self.request.runs(text, image)
+        return tuple((a, min(b, self.keys), groups) for a, b, groups in runs if a < self.keys)  # more may be to come
 
     def visibility(self, mask: Tensor | None) -> Visibility:
         """What the unedited model sees in this call; in a decode step the same for all layers with the same mask."""

@@ -29,6 +29,7 @@ class Plan:
         evicting: for each layer the policy that takes slots out of its cache, if one does; empty: no layer has one.
         policies: all methods about cached slots, which must know on the host how far a cache is filled.
         cross: layers of cross-attention, whose keys are images: ``image_keys`` for each.
+        sources: the layer whose keys each layer attends with; empty: its own.
         watching: who sees every layer at work.
     """
 
@@ -56,6 +57,7 @@ class Plan:
     on_queries_keys: tuple[tuple[Policy, ...], ...] = ()
     cross: frozenset[int] = frozenset()
     image_keys: int = 0
+    sources: tuple[int, ...] = ()
     watching: tuple[Watcher, ...] = ()
 
     @property

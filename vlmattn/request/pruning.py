@@ -24,7 +24,8 @@ class PruningStage:
         counts: image tokens among the rows of each sequence; ``given``: tokens of each image that it had.
         weights: unedited attention that the layer would pay, see ``Weights``; rows count from the first of these.
         start: slot of the first row among the keys of ``weights``.
-        tables: cosines and sines of the rows' positions, ``[batch or 1, rows, dim]``.
+        tables: cosines and sines of the rows' positions in the last layer with attention, ``[batch or 1, rows, dim]``;
+            None where positions are not rotated, and before the first such layer.
     """
 
     request: Request
@@ -37,7 +38,7 @@ class PruningStage:
     given: tuple[tuple[int, ...], ...]
     weights: Weights
     start: int
-    tables: tuple[Tensor, Tensor]
+    tables: tuple[Tensor, Tensor] | None
 
     def top(self, scores: Tensor, counts: Sequence[int]) -> Tensor:
         """The ``counts`` image tokens of each sequence with the highest scores ``[batch, rows]``: bool, as they are."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ class Request:
         self.maps: list[TokenMap | None] = [None] * layers
         self.newest: tuple[tuple[tuple[int, ...], int], ...] = ()
         self.tokens: TokenMap | None = None
-        self._window: TokenMap | None = None
+        self._window: tuple[tuple[Any, ...], TokenMap] | None = None
+        self._whole: Request | None = None
         self._views: list[Request] = []  # no dict: compiled graphs would watch the order of its keys
         self._picked: dict[str, Slots] = {}
         self._surveyed = False
@@ -143,10 +144,13 @@ class Request:
 
         ``in_prompt`` False leaves out what only prompt rows ask for and what takes a look from the host.
         """
+        if self._whole is not None:
+            return self._whole.at(tokens, in_prompt)
         view = next((view for view in self._views if view.tokens is tokens), None)
         if view is None:
             view = Request(len(self.maps), self.ledger, self.counts)
             view.__dict__.update(self.__dict__)  # shares what methods keep
+            view._whole, view._window = self, None
             view.prompt_length, view.tokens, view._picked = self.prompt_length - tokens.removed, tokens, {}
             view.has_padding, view._surveyed = self.has_padding or tokens.valid is not None, False
             if self._last_prompt_row is not None:
@@ -158,12 +162,17 @@ class Request:
         return view
 
     def windowed(self, first: int, device: torch.device) -> TokenMap:
-        """The slots from ``first`` on, which are all that a layer with a sliding window has left."""
-        wanted, known = (self.batch or 1, max(first, self.stop)), self._window
-        if known is None or known.removed != first or (len(known.slots), known.length) != wanted:
-            self._views[:] = [view for view in self._views if view.tokens is not known]
-            self._window = known = TokenMap.window(wanted[0], first, wanted[1], device)
-        return known
+        """The slots of this view from ``first`` on, which are all that a layer with a sliding window has left."""
+        wanted, known = (first, self.batch or 1, self.stop, self.tokens), self._window
+        if known is None or known[0] != wanted:
+            if known is not None:
+                self._views[:] = [view for view in self._views if view.tokens is not known[1]]
+            if self.tokens is None:
+                tokens = TokenMap.window(wanted[1], first, max(first, self.stop), device)
+            else:
+                tokens = self.tokens.behind(first)
+            self._window = known = wanted, tokens
+        return known[1]
 
     def _slots(self, name: str) -> Slots:
         """Slots of the prompt; a view picks its own when they are asked for."""
@@ -340,7 +349,7 @@ class Request:
         if (real := self.real(start + queries, device)) is not None:
             visual = visual & real
         after = (types == TEXT) & (visual.cumsum(1) > 0)
-        return Rows(after[:, start:], max(self._first_row_after_image - start, 0))
+        return Rows(after[:, start:], min(max(self._first_row_after_image - start, 0), queries))
 
     def generated_row_after_image(self, device: torch.device) -> Rows | None:
         """The one generated row of each sequence that has an image; None if all have one."""
@@ -349,7 +358,7 @@ class Request:
     def rows_that_predict(self, start: int, queries: int, device: torch.device) -> Rows:
         """The last prompt row of each sequence and every row generated after it."""
         slots = torch.arange(start, start + queries, device=device)
-        return Rows(slots >= self.last_prompt_row(device)[:, None], max(self.first_last_row - start, 0))
+        return Rows(slots >= self.last_prompt_row(device)[:, None], min(max(self.first_last_row - start, 0), queries))
 
 
 def _column_runs(text: Tensor, image: Tensor) -> tuple[tuple[int, int, bool, bool], ...]:

@@ -28,8 +28,8 @@ class Step:
         order: which encoded image each image of the prompt is (beams repeat them); None = by the rows they are in.
         seen: what one query row sees of so many keys, as the last layer had it.
         rows: prompt rows that are still there; None = all.
-        rotary: makes cosines and sines, for methods that count positions anew.
-        masks: the mask in original slots as the last layer had it, and in the slots of this view.
+        rotary: makes cosines and sines of positions for a layer, for methods that count positions anew.
+        tables: rotary tables of all tokens in the last layer with attention, and which layer that was.
         passed: slots that the layer's sliding window has left behind.
         wants_weights: the caller of the model asked for attention weights.
     """
@@ -45,11 +45,12 @@ class Step:
     order: list[int] | None = None
     seen: tuple[int, Visibility] | None = None
     rows: Kept | None = None
-    rotary: Callable[..., tuple[Tensor, Tensor]] | None = None
-    masks: tuple[Tensor | None, Tensor | None] | None = None
+    rotary: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    tables: tuple[int, Any] | None = None
     passed: int = 0
     wants_weights: bool = False
     _memo: dict[Hashable, Any] = field(default_factory=dict)
+    _whole: Step | None = None
 
     @property
     def is_prompt(self) -> bool:
@@ -60,12 +61,14 @@ class Step:
         """This step as layers see it that go on with some of the tokens."""
         if tokens is None:
             return self
+        if self._whole is not None:
+            return self._whole.through(tokens)
 
         def make() -> Step:
             start = None if self.start is None else tokens.slot(self.start)
             slot = None if self.slot is None else self.slot - tokens.removed
             request = self.request.at(tokens, self.is_prompt)
-            return replace(self, request=request, start=start, slot=slot, seen=None, masks=None, _memo={})
+            return replace(self, request=request, start=start, slot=slot, seen=None, _memo={}, _whole=self)
 
         step: Step = self.memo(("through", tokens), make)
         return step
@@ -75,3 +78,12 @@ class Step:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+    def memo_of(self, given: Any, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A value that all layers share which the library gives the same object."""
+        known: list[tuple[Any, Any]] = self.memo(key, list)
+        found = next((value for object_, value in known if object_ is given), None)
+        if found is None:
+            found = make()
+            known.append((given, found))
+        return found

@@ -23,7 +23,7 @@ class Kept:
     """Rows of one forward that are still there, by original slot.
 
     Attributes:
-        slots: int64 ``[batch, rows]``, ascending.
+        slots: int64 ``[batch, rows]``, ascending, behind padding and fillers.
         valid: bool ``[batch, rows]``, False for padding and for fillers that make the rows of a batch equally long;
             None = all True.
         visual: image tokens that are left in each sequence.
@@ -51,6 +51,9 @@ class Kept:
             order = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
             return Kept(self.slots, stay, tuple(visual), compact), order
         order, valid = compacted(keep, self.valid, [v + t for v, t in zip(visual, text, strict=True)])
+        if valid is not None:  # fillers lead, as padding does: a layer that keeps a state has none of it yet
+            lead = valid.byte().argsort(dim=1, stable=True)
+            order, valid = order.gather(1, lead), valid.gather(1, lead)
         return Kept(self.slots.gather(1, order), valid, tuple(visual), compact), order
 
 
@@ -73,7 +76,7 @@ class TokenMap:
     """The slots of one layer: slot j holds original slot ``slots[:, j]``; what came later lies behind, without gaps.
 
     Attributes:
-        slots: int64 ``[batch, kept]``, ascending.
+        slots: int64 ``[batch, kept]``, ascending, but that fillers lead the rows of a forward.
         valid: bool ``[batch, kept]``, False where nobody may look; None = all True.
         length: original slots that the map speaks of; slot j from ``kept`` on is original slot ``j + removed``.
         begin, at: where the newest of them begin, originally and in this layer.
@@ -187,8 +190,27 @@ class TokenMap:
             return (last - place[:, -1:] + place).clamp_min(0)
         return given - self.lost[:, None].to(given.device)
 
+    def columns(self, first: int, stop: int) -> Tensor:
+        """Original slots ``[batch, stop - first]`` of this layer's slots from ``first`` on."""
+        tail = torch.arange(max(first, self.kept), stop, device=self.slots.device) + self.removed
+        return torch.cat([self.slots[:, first:stop], tail.expand(len(self.slots), -1)], 1)
+
+    def behind(self, passed: int) -> TokenMap:
+        """Without the first slots of this layer, which its sliding window has left behind."""
+        kept = max(self.kept - passed, 0)
+        valid, at = None if self.valid is None else self.valid[:, passed:], self.at
+        at = at if self.begin == _NEVER else at - passed
+        return replace(self, slots=self.slots[:, passed:], valid=valid, length=kept + self.removed + passed, at=at)
+
     def mask(
-        self, given: Tensor | None, start: int, queries: int, width: int, dtype: torch.dtype | None
+        self,
+        given: Tensor | None,
+        start: int,
+        queries: int,
+        width: int,
+        dtype: torch.dtype | None,
+        passed: int = 0,
+        offset: int = 0,
     ) -> Tensor | None:
         """The mask of a forward in this layer's slots, from the one in original slots.
 
@@ -198,28 +220,32 @@ class TokenMap:
             start: original slot of the first query row; queries: rows of the layer in this forward.
             width: slots that the layer's attention gets to see.
             dtype: of additive masks, for attention that wants one; None = bool.
+            passed: slots that the layer's sliding window has left behind; offset: original slot of the first column
+                of ``given``, all before which are hidden.
         """
-        if width < self.kept:
-            return self.until(width + self.removed).mask(given, start, queries, width, dtype)
+        stop = passed + width
+        if stop < self.kept:
+            return self.until(stop + self.removed).mask(given, start, queries, width, dtype, passed, offset)
         newest = start == self.begin
         if given is None:
             if self.valid is None:
                 return None
-            given = self._causal(start, self.length - start if newest else queries, dtype)
+            given, offset = self._causal(start, self.length - start if newest else queries, dtype), 0
         if newest:
             given = self.rows(given.expand(len(self.slots), -1, -1, -1).transpose(1, 2)).transpose(1, 2)
-        tail = torch.arange(self.kept, width, device=given.device) + self.removed
-        columns = torch.cat([self.slots.to(given.device), tail.expand(len(self.slots), -1)], 1)
+        columns = self.columns(passed, stop).to(given.device) - offset
         batch, heads, rows, original = (len(columns), *given.shape[1:])
-        wanted = columns.clamp_max(original - 1)[:, None, None].expand(batch, heads, rows, -1)
+        wanted = columns.clamp(0, original - 1)[:, None, None].expand(batch, heads, rows, -1)
         out = given.expand(batch, -1, -1, -1).gather(3, wanted)
         if self.valid is not None:
-            seen = pad(self.valid.to(given.device), (0, width - self.kept), value=True)
+            seen = pad(self.valid[:, passed:].to(given.device), (0, stop - max(self.kept, passed)), value=True)
             out = hide(out, ~seen[:, None, None])
-        if int(tail.shape[0]) and width + self.removed > original:  # a static cache has room behind
+        if stop > self.kept and stop + self.removed - offset > original:  # a static cache has room behind
             out = hide(out, (columns >= original)[:, None, None])
+        if offset:
+            out = hide(out, (columns < 0)[:, None, None])
         if newest and self.valid is not None:  # rows that nobody looks at see themselves: no NaN comes of them
-            own = torch.eye(rows, width, dtype=torch.bool, device=given.device).roll(self.at, 1)
+            own = torch.eye(rows, width, dtype=torch.bool, device=given.device).roll(self.at - passed, 1)
             own = own & ~self.valid[:, None, self.at :, None].to(given.device)
             out = out | own if out.dtype == torch.bool else out.masked_fill(own, 0.0)
         return out

@@ -27,7 +27,7 @@ from vlmattn.wrapping.handle import Handle, handle_of, record_of, within_peft
 from vlmattn.wrapping.hooks import install_hooks
 from vlmattn.wrapping.instead import Instead
 from vlmattn.wrapping.record import WRAPPED, WRAPPING, Record
-from vlmattn.wrapping.registration import NAMES, base_name, register
+from vlmattn.wrapping.registration import NAMES, base_name, is_plain, refuse_base, register
 from vlmattn.wrapping.self_check import check_reached
 
 __all__ = ["Handle", "Record", "applied", "borrowed", "handle_of", "install", "record_of", "unwrap", "wrap"]
@@ -39,8 +39,8 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
     """Put a recipe on a model, in place, and return the model.
 
     Args:
-        model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), with sdpa or eager attention, or a
-            PEFT model around one.
+        model: a supported ``PreTrainedModel`` (``vlmattn.supported_families()``), or a PEFT model around one. Its
+            attention (sdpa, eager, flash_attention_2, flex_attention, ...) goes on in calls without an edit.
         recipe: a preset (``"var"``), presets joined by ``+``, a recipe file, a method, or a list of methods. None
             looks for the recipe that was saved beside the model.
         processor: the model's processor or tokenizer, for methods that must know where the user's turn ends (``mma``,
@@ -66,11 +66,13 @@ def wrap(model: _M, recipe: Any = None, *, processor: Any = None, **options: Any
         text = model.config.get_text_config()
         base = base_name(compat.attention_name(text))
         # every check of the recipe is before the first change
-        record = Record(chosen, family.anatomy(model), family, base, text, processor)
+        anatomy = family.anatomy(model)
+        refuse_base(base, anatomy.family, bool(anatomy.cross))
+        record = Record(chosen, anatomy, family, base, text, processor)
         if record.now.plan.acts:
             _refuse_while_it_generates(model, family.entry(model))
-        register()
-        compat.set_attention_name(model, NAMES[base])
+        register(base)
+        compat.set_attention_name(model, NAMES[base], is_plain(base))
         if compat.attention_name(text) != NAMES[base]:
             raise UnsupportedError(
                 f"{type(model).__name__} does not let its attention be replaced; supported: models of transformers"
@@ -113,7 +115,7 @@ def unwrap(model: _M) -> _M:
         WRAPPED.discard(record)
         shared = any(other.text is record.text for other in WRAPPED)
         if not shared and compat.attention_name(record.text) in NAMES.values():  # the user may have set another
-            compat.set_attention_name(model, record.base)
+            compat.set_attention_name(model, record.base, is_plain(record.base))
     return given
 
 

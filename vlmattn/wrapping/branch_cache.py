@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from vlmattn.compat import DynamicLayer, DynamicSlidingWindowLayer, joined_states, repeat_rows
+from vlmattn.compat import DynamicLayer, DynamicSlidingWindowLayer, joined_states, keeps_state, repeat_rows
 from vlmattn.decoding import ContrastiveDecoding
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.models import OF_TOKENS
@@ -108,8 +108,8 @@ class BranchCache:
         """Move the keys and values of all groups into the cache of the call."""
         for number, parts in enumerate(zip(*(view.cache.layers for view in views), strict=True)):
             layer: Any = cache.layers[number] if number < len(cache.layers) else None
-            if (state := joined_states(parts)) is not None:
-                cache.layers[number] = state
+            if keeps_state(parts[0]):
+                cache.layers[number] = joined_states(parts)
                 continue
             if (states := self._joined(number, parts, layer)) is None:  # a layer that reads the keys of another
                 continue

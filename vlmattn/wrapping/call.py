@@ -61,6 +61,7 @@ class Call:
     ids: Tensor | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)
     given_cache: bool = False
+    ahead: Any = None  # ``ahead.Ahead``, for a prompt that comes in pieces
     ledger: Ledger = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

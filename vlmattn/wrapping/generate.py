@@ -14,19 +14,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn import compat
-from vlmattn.errors import UnsupportedError
 from vlmattn.files import copy_whole
 from vlmattn.models import OF_IMAGES
 from vlmattn.recipe import Recipe
-from vlmattn.request import Plan
+from vlmattn.request import NO_PLAN, Plan
+from vlmattn.wrapping.ahead import read_ahead
 from vlmattn.wrapping.branch_cache import branches_on, forget_branches
 from vlmattn.wrapping.branch_checks import branches_of
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.drafting import drafting_plan, refuse_drafts
 from vlmattn.wrapping.handle import record_of, within_peft
 from vlmattn.wrapping.record import Record
+from vlmattn.wrapping.registration import refuse_mask
 from vlmattn.wrapping.search import refuse_ways, row_by_row, searching
 from vlmattn.wrapping.steps import forward_of, with_forward
+from vlmattn.wrapping.text_alone import answers_bare
 
 
 def _generate(
@@ -52,10 +54,12 @@ def _generate(
     now, entered = record.now, False
     try:
         with _ended_on_error(kwargs.get("streamer")):
-            plan = _plan(record, preset, kwargs)
+            plan, resting = _plan(record, preset, kwargs), preset is None and not now.enabled
+            if answers_bare(record, self, plan, kwargs):
+                now.warn_of_text(plan.name)
+                plan, resting = NO_PLAN, True
             if plan.acts and not (entered := record.enter("generate")):
                 return original(**kwargs)
-            resting = preset is None and not now.enabled
             call, kwargs = _begun(record, self, plan, kwargs, {} if resting or branch_inputs is None else branch_inputs)
             token = CALL.set(call)
             try:
@@ -88,14 +92,15 @@ def _begun(
     branches = branches_of(model, plan, kwargs, given)
     if plan.search is not None:
         kwargs = _searched(model, plan, kwargs)
-    if not plan.is_identity or branches is not None:
-        _refuse_chunks(model, kwargs)
+    acts = not plan.is_identity or branches is not None
+    ahead = read_ahead(record, model, plan, kwargs) if acts else None
     mask = kwargs.get("attention_mask")
+    refuse_mask(record.base, mask)
     call = Call(
         record, model, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, branches=branches,
         ledger=record.now.ledger, ids=kwargs.get("inputs", kwargs.get("input_ids")),
         sizes={name: kwargs[name] for name in OF_IMAGES if name in kwargs and not name.startswith("pixel")},
-        given_cache=compat.cache_of(kwargs) is not None,
+        given_cache=compat.cache_of(kwargs) is not None, ahead=ahead,
     )  # fmt: skip
     return call, kwargs
 
@@ -141,11 +146,6 @@ def _prepare_inputs(
         passing = forward_of(record, self, call, inputs)  # here, because the forward may be compiled
         inputs = with_forward(inputs, passing, record.family, inputs)
     return inputs
-
-
-def _refuse_chunks(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    if compat.setting_of(model, kwargs, "prefill_chunk_size"):
-        raise UnsupportedError("edits and decoding rules need the prompt in one piece; set prefill_chunk_size=None")
 
 
 def _prompt_length(kwargs: dict[str, Any]) -> int | None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.models import Family
-from vlmattn.request import Forward, ImageContext, LayerContext, Part, Step
+from vlmattn.request import NO_PLAN, Forward, ImageContext, LayerContext, Part, Step
 from vlmattn.wrapping.call import CALL, Call
 from vlmattn.wrapping.eviction import after_layer, before_layer
 from vlmattn.wrapping.handle import record_of
@@ -25,6 +25,7 @@ from vlmattn.wrapping.on_cache import ride
 from vlmattn.wrapping.prefill import prepare
 from vlmattn.wrapping.pruning import pruned_inputs
 from vlmattn.wrapping.record import Record
+from vlmattn.wrapping.registration import refuse_mask
 from vlmattn.wrapping.rotation import hook_rotation
 from vlmattn.wrapping.steps import forward_of, refuse_packing, with_forward
 from vlmattn.wrapping.vision import hook_tower, show_images
@@ -57,6 +58,7 @@ def _before_model(record: Record, model: nn.Module, args: tuple[Any, ...], kwarg
     call = CALL.get()
     if call is None or call.record is not record or call.direct:  # not in generate(), or within another model's
         call = _direct_call(record, model, inputs, call)
+        refuse_mask(record.base, inputs.get("attention_mask"))
         if call.plan.acts and not torch.compiler.is_compiling() and not record.enter("forward"):
             return args, kwargs  # unwrapped a moment ago, by another thread
         _begin(call, inputs)
@@ -102,8 +104,16 @@ def _after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if call is not None and call.branches is not None and given is not None and given is call.branches.cache:
         call.branches.spread(call, kwargs, output, {} if passing is None else passing.early)
         return
-    if passing is not None and passing.main.step is not None and (cache := compat.output_cache(output)) is not None:
-        ride(cache, passing.main.step.request, passing.main.plan)
+    if passing is not None and (cache := compat.output_cache(output)) is not None:
+        _let_ride(passing.main, cache)
+
+
+def _let_ride(main: Part, cache: Any) -> None:
+    """Put what was read on the cache that has it."""
+    if main.noted is not None:
+        ride(cache, main.noted, NO_PLAN)
+    elif main.step is not None:
+        ride(cache, main.step.request, main.plan)
 
 
 def _end(model: nn.Module, output: Any) -> None:
@@ -141,7 +151,7 @@ def _before_decoder(family: Family, decoder: nn.Module, args: tuple[Any, ...], k
         kwargs = {**kwargs, **_blanked(passing.blank, kwargs)}
     main, step = passing.main, passing.main.step
     if step is not None and main.plan.pruning:
-        step.rotary = getattr(decoder, "rotary_emb", None)
+        step.rotary = compat.rotary_tables(decoder)
     if main.acting is not None and main.acting.is_prompt:
         if main.plan.on_image_features:
             show_images(main.acting, main.plan, kwargs["inputs_embeds"])
@@ -176,16 +186,23 @@ def _before_layer(
         passing.early[index] = family.residual(hidden)
     main = passing.main
     if main.acting is not None and main.plan.drops:  # never with branches
-        view, hidden, kwargs = pruned_inputs(passing, layer, index, hidden, kwargs)
+        kwargs = {**kwargs, **_named(layer, args)}
+        view, hidden, kwargs = pruned_inputs(passing, layer, family.attention(layer) is not None, index, hidden, kwargs)
         before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
         _tell_hidden_states(main, view, index, hidden)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for part in passing.parts:
         if part.acting is not None:
             _tell_hidden_states(part, part.acting, index, family.residual(hidden)[part.rows])
             if index in part.plan.cross and (states := family.image_states(kwargs, len(hidden))) is not None:
                 _tell_images(part, part.acting, index, states[part.rows])
     return None
+
+
+def _named(layer: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """What a layer is given by place behind the residual stream, by name."""
+    names = list(inspect.signature(type(layer).forward).parameters)[2:] if len(args) > 1 else ()
+    return dict(zip(names, args[1:], strict=False))
 
 
 def _tell_hidden_states(part: Part, step: Step, index: int, hidden: Tensor) -> None:

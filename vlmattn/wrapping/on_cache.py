@@ -56,7 +56,7 @@ def _reorder_cache(self: Any, beams: Tensor) -> None:
 
 def repeated(request: Request, cache: Any, rows: int) -> Request:
     """The request of a cache whose rows were repeated by ``cache.batch_repeat_interleave``."""
-    keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+    keys = next((layer.keys for layer in getattr(cache, "layers", ()) if hasattr(layer, "keys")), None)
     held = len(keys) if isinstance(keys, Tensor) else 0
     if request.batch and held == rows and rows % request.batch == 0:
         request = request.moved(torch.arange(request.batch).repeat_interleave(rows // request.batch))
@@ -86,11 +86,14 @@ def _reset(self: Any) -> None:
 
 def _original_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[int, int]:
     length, offset = type(self).get_mask_sizes(self, query_length, layer_idx)
-    static = layer_idx < len(self.layers) and hasattr(self.layers[layer_idx], "max_cache_len")
-    return (length if static else length + _removed(self, layer_idx)), offset
+    layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+    if window := compat.growing_window(layer):
+        held = self.get_seq_length(layer_idx)
+        return min(held, window - 1) + query_length, max(held - window + 1, 0)
+    return (length if hasattr(layer, "max_cache_len") else length + _removed(self, layer_idx)), offset
 
 
 def _removed(cache: Any, layer: int) -> int:
     request = request_on(cache)
-    tokens = request.maps[layer] if request is not None else None
+    tokens = request.maps[compat.counting_layer(cache, layer)] if request is not None else None
     return 0 if tokens is None else tokens.removed

@@ -6,18 +6,23 @@ The library goes on in original slots: it gives every layer the masks, position 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from vlmattn import compat
 from vlmattn.attention import FORWARD, refusal_of_apart
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import NO_EDIT, AttentionEdit
+from vlmattn.models import OF_TOKENS
 from vlmattn.request import TEXT, Forward, KeptTokens, Plan, PruningStage, Request, Step, TokenMap, Weights
 from vlmattn.wrapping.cache_layers import SplitLayer
 from vlmattn.wrapping.on_cache import report_original_lengths
+
+_OF_ROWS = (*OF_TOKENS, "per_layer_input")
 
 Inputs = tuple[Step, Tensor, dict[str, Any]]
 """A step, the residual stream and the keyword arguments of a layer."""
@@ -48,8 +53,10 @@ def check_continuation(request: Request, recipe: str, start: int, labels: Any = 
         )
 
 
-def pruned_inputs(passing: Forward, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
-    """What the layer ``index`` gets, from what the library gives it."""
+def pruned_inputs(
+    passing: Forward, layer: nn.Module, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> Inputs:
+    """What the layer ``index`` gets, from what the library gives it; if it does not attend, it keeps a state."""
     step, plan = passing.main.step, passing.main.plan
     assert step is not None
     request = step.request
@@ -58,26 +65,31 @@ def pruned_inputs(passing: Forward, layer: nn.Module, index: int, hidden: Tensor
             raise UnsupportedError(f"'{plan.name}' drops tokens, which is for inference; call model.eval()")
         given = sum(sum(images) for images, _ in request.newest)
         if given:
-            hidden = _pruned(step, plan, layer, index, hidden, kwargs)
+            hidden = _pruned(step, plan, layer, attends, index, hidden, kwargs)
         _note_rows(step, index, hidden, kwargs)
         request.ledger.add(("image tokens", str(index)), given if step.rows is None else sum(step.rows.visual))
         if index == 0:
             request.ledger.add(("prompts with images",), sum(bool(images) for images, _ in request.newest))
             request.ledger.add(("image tokens", "prompt"), given)
-    view, hidden, kwargs = _through(step, request.maps[index], index, hidden, kwargs)
+    if attends and (tables := kwargs.get("position_embeddings")) is not None:
+        step.tables = index, tables
+    source = plan.sources[index] if plan.sources else index  # of the same kind, with the same rows
+    view, hidden, kwargs = _through(step, request.maps[index], attends, source, hidden, kwargs)
     return view, hidden, kwargs if view is step else {**kwargs, FORWARD: passing.at(view)}
 
 
-def _pruned(step: Step, plan: Plan, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _pruned(
+    step: Step, plan: Plan, layer: nn.Module, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
     """The rows that reach a layer, after the method that chooses before it."""
     if index == 0:
         for method in dict.fromkeys(plan.pruning):
             if method is not None:
-                method.on_embeddings(_stage(step, layer, index, hidden, kwargs))
+                method.on_embeddings(_stage(step, layer, attends, index, hidden, kwargs))
     pruner = plan.pruning[index] if plan.pruning else None
     if pruner is None:
         return hidden
-    stage = _stage(step, layer, index, hidden, kwargs)
+    stage = _stage(step, layer, attends, index, hidden, kwargs)
     choice = pruner.choose_tokens(stage)
     step.request.ledger.add(("fired", pruner.info.name), sum(stage.counts) - sum(choice.counts))
     return _follow(step, choice, hidden, pruner.drops, pruner.compact)
@@ -115,7 +127,9 @@ def _visual(request: Request, slots: Tensor) -> Tensor:
     return visual if real is None else visual & real.gather(1, slots)
 
 
-def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> PruningStage:
+def _stage(
+    step: Step, layer: nn.Module, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> PruningStage:
     """The rows that are there now, for a method that chooses among them."""
     request, start = step.request, step.start or 0
     rows = step.rows or request.rows_of_prompt(start, request.stop, hidden.device)
@@ -127,12 +141,18 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
     now = before
     if step.rows is not None:
         now = TokenMap.of(before, rows, start, request.stop, request.real(request.stop, hidden.device))
-    view, _, seen = _through(step, now, index, hidden, kwargs)
+    view, _, seen = _through(step, now, attends, index, hidden, kwargs)
+    tables = None
+    if step.tables is not None:
+        last, tables = step.tables
+        if now is not None:
+            tables = _tables(step, view, now, last, hidden, seen.get("position_ids"), tables)
 
     def weights(first: int, last: int, edit: AttentionEdit = NO_EDIT) -> Tensor:
         if view.start and isinstance(compat.cache_of(kwargs).layers[index], SplitLayer):
             raise refusal_of_apart(step, index)
-        return _weights_before(layer, index, hidden, seen, view.start or 0)(first, last, edit)
+        found = _weights_before(layer, index, hidden, seen, view.start or 0)(first, last, edit)
+        return pad(found, ((view.start or 0) + hidden.shape[1] - found.shape[-1], 0))  # keys that left a window
 
     return PruningStage(
         request=view.request,
@@ -145,45 +165,97 @@ def _stage(step: Step, layer: nn.Module, index: int, hidden: Tensor, kwargs: dic
         given=tuple(images for images, _ in request.newest),
         weights=weights,
         start=view.start or 0,
-        tables=seen["position_embeddings"],
+        tables=tables,
     )
 
 
-def _weights_before(layer: Any, index: int, hidden: Tensor, kwargs: Mapping[str, Any], start: int) -> Weights:
-    """Unedited attention of a layer that has not run yet."""
-    past = compat.cache_of(kwargs).layers[index].keys[:, :, :start] if start else None
+class _Seen(Exception):
+    """The attention of a layer is known; the rest of it need not run."""
+
+
+def _weights_before(layer: nn.Module, index: int, hidden: Tensor, kwargs: Mapping[str, Any], start: int) -> Weights:
+    """Unedited attention of a layer that has not run yet; it runs up to its attention, and no hook hears of it."""
+    past = compat.keys_before(compat.cache_of(kwargs), index, start) if start else None
     found: list[Weights] = []
-    norm = layer.input_layernorm if hasattr(layer, "input_layernorm") else layer.attention_layernorm  # of Apertus
-    with torch.no_grad():
-        layer.self_attn(
-            **compat.with_cache(kwargs, None, layer.self_attn)
-            | {"hidden_states": norm(hidden), FORWARD: Forward(ahead=found.append, past=past)}
-        )
+
+    def ahead(weights: Weights) -> None:
+        found.append(weights)
+        raise _Seen
+
+    given = {name: value for name, value in compat.with_cache(kwargs, None, layer).items() if name != "hidden_states"}
+    with torch.no_grad(), suppress(_Seen):
+        layer.forward(hidden, **given | {FORWARD: Forward(ahead=ahead, past=past)})
     return found[0]
 
 
-def _through(step: Step, tokens: TokenMap | None, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Inputs:
+def _through(
+    step: Step, tokens: TokenMap | None, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+) -> Inputs:
     """Inputs of a layer that goes on with some of the tokens; ``hidden`` are its rows."""
     if tokens is None:
         return step, hidden, kwargs
     view, newest = step.through(tokens), step.start == tokens.begin
-    found, ids = (
-        {**kwargs, "attention_mask": _mask(step, view, tokens, index, hidden, kwargs)},
+    if attends:
+        mask = _mask(step, view, tokens, index, hidden, kwargs)
+    else:
+        mask = _state_mask(step, view, tokens, kwargs.get("attention_mask"))
+    found, ids, tables = (
+        {**kwargs, "attention_mask": mask},
         kwargs.get("position_ids"),
+        kwargs.get("position_embeddings"),
     )
-    if tokens.lost is not None:
-        if not isinstance(ids, Tensor) or step.rotary is None:
-            raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
-        found["position_ids"] = positions = tokens.positions(ids, newest)
-        found["position_embeddings"] = view.memo(("rotary", hidden.device), lambda: step.rotary(hidden, positions))  # type: ignore[misc]
-    elif newest:
-        if isinstance(ids, Tensor):
-            found["position_ids"] = view.memo(("positions", ids.device), lambda: _rows_of(tokens, ids, 2))
-        tables = kwargs["position_embeddings"]
-        found["position_embeddings"] = view.memo(
-            ("rotary", hidden.device), lambda: tuple(_rows_of(tokens, table, 3) for table in tables)
-        )
+    if newest:
+        found |= {name: tokens.rows(kwargs[name]) for name in _OF_ROWS if isinstance(kwargs.get(name), Tensor)}
+    if isinstance(ids, Tensor) and (newest or tokens.lost is not None):
+        found["position_ids"] = view.memo(("positions", ids.device), lambda: _positions(tokens, ids, newest))
+    if tables is not None:
+        found["position_embeddings"] = _tables(step, view, tokens, index, hidden, found.get("position_ids"), tables)
     return view, hidden, found
+
+
+def _positions(tokens: TokenMap, ids: Tensor, newest: bool) -> Tensor:
+    """Position ids of a layer's rows, from those of all tokens."""
+    return _rows_of(tokens, ids, 2) if tokens.lost is None else tokens.positions(ids, newest)
+
+
+def _tables(step: Step, view: Step, tokens: TokenMap, index: int, hidden: Tensor, positions: Any, tables: Any) -> Any:
+    """Rotary tables of a layer's rows, from those of all tokens; layers with the same ones share them."""
+    rotary, newest = step.rotary, step.start == tokens.begin
+    if tokens.lost is None and not newest:
+        return tables
+    if tokens.lost is not None and (rotary is None or not isinstance(positions, Tensor)):
+        raise UnsupportedError(f"'{step.recipe}' counts positions anew, and this model's layers get none")
+
+    def make() -> Any:
+        if tokens.lost is not None:
+            assert rotary is not None
+            return rotary(hidden, positions, index)
+        return (
+            _rows_of(tokens, tables, 3) if isinstance(tables, Tensor) else tuple(_rows_of(tokens, t, 3) for t in tables)
+        )
+
+    return view.memo_of(tables, ("rotary", hidden.device), make)
+
+
+def _state_mask(step: Step, view: Step, tokens: TokenMap, given: Tensor | None) -> Tensor | None:
+    """Which rows enter the state of a layer without attention, ``[batch, rows]``; None = all."""
+    if step.start != tokens.begin:
+        return given
+    valid = None if tokens.valid is None else tokens.valid[:, tokens.at :]
+    if given is None and valid is None:
+        return None
+    if step.start and (valid is None or not bool(valid.all())):
+        raise StateError(
+            f"the turns of this batch have different lengths once '{step.recipe}' has dropped tokens, and layers"
+            " without attention would count what fills them up; continue the conversations one by one"
+        )
+
+    def make() -> Tensor:
+        rows = tokens.slots.new_ones(tokens.slots.shape)[:, tokens.at :] if given is None else tokens.rows(given)
+        return rows if valid is None else rows * valid.to(rows)
+
+    found: Tensor = view.memo(("state", None if given is None else given.device), make)
+    return found
 
 
 def _mask(
@@ -191,17 +263,29 @@ def _mask(
 ) -> Tensor | None:
     """The mask in the slots of a layer; layers with the same one in original slots share it."""
     given, cache, queries = kwargs.get("attention_mask"), compat.cache_of(kwargs), hidden.shape[1]
-    if view.masks is None or view.masks[0] is not given:
-        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    window = compat.growing_window(layer)
+
+    def held() -> int:
+        return 0 if layer is None else int(layer.get_seq_length())
+
+    def make() -> Tensor | None:
         static = getattr(layer, "max_cache_len", None)
-        if given is not None:
+        passed, offset = 0, 0
+        if window:
+            width = min(held(), window - 1) + queries
+            passed = held() + queries - width
+        elif given is not None:
             width = given.shape[-1] - (0 if static else tokens.removed)
         else:
-            width = static or int(0 if layer is None else layer.get_seq_length()) + queries
-        start = step.start if step.start is not None else width + tokens.removed - queries
+            width = static or held() + queries
+        start = step.start if step.start is not None else passed + width + tokens.removed - queries
+        if window:
+            offset = max(start - window + 1, 0)  # the given mask begins there
         additive = hidden.dtype if step.base == "eager" else None
-        view.masks = (given, tokens.mask(given, start, queries, width, additive))
-    return view.masks[1]
+        return tokens.mask(given, start, queries, width, additive, passed, offset)
+
+    return view.memo_of(given, ("mask", window), make)  # type: ignore[no-any-return]
 
 
 def _rows_of(tokens: TokenMap, values: Tensor, axes: int) -> Tensor:

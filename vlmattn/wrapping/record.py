@@ -68,6 +68,15 @@ class InForce:
                 stacklevel=2,
             )
 
+    def warn_of_text(self, name: str) -> None:
+        """Say once that a prompt without images has the bare model's answer."""
+        if self.first("text"):
+            warnings.warn(
+                f"vlmattn: a prompt without image tokens: '{name}' is about images, so the bare model answers it, and"
+                " all such prompts from here on",
+                stacklevel=3,
+            )
+
     def first(self, what: str) -> bool:
         """Whether this was not said before."""
         known = what in self.warned
@@ -121,8 +130,8 @@ class Record:
         return {key: value for key, value in self.__dict__.items() if key not in made_anew}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        register()  # this may be another process
         self.__dict__.update(state)
+        register(self.base)  # this may be another process
         self._begin()
         with WRAPPING:
             WRAPPED.add(self)
@@ -159,12 +168,17 @@ class Record:
         """What is in force, in this thread."""
         return _TEMPORARY.get().get(self, self._standing)
 
+    @property
+    def measuring(self) -> bool:
+        """What is in force is for a block of this thread, to look at prompts or to compare them."""
+        return self in _TEMPORARY.get()
+
     def set(self, recipe: Any, **options: Any) -> None:
         """Put another recipe in force, from the next prompt on."""
         chosen = Recipe.of(recipe, **options)
         found = InForce(chosen, self.plan_of(chosen), self.now.enabled)
-        if self in (now := _TEMPORARY.get()):
-            _TEMPORARY.set({**now, self: found})
+        if self.measuring:
+            _TEMPORARY.set({**_TEMPORARY.get(), self: found})
         else:
             self._standing = found
 

@@ -18,7 +18,7 @@ from vlmattn import compat
 from vlmattn.compat import SearchOutput
 from vlmattn.decoding.search import Hypothesis, LastLook, Process, Search
 from vlmattn.errors import InputError, UnsupportedError
-from vlmattn.models import OF_TOKENS
+from vlmattn.models import OF_ALL, OF_TOKENS
 from vlmattn.request import TEXT, Request
 from vlmattn.wrapping.branches import NOT_PASSED_ON, run, to_device
 from vlmattn.wrapping.call import CALL, Call, TowerView
@@ -211,6 +211,7 @@ def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str,
     for row in range(len(ids)):
         kept = real[row].bool()
         one: dict[str, Any] = {"input_ids": ids[row : row + 1, kept], "attention_mask": real[row : row + 1, kept]}
+        one |= {name: inputs[name] for name in OF_ALL if name in inputs}
         for name in OF_TOKENS:
             if isinstance(inputs.get(name), Tensor):
                 one[name] = inputs[name].to(ids.device)[row : row + 1, kept]
@@ -219,7 +220,7 @@ def _apart(call: Call, inputs: Mapping[str, Any], ids: Tensor) -> list[dict[str,
             part = inputs[name].to(ids.device).split(rows, axis)[row]
             if rows[row]:
                 one[name] = part
-        apart.append(one)
+        apart.append(family.by_itself(one))
     return apart
 
 

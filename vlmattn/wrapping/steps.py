@@ -14,7 +14,7 @@ from vlmattn.attention import FORWARD
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import visible
 from vlmattn.models import Family
-from vlmattn.request import IMAGE, TEXT, Forward, Part, Plan, Request, Step
+from vlmattn.request import IMAGE, NO_PLAN, TEXT, Forward, Part, Plan, Request, Step
 from vlmattn.wrapping.branch_cache import branches_on
 from vlmattn.wrapping.call import Call
 from vlmattn.wrapping.eviction import check_cache
@@ -22,6 +22,7 @@ from vlmattn.wrapping.on_cache import follow_beams, get_off, place, plan_on, rep
 from vlmattn.wrapping.pruning import check_continuation, check_prompt
 from vlmattn.wrapping.record import Record
 from vlmattn.wrapping.registration import check_registration
+from vlmattn.wrapping.text_alone import noted_text
 
 
 def forward_of(record: Record, model: PreTrainedModel, call: Call | None, inputs: dict[str, Any]) -> Forward | None:
@@ -31,6 +32,9 @@ def forward_of(record: Record, model: PreTrainedModel, call: Call | None, inputs
         branches.check(call)
         return branches.forward(cache, inputs["input_ids"].shape[1])
     assert call is not None
+    if call.direct and (text := noted_text(record, model, call.plan, inputs)) is not None:
+        record.now.warn_of_text(call.plan.name)
+        return Forward((Part(noted=text),))
     part = _part(record, model, call, inputs)
     early = call.branches.contrast.layers if call.branches is not None and call.branches.cache is not None else ()
     if part.step is None and not early and call.blank is None:
@@ -46,7 +50,9 @@ def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, 
     if tokens is None or (plan.is_identity and request is None):
         return Part()
     rode = request if tokens.shape[1] == 1 else None  # with a request from before, one token may need no look from here
-    if rode is not None and rode.call is call.token:  # in generate(), where nothing may wait for the device
+    if (
+        rode is not None and rode.call is call.token and not _in_pieces(call)
+    ):  # in generate(), where nothing may wait for the device
         return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     start = int(cache.get_seq_length()) if cache is not None else 0
     if start == 0 and plan.is_identity:
@@ -57,6 +63,11 @@ def _part(record: Record, model: PreTrainedModel, call: Call, inputs: dict[str, 
     if rode is not None and call.prompt_length is None and start >= rode.prompt_length > 0:
         return Part(step=_decode_step(record, rode, plan, cache), plan=plan)
     return Part(step=_prompt_step(record, model, call, inputs, request, start), plan=plan)
+
+
+def _in_pieces(call: Call) -> bool:
+    """Tokens of a prompt that comes in pieces are still to come."""
+    return call.ahead is not None and call.ahead.entered < (call.prompt_length or 0)
 
 
 def _tokens_of(inputs: dict[str, Any]) -> Tensor | None:
@@ -76,8 +87,8 @@ def _request_for(
     """The request of tokens that enter a cache at slot ``start``: a new one, or that of the cache so far."""
     if start == 0:
         return Request(len(call.plan.by_layer), counts=call.plan.drops)
-    if request is None:
-        return _read_before(record, model, call, start, rows, inputs.get("attention_mask"))
+    if request is None or plan_on(compat.cache_of(inputs)) is NO_PLAN:
+        return _read_before(record, model, call, inputs, request, start, rows)
     _check_request(request, plan_on(compat.cache_of(inputs)), call.plan, rows)
     return request
 
@@ -87,7 +98,8 @@ def _request_so_far(cache: Any, plan: Plan, tokens: Tensor | None) -> Request | 
     request = request_on(cache)
     if request is None:
         return None
-    if _untouched(request, plan_on(cache), plan):  # a text that no method has changed: as if the bare model had read it
+    read_bare = plan.is_identity and plan_on(cache) is NO_PLAN
+    if read_bare or _untouched(request, plan_on(cache), plan):  # a text that no method has changed
         get_off(cache)
         return None
     return request if tokens is None or request.batch == len(tokens) else repeated(request, cache, len(tokens))
@@ -160,6 +172,14 @@ def _read(
 ) -> None:
     """Let the request read the new tokens of a prompt."""
     plan = call.plan
+    if call.ahead is not None:
+        tokens = _tokens_of(inputs)
+        assert tokens is not None
+        begun, real = call.ahead.entered > 0, None if mask is None else _real_keys(mask)
+        call.ahead.read(request, start + tokens.shape[1], real, call.prompt_length, len(tokens))
+        if plan.uses_turns and record.turns is not None and not begun:
+            request.find_turns(record.turns, ", ".join(plan.turns))
+        return
     if record.anatomy.leading:
         types = _leading_types(record.anatomy.leading, start, inputs)
     else:
@@ -174,14 +194,24 @@ def _read(
 
 
 def _read_before(
-    record: Record, model: PreTrainedModel, call: Call, start: int, rows: int, mask: Tensor | None
+    record: Record,
+    model: PreTrainedModel,
+    call: Call,
+    inputs: dict[str, Any],
+    noted: Request | None,
+    start: int,
+    rows: int,
 ) -> Request:
     """The request of a cache that was filled without the recipe, where that makes no difference: with text.
+
+    ``noted``: the text, if it was read by this model while it was wrapped.
 
     Raises:
         StateError: there is more in it, or nobody knows; the recipe looks at every token as it is read.
     """
-    ids, filled = call.ids, "this cache was filled without vlmattn"
+    ids, filled, mask = call.ids, "this cache was filled without vlmattn", inputs.get("attention_mask")
+    if noted is not None and (given := inputs.get("input_ids")) is not None:
+        ids, filled = torch.cat([noted.ids(start, given.device), given], 1), "this cache has text that was read bare"
     told = record.family.placeholders(model) and not record.anatomy.leading  # by token ids
     if not told or not isinstance(ids, Tensor) or ids.is_floating_point() or ids.shape[1] <= start:
         raise StateError(

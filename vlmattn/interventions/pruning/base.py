@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
-from vlmattn.errors import OptionError, UnsupportedError
+from vlmattn.errors import OptionError
 from vlmattn.interventions.base import LookingMethod, optional
 from vlmattn.options import MANY, option, parse_layers
 from vlmattn.request import KeptTokens, PruningStage
@@ -48,18 +48,23 @@ class Pruning(LookingMethod):
         """Position ids are counted anew."""
         return False
 
+    def sees(self, anatomy: Anatomy, layer: int, before: int) -> bool:
+        """Whether the method has attention to choose by: of ``layer`` itself, or since the stage ``before``."""
+        if self.looks_ahead:
+            return anatomy.attends(layer)
+        return not self.implements("on_attention") or anatomy.attending_before(layer) >= before
+
     def bind(self, anatomy: Anatomy) -> Pruning:
         """This method for one model.
 
         Raises:
             OptionError: layers that the model does not have, or in which image features still come in; positions
-                counted anew where a token has several.
-            UnsupportedError: layers that see a sliding window.
+                counted anew where a token has several; tokens only hidden from layers that keep a state.
         """
-        if anatomy.window:
-            raise UnsupportedError(
-                f"'{self.info.name}' drops tokens, and this language model has sliding windows, which count them; use a"
-                " model with full attention in every layer"
+        if anatomy.attending is not None and not self.drops:
+            raise OptionError(
+                f"{self.info.name}.mode 'mask' only hides tokens, which stay in what layers without attention keep of"
+                " all tokens; use mode='drop'"
             )
         if self.compact and anatomy.axes > 1:
             raise OptionError(
@@ -157,12 +162,16 @@ class Staged(Pruning):
         return bound
 
     def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """In a model of few layers shares of the depth move up, so that each stage has a layer of its own."""
+        """Shares of the depth move up in a model of few layers, so that each stage has a layer of its own, and where
+        some layers have no attention, to the next layer that has what the method looks at."""
         found: list[int] = []
         for part in self.layers.split(","):
             (layer,) = parse_layers(part, anatomy.layers, f"{self.info.name}.layers")
-            lowest = found[-1] + 1 if found else 1
-            found.append(max(layer, lowest) if "/" in part else layer)
+            if "/" in part:
+                layer = max(layer, found[-1] + 1 if found else 1)
+                while layer < anatomy.layers and not self.sees(anatomy, layer, found[-1] if found else 0):
+                    layer += 1
+            found.append(layer)
         if any(a >= b for a, b in pairwise(found)):
             raise OptionError(f"{self.info.name}.layers must ascend, got {found} in {anatomy.layers} layers")
         return tuple(found)

@@ -30,7 +30,8 @@ from vlmattn.request import LayerContext, PruningStage, Weights
 class FastV(ScorerPruning):
     """From layer K on go on with the image tokens that the last prompt token attends to most in layer K - 1.
 
-    With A the unedited attention ``[batch, heads, query, key]`` of layer K - 1 and q the last prompt row:
+    With A the unedited attention ``[batch, heads, query, key]`` of layer K - 1 (the last before K that has attention)
+    and q the last prompt row:
 
         s_j = mean_h A[h, q, j];   the round(keep_ratio n) image tokens of a sequence with the highest s stay
 
@@ -48,7 +49,7 @@ class FastV(ScorerPruning):
     keep_ratio: float = option(0.5, 0, 1, "share of the image tokens that stays", source="paper: R = .5")
 
     def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        return (self.layer - 1,)
+        return (anatomy.attending_before(self.layer),)
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
         seen = last_row(context, weights).mean(1)

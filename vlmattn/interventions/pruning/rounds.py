@@ -57,8 +57,13 @@ class Rounds(KVPolicy):
         found = parse_layers(self.watershed, anatomy.layers, "rounds.watershed")
         if len(found) != 1 or found[0] >= anatomy.layers - 1:
             raise OptionError(f"rounds.watershed must name one layer before the last, got '{self.watershed}'")
-        above = [layer for layer in self.active_layers(anatomy) if layer > found[0]]
-        bound = replace(self, watershed=str(found[0]), layers=",".join(map(str, above)))
+        if (watershed := anatomy.attending_before(found[0] + 1)) < 0:
+            raise OptionError(
+                f"rounds.watershed: no layer up to {found[0]} has attention; name one of"
+                f" {list(anatomy.attending or ())}"
+            )
+        above = [layer for layer in self.active_layers(anatomy) if layer > watershed]
+        bound = replace(self, watershed=str(watershed), layers=",".join(map(str, above)))
         KVPolicy.bind(bound, anatomy)
         return bound
 

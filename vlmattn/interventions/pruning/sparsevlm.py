@@ -81,7 +81,7 @@ class SparseVLM(Staged):
         return self.version == "1"
 
     def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
-        return tuple(layer - 1 for layer in self.stages(anatomy))
+        return tuple(map(anatomy.attending_before, self.stages(anatomy)))
 
     def on_embeddings(self, stage: PruningStage) -> None:
         """Find the raters."""
@@ -114,8 +114,9 @@ class SparseVLM(Staged):
         rows, raters = kept.shared.pop("rows"), kept.rows.pop("raters")
         seen = kept.rows.pop("gaze")  # [batch, heads, rater, rows]
         if self.version == "2":
-            bias = _rotation_alone(*stage.tables)
-            seen = seen / bias[:, None, rows.to(bias.device)]
+            if stage.tables is not None:
+                bias = _rotation_alone(*stage.tables)
+                seen = seen / bias[:, None, rows.to(bias.device)]
             per_head = (seen * stage.visual[:, None, None]).sum((2, 3))
             top = per_head.topk(max(1, round(self.head_share * seen.shape[1])), dim=1).indices
             seen = seen.gather(1, top[:, :, None, None].expand(-1, -1, *seen.shape[2:]))

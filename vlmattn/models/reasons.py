@@ -1,0 +1,12 @@
+"""Kinds of methods, and why some families refuse some."""
+
+from __future__ import annotations
+
+#: Kinds of methods, as families support or refuse them.
+KINDS = ("edits", "masks", "pruning", "decoding")
+
+#: Why families with layers without attention refuse methods.
+_STATE = "some of its layers have no attention but a state of all tokens before"
+HYBRID = {
+    "looking": f"{_STATE}, which show no attention and take no token back; take a rule that needs neither, like vcd",
+}
