@@ -451,7 +451,7 @@ def test_codes_of_chameleon_are_in_reading_order():
 
 
 def test_every_family_of_the_zoo_is_looked_at():
-    again = {"mistral3_window", "gemma3_window", "cohere2_window"}
+    again = {"mistral3_window", "mistral3_small4", "gemma3_window", "cohere2_window"}
     assert {name.split(",")[0] for name in CASES} | NO_PLACE.keys() | SOUND | again | {
         "emu3",
         "chameleon",

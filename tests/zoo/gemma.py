@@ -102,6 +102,21 @@ MODELS: dict[str, Tiny] = {
         ),
         merged, _patches_hw,
     ),
+    # Mistral Small 4: the class of Mistral 3 around a language model with latent attention
+    "mistral3_small4": Tiny(
+        lambda: (
+            hf.Mistral3ForConditionalGeneration,
+            hf.Mistral3Config(
+                text_config={
+                    **TEXT, "model_type": "mistral4", "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+                    "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "n_group": 1,
+                    "topk_group": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 16,
+                },
+                vision_config=PIXTRAL, image_token_index=IMG, spatial_merge_size=2,
+            ),
+        ),
+        lambda n: _rows(n, 2), rectangles,
+    ),
     "mistral_large4": Tiny(
         lambda: (
             hf.MistralLarge4ForConditionalGeneration,
