@@ -21,6 +21,8 @@ class Anatomy:
     ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods
     (``KINDS``) that the family cannot have, and why. ``cross`` are the layers of cross-attention, whose keys are the
     images: ``image_keys`` for each. ``sources``: the layer whose keys each layer attends with (empty = its own).
+    ``unlike``: KV heads and the size of a head of each layer, where layers differ in
+    them (() = they do not; else ``kv_heads`` and ``head_dim`` are the largest).
     """
 
     family: str
@@ -43,6 +45,7 @@ class Anatomy:
     cross: tuple[int, ...] = ()
     image_keys: int = 0
     sources: tuple[int, ...] = ()
+    unlike: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)
@@ -55,8 +58,16 @@ class Anatomy:
         """The last layer with self-attention before ``layer``; -1 if there is none."""
         return max((number for number in range(layer) if self.attends(number)), default=-1)
 
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """KV heads of a layer, and the size of each."""
+        return self.unlike[layer] if self.unlike else (self.kv_heads, self.head_dim)
+
+    def query_size(self, layer: int) -> int:
+        """The size of each head's query in a layer."""
+        return self.unlike[layer][1] if self.unlike else self.query_dim
+
     @property
     def fingerprint(self) -> str:
         """Hash of all sizes: profiles of heads, sinks and directions belong to models that share it."""
-        sizes = (self.backbone, self.heads, self.kv_heads, self.head_dim)
+        sizes = (self.backbone, self.heads, self.kv_heads, self.head_dim, *self.unlike)
         return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]

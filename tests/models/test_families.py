@@ -250,13 +250,13 @@ def test_edits_do_what_their_formulas_say(name, which):
     assert which != "var" or Hand.sinks > 0
 
 
-@pytest.mark.parametrize("name", ["kimi_k25", "paligemma2", "gemma3_window", "lfm2_vl"])
+@pytest.mark.parametrize("name", ["kimi_k25", "paligemma2", "gemma3_window", "lfm2_vl", "gemma4_shared"])
 def test_directions_are_as_long_as_queries(name, tmp_path):
-    """Latent attention, soft-capped scores, windows, layers without attention."""
+    """Latent attention, soft-capped scores, windows, layers without attention, heads of two sizes."""
     model, prompt = ZOO[name].build(), prompts(name)[0]
     anatomy = find_family(model).anatomy(model)
     layers = anatomy.attending or range(anatomy.layers)
-    query = {layer: torch.randn(anatomy.heads, anatomy.query_dim) for layer in layers}
+    query = {layer: torch.randn(anatomy.heads, anatomy.query_size(layer)) for layer in layers}
     with shifted_queries(model, query):
         wanted = model(**prompt.inputs).logits
     assert moved(wanted, model(**prompt.inputs).logits)

@@ -80,6 +80,16 @@ def clip(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values_videos": torch.randn(1, frames, 3, 16, 16, generator=generator)}
 
 
+def placed(frames: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Frames of 4 x 4 patches, each with its place."""
+    places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2)
+    return {
+        "pixel_values_videos": torch.rand(frames, 16, 48, generator=generator),
+        "video_position_ids": places.expand(frames, -1, -1),
+        "num_frames_per_video": torch.tensor([frames]),
+    }
+
+
 # Kimi K2.5 merges frames that are read together; before 5.24 transformers counted their tokens wrongly.
 MERGED = 2 if parse(transformers.__version__) >= parse("5.24") else 1
 
@@ -168,6 +178,12 @@ FILMS = {
     "hyperclovax_vision_v2": Film(lambda frames: [OPEN, *[VID] * 4 * frames, CLOSE], grids([96])),
     "cosmos3_omni": Film(stamped(OPEN, CLOSE), grids([96])),
     "qwen3_5": Film(stamped(OPEN, CLOSE), grids([96])),
+    "gemma4": Film(stamped(OPEN, CLOSE), placed),
+    "gemma4_key_value": Film(stamped(OPEN, CLOSE), placed),
+    "gemma4_unified": Film(
+        lambda frames: [token for n in range(frames) for token in (40 + n, OPEN, *[VID] * 16, CLOSE)], placed, lambda frame: [(4, 4)],
+        lengths=lambda frames: [16] * frames,
+    ),
     "video_llava": Film(
         lambda frames: [VID] * 17 * frames, clip, lambda frame: [(4, 4)], lengths=lambda frames: [17] * frames, hidden=1, batch=(3, 3)
     ),

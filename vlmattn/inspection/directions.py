@@ -76,7 +76,7 @@ def fit_directions(
         places = _most(model, spans, heads) if isinstance(heads, int) else sorted(set(heads))
         loss = _Loss(model, spans, places, anatomy.heads)
         found = {
-            layer: (_SMALL * torch.randn(len(mine), anatomy.query_dim, generator=generator)).requires_grad_()
+            layer: (_SMALL * torch.randn(len(mine), anatomy.query_size(layer), generator=generator)).requires_grad_()
             for layer, mine in loss.chosen.items()
         }
         orders = [torch.randperm(len(spans), generator=generator).tolist() for _ in range(epochs)]

@@ -73,7 +73,7 @@ class FocusDirections(Intervention):
                 " this one"
             )
         for layer, tensor in tensors.items():
-            shape = (anatomy.heads, anatomy.query_dim)
+            shape = (anatomy.heads, anatomy.query_size(min(layer, anatomy.layers - 1)))
             if tuple(tensor.shape) != shape or layer >= anatomy.layers:
                 raise OptionError(
                     f"focus: {path} has 'query.{layer}' of shape {tuple(tensor.shape)}; the model needs {shape}"

@@ -23,7 +23,7 @@ from vlmattn.models.inputs import (
     warn_of_runs,
 )
 from vlmattn.models.reasons import HYBRID
-from vlmattn.models.sizes import mlp_width, sources_of, vision_of, window_of
+from vlmattn.models.sizes import heads_of, mlp_width, sources_of, vision_of, window_of
 from vlmattn.models.tower import SeenTower
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
 
@@ -348,15 +348,15 @@ class Family(SeenTower):
 
     def anatomy(self, model: PreTrainedModel) -> Anatomy:
         text = model.config.get_text_config()
-        heads = text.num_attention_heads
-        layers = tuple(enumerate(self.layers(model)))
+        sizes, layers = heads_of(text), tuple(enumerate(self.layers(model)))
         attending = tuple(n for n, layer in layers if self.attention(layer) is not None)
         return Anatomy(
             family=model.config.model_type,
             layers=text.num_hidden_layers,
-            heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            heads=text.num_attention_heads,
+            kv_heads=max(kv for kv, _ in sizes),
+            head_dim=max(dim for _, dim in sizes),
+            unlike=sizes if len(sizes) > 1 else (),
             hidden_size=text.hidden_size,
             backbone=(text.model_type, text.hidden_size, text.num_hidden_layers, mlp_width(text)),
             tower_layers=len(self.tower_attention(model)),

@@ -28,6 +28,20 @@ def sources_of(text: Any) -> tuple[int, ...]:
     return (*range(own), *(last[kind] for kind in kinds[own:]))
 
 
+def heads_of(text: Any) -> tuple[tuple[int, int], ...]:
+    """KV heads and the size of a head: one pair, or a pair for each layer where layers differ."""
+    each = tuple(map(_heads, text.per_layer_config)) if getattr(text, "is_heterogeneous", False) else (_heads(text),)
+    return each if len(set(each)) > 1 else each[:1]
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    heads = config.num_attention_heads
+    return (
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
 def window_of(text: Any) -> int:
     """The length of the sliding window that some layer of a language model sees, from its config; 0 = none does."""
     kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
