@@ -65,7 +65,8 @@ MODELS: dict[str, Tiny] = {
     "gemma4": _gemma4(),
     # as the small ones: layers of both kinds reuse keys and values, heads are of two sizes; the window is outgrown
     "gemma4_shared": _gemma4(
-        layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, sliding_window=6, global_head_dim=16
+        num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=2, sliding_window=6,
+        global_head_dim=16,
     ),
     # as the large ones: keys are values where there is no window, images are seen both ways
     "gemma4_key_value": _gemma4(

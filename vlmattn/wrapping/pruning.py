@@ -74,7 +74,7 @@ def pruned_inputs(
     if attends and (tables := kwargs.get("position_embeddings")) is not None:
         step.tables = index, tables
     source = plan.sources[index] if plan.sources else index  # of the same kind, with the same rows
-    view, hidden, kwargs = _through(step, request.maps[index], attends, source, hidden, kwargs)
+    view, hidden, kwargs = _through(step, request.maps[index], attends, index, hidden, kwargs, source)
     return view, hidden, kwargs if view is step else {**kwargs, FORWARD: passing.at(view)}
 
 
@@ -189,14 +189,20 @@ def _weights_before(layer: nn.Module, index: int, hidden: Tensor, kwargs: Mappin
 
 
 def _through(
-    step: Step, tokens: TokenMap | None, attends: bool, index: int, hidden: Tensor, kwargs: dict[str, Any]
+    step: Step,
+    tokens: TokenMap | None,
+    attends: bool,
+    index: int,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    source: int | None = None,
 ) -> Inputs:
-    """Inputs of a layer that goes on with some of the tokens; ``hidden`` are its rows."""
+    """Inputs of a layer that goes on with some of the tokens; ``hidden`` are its rows, ``source`` has its keys."""
     if tokens is None:
         return step, hidden, kwargs
     view, newest = step.through(tokens), step.start == tokens.begin
     if attends:
-        mask = _mask(step, view, tokens, index, hidden, kwargs)
+        mask = _mask(step, view, tokens, index if source is None else source, index, hidden, kwargs)
     else:
         mask = _state_mask(step, view, tokens, kwargs.get("attention_mask"))
     found, ids, tables = (
@@ -259,15 +265,16 @@ def _state_mask(step: Step, view: Step, tokens: TokenMap, given: Tensor | None) 
 
 
 def _mask(
-    step: Step, view: Step, tokens: TokenMap, index: int, hidden: Tensor, kwargs: Mapping[str, Any]
+    step: Step, view: Step, tokens: TokenMap, source: int, index: int, hidden: Tensor, kwargs: Mapping[str, Any]
 ) -> Tensor | None:
-    """The mask in the slots of a layer; layers with the same one in original slots share it."""
+    """The mask in the slots of a layer, whose keys are those of ``source``; layers with the same one in original slots
+    share it."""
     given, cache, queries = kwargs.get("attention_mask"), compat.cache_of(kwargs), hidden.shape[1]
-    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    layer = cache.layers[source] if cache is not None and source < len(cache.layers) else None
     window = compat.growing_window(layer)
 
     def held() -> int:
-        return 0 if layer is None else int(layer.get_seq_length())
+        return 0 if layer is None else int(layer.get_seq_length()) - (queries if index > source else 0)  # has run
 
     def make() -> Tensor | None:
         static = getattr(layer, "max_cache_len", None)

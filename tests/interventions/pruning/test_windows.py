@@ -20,8 +20,8 @@ from vlmattn.models import find_family
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
-WINDOWED = ["gemma3_window", "cohere2_window", "gemma4"]  # windows of 8, prompts of 20 and more
-OTHERS = ["gemma4_unified", "cohere_compass", "muse_glimmer", "muse_spark", "step3p7"]
+WINDOWED = ["gemma3_window", "cohere2_window", "gemma4_shared"]  # windows of 8, prompts of 20 and more
+OTHERS = ["gemma4_unified", "gemma4_key_value", "cohere_compass", "muse_glimmer", "muse_spark", "step3p7"]
 CUT, NEW, CLOSE, ACTS = 1, 12, 2e-4, 1e-2
 every = pytest.mark.parametrize("name", WINDOWED)
 attn_matrix = pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -145,8 +145,8 @@ def alone_and_together(model: PreTrainedModel, name: str) -> list[Tensor]:
 @attn_matrix
 @every
 def test_dropped_tokens_equal_hidden_ones(name, attn, method):
-    if name == "gemma4" and method != "fastv":
-        with pytest.raises(OptionError, match=r"before layer 2, and layer 3 uses the keys of layer 1.* layers up to 1"):
+    if name == "gemma4_shared" and method != "fastv":
+        with pytest.raises(OptionError, match=r"before layer 3, and layer 4 uses the keys of layer 2.* layers up to 2"):
             vlmattn.wrap(build(name, attn), METHODS[method])
         return
     hidden_alike(name, [METHODS[method]], lambda model: alone_and_together(model, name), attn)
@@ -192,7 +192,7 @@ def test_drafts_are_taken_back(name):
 @every
 def test_further_turns(name, method):
     """On a cache whose windows have left the first image behind; the second turn has an image of its own."""
-    if name == "gemma4" and method == "stages":
+    if name == "gemma4_shared" and method == "stages":
         pytest.skip("refused: a layer uses keys again")
     tiny = ZOO[name]
     first, second, words = tiny.prompt(1, 12, 1), tiny.prompt(1, 4, 2), torch.tensor([[20, 21, 22]])
