@@ -42,10 +42,8 @@ def refusals(model: PreTrainedModel) -> dict[str, str]:
         family = find_family(model)
     except UnsupportedError as error:
         return dict.fromkeys((*KINDS, "opening"), str(error))
-    anatomy = family.anatomy(model)
-    slides = {"pruning": "window"} if anatomy.window else {}
-    refused = dict(anatomy.refused)
-    return {"opening": refused["masks"]} | slides | refused if "masks" in refused else slides | refused
+    refused = dict(family.anatomy(model).refused)
+    return {"opening": refused["masks"]} | refused if "masks" in refused else refused
 
 
 def wrapped(name: str, recipe: Any, kind: str) -> PreTrainedModel:

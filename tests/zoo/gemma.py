@@ -13,7 +13,7 @@ from zoo.first import _rows
 from zoo.parts import CLOSE, IMG, OPEN, PIXTRAL, SIGLIP, TEXT, VID, Tiny, grids, merged, squares, tokens, typed
 
 GEMMA4 = dict(
-    sliding_window=200, layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8,
+    sliding_window=200, layer_types=["sliding_attention", *["full_attention"] * 3], hidden_size_per_layer_input=8,
     vocab_size_per_layer_input=100, num_kv_shared_layers=1, global_head_dim=8,
 )  # fmt: skip
 

@@ -4,23 +4,11 @@ from vlmattn.request.callbacks import Compare, Watch, Weights
 from vlmattn.request.forward import BARE, Forward, Part
 from vlmattn.request.layer_context import ImageContext, LayerContext
 from vlmattn.request.methods import Looker, Method, Policy, Watcher
+from vlmattn.request.numbering import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
 from vlmattn.request.plan import NO_PLAN, Plan
 from vlmattn.request.prefill import Prefill, SideStream
 from vlmattn.request.pruning import Eviction, HeadSplit, KeptTokens, PruningStage
-from vlmattn.request.request import (
-    ANSWER,
-    IMAGE,
-    MARKER,
-    SYSTEM,
-    TEXT,
-    USER,
-    VIDEO,
-    Request,
-    RoleFinder,
-    number_frames,
-    number_images,
-    video_runs,
-)
+from vlmattn.request.request import ANSWER, MARKER, SYSTEM, USER, Request, RoleFinder
 from vlmattn.request.slots import Ledger, Slots
 from vlmattn.request.step import Step
 from vlmattn.request.store import Store

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vlmattn.kernels import Mask, Rows, Visibility
-from vlmattn.request.request import ANSWER, TEXT, Request
+from vlmattn.request.numbering import TEXT
+from vlmattn.request.request import ANSWER, Request
 from vlmattn.request.slots import Slots
 from vlmattn.request.step import Step
 from vlmattn.request.store import Store

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vlmattn.errors import InputError
-from vlmattn.request.request import IMAGE, VIDEO, Request
+from vlmattn.request.numbering import IMAGE, VIDEO
+from vlmattn.request.request import Request
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,7 @@ import pytest
 import torch
 import yaml
 from numerics import near
-from tiny import IMAGE_TOKEN, TEXT, build, generate, left_padded, prompt
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from tiny import build, generate, left_padded, prompt
 
 import vlmattn
 from vlmattn import PAI, VAR, InputError, OptionError, Recipe, StateError, UnknownNameError, UnsupportedError
@@ -109,20 +108,6 @@ def test_image_features_that_come_in_later(layer, works):
         ):
             bind(Recipe.of(method), sizes)
     bind(Recipe.of(FastV(layer=layer)), SIZES)
-
-
-def test_sliding_windows():
-    with pytest.raises(
-        UnsupportedError, match=r"'fastv' drops tokens, .* sliding windows, .*full attention in every layer"
-    ):
-        bind(Recipe.of("fastv"), replace(SIZES, window=28))
-    vision = build("llava").config.vision_config
-    text = dict(model_type="mistral", head_dim=8, sliding_window=28, **TEXT)
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN, image_seq_length=16)
-    model = LlavaForConditionalGeneration(config).eval()
-    with pytest.raises(UnsupportedError, match="sliding windows"):
-        vlmattn.wrap(model, "fastv")
-    assert "vlmattn" not in model.__dict__
 
 
 def test_positions_of_several_axes_are_not_counted_anew():
