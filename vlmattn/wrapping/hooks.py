@@ -118,11 +118,11 @@ def _let_ride(main: Part, cache: Any) -> None:
 
 def _end(model: nn.Module, output: Any) -> None:
     """Note that a forward is over, also one that raised."""
+    if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
+        CALL.set(direct.outer)
     if (record := record_of(model)) is None:
         return
     record.leave("forward")
-    if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
-        CALL.set(direct.outer)
     _tell_missing_weights(record, output)
 
 
