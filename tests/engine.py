@@ -33,7 +33,7 @@ def plan_of(request: Request) -> Plan:
 
 def registered(step: Step | None, *states: Any, **kwargs: Any) -> Tensor:
     """Head outputs ``[batch, query, heads, dim]`` of the function that wrapped models call; None: nothing acts."""
-    register()
+    register("sdpa")
     passing = {} if step is None else {FORWARD: Forward((Part(step=step, plan=_PLANS[step.request]),))}
     out: Tensor = AttentionInterface()["vlmattn"](*states, **kwargs, **passing)[0]
     return out
