@@ -8,9 +8,18 @@ from test_compile import fresh, graphs, run
 from zoo import ZOO
 
 import vlmattn
+from vlmattn.errors import UnsupportedError
 
 __all__ = ["fresh"]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def eager(model, inputs):
+    """The same cache without a compiler: some models compute otherwise with a static one."""
+    model._valid_auto_compile_criteria = lambda *_: False
+    return model.generate(
+        **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -23,10 +32,16 @@ def test_as_many_graphs_as_bare(name):
     except Exception as error:
         pytest.skip(f"the bare model does not: {type(error).__name__}")
     bare = graphs()
+    if not bare:
+        pytest.skip("the bare model has no step that transformers compiles")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    plain = run(vlmattn.wrap(model, "pai"), inputs, None, compiled=False)
+    try:
+        plain = eager(vlmattn.wrap(model, "pai"), inputs)
+    except UnsupportedError as error:
+        assert "a static cache outgrows the sliding window" in str(error) or "encoder-decoder" in str(error)
+        pytest.skip(str(error))
     torch.manual_seed(0)
     assert torch.equal(run(model, inputs, None, compiled=True), plain)
-    assert graphs() == bare > 0
+    assert graphs() == bare
     assert model.vlmattn.report()["fired"]["pai"] > 0

@@ -13,10 +13,10 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from choices import Choices
 from numerics import TINY_MODEL, bound, near, size
 from tiny import build, generate, left_padded, prompt
-from transformers import AutoModelForImageTextToText, TextIteratorStreamer, set_seed
+from transformers import AutoModelForImageTextToText, GenerationConfig, TextIteratorStreamer, set_seed
 
 import vlmattn
-from vlmattn import PAI, VAR, VCD, VHR, Bidirectional, FastV, SoFA
+from vlmattn import PAI, VAR, VCD, VHR, Bidirectional, FastV, SoFA, UnsupportedError
 from vlmattn.wrapping import handle_of
 
 SINKS = VAR(tau=1.2, keep=0.2, dims=(3, 5), max_sink=1.0, min_visual=0.0, layers="0:")
@@ -343,3 +343,15 @@ def test_the_parameters_of_the_model_are_still_seen(family):
     model = build(family)
     before = inspect.signature(model.prepare_inputs_for_generation)
     assert inspect.signature(vlmattn.wrap(model, SINKS).prepare_inputs_for_generation) == before
+
+
+def test_continuous_batching_is_refused_before_it_starts():
+    model, texts = build("llava"), [[1, 5, 6, 7, 8], [1, 9, 10, 11]]
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    bare = model.generate_batch(inputs=texts, generation_config=settings, progress_bar=False)
+    vlmattn.wrap(model, "pai")
+    with pytest.raises(UnsupportedError, match=r"takes no images, .* 'pai' cannot edit; use generate\(\)"):
+        model.generate_batch(inputs=texts, generation_config=settings, progress_bar=False)
+    vlmattn.unwrap(model)
+    again = model.generate_batch(inputs=texts, generation_config=settings, progress_bar=False)
+    assert [one.generated_tokens for one in again.values()] == [one.generated_tokens for one in bare.values()]

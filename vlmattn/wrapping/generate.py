@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn import compat
+from vlmattn.errors import UnsupportedError
 from vlmattn.files import copy_whole
 from vlmattn.models import OF_IMAGES
 from vlmattn.recipe import Recipe
@@ -174,9 +175,20 @@ def save_pretrained(
     return out
 
 
+def _init_continuous_batching(self: PreTrainedModel, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Refused: it reads texts alone, all in one row, and has the attention that the model was loaded with."""
+    if (record := record_of(self)) is None:  # unwrapped a moment ago, by another thread
+        return original(*args, **kwargs)
+    raise UnsupportedError(
+        f"transformers' continuous batching takes no images, and texts share one row, which '{record.now.recipe.name}'"
+        " cannot edit; use generate() with a batch, or vlmattn.unwrap(model) first"
+    )
+
+
 #: What an instance has instead of methods of its class, while it is wrapped.
 INSTANCE_METHODS: dict[str, Callable[..., Any]] = {
     "generate": _generate,
     "prepare_inputs_for_generation": _prepare_inputs,
     "save_pretrained": save_pretrained,
+    "init_continuous_batching": _init_continuous_batching,
 }
