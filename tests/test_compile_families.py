@@ -39,8 +39,9 @@ def test_as_many_graphs_as_bare(name):
     try:
         plain = eager(vlmattn.wrap(model, "pai"), inputs)
     except UnsupportedError as error:
-        assert "a static cache outgrows the sliding window" in str(error) or "encoder-decoder" in str(error)
-        pytest.skip(str(error))
+        if "a static cache outgrows the sliding window" in str(error) or "encoder-decoder" in str(error):
+            pytest.skip(str(error))
+        raise
     torch.manual_seed(0)
     assert torch.equal(run(model, inputs, None, compiled=True), plain)
     assert graphs() == bare

@@ -1,8 +1,8 @@
 """Puts a recipe on one model object and takes it off again.
 
 The object stays the same and keeps its class. While wrapped it has: another name of the attention implementation in
-its text config, forward hooks on the model, its decoder, the decoder's layers and the vision tower, and attributes of the
-instance: ``vlmattn`` and methods of its own (``INSTANCE_METHODS``: ``generate`` and what belongs to it).
+its text config, forward hooks on the model, its decoder, the decoder's layers and the vision tower, and attributes of
+the instance: ``vlmattn`` and methods of its own (``INSTANCE_METHODS``: ``generate`` and what belongs to it).
 ``unwrap`` removes all of them.
 """
 
