@@ -51,7 +51,8 @@ test-portable: $(VENV)/.ready
 # one test for each preset and each difference between versions, the README's example, and the matrix of some families.
 TRANSFORMERS_oldest := transformers==5.17.*
 TRANSFORMERS_newest := transformers<6
-FAMILIES_oldest := paligemma or internvl or kimi_k25
+# without PaliGemma 2: sdpa of 5.17 leaves the cap of Gemma 2's scores out, so the bare model differs from its eager self
+FAMILIES_oldest := (paligemma and not paligemma2) or internvl or kimi_k25
 FAMILIES_newest := qwen2_5_vl or qwen3_vl or qwen3_5 or gemma3 or gemma4 or internvl or molmo2 or next_video or minicpmv or mllama
 CORE := tests/test_laws.py tests/test_compat.py tests/test_presets.py tests/test_readme.py
 
