@@ -44,6 +44,7 @@ from vlmattn.interventions import (
     SparseVLM,
     VisionZip,
 )
+from vlmattn.interventions.pruning import FirstTokens, GridTokens, LastTokens, PooledTokens, RandomTokens
 
 pytestmark = [
     pytest.mark.slow,
@@ -559,6 +560,11 @@ DROPPING: dict[str, Pruning | KVPolicy] = {
     "sparsevlm": SparseVLM(layers="1,2,3", keep_ratios=(0.6, 0.4, 0.2)),
     "sparsevlm_plus": SparseVLM(version="2", layers="1,2,3", keep_ratios=(0.6, 0.4, 0.2)),
     "visionzip": VisionZip(dominant=0.4, contextual=0.2),
+    "random": RandomTokens(),
+    "grid": GridTokens(),
+    "first": FirstTokens(),
+    "last": LastTokens(),
+    "pool": PooledTokens(),
     "avl": AVL(text_first=2, text_every=2),
     "avl_images": AVL(text_keep=1.0, refresh=2),
     "recycled": RecycledAttention(keys=6, stride=2),

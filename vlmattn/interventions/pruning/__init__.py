@@ -2,7 +2,9 @@
 
 from vlmattn.interventions.pruning.avl import AVL
 from vlmattn.interventions.pruning.base import Pruning, ScorerPruning
+from vlmattn.interventions.pruning.controls import FirstTokens, GridTokens, LastTokens, PooledTokens, RandomTokens
 from vlmattn.interventions.pruning.duo import DuoAttention
+from vlmattn.interventions.pruning.early import EarlyPruning
 from vlmattn.interventions.pruning.fastv import FastV
 from vlmattn.interventions.pruning.longheads import LongHeads
 from vlmattn.interventions.pruning.policy import KVPolicy, ScorerPolicy
@@ -16,11 +18,17 @@ from vlmattn.interventions.pruning.visionzip import VisionZip
 __all__ = [
     "AVL",
     "DuoAttention",
+    "EarlyPruning",
     "FastV",
+    "FirstTokens",
+    "GridTokens",
     "KVPolicy",
+    "LastTokens",
     "LongHeads",
+    "PooledTokens",
     "Pruning",
     "PyramidDrop",
+    "RandomTokens",
     "RazorAttention",
     "RecycledAttention",
     "Rounds",

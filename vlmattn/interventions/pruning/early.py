@@ -1,0 +1,105 @@
+"""The shape of methods that choose among the tokens of each image before the first layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmattn.anatomy import Anatomy
+from vlmattn.interventions.pruning.base import Pruning, ScorerPruning
+from vlmattn.options import option
+from vlmattn.request import KeptTokens, PruningStage
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens of images that have equally many of them.
+
+    Attributes:
+        embeddings: what the language model gets, ``[images, n, hidden]``.
+        asked: mean of the normalised embeddings of the text behind the first image of each one's prompt, ``[images,
+            hidden]``; of all text where there is none behind.
+    """
+
+    embeddings: Tensor
+    asked: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyPruning(ScorerPruning):
+    """Base of methods that choose among the tokens of each image by their embeddings: only ``pick`` is theirs.
+
+    Every image (every frame of a video) keeps the same share. Where image features come in after the first layers
+    (DeepStack), tokens are chosen as early and go behind the last of those.
+    """
+
+    earliest: ClassVar[int] = 0
+    layer: int = option(0, 0, 10**4, "first layer that only kept tokens reach")
+    keep_ratio: float = option(0.25, 0, 1, "share of the tokens of each image that stays")
+    keep_tokens: int = option(0, 0, 10**6, "tokens of each image that stay; 0: by keep_ratio")
+
+    @property
+    def merges(self) -> bool:
+        """What stays is changed, so it must be there before any layer."""
+        return False
+
+    def bind(self, anatomy: Anatomy) -> Pruning:
+        bound = self if self.merges else replace(self, layer=max(self.layer, anatomy.deepstack))
+        Pruning.bind(bound, anatomy)
+        return bound
+
+    def kept(self, layer: int, given: Sequence[int], left: int) -> int:
+        return sum(map(self.budget, given))
+
+    def budget(self, tokens: int) -> int:
+        """How many of an image's tokens stay."""
+        return min(self.keep_tokens or round(self.keep_ratio * tokens), tokens)
+
+    def pick(self, tokens: Tokens, count: int) -> Tensor:
+        """The ``count`` tokens of each image that stay, bool ``[images, n]``."""
+        raise NotImplementedError
+
+    def on_embeddings(self, stage: PruningStage) -> None:
+        stays = torch.zeros_like(stage.visual)
+        asked = asked_of(stage)
+        for rows, slots in alike(stage):
+            tokens = Tokens(stage.hidden[rows[:, None], slots], asked[rows])
+            stays[rows[:, None], slots] = self.pick(tokens, self.budget(slots.shape[1]))
+        stage.request.store(self).by_slot("stays", False, torch.bool).write(stage.start, stays)
+
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
+        stop = stage.start + stage.hidden.shape[1]
+        stays = stage.request.read(stage.request.store(self).slots["stays"], stop, stage.hidden.device)
+        return KeptTokens(stays[:, stage.start :] & stage.visual, self.counts(stage))
+
+
+def images_of(stage: PruningStage) -> list[tuple[int, Tensor]]:
+    """Every image before the first layer: its sequence, and the rows of its tokens."""
+    found: list[tuple[int, Tensor]] = []
+    for row, sizes in enumerate(stage.given):
+        found += [(row, slots) for slots in torch.split(stage.visual[row].nonzero().flatten(), list(sizes))]
+    return found
+
+
+def alike(stage: PruningStage) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images with equally many tokens together: their sequences ``[images]`` and rows of their tokens ``[images, n]``."""
+    groups = defaultdict(list)
+    for row, slots in images_of(stage):
+        groups[len(slots)].append((row, slots))
+    for group in groups.values():
+        rows = torch.tensor([row for row, _ in group], device=stage.hidden.device)
+        yield rows, torch.stack([slots for _, slots in group])
+
+
+def asked_of(stage: PruningStage) -> Tensor:
+    """Mean of the normalised embeddings of each sequence's text behind its first image token, ``[batch, hidden]``."""
+    behind = stage.text & (stage.visual.cumsum(1) > 0)
+    words = torch.where(behind.any(1, keepdim=True), behind, stage.text)[..., None]
+    unit = normalize(stage.hidden.float(), dim=-1)
+    return (unit * words).sum(1) / words.sum(1).clamp_min(1)
