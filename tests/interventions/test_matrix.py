@@ -44,7 +44,17 @@ from vlmattn.interventions import (
     SparseVLM,
     VisionZip,
 )
-from vlmattn.interventions.pruning import FirstTokens, GridTokens, LastTokens, PooledTokens, RandomTokens
+from vlmattn.interventions.pruning import (
+    DART,
+    CDPruner,
+    DivPrune,
+    FirstTokens,
+    GridTokens,
+    LastTokens,
+    PooledTokens,
+    RandomTokens,
+    VisPruner,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -565,6 +575,10 @@ DROPPING: dict[str, Pruning | KVPolicy] = {
     "first": FirstTokens(),
     "last": LastTokens(),
     "pool": PooledTokens(),
+    "divprune": DivPrune(keep_ratio=0.4),
+    "cdpruner": CDPruner(keep_ratio=0.4),
+    "vispruner": VisPruner(keep_ratio=0.4),
+    "dart": DART(keep_ratio=0.4, image_pivots=1, text_pivots=1),
     "avl": AVL(text_first=2, text_every=2),
     "avl_images": AVL(text_keep=1.0, refresh=2),
     "recycled": RecycledAttention(keys=6, stride=2),

@@ -11,11 +11,12 @@ from rows_by_hand import decoder_inputs, generated_by_hand
 from tiny import IMAGE_TOKEN, TOKENS_PER_IMAGE, build, left_padded, prompt
 from tiny import generate as unrestricted
 from torch.nn.functional import normalize
+from transformers import DynamicCache
 from zoo import ZOO, padded
 
 import vlmattn
 from vlmattn import Recipe
-from vlmattn.errors import OptionError
+from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions.pruning import choices
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -24,7 +25,7 @@ TOLERANCE = bound(torch.float32, TINY_MODEL, scale=0.5)
 NEW = 3
 PLACEHOLDERS = [96, 97, 98, 99]
 CONTROLS = ("random", "grid", "first", "last", "pool")
-METHODS = CONTROLS
+METHODS = (*CONTROLS, "divprune", "cdpruner", "cdpruner_negative", "vispruner", "fastervlm")
 FAMILIES = ("llava", "qwen2_5_vl", "llava_next", "qwen3_vl")
 
 
@@ -49,7 +50,34 @@ def places(image, count, asked):
     return choices.grid(len(image), count, image.device).nonzero().flatten().tolist()
 
 
+def most_apart(image, count, asked):
+    """DivPrune, one token after another."""
+    unit = normalize(image, dim=-1)
+    far = lambda a, b: 1 - float(unit[a] @ unit[b])  # noqa: E731
+    every = range(len(image))
+    taken = [max(every, key=lambda a: min(far(a, b) for b in every if b != a))]
+    while len(taken) < count:
+        taken.append(max((a for a in every if a not in taken), key=lambda a: min(far(a, b) for b in taken)))
+    return taken
+
+
+def conditional(image, count, asked, sign=1):
+    """CDPruner, by determinants."""
+    unit = normalize(image.double(), dim=-1)
+    relevance = sign * (unit @ asked.double())
+    relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+    kernel = relevance[:, None] * (unit @ unit.T) * relevance[None]
+    taken = []
+    for _ in range(count):
+        left = [token for token in range(len(image)) if token not in taken]
+        taken.append(max(left, key=lambda a: float(torch.linalg.det(kernel[[*taken, a]][:, [*taken, a]]))))
+    return taken
+
+
 BY_HAND = {
+    "divprune": most_apart,
+    "cdpruner": conditional,
+    "cdpruner_negative": lambda image, count, asked: conditional(image, count, asked, -1),
     "random": lot,
     "grid": places,
     "first": lambda image, count, asked: list(range(count)),
@@ -89,12 +117,12 @@ def check_by_hand(family, method, share, inputs):
             if method == "pool":
                 content |= dict(zip(slots.tolist(), pooled(image, found), strict=True))
 
-        def drop(rows, index, stay=stay, content=content, length=len(visual)):
+        def drop(rows, index, stay=stay, content=content):
             if index:
                 return None
             for slot, value in content.items():
                 rows.hidden[slot] = value
-            generated = range(length, len(rows.slots))
+            generated = range(rows.prompt, len(rows.slots))
             return torch.tensor(sorted(stay) + list(generated))
 
         expected, _ = generated_by_hand(model, one, NEW, drop, False, PLACEHOLDERS)
@@ -105,7 +133,7 @@ def three(family):
     return [prompt(family, 2, 3, seed=7), prompt(family, 1, 9, seed=5), prompt(family, 1, 4, seed=6)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_HAND)
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_what_stays_is_what_stays_by_hand(family, method, share):
@@ -125,18 +153,23 @@ def batch_of(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropped_tokens_are_as_hidden_ones_and_a_batch_as_each_alone(family, method):
     model, alone, together = batch_of(family)
+    if method in ("vispruner", "fastervlm") and family == "llava_next":
+        with pytest.raises(UnsupportedError, match="vision tower"):
+            vlmattn.wrap(model, method)
+        return
     if method == "pool" and family == "qwen3_vl":
         with pytest.raises(OptionError, match="adds image features"):
             vlmattn.wrap(model, method)
         return
     bare = generate(model, together)
-    with vlmattn.applied(model, f"{method}@0.5"):
+    share = 0.25 if family == "llava_next" else 0.5  # its newlines are all the same, and come when others are rare
+    with vlmattn.applied(model, f"{method}@{share}"):
         dropped = generate(model, together)
         layers = model.vlmattn.report()["image_tokens"]["per_layer"]
         for row, one in enumerate(alone):
             assert float((generate(model, one)[0] - dropped[row]).abs().max()) < TOLERANCE
     assert layers[-1] <= 0.6 * layers[0] or len(set(layers)) == 1
-    with vlmattn.applied(model, Recipe.of(f"{method}@0.5", mode="mask")):
+    with vlmattn.applied(model, Recipe.of(f"{method}@{share}", mode="mask")):
         hidden = generate(model, together)
     assert float((dropped - hidden).abs().max()) < TOLERANCE
     assert float((dropped - bare).abs().max()) > 0.01
@@ -157,3 +190,64 @@ def test_tokens_of_each_image_by_number(method):
     with vlmattn.applied(model, Recipe.of(method, keep_tokens=3)):
         generate(model, inputs)
         assert model.vlmattn.report()["image_tokens"]["per_layer"][-1] == 6
+
+
+# --- by what the tower saw
+
+
+def tower_of(model, inputs):
+    """Of each image: mean attention of the CLS token in the last but one layer, and what the tower says of the patches."""
+    tower = model.model.vision_tower
+    hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    layer = [module for module in tower.modules() if hasattr(module, "self_attn")][-2]
+    attn, entering = layer.self_attn, layer.layer_norm1(hidden[-3])
+    query, key = (
+        part(entering).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (attn.q_proj, attn.k_proj)
+    )
+    seen = (query[:, :, :1] @ key.transpose(2, 3) * attn.scale).softmax(-1)[:, :, 0, 1:].mean(1)
+    return list(zip(seen, hidden[-2][:, 1:], strict=True))
+
+
+def vispruner(seen, features, count, important, at_once=8):
+    """The released rule on lists."""
+    order = sorted(range(len(seen)), key=lambda token: -float(seen[token]))
+    first = int(count * important)
+    taken, rest, want = order[:first], order[first:], count - first
+    unit = normalize(features, dim=-1)
+    while want and (gone := min(at_once, len(rest) - want)) > 0:
+        even, odd = rest[::2], rest[1::2]
+        double = [max(float(unit[a] @ unit[b]) for b in odd) for a in even]
+        ranks = sorted(range(len(even)), key=lambda n: -double[n])[gone:]
+        rest = [even[n] for n in ranks] + odd
+    return sorted(taken + (rest if want else []))
+
+
+def kept_by(method, inputs, **options):
+    """Numbers of the tokens of each image that reach the last layer of the llava."""
+    model = model_of("llava")
+    with vlmattn.applied(model, Recipe.of(method, **options)):
+        cache = DynamicCache()
+        model(**inputs, past_key_values=cache)
+        request = cache._vlmattn_request
+    slots = request.maps[-1].slots[0]
+    visual = (inputs["input_ids"][0] == IMAGE_TOKEN).nonzero().flatten()
+    return [
+        [n for n, slot in enumerate(image.tolist()) if slot in slots.tolist()]
+        for image in visual.split(TOKENS_PER_IMAGE["llava"])
+    ]
+
+
+@pytest.mark.parametrize(("share", "important"), [(0.5, 0.5), (0.25, 0.5), (0.5, 0.0), (0.25, 1.0), (0.75, 0.25)])
+def test_vispruner_is_the_released_rule(share, important):
+    inputs = prompt("llava", 2, 3, seed=7)
+    expected = [
+        vispruner(seen, said, round(share * len(seen)), important, at_once=2)
+        for seen, said in tower_of(model_of("llava"), inputs)
+    ]
+    assert kept_by("vispruner", inputs, keep_ratio=share, important=important, at_once=2) == expected
+
+
+def test_fastervlm_is_all_by_attention():
+    inputs = prompt("llava", 1, 3, seed=7)
+    ((seen, _),) = tower_of(model_of("llava"), inputs)
+    assert kept_by("fastervlm", inputs, keep_ratio=0.25) == [sorted(seen.topk(4).indices.tolist())]

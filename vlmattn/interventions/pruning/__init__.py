@@ -2,9 +2,12 @@
 
 from vlmattn.interventions.pruning.avl import AVL
 from vlmattn.interventions.pruning.base import Pruning, ScorerPruning
+from vlmattn.interventions.pruning.cdpruner import CDPruner
 from vlmattn.interventions.pruning.controls import FirstTokens, GridTokens, LastTokens, PooledTokens, RandomTokens
+from vlmattn.interventions.pruning.dart import DART
+from vlmattn.interventions.pruning.divprune import DivPrune
 from vlmattn.interventions.pruning.duo import DuoAttention
-from vlmattn.interventions.pruning.early import EarlyPruning
+from vlmattn.interventions.pruning.early import EarlyPruning, TowerPruning
 from vlmattn.interventions.pruning.fastv import FastV
 from vlmattn.interventions.pruning.longheads import LongHeads
 from vlmattn.interventions.pruning.policy import KVPolicy, ScorerPolicy
@@ -14,9 +17,13 @@ from vlmattn.interventions.pruning.recycled import RecycledAttention
 from vlmattn.interventions.pruning.rounds import Rounds
 from vlmattn.interventions.pruning.sparsevlm import SparseVLM
 from vlmattn.interventions.pruning.visionzip import VisionZip
+from vlmattn.interventions.pruning.vispruner import VisPruner
 
 __all__ = [
     "AVL",
+    "DART",
+    "CDPruner",
+    "DivPrune",
     "DuoAttention",
     "EarlyPruning",
     "FastV",
@@ -35,5 +42,7 @@ __all__ = [
     "ScorerPolicy",
     "ScorerPruning",
     "SparseVLM",
+    "TowerPruning",
+    "VisPruner",
     "VisionZip",
 ]

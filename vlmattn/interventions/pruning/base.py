@@ -13,7 +13,7 @@ from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.interventions.base import LookingMethod, optional
 from vlmattn.options import MANY, option, parse_layers
-from vlmattn.request import KeptTokens, PruningStage
+from vlmattn.request import KeptTokens, LayerContext, PruningStage
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,6 +95,14 @@ class Pruning(LookingMethod):
             given: tokens of each image in its prompt; left: image tokens that reach the stage.
         """
         raise NotImplementedError
+
+    def key_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Layers whose queries and keys ``on_queries_keys`` looks at."""
+        return ()
+
+    @optional
+    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
+        """Queries and keys of one of the ``key_layers``, ``[batch, heads, rows, dim]``; in steps too."""
 
     @optional
     def on_embeddings(self, stage: PruningStage) -> None:

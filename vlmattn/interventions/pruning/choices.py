@@ -44,14 +44,15 @@ def determinantal(kernel: Tensor, count: int) -> Tensor:
     """Greedy MAP of a determinantal point process: each step takes the token that makes the determinant largest.
 
     With L the kernel ``[images, n, n]`` of the tokens taken so far, a Cholesky row for each step keeps the gain
-    d_i = det(L + i) / det(L) of every token; n k multiply-adds a step.
+    d_i = det(L + i) / det(L) of every token; n k multiply-adds a step. Of tokens that are the same (newlines between
+    rows of patches) rounding decides which one is taken.
     """
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
     rows = kernel.new_zeros(len(kernel), max(count, 1), kernel.shape[1])
-    nothing = 1e-6 * gain.amax(1, keepdim=True).clamp_min(1e-30)  # behind the rank of the kernel: rounding only
+    nothing = 1e-6 * gain.amax(1, keepdim=True).clamp_min(1e-30)  # less is rounding: doubles of what is taken
     taken = torch.zeros_like(gain, dtype=torch.bool)
     for step in range(count):
-        best = gain.masked_fill(taken, float("-inf")).argmax(1, keepdim=True)
+        best = (gain * (gain > nothing)).masked_fill(taken, float("-inf")).argmax(1, keepdim=True)
         taken.scatter_(1, best, True)
         before = rows[:, :step].gather(2, best[:, None].expand(-1, step, -1))  # [images, step, 1]
         row = kernel.gather(1, best[..., None].expand(-1, -1, kernel.shape[2]))[:, 0]

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmattn.anatomy import Anatomy
+from vlmattn.interventions.base import check_tower
 from vlmattn.interventions.pruning.base import Pruning, ScorerPruning
 from vlmattn.options import option
-from vlmattn.request import KeptTokens, PruningStage
+from vlmattn.request import ImageFeatures, KeptTokens, PruningStage
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +26,14 @@ class Tokens:
         embeddings: what the language model gets, ``[images, n, hidden]``.
         asked: mean of the normalised embeddings of the text behind the first image of each one's prompt, ``[images,
             hidden]``; of all text where there is none behind.
+        seen: for ``TowerPruning`` how much the summary token of the vision tower attends to each token, mean over
+            heads, ``[images, n]``. ``features``: what the tower says of each, ``[images, n, width]``.
     """
 
     embeddings: Tensor
     asked: Tensor
+    seen: Tensor | None = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +70,16 @@ class EarlyPruning(ScorerPruning):
         """The ``count`` tokens of each image that stay, bool ``[images, n]``."""
         raise NotImplementedError
 
+    def more(self, stage: PruningStage) -> dict[str, Tensor]:
+        """What else is known of the rows, ``[batch, rows, ...]``, by its name in ``Tokens``."""
+        return {}
+
     def on_embeddings(self, stage: PruningStage) -> None:
         stays = torch.zeros_like(stage.visual)
-        asked = asked_of(stage)
+        asked, more = asked_of(stage), self.more(stage)
         for rows, slots in alike(stage):
-            tokens = Tokens(stage.hidden[rows[:, None], slots], asked[rows])
+            found = {name: values[rows[:, None], slots] for name, values in more.items()}
+            tokens = Tokens(stage.hidden[rows[:, None], slots], asked[rows], **found)
             stays[rows[:, None], slots] = self.pick(tokens, self.budget(slots.shape[1]))
         stage.request.store(self).by_slot("stays", False, torch.bool).write(stage.start, stays)
 
@@ -77,6 +87,30 @@ class EarlyPruning(ScorerPruning):
         stop = stage.start + stage.hidden.shape[1]
         stays = stage.request.read(stage.request.store(self).slots["stays"], stop, stage.hidden.device)
         return KeptTokens(stays[:, stage.start :] & stage.visual, self.counts(stage))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerPruning(EarlyPruning):
+    """Base of methods that also know what the last but one layer of the vision tower saw in each token.
+
+    Raises:
+        UnsupportedError: a family whose image tokens are not those of its tower. OptionError: a tower of one layer.
+        InputError: image features were given instead of pixels.
+    """
+
+    def tower_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        check_tower(self.info.name, anatomy)
+        return (anatomy.tower_layers - 2,)
+
+    def on_image_features(self, features: ImageFeatures) -> None:
+        (layer,) = features.images[0].attention
+        seen = features.place([image.attention[layer].mean(0) for image in features.images])
+        said = features.place([image.features for image in features.images])
+        features.request.store(self).rows |= {"seen": seen, "features": said}
+
+    def more(self, stage: PruningStage) -> dict[str, Tensor]:
+        rows = stage.request.store(self).rows
+        return {name: rows.pop(name).to(stage.hidden.device) for name in ("seen", "features")}
 
 
 def images_of(stage: PruningStage) -> list[tuple[int, Tensor]]:
@@ -88,7 +122,7 @@ def images_of(stage: PruningStage) -> list[tuple[int, Tensor]]:
 
 
 def alike(stage: PruningStage) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images with equally many tokens together: their sequences ``[images]`` and rows of their tokens ``[images, n]``."""
+    """Images with equally many tokens together: sequences ``[images]`` and rows of their tokens ``[images, n]``."""
     groups = defaultdict(list)
     for row, slots in images_of(stage):
         groups[len(slots)].append((row, slots))
