@@ -46,13 +46,16 @@ from vlmattn.interventions import (
 )
 from vlmattn.interventions.pruning import (
     DART,
+    EVS,
     CDPruner,
     DivPrune,
     FirstTokens,
     GridTokens,
     LastTokens,
     PooledTokens,
+    PruMerge,
     RandomTokens,
+    VidCom2,
     VisPruner,
 )
 
@@ -578,6 +581,9 @@ DROPPING: dict[str, Pruning | KVPolicy] = {
     "divprune": DivPrune(keep_ratio=0.4),
     "cdpruner": CDPruner(keep_ratio=0.4),
     "vispruner": VisPruner(keep_ratio=0.4),
+    "evs": EVS(),
+    "vidcom2": VidCom2(),
+    "prumerge": PruMerge(near=3),
     "dart": DART(keep_ratio=0.4, image_pivots=1, text_pivots=1),
     "avl": AVL(text_first=2, text_every=2),
     "avl_images": AVL(text_keep=1.0, refresh=2),

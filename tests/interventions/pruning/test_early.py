@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy
 import pytest
 import torch
 from numerics import TINY_MODEL, bound
@@ -251,3 +252,84 @@ def test_fastervlm_is_all_by_attention():
     inputs = prompt("llava", 1, 3, seed=7)
     ((seen, _),) = tower_of(model_of("llava"), inputs)
     assert kept_by("fastervlm", inputs, keep_ratio=0.25) == [sorted(seen.topk(4).indices.tolist())]
+
+
+# --- PruMerge
+
+
+def prumerge(model, inputs, ratio, spread, near):
+    """Which tokens of each image stay, and what they become in the language model, by the released rule with the mean over heads."""
+    tower = model.model.vision_tower
+    hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    layer = [module for module in tower.modules() if hasattr(module, "self_attn")][-1]
+    attn, entering = layer.self_attn, layer.layer_norm1(hidden[-2])
+    query, key = (
+        part(entering).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (attn.q_proj, attn.k_proj)
+    )
+    attended = (query[:, :, :1] @ key.transpose(2, 3) * attn.scale).softmax(-1)[:, :, 0, 1:].mean(1)
+    found = []
+    for seen, keys, said in zip(attended, key.mean(1)[:, 1:], hidden[-2][:, 1:], strict=True):
+        count, share = len(seen), ratio
+        if not share:
+            low, high = numpy.percentile(seen.numpy(), [25, 75])
+            share = float((seen > high + 1.5 * (high - low)).sum()) / count
+        chosen = seen.topk(max(int(count * share), 1)).indices.tolist()
+        if spread:
+            step = int(1 / max(share, 1 / count))
+            chosen += [token for token in range(int(step / 6), count - 1, max(int(step / 3), 1)) if token not in chosen]
+        unit, content = normalize(keys, dim=-1), {}
+        for token in chosen:
+            others = [other for other in range(count) if other != token]
+            nearest = sorted(others, key=lambda other: -float(unit[token] @ unit[other]))[:near]
+            content[token] = said[token] + sum(seen[other] * said[other] for other in nearest)
+        gone = [token for token in range(count) if token not in chosen]
+        content[gone[-1]] = sum(seen[other] * said[other] for other in gone)
+        found.append({token: model.model.multi_modal_projector(value) for token, value in content.items()})
+    return found
+
+
+@pytest.mark.parametrize("near", [2, 32])
+@pytest.mark.parametrize(("ratio", "spread"), [(0.0, False), (0.25, False), (0.125, True), (0.0, True)])
+def test_prumerge_is_the_released_rule(ratio, spread, near):
+    inputs, model = [prompt("llava", 2, 3, seed=7), prompt("llava", 1, 9, seed=5)], model_of("llava")
+    with vlmattn.applied(model, Recipe.of("prumerge", keep_ratio=ratio, spread=spread, near=near)):
+        logits = generate(model, left_padded(inputs))
+    for row, one in enumerate(inputs):
+        visual = one["input_ids"][0] == IMAGE_TOKEN
+        slots = visual.nonzero().flatten().split(16)
+        merged = prumerge(model, one, ratio, spread, near)
+        content = {
+            int(image[token]): value for image, of in zip(slots, merged, strict=True) for token, value in of.items()
+        }
+        stay = sorted([*(~visual).nonzero().flatten().tolist(), *content])
+
+        def drop(rows, index, stay=stay, content=content):
+            if index:
+                return None
+            for slot, value in content.items():
+                rows.hidden[slot] = value
+            return torch.tensor(stay + list(range(rows.prompt, len(rows.slots))))
+
+        expected, _ = generated_by_hand(model, one, NEW, drop, False, PLACEHOLDERS)
+        assert float((logits[row] - expected).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_prumerge_hides_what_it_drops(family):
+    model, alone, together = batch_of(family)
+    found = []
+    for mode in ("drop", "mask"):
+        with vlmattn.applied(model, Recipe.of("prumerge_plus@0.125", mode=mode)):
+            found.append(generate(model, together))
+    assert float((found[0] - found[1]).abs().max()) < TOLERANCE
+    assert float((found[0] - generate(model, together)).abs().max()) > 0.01
+    with vlmattn.applied(model, "prumerge"):
+        both = generate(model, together)
+        for row, one in enumerate(alone):
+            assert float((generate(model, one)[0] - both[row]).abs().max()) < TOLERANCE
+
+
+def test_what_prumerge_keeps_is_not_known_ahead():
+    with pytest.raises(UnsupportedError, match="known only once the picture is read"):
+        vlmattn.cost(model_of("llava"), prompt("llava"), "prumerge")
+    assert vlmattn.cost(model_of("llava"), prompt("llava"), "prumerge@0.25").edited.image_tokens[0] == 5

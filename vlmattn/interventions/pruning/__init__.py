@@ -8,20 +8,25 @@ from vlmattn.interventions.pruning.dart import DART
 from vlmattn.interventions.pruning.divprune import DivPrune
 from vlmattn.interventions.pruning.duo import DuoAttention
 from vlmattn.interventions.pruning.early import EarlyPruning, TowerPruning
+from vlmattn.interventions.pruning.evs import EVS
 from vlmattn.interventions.pruning.fastv import FastV
 from vlmattn.interventions.pruning.longheads import LongHeads
 from vlmattn.interventions.pruning.policy import KVPolicy, ScorerPolicy
+from vlmattn.interventions.pruning.prumerge import PruMerge
 from vlmattn.interventions.pruning.pyramiddrop import PyramidDrop
 from vlmattn.interventions.pruning.razor import RazorAttention
 from vlmattn.interventions.pruning.recycled import RecycledAttention
 from vlmattn.interventions.pruning.rounds import Rounds
 from vlmattn.interventions.pruning.sparsevlm import SparseVLM
+from vlmattn.interventions.pruning.vidcom2 import VidCom2
+from vlmattn.interventions.pruning.video import VideoPruning
 from vlmattn.interventions.pruning.visionzip import VisionZip
 from vlmattn.interventions.pruning.vispruner import VisPruner
 
 __all__ = [
     "AVL",
     "DART",
+    "EVS",
     "CDPruner",
     "DivPrune",
     "DuoAttention",
@@ -33,6 +38,7 @@ __all__ = [
     "LastTokens",
     "LongHeads",
     "PooledTokens",
+    "PruMerge",
     "Pruning",
     "PyramidDrop",
     "RandomTokens",
@@ -43,6 +49,8 @@ __all__ = [
     "ScorerPruning",
     "SparseVLM",
     "TowerPruning",
+    "VidCom2",
+    "VideoPruning",
     "VisPruner",
     "VisionZip",
 ]

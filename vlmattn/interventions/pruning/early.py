@@ -83,10 +83,14 @@ class EarlyPruning(ScorerPruning):
             stays[rows[:, None], slots] = self.pick(tokens, self.budget(slots.shape[1]))
         stage.request.store(self).by_slot("stays", False, torch.bool).write(stage.start, stays)
 
-    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
+    def staying(self, stage: PruningStage) -> Tensor:
+        """What was picked, bool ``[batch, rows]``."""
         stop = stage.start + stage.hidden.shape[1]
         stays = stage.request.read(stage.request.store(self).slots["stays"], stop, stage.hidden.device)
-        return KeptTokens(stays[:, stage.start :] & stage.visual, self.counts(stage))
+        return stays[:, stage.start :] & stage.visual
+
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
+        return KeptTokens(self.staying(stage), self.counts(stage))
 
 
 @dataclass(frozen=True, kw_only=True)
