@@ -17,7 +17,7 @@ from vlmattn.registry import register
     "cdpruner",
     paper="arXiv:2506.10967 (NeurIPS 2025)",
     code="github.com/Theia-4869/CDPruner",
-    faithful="released code, formula checked; relevance by the language model's embeddings (ours)",
+    faithful="golden (the choice; relevance by the language model's embeddings is ours)",
     parts="keep",
     cost="prefill: pairs of an image's tokens, a greedy choice; all layers run on the rest. Decode: fewer keys",
     presets={

@@ -21,7 +21,7 @@ from vlmattn.request import KeptTokens, LayerContext, PruningStage
     "dart",
     paper="arXiv:2502.11494 (EMNLP 2025)",
     code="github.com/ZichenWen1/DART",
-    faithful="released code, formula checked; hidden states without the model's last norm (ours)",
+    faithful="golden (the choice; hidden states without the model's last norm are ours)",
     parts="keep",
     cost="prefill: norms of keys and a few cosines in one layer; later layers run on the rest. Decode: fewer keys",
     presets={"dart": ("released: 128 of the 576 tokens of LLaVA-1.5 from layer 2 on (reduction .778)", {})},

@@ -19,7 +19,7 @@ from vlmattn.registry import register
     "evs",
     paper="arXiv:2510.14624",
     code="github.com/vllm-project/vllm (multimodal/evs.py), transformers (nemotron_h_omni)",
-    faithful="released code, formula checked",
+    faithful="golden (the choice)",
     parts="keep",
     cost="prefill: one cosine a token; all layers run on the rest, from the first on. Decode: fewer keys",
     presets={"evs": ("a quarter of the tokens of each video", {})},

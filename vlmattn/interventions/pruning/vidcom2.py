@@ -21,7 +21,7 @@ _WIDTHS = tuple(2.0**power for power in range(-3, 2))  # of the Gaussians (relea
     "vidcom2",
     paper="arXiv:2505.14454 (EMNLP 2025)",
     code="github.com/xuyang-liu16/VidCom2",
-    faithful="released code, formula checked",
+    faithful="golden (the choice)",
     parts="keep",
     cost="prefill: two distances a token; all layers run on the rest, from the first on. Decode: fewer keys",
     presets={"vidcom2": ("released default: a quarter of the tokens of each video", {})},

@@ -17,7 +17,7 @@ from vlmattn.registry import register
     "vispruner",
     paper="arXiv:2412.01818 (ICCV 2025)",
     code="github.com/Theia-4869/VisPruner",
-    faithful="released code, formula checked (CLIP); towers without CLS are ours",
+    faithful="golden (the choice, with CLIP towers)",
     parts="keep",
     cost="all layers run on the rest, from the first on; the vision tower is as it was. Decode: fewer keys",
     presets={
