@@ -96,6 +96,14 @@ class Pruning(LookingMethod):
         """
         raise NotImplementedError
 
+    def comparing(self, given: Sequence[int], width: int) -> int:
+        """Operations of comparing image tokens with each other, for ``vlmattn.cost``.
+
+        Args:
+            given: tokens of each image of a sequence; width: of what is compared, about.
+        """
+        return 0
+
     def key_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         """Layers whose queries and keys ``on_queries_keys`` looks at."""
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,6 +45,9 @@ class CDPruner(EarlyPruning):
     sign: str = option(
         "positive", about="what counts as relevant: like the text, or unlike", choices=("positive", "negative")
     )
+
+    def comparing(self, given: Sequence[int], width: int) -> int:
+        return sum(2 * width * tokens * (tokens + 1) for tokens in given)
 
     def pick(self, tokens: Tokens, count: int) -> Tensor:
         relevance = relevance_of(tokens) * (1 if self.sign == "positive" else -1)

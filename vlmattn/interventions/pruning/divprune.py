@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,6 +39,9 @@ class DivPrune(EarlyPruning):
     """
 
     keep_ratio: float = option(0.098, 0, 1, "share of the tokens of each image that stays", source="paper: 9.8 %")
+
+    def comparing(self, given: Sequence[int], width: int) -> int:
+        return sum(2 * width * tokens**2 for tokens in given)
 
     def pick(self, tokens: Tokens, count: int) -> Tensor:
         return choices.farthest(tokens.embeddings, count)

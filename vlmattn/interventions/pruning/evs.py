@@ -48,6 +48,9 @@ class EVS(VideoPruning):
     def _of_video(self, frames: int, tokens: int) -> int:
         return max(tokens, int(self.keep_ratio * frames * tokens))
 
+    def comparing(self, given: Sequence[int], width: int) -> int:
+        return 2 * width * sum(given)
+
     def pick_frames(self, video: Tensor) -> Tensor:
         frames, tokens, _ = video.shape
         changed = 1 - cosine_similarity(video[1:].float(), video[:-1].float(), dim=-1)

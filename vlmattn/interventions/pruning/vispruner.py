@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,17 @@ class VisPruner(TowerPruning):
     keep_ratio: float = option(64 / 576, 0, 1, "share of the tokens of each image that stays", source="released: 64")
     important: float = option(0.5, 0, 1, "share of the kept tokens that the tower chooses", source="released: .5")
     at_once: int = option(8, 1, 10**6, "tokens that go in a round", source="released: 8")
+
+    def comparing(self, given: Sequence[int], width: int) -> int:
+        total = 0
+        for tokens in given:
+            count = self.budget(tokens)
+            first = int(self.important * count)
+            left, wanted = tokens - first, count - first
+            while wanted and left > max(wanted, 1):
+                total += 2 * width * (left - left // 2) * (left // 2)
+                left -= min(self.at_once, left - wanted, left - left // 2)
+        return total
 
     def pick(self, tokens: Tokens, count: int) -> Tensor:
         assert tokens.seen is not None
