@@ -154,10 +154,6 @@ def batch_of(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropped_tokens_are_as_hidden_ones_and_a_batch_as_each_alone(family, method):
     model, alone, together = batch_of(family)
-    if method in ("vispruner", "fastervlm") and family == "llava_next":
-        with pytest.raises(UnsupportedError, match="vision tower"):
-            vlmattn.wrap(model, method)
-        return
     if method == "pool" and family == "qwen3_vl":
         with pytest.raises(OptionError, match="adds image features"):
             vlmattn.wrap(model, method)

@@ -1,4 +1,4 @@
-"""Which tokens the released functions of CDPruner, VisPruner, EVS, VidCom2 and DART keep: the same here."""
+"""Which tokens the released functions of CDPruner, VisPruner, EVS, VidCom2, DART and HiRED keep: the same here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from vlmattn.interventions.pruning.cdpruner import CDPruner
 from vlmattn.interventions.pruning.dart import DART
 from vlmattn.interventions.pruning.early import Tokens
 from vlmattn.interventions.pruning.evs import EVS
+from vlmattn.interventions.pruning.hired import HiRED
 from vlmattn.interventions.pruning.vidcom2 import VidCom2
 from vlmattn.interventions.pruning.vispruner import VisPruner
+from vlmattn.request import Image
 from vlmattn.request.store import Store
 
 GOLDENS = load_file(Path(__file__).parents[2] / "goldens" / "choices" / "choices.safetensors")
@@ -65,3 +67,15 @@ def test_dart(case):
     found = DART(keep_ratio=share).choose_tokens(stage)
     assert torch.equal(found.visual, kept)
     assert found.counts == (int(kept.sum()),)
+
+
+@pytest.mark.parametrize("case", cases("hired"))
+def test_hired(case):
+    first, last, kept = (GOLDENS[f"{case}_{what}"] for what in ("first", "last", "kept"))
+    share, whole = (float(part) for part in case.split("_")[2:])
+    tiles, heads, patches = first.shape
+    seen = {layer: values.transpose(0, 1).reshape(heads, -1) for layer, values in ((0, first), (22, last))}
+    numbers = torch.arange(tiles).repeat_interleave(patches)
+    image = Image(seen, {}, torch.zeros(tiles * patches, 4), None, lambda features: features, numbers)
+    found = HiRED(keep_ratio=share, whole=whole).of_image(image)
+    assert torch.equal(found.view(tiles, patches), kept)

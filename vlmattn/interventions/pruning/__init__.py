@@ -10,6 +10,7 @@ from vlmattn.interventions.pruning.duo import DuoAttention
 from vlmattn.interventions.pruning.early import EarlyPruning, TowerPruning
 from vlmattn.interventions.pruning.evs import EVS
 from vlmattn.interventions.pruning.fastv import FastV
+from vlmattn.interventions.pruning.hired import HiRED
 from vlmattn.interventions.pruning.longheads import LongHeads
 from vlmattn.interventions.pruning.policy import KVPolicy, ScorerPolicy
 from vlmattn.interventions.pruning.prumerge import PruMerge
@@ -34,6 +35,7 @@ __all__ = [
     "FastV",
     "FirstTokens",
     "GridTokens",
+    "HiRED",
     "KVPolicy",
     "LastTokens",
     "LongHeads",
