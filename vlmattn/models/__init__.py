@@ -15,6 +15,6 @@ for _family in pkgutil.iter_modules(__path__):  # families register themselves
     import_module(f"{__name__}.{_family.name}")
 
 __all__ = [
-    "KINDS", "OF_ALL", "OF_IMAGES", "OF_PIXELS", "OF_TOKENS", "WHOLE", "Box", "Family", "Generic", "Piece", "Turns", "about_images",
-    "find_family", "marker_ids_of", "register_family", "registered", "supported_families",
+    "KINDS", "OF_ALL", "OF_IMAGES", "OF_PIXELS", "OF_TOKENS", "WHOLE", "Box", "Family", "Generic", "Piece", "Turns",
+    "about_images", "find_family", "marker_ids_of", "register_family", "registered", "supported_families",
 ]  # fmt: skip
