@@ -249,9 +249,9 @@ class _Sizes:
         looked = [layer for found in looking for layer in found.attention_layers(anatomy)]
         for layer, method in enumerate(pruning):
             if method is not None and any(left):
-                if method.looks_ahead:
+                if method.looks_ahead_at(layer):
                     score += (2 * self.projections[layer] + 2 * width) * length
-                compared += sum(method.comparing(images, anatomy.hidden_size) for images in given)
+                compared += sum(method.comparing(layer, images, anatomy.hidden_size) for images in given)
                 left, length = self._after(method, layer, request, left, length)
             score += 2 * width * length * looked.count(layer)
             rows.append(length)

@@ -58,6 +58,7 @@ from vlmattn.interventions.pruning import (
     RandomTokens,
     VidCom2,
     VisPruner,
+    VScan,
 )
 
 pytestmark = [
@@ -582,6 +583,7 @@ DROPPING: dict[str, Pruning | KVPolicy] = {
     "divprune": DivPrune(keep_ratio=0.4),
     "cdpruner": CDPruner(keep_ratio=0.4),
     "vispruner": VisPruner(keep_ratio=0.4),
+    "vscan": VScan(keep_ratio=0.4, middle="2", windows=2),
     "hired": HiRED(keep_ratio=0.4),
     "evs": EVS(),
     "vidcom2": VidCom2(),

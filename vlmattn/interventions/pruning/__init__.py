@@ -23,6 +23,7 @@ from vlmattn.interventions.pruning.vidcom2 import VidCom2
 from vlmattn.interventions.pruning.video import VideoPruning
 from vlmattn.interventions.pruning.visionzip import VisionZip
 from vlmattn.interventions.pruning.vispruner import VisPruner
+from vlmattn.interventions.pruning.vscan import VScan
 
 __all__ = [
     "AVL",
@@ -51,6 +52,7 @@ __all__ = [
     "ScorerPruning",
     "SparseVLM",
     "TowerPruning",
+    "VScan",
     "VidCom2",
     "VideoPruning",
     "VisPruner",

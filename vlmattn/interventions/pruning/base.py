@@ -48,6 +48,10 @@ class Pruning(LookingMethod):
         """Position ids are counted anew."""
         return False
 
+    def looks_ahead_at(self, layer: int) -> bool:
+        """Whether the stage before ``layer`` asks for its weights."""
+        return self.looks_ahead
+
     def sees(self, anatomy: Anatomy, layer: int, before: int) -> bool:
         """Whether the method has attention to choose by: of ``layer`` itself, or since the stage ``before``."""
         if self.looks_ahead:
@@ -96,8 +100,8 @@ class Pruning(LookingMethod):
         """
         raise NotImplementedError
 
-    def comparing(self, given: Sequence[int], width: int) -> int:
-        """Operations of comparing image tokens with each other, for ``vlmattn.cost``.
+    def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
+        """Operations of comparing image tokens with each other before ``layer``, for ``vlmattn.cost``.
 
         Args:
             given: tokens of each image of a sequence; width: of what is compared, about.

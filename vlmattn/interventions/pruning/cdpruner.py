@@ -46,7 +46,7 @@ class CDPruner(EarlyPruning):
         "positive", about="what counts as relevant: like the text, or unlike", choices=("positive", "negative")
     )
 
-    def comparing(self, given: Sequence[int], width: int) -> int:
+    def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
         return sum(2 * width * tokens * (tokens + 1) for tokens in given)
 
     def pick(self, tokens: Tokens, count: int) -> Tensor:

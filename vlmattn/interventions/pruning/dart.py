@@ -58,7 +58,7 @@ class DART(ScorerPruning):
             sizes = key.float().abs().sum((1, 3))[:, start : start + context.queries]
             context.request.store(self).rows["sizes"] = sizes
 
-    def comparing(self, given: Sequence[int], width: int) -> int:
+    def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
         return 2 * width * self._rounds() * sum(given)
 
     def kept(self, layer: int, given: Sequence[int], left: int) -> int:

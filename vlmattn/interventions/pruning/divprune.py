@@ -40,7 +40,7 @@ class DivPrune(EarlyPruning):
 
     keep_ratio: float = option(0.098, 0, 1, "share of the tokens of each image that stays", source="paper: 9.8 %")
 
-    def comparing(self, given: Sequence[int], width: int) -> int:
+    def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
         return sum(2 * width * tokens**2 for tokens in given)
 
     def pick(self, tokens: Tokens, count: int) -> Tensor:

@@ -48,7 +48,7 @@ class EVS(VideoPruning):
     def _of_video(self, frames: int, tokens: int) -> int:
         return max(tokens, int(self.keep_ratio * frames * tokens))
 
-    def comparing(self, given: Sequence[int], width: int) -> int:
+    def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
         return 2 * width * sum(given)
 
     def pick_frames(self, video: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class PruMerge(Pruning):
             )
         return sum(min(max(int(self.keep_ratio * tokens), 1) + 1, tokens) for tokens in given)
 
-    def comparing(self, given: Sequence[int], width: int) -> int:
+    def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
         return sum(2 * width * tokens * max(int(self.keep_ratio * tokens), 1) for tokens in given)
 
     def on_image_features(self, features: ImageFeatures) -> None:

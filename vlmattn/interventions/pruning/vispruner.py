@@ -47,7 +47,7 @@ class VisPruner(TowerPruning):
     important: float = option(0.5, 0, 1, "share of the kept tokens that the tower chooses", source="released: .5")
     at_once: int = option(8, 1, 10**6, "tokens that go in a round", source="released: 8")
 
-    def comparing(self, given: Sequence[int], width: int) -> int:
+    def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
         total = 0
         for tokens in given:
             count = self.budget(tokens)
