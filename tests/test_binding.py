@@ -52,7 +52,7 @@ def test_kinds_that_a_family_refuses(recipe, kind):
 @pytest.mark.parametrize(
     ("recipe", "why"),
     [
-        ("fastv+vcd", "'fastv' and 'vcd' conflict: the decoding rule needs all image tokens in every layer"),
+        ("fastv+opera", "'fastv' and 'opera' conflict: the decoding rule needs all image tokens in every layer"),
         ("fastv+fastv", "'fastv' and 'fastv' conflict: both choose tokens before layer 2"),
         ("avl+vcd", "'avl' and 'vcd' conflict: the decoding rule needs whole caches"),
         ("avl+opera", "'avl' and 'opera' conflict: the decoding rule needs whole caches"),

@@ -400,11 +400,12 @@ def test_a_family_shows_itself(run):
     code, out, _ = run("families", "gemma4")
     assert code == 0
     assert "google/gemma-4-e2b-it" in out
-    assert "no: some of its layers have a sliding window" in out
-    assert "pruning on other models, like qwen2_5_vl" in out
     assert "decoder:      model.model.language_model\n" in out
     assert "model.config.image_token_id (images)" in out
     assert "model.config.boi_token_id" in out
+    _, out, _ = run("families", "gemma3n")
+    assert "pruning:      no: its residual stream is four streams" in out
+    assert "pruning on other models, like qwen2_5_vl" in out
     assert run("families", "florence2")[1].count("encoder-decoder") == 1
     assert json.loads(run("families", "blip-2", "--json")[1])["blip-2"]["edits"] == "yes"
     assert json.loads(run("families", "--json")[1])["llava"]["pruning"] == "yes"

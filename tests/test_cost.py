@@ -9,6 +9,7 @@ import tiny
 import torch
 from tiny import build, prompt
 from transformers import AutoModelForImageTextToText, LlavaConfig
+from zoo import ZOO
 
 import vlmattn
 from vlmattn import AVL, DuoAttention, FastV, LongHeads, RazorAttention, RecycledAttention
@@ -101,10 +102,10 @@ def test_operations_where_they_matter() -> None:
             found = vlmattn.cost(model, inputs, recipe, measure=True)
             assert found.edited.measured_flops == pytest.approx(found.edited.prefill_flops, rel=0.02)
     assert found.edited.rows == (121, 121, 71, 46, 33, 33)
-    attention, mlp = 128 * 48 * (4 + 2 + 2 + 4), 3 * 128 * 352
+    attention, looked, mlp = 128 * 48 * (4 + 2 + 2 + 4), 128 * 48 * (4 + 2 + 2), 3 * 128 * 352
     assert found.edited.linear_flops == 2 * (attention + mlp) * sum(found.edited.rows)
     assert found.edited.attention_flops == 4 * 4 * 48 * sum(n * n for n in found.edited.rows)
-    assert found.edited.score_flops == sum((2 * attention + 2 * 4 * 48) * n for n in (121, 71, 46))
+    assert found.edited.score_flops == sum((2 * looked + 2 * 4 * 48) * n for n in (121, 71, 46))
     assert found.edited.head_flops == 2 * 128 * 100
 
 
@@ -270,3 +271,19 @@ def test_a_policy_beside_dropped_rows():
 def test_policies_that_decide_by_the_prompt_are_refused():
     with pytest.raises(UnsupportedError, match="what rounds holds or reads is known only once the prompt is read"):
         vlmattn.cost(build("llava"), prompt("llava", 2), "rounds")
+
+
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        ("qwen3_5", "layers that are no attention"),
+        ("mllama", "layers that are no attention"),
+        ("gemma3", "sliding windows"),
+        ("gemma4_key_value", "sliding windows and heads of several sizes"),
+        ("mistral3_small4", "latent attention"),
+    ],
+)
+def test_layers_of_other_kinds_are_refused(family, what):
+    model, given = ZOO[family].build(), ZOO[family].prompt(1, 5, 1).inputs
+    with pytest.raises(UnsupportedError, match=f"cost\\(\\) does not know {what}, which"):
+        vlmattn.cost(model, given)

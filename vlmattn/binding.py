@@ -216,11 +216,7 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
     """
     if not recipe.pruning:
         return ()
-    if isinstance(recipe.decoding, Search) or (contrast is not None and contrast.branches):
-        raise OptionError(
-            f"'{method_name(recipe.pruning[0])}' and '{method_name(recipe.decoding)}' conflict: the decoding rule"
-            " needs all image tokens in every layer; use one of them"
-        )
+    _refuse_beside(recipe, anatomy, contrast)
     methods = [method.bind(anatomy) for method in recipe.pruning]
     found = _one_each(
         anatomy,
@@ -230,6 +226,32 @@ def _pruning(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | N
     _check_seeing(found, anatomy)
     _check_sources(found, anatomy)
     return found
+
+
+def _refuse_beside(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecoding | None) -> None:
+    """Raise ``OptionError`` for tokens that are dropped beside a decoding rule that cannot do without them.
+
+    The rows of all branches lie in one cache, whose layers hold as many keys as the branch with most of them: fine
+    where nothing but logits is made of them.
+    """
+    names = f"'{method_name(recipe.pruning[0])}' and '{method_name(recipe.decoding)}'"
+    if isinstance(recipe.decoding, Search):
+        raise OptionError(f"{names} conflict: the decoding rule needs all image tokens in every layer; use one of them")
+    if contrast is None or not contrast.branches:
+        return
+    branches, kept = contrast.branches, (anatomy.window, anatomy.cross, anatomy.sources, anatomy.attending or ())
+    reasons = {
+        "a branch chooses among all image tokens, or turns them; use one of them": any(
+            branch.tokens is not None or branch.rope != 1 for branch in branches
+        ),
+        "beside them no attention edit can run; leave it out": any(
+            (recipe.interventions, *(branch.edits for branch in branches if not isinstance(branch.edits, str)))
+        ),
+        "the branches share position ids; use positions='original'": any(method.compact for method in recipe.pruning),
+        f"not every layer of {anatomy.family} holds all tokens; use one of them": any(kept),
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise OptionError(f"{names} conflict: {reason}")
 
 
 def _check_seeing(pruning: Sequence[Pruning | None], anatomy: Anatomy) -> None:
@@ -323,9 +345,11 @@ def _of_branch(recipe: Recipe, branch: Branch) -> Recipe:
     """The edits that act in a branch."""
     name = f"{recipe.name}/{branch.name}"
     edits = recipe.interventions if branch.edits == "inherit" else branch.edits
+    pruning = () if branch.image == "drop" else recipe.pruning
     if edits == "off":
-        return Recipe(name)
-    return Recipe(name, tuple(edit for edit in edits if branch.image != "drop" or not edit.needs_images))
+        return Recipe(name, pruning=pruning)
+    kept = tuple(edit for edit in edits if branch.image != "drop" or not edit.needs_images)
+    return Recipe(name, kept, pruning=pruning)
 
 
 def _watched(contrast: ContrastiveDecoding | None, anatomy: Anatomy) -> frozenset[int]:

@@ -139,7 +139,7 @@ def cost(
     evicted while the answer is written is not counted). Of mixtures of experts the active ones count (in a decode step
     as many as the batch can ask for). n_l is the padded length of the prompt until tokens are dropped, then the longest
     sequence of the batch: real text and kept image tokens. Score is one row of attention for each layer that a method
-    looks at (SparseVLM looks at one for each rater), the projections of a layer that it looks at in advance, and 2 H
+    looks at (SparseVLM looks at one for each rater), queries and keys of a layer that it looks at in advance, and 2 H
     for each pair of image tokens that it compares (what the tower says of them counted as wide).
 
     Attention counts in full, also where a causal kernel skips half. Biases, norms, edits of attention weights, what
@@ -157,8 +157,9 @@ def cost(
         InputError: a cache among the inputs, a mask that is not ``[batch, tokens]``, prompts whose tokens cannot be
             dropped (without images, padded on the right, ending in an image).
         OptionError: a recipe that does not fit the model; ``new_tokens`` below 0.
-        UnsupportedError: another family; sliding windows; methods that read other prompts too (branches of a decoding
-            rule, beam search, preparation passes); policies that decide by the prompt.
+        UnsupportedError: another family; layers that are not all one kind of attention; methods that read other
+            prompts too (branches of a decoding rule, beam search,
+            preparation passes); policies that decide by the prompt.
     """
     if new_tokens < 0:
         raise OptionError(f"new_tokens must be 0 or more, got {new_tokens}")
@@ -185,8 +186,16 @@ def _refuse(name: str, plan: Plan, anatomy: Anatomy) -> None:
             f"'{name}' has the model read more than the prompt, which cost() does not know; leave that method out, or"
             " measure it with vlmattn bench"
         )
-    if anatomy.window:
-        raise UnsupportedError("cost() does not know sliding windows; use a model with full attention in every layer")
+    odd = {
+        "layers that are no attention": anatomy.attending is not None or bool(anatomy.cross),
+        "sliding windows": bool(anatomy.window),
+        "heads of several sizes": bool(anatomy.unlike),
+        "latent attention": anatomy.latent,
+    }
+    if found := [what for what, there in odd.items() if there]:
+        raise UnsupportedError(
+            f"cost() does not know {' and '.join(found)}, which {anatomy.family} has; measure it with vlmattn bench"
+        )
 
 
 def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], plan: Plan) -> Request:
@@ -212,7 +221,7 @@ def _read(family: Family, model: PreTrainedModel, inputs: Mapping[str, Any], pla
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Sizes of a language model. ``weights``, ``projections``: of the matrices of each layer and of its attention."""
+    """Sizes of a language model. ``weights``, ``projections``: of matrices of each layer, all and before attention."""
 
     anatomy: Anatomy
     batch: int
@@ -233,7 +242,7 @@ class _Sizes:
             batch=batch,
             new_tokens=new_tokens,
             weights=tuple(_matrices(layer, experts)[0] for layer in layers),
-            projections=tuple(_matrices(layer.self_attn, None)[0] for layer in layers),  # type: ignore[arg-type]
+            projections=tuple(_looked(family.attention(layer)) for layer in layers),
             head=_matrices(head, None)[0],
             read=read,
             number=model.dtype.itemsize,
@@ -307,6 +316,14 @@ class _Sizes:
         if sum(kept) == sum(left) or not method.drops:
             return kept, length
         return kept, max(n + text for n, (_, text) in zip(kept, request.newest, strict=True))
+
+
+def _looked(attention: nn.Module | None) -> int:
+    """Weights of the matrices that a row meets before its layer attends: all but the last, which is the output's."""
+    if attention is None:
+        return 0
+    *_, output = (part for part in attention.modules() if isinstance(part, nn.Linear))
+    return _matrices(attention, None)[0] - _matrices(output, None)[0]
 
 
 def _matrices(module: nn.Module, experts: int | None) -> tuple[int, int]:

@@ -97,7 +97,6 @@ def test_vhr_compares_with_a_prompt_that_skips_the_images(name):
         PAI(alpha=0.9, layers="0:"),
         HeadsGuided(alpha=2.0, layers="0:"),
         VAF(enhance=3.0, layers="0:"),
-        VAF(enhance=3.0, heads=0.5, layers="0:"),
         SINKS,
         SinkKnockout(tau=2.6, layers="0:"),
         SinkKnockout(tau=2.6, layers="0:", hide="others"),
@@ -208,6 +207,11 @@ def test_methods_about_rows_of_images_are_refused_with_those_that_run(recipe):
 def test_nothing_is_dropped_of_what_no_layer_computes(recipe):
     with pytest.raises(UnsupportedError, match=re.escape("give smaller images")):
         vlmattn.wrap(ZOO["mllama"].build(), recipe)
+
+
+def test_no_head_looks_more_at_images_where_all_look_at_nothing_else():
+    with pytest.raises(OptionError, match=re.escape("vaf.heads must be 1")):
+        vlmattn.wrap(ZOO["mllama"].build(), Recipe.of("vaf", heads=0.5))
 
 
 def test_layers_that_cannot_be_meant_are_named():

@@ -23,7 +23,7 @@ def test_layers_of_gemma4_have_heads_of_two_sizes(config):
     ("name", "each"),
     [
         ("gemma4_shared", ((2, 8), (2, 16)) * 3),
-        ("gemma4_key_value", ((2, 8), (1, 16)) * 2),
+        ("gemma4_key_value", ((2, 8), *[(1, 16)] * 3)),
         ("gemma4", ()),
         ("llava", ()),
     ],

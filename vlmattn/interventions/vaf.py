@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
+from vlmattn.errors import OptionError
 from vlmattn.interventions.base import Intervention
 from vlmattn.kernels import AttentionEdit, LogitPart
 from vlmattn.options import option
@@ -38,6 +39,9 @@ class VAF(Intervention):
     ``heads`` < 1 restricts it to the share of heads whose last prompt row attends most to the image, chosen per sample
     and layer while the prompt is read. The paper speaks of visually active heads (this rule is ours); the released
     code edits all heads: so is the default. Counts attention calls edited.
+
+    Raises:
+        OptionError: ``heads`` < 1 in layers of cross-attention, where all that a head attends to is images.
     """
 
     acts_on = "image keys"
@@ -46,6 +50,12 @@ class VAF(Intervention):
     suppress: float = option(0.95, 0, 1, "factor of system prompt scores", source="released script")
     heads: float = option(1.0, 0.01, 1, "share of heads that look most at the image", source="released code: all")
     layers: str = option("9/32:15/32", about="decoder layers", source="released script: 9..14 of 32")
+
+    def bind(self, anatomy: Anatomy) -> VAF:
+        if anatomy.cross and self.heads < 1:
+            raise OptionError("vaf.heads must be 1 where layers of cross-attention see nothing but images")
+        super().bind(anatomy)
+        return self
 
     def attention_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
         return () if self.heads == 1 else self.active_layers(anatomy)

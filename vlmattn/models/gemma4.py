@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
 from vlmattn.models.image_layout import Piece, whole
+from vlmattn.models.inputs import share_out
 from vlmattn.models.registry import register_family
 
 
@@ -27,6 +28,14 @@ class Gemma4(Family):
     causal: ClassVar[bool] = False  # where images are seen both ways, and for the windows
     also_given: ClassVar[tuple[str, ...]] = ("per_layer_inputs",)
     given_by_token: ClassVar[tuple[str, ...]] = also_given
+
+    def per_row(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, list[int]]:
+        found, frames = super().per_row(model, inputs), inputs.get("num_frames_per_video")
+        if isinstance(frames, Tensor) and "pixel_values_videos" in found:
+            found["num_frames_per_video"] = share_out(
+                found["pixel_values_videos"], [(count, 1) for count in frames.tolist()]
+            )
+        return found
 
     def layout(self, model: PreTrainedModel, inputs: Mapping[str, Any], image: int, slots: Tensor) -> tuple[Piece, ...]:
         """Patches name their places ``(column, row)``, -1 for padding; squares of them become a token."""

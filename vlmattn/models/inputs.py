@@ -53,6 +53,8 @@ OF_IMAGES = (
     "aspect_ratio_ids",
     "aspect_ratio_mask",
     "cross_attention_mask",
+    "image_position_ids",
+    "video_position_ids",
 )
 
 

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from vlmattn.compat import DynamicLayer, DynamicSlidingWindowLayer, joined_states, keeps_state, repeat_rows
+from vlmattn.compat import DynamicLayer, DynamicSlidingWindowLayer, cache_of, joined_states, keeps_state, repeat_rows
 from vlmattn.decoding import ContrastiveDecoding
 from vlmattn.errors import InputError, StateError, UnsupportedError
+from vlmattn.kernels import additive
 from vlmattn.models import OF_TOKENS
 from vlmattn.request import NO_PLAN, Forward, Part, Plan, Request, Step
 from vlmattn.wrapping.cache_layers import RoomyLayer
 from vlmattn.wrapping.call import Call
-from vlmattn.wrapping.on_cache import place, plan_on, request_on, ride
-
-BRANCHES = "_vlmattn_branches"  # where the row groups of a call ride on its cache
+from vlmattn.wrapping.on_cache import BRANCHES, place, plan_on, report_original_lengths, request_on, ride
 
 
 @dataclass(eq=False)
@@ -55,6 +54,14 @@ class ReadPrompt:
         """Whose edits these are."""
         return plan_on(self.cache)
 
+    def seen(self, layer: int) -> Tensor:
+        """bool ``[n, slots]``: keys of a layer that somebody sees."""
+        tokens = None if self.request is None else self.request.maps[layer]
+        if tokens is None:
+            return self.mask
+        found = torch.ones_like(tokens.slots, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        return found.to(self.mask.device)
+
     def repeated(self, times: int) -> ReadPrompt:
         """Every row ``times`` times, one after another, as generate() repeats its inputs for beams."""
         if times == 1:
@@ -81,6 +88,7 @@ class BranchCache:
         rows: n, what the library's loops see; groups: main prompt and branches.
         prompt: tokens of the main prompt; longest: slots of the longest prompt of all groups.
         ropes: factors on the rotary base of each group.
+        drops: groups hold different tokens in some layers, which no edit acts on then.
     """
 
     def __init__(self, contrast: ContrastiveDecoding, views: Sequence[ReadPrompt], call: Call, alone: bool) -> None:
@@ -93,20 +101,21 @@ class BranchCache:
         mask = torch.cat([pad(view.mask, (shift, 0)) for view, shift in zip(views, shifts, strict=True)])
         self._mask = None if bool(mask.all()) else mask.long()
         self._offset = torch.cat([views[0].last - view.last for view in views], views[0].last.ndim - 2)
-        self.requests = [
-            view.request.moved(shift=shift) if view.request is not None and shift else view.request
-            for view, shift in zip(views, shifts, strict=True)
-        ]
+        self.drops = self.groups > 1 and bool(call.plan.pruning)
+        self.requests = [None] * self.groups if self.drops else _moved(views, shifts)
         self._plans = [NO_PLAN if view.request is None else view.plan for view in views]
         for request in self.requests:
             if request is not None:
                 request.call = call.token
         self._window, self._attending = call.record.anatomy.window, call.record.anatomy.attending
         self._alone, self._ledger, self._rule = alone, call.ledger, call.plan.rule
+        self._seen: dict[int, Tensor] = {}
 
     def fill(self, cache: Any, views: Sequence[ReadPrompt]) -> None:
         """Move the keys and values of all groups into the cache of the call."""
         for number, parts in enumerate(zip(*(view.cache.layers for view in views), strict=True)):
+            if self.drops:
+                self._seen[number] = self._seen_in(number, views)
             layer: Any = cache.layers[number] if number < len(cache.layers) else None
             if keeps_state(parts[0]):
                 cache.layers[number] = joined_states(parts)
@@ -122,6 +131,8 @@ class BranchCache:
                     _make_room(layer, len(states[0]), self.longest - self.prompt)
                 cache.update(*states, number)
         setattr(cache, BRANCHES, self)
+        if self.drops:
+            report_original_lengths(cache)
         if not self._alone:
             cache.reorder_cache = MethodType(_reorder_cache, cache)  # bound, so that a deep copy reorders itself
 
@@ -146,6 +157,24 @@ class BranchCache:
             return torch.cat([pad(getattr(part, name), (0, 0, max(held) - part.keys.shape[-2], 0)) for part in parts])
 
         return joined("keys"), joined("values")
+
+    def _seen_in(self, layer: int, views: Sequence[ReadPrompt]) -> Tensor:
+        """bool ``[groups n, slots]``: keys of a layer that somebody sees, once all groups lie in one cache."""
+        each = [view.seen(layer) for view in views]
+        longest = max(seen.shape[1] for seen in each)
+        return torch.cat([pad(seen, (longest - seen.shape[1], 0)) for seen in each])
+
+    def removed(self, layer: int) -> int:
+        """By how many slots a layer is shorter than the longest prompt."""
+        return self.longest - self._seen[layer].shape[1]
+
+    def inputs_of(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of a layer with a mask ``[groups n, 1, query, key]`` of the keys that it holds."""
+        queries, held = hidden.shape[1], int(cache_of(kwargs).layers[layer].get_seq_length())
+        seen = self._seen[layer].to(hidden.device)
+        rows = torch.ones(queries, held + queries, dtype=torch.bool, device=hidden.device).tril(held)
+        mask = rows & pad(seen, (0, held + queries - seen.shape[1]), value=True)[:, None, None]
+        return {**kwargs, "attention_mask": additive(mask, hidden.dtype) if self._base == "eager" else mask}
 
     def _fill_window(self, layer: Any, parts: Sequence[Any], keys: Tensor, values: Tensor) -> None:
         """Each group holds the last tokens of its own prompt."""
@@ -234,6 +263,14 @@ class BranchCache:
             output["attentions"] = tuple(
                 None if found is None else found[..., shift:] for found in output["attentions"]
             )
+
+
+def _moved(views: Sequence[ReadPrompt], shifts: Sequence[int]) -> list[Request | None]:
+    """What edits know of each group, where its prompt has moved to the right."""
+    return [
+        view.request.moved(shift=shift) if view.request is not None and shift else view.request
+        for view, shift in zip(views, shifts, strict=True)
+    ]
 
 
 def forget_branches(cache: Any) -> None:

@@ -41,7 +41,22 @@ def branches_of(
             " (processor.apply_chat_template does), or call model.vlmattn.disable() for prompts without images"
         )
     _check_needs(contrast, given)
+    if plan.pruning and contrast.branches:
+        _refuse_with_dropped(model, plan, kwargs)
     return Branches(model, plan, inputs, given)
+
+
+def _refuse_with_dropped(model: PreTrainedModel, plan: Plan, kwargs: Mapping[str, Any]) -> None:
+    """Ways of generating that cannot have branches that hold different tokens in a layer."""
+    drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    if any(compat.setting_of(model, kwargs, name) for name in drafts):
+        raise UnsupportedError(f"'{plan.name}' drops tokens of several branches, and cannot take drafts back")
+    named = compat.setting_of(model, kwargs, "cache_implementation")
+    if named not in (None, "dynamic") or compat.cache_of(kwargs) is not None:
+        raise UnsupportedError(
+            f"'{plan.name}' drops tokens of several branches, which a cache of your own has no room for; leave"
+            " cache_implementation and past_key_values out"
+        )
 
 
 def _ids_of(kwargs: Mapping[str, Any]) -> Tensor:

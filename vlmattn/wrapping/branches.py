@@ -80,7 +80,7 @@ class Branches:
             views.append(reader.beside() if branch.shares_prompt else reader.anew())
         on_cache = BranchCache(self.contrast, views, call, len(ids) == len(self.inputs["input_ids"]))
         on_cache.fill(self._target, views)
-        if call.plan.drops:
+        if call.plan.drops and not on_cache.drops:
             assert main.request is not None
             ride(self._target, main.request, main.plan)
             report_original_lengths(self._target)

@@ -179,13 +179,13 @@ def _before_layer(
         return None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     if kwargs.get("output_attentions"):  # some attention modules keep it to themselves
-        for part in passing.parts:
-            if part.step is not None:
-                part.step.wants_weights = True
+        _ask_for_weights(passing)
     if index in passing.early:
         passing.early[index] = family.residual(hidden)
+    if passing.branches is not None and passing.branches.drops:
+        return args[:1], passing.branches.inputs_of(index, hidden, {**kwargs, **_named(layer, args)})
     main = passing.main
-    if main.acting is not None and main.plan.drops:  # never with branches
+    if main.acting is not None and main.plan.drops:
         kwargs = {**kwargs, **_named(layer, args)}
         view, hidden, kwargs = pruned_inputs(passing, layer, family.attention(layer) is not None, index, hidden, kwargs)
         before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
@@ -197,6 +197,12 @@ def _before_layer(
             if index in part.plan.cross and (states := family.image_states(kwargs, len(hidden))) is not None:
                 _tell_images(part, part.acting, index, states[part.rows])
     return None
+
+
+def _ask_for_weights(passing: Forward) -> None:
+    for part in passing.parts:
+        if part.step is not None:
+            part.step.wants_weights = True
 
 
 def _named(layer: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from vlmattn.request import NO_PLAN, Plan, Request, Step
 
 REQUEST = "_vlmattn_request"  # the prompt that the cache was filled with
 PLAN = "_vlmattn_plan"  # the plan that was in force
+BRANCHES = "_vlmattn_branches"  # where the row groups of a call ride on its cache
 
 
 def ride(cache: Any, request: Request, plan: Plan) -> None:
@@ -94,6 +95,8 @@ def _original_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[int, 
 
 
 def _removed(cache: Any, layer: int) -> int:
-    request = request_on(cache)
-    tokens = request.maps[compat.counting_layer(cache, layer)] if request is not None else None
+    request, branches, counting = request_on(cache), getattr(cache, BRANCHES, None), compat.counting_layer(cache, layer)
+    if branches is not None and branches.drops:
+        return int(branches.removed(counting))
+    tokens = request.maps[counting] if request is not None else None
     return 0 if tokens is None else tokens.removed
