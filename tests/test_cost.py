@@ -25,8 +25,24 @@ PRUNED = {
     "pyramiddrop": vlmattn.Recipe.of("pyramiddrop", **STAGES),
     "sparsevlm": vlmattn.Recipe.of("sparsevlm_plus"),
     "visionzip": vlmattn.Recipe.of("visionzip_positions", dominant=0.5, contextual=0.25),
+    "random": vlmattn.Recipe.of("random"),
+    "pool": vlmattn.Recipe.of("pool@0.5"),
+    "divprune": vlmattn.Recipe.of("divprune@0.5"),
+    "cdpruner": vlmattn.Recipe.of("cdpruner@0.5"),
+    "vispruner": vlmattn.Recipe.of("vispruner@0.5"),
+    "dart": vlmattn.Recipe.of("dart", image_pivots=1, text_pivots=1),
+    "prumerge": vlmattn.Recipe.of("prumerge@0.25"),
 }
-EXACT = ("fastv", "fastv keeps 3", "fastv masks", "pyramiddrop")  # what the others look at depends on the prompt
+EXACT = (
+    "fastv",
+    "fastv keeps 3",
+    "fastv masks",
+    "pyramiddrop",
+    "random",
+    "pool",
+    "divprune",
+    "cdpruner",
+)  # what the others look at depends on the prompt
 
 
 def _batch(family: str, kind: str) -> dict[str, torch.Tensor]:
@@ -51,6 +67,20 @@ def test_cache_and_operations_of_a_prefill(family: str, kind: str, name: str) ->
         seen = model.vlmattn.report()["image_tokens"]
     assert seen["per_layer"] == list(found.edited.image_tokens)
     assert seen["equivalent"] == found.edited.equivalent
+
+
+def test_comparisons_are_counted() -> None:
+    model, inputs = tiny.build("llava"), tiny.prompt("llava", 2)
+    pairs = {
+        "random": 0,
+        "divprune": 2 * 2 * 32 * 16 * 16,
+        "cdpruner": 2 * 2 * 32 * 16 * 17,
+        "dart": 2 * 32 * 32 * 8,
+        "fastervlm": 0,
+        "vispruner@0.25": 2 * 2 * 32 * (7 * 7 + 4 * 3 + 2 * 1),  # of 16 tokens 2 stay; 14, 7, 3, then 2 are left
+    }
+    for name, expected in pairs.items():
+        assert vlmattn.cost(model, inputs, name).edited.score_flops == expected, name
 
 
 def test_operations_where_they_matter() -> None:

@@ -17,7 +17,7 @@ from vlmattn.interventions.pruning import KVPolicy, Pruning
 from vlmattn.recipe import Recipe, method_name
 from vlmattn.request import Looker, Plan
 
-_M = TypeVar("_M", bound=Intervention)
+_M = TypeVar("_M", bound=Intervention | Pruning)
 _P = TypeVar("_P", Pruning, KVPolicy)
 
 
@@ -161,10 +161,12 @@ class _Bound:
         wanted = any(isinstance(branch.prompt, Instead) for branch in self._branches)
         return (method_name(self.recipe.decoding),) if wanted else ()
 
-    def _on_queries_keys(self) -> tuple[tuple[KVPolicy, ...], ...]:
-        """For each layer the policies that look at its queries and keys; empty if none does."""
-        pairs = [(m, m.active_layers(self.anatomy)) for m in self.policies if m.implements("on_queries_keys")]
-        return self._spread(pairs) if pairs else ()
+    def _on_queries_keys(self) -> tuple[tuple[KVPolicy | Pruning, ...], ...]:
+        """For each layer who looks at its queries and keys; empty if nobody does."""
+        found: list[tuple[KVPolicy | Pruning, Collection[int]]] = []
+        found += [(m, m.active_layers(self.anatomy)) for m in self.policies if m.implements("on_queries_keys")]
+        found += [(m, m.key_layers(self.anatomy)) for m in self.pruners if m.implements("on_queries_keys")]
+        return self._spread(found) if found else ()
 
     def _by_layer(self, step: str = "") -> tuple[tuple[Intervention, ...], ...]:
         """For each layer the methods that act there, and implement the step if one is named."""

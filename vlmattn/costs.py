@@ -139,8 +139,8 @@ def cost(
     evicted while the answer is written is not counted). Of mixtures of experts the active ones count (in a decode step
     as many as the batch can ask for). n_l is the padded length of the prompt until tokens are dropped, then the longest
     sequence of the batch: real text and kept image tokens. Score is one row of attention for each layer that a method
-    looks at (SparseVLM looks at one for each rater), and queries, keys and values of a layer that it looks at in
-    advance.
+    looks at (SparseVLM looks at one for each rater), queries and keys of a layer that it looks at in advance, and 2 H
+    for each pair of image tokens that it compares (what the tower says of them counted as wide).
 
     Attention counts in full, also where a causal kernel skips half. Biases, norms, edits of attention weights, what
     rules do with logits, and the vision tower do not count: recipes without methods that drop tokens have ratio 1.
@@ -251,15 +251,16 @@ class _Sizes:
     def load(self, request: Request, pruning: Sequence[Any], policies: Sequence[Any]) -> Load:
         """What a prompt costs if these methods choose its tokens, and these policies what is cached."""
         anatomy, given = self.anatomy, [images for images, _ in request.newest]
-        left, length, score = [sum(images) for images in given], request.stop, 0
+        left, length, score, compared = [sum(images) for images in given], request.stop, 0, 0
         width, rows, visual = anatomy.heads * anatomy.head_dim, [], []
         slots, read = [], []
         looking = [found for found in (*dict.fromkeys(pruning), *policies) if found is not None]
         looked = [layer for found in looking for layer in found.attention_layers(anatomy)]
         for layer, method in enumerate(pruning):
             if method is not None and any(left):
-                if method.looks_ahead:
+                if method.looks_ahead_at(layer):
                     score += (2 * self.projections[layer] + 2 * width) * length
+                compared += sum(method.comparing(layer, images, anatomy.hidden_size) for images in given)
                 left, length = self._after(method, layer, request, left, length)
             score += 2 * width * length * looked.count(layer)
             rows.append(length)
@@ -276,7 +277,7 @@ class _Sizes:
             image_tokens=tuple(visual),
             linear_flops=2 * self.batch * sum(n * weights for n, weights in zip(rows, self.weights, strict=True)),
             attention_flops=4 * self.batch * width * sum(n * n for n in rows),
-            score_flops=self.batch * score,
+            score_flops=self.batch * score + compared,
             head_flops=2 * self.batch * self.head,
             kv_bytes=round(slot * (sum(slots) + new)),
             kv_read=round(slot * (sum(read) + new)),

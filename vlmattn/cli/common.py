@@ -6,14 +6,18 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+
+from vlmattn.errors import OptionError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -112,5 +116,16 @@ def typed() -> str:
 
 
 def listed(text: str) -> list[str]:
-    """The names of a text that lists them with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """The names of a text that lists them with commas; ``fastv@{.5,.25}`` is fastv@.5 and fastv@.25.
+
+    Raises:
+        OptionError: a brace that is not closed, or stands in another.
+    """
+    found: list[str] = []
+    for name in re.findall(r"(?:\{[^{}]*\}|[^,])+", text):
+        parts = re.split(r"\{([^{}]*)\}", name.strip())  # outside, inside, outside, ...
+        if any(brace in part for part in parts for brace in "{}"):
+            raise OptionError(f"braces must be closed and not nested, as in fastv@{{.5,.25}}; got '{name.strip()}'")
+        ways = [part.split(",") if number % 2 else [part] for number, part in enumerate(parts)]
+        found += ["".join(part.strip() for part in way) for way in product(*ways)]
+    return [name for name in found if name]

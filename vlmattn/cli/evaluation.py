@@ -65,7 +65,7 @@ def eval_command(
         str, typer.Option(help="Suites, comma-separated (vlmattn suites lists them), or files that describe one.")
     ] = DEFAULT_SUITES,
     presets: Annotated[
-        str, typer.Option(help="Presets or recipe files, comma-separated; none is always included.")
+        str, typer.Option(help="Presets or recipe files, comma-separated (fastv@{.5,.25}); none is always included.")
     ] = DEMO_PRESETS,
     seed: Annotated[
         int | None,

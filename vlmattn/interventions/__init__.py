@@ -15,7 +15,11 @@ from vlmattn.interventions.paint import PAINT
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile
 from vlmattn.interventions.pruning import (
     AVL,
+    DART,
+    CDPruner,
+    DivPrune,
     DuoAttention,
+    EarlyPruning,
     FastV,
     KVPolicy,
     LongHeads,
@@ -27,7 +31,9 @@ from vlmattn.interventions.pruning import (
     ScorerPolicy,
     ScorerPruning,
     SparseVLM,
+    TowerPruning,
     VisionZip,
+    VisPruner,
 )
 from vlmattn.interventions.sink_knockout import SinkKnockout
 from vlmattn.interventions.sofa import SoFA
@@ -37,6 +43,7 @@ from vlmattn.interventions.vhr import VHR
 
 __all__ = [
     "AVL",
+    "DART",
     "GIFT",
     "MMA",
     "PAI",
@@ -45,8 +52,11 @@ __all__ = [
     "VAR",
     "VHR",
     "Bidirectional",
+    "CDPruner",
     "Calibration",
+    "DivPrune",
     "DuoAttention",
+    "EarlyPruning",
     "FastV",
     "FocusDirections",
     "HeadProfile",
@@ -69,5 +79,7 @@ __all__ = [
     "SinkProfile",
     "SoFA",
     "SparseVLM",
+    "TowerPruning",
+    "VisPruner",
     "VisionZip",
 ]

@@ -132,3 +132,8 @@ def warn_of_runs(model_type: str) -> None:
         " (docs/extend/family.md)",
         stacklevel=3,
     )
+
+
+def about_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs about images, pixels aside."""
+    return {name: inputs[name] for name in OF_IMAGES if name in inputs and not name.startswith("pixel")}

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
@@ -15,14 +15,15 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from vlmattn.models.base import Family
+from vlmattn.errors import InputError
 from vlmattn.models.image_layout import Box, Piece, cells, in_square, inside
 from vlmattn.models.inputs import encoded_lengths
 from vlmattn.models.registry import register_family
+from vlmattn.models.towers import PatchTower
 
 
 @register_family
-class LlavaNext(Family):
+class LlavaNext(PatchTower):
     """All tokens of an image lie in one run, without separators: adjacent images are told apart by their sizes."""
 
     model_types: ClassVar[Mapping[str, str]] = {"llava_next": "llava-hf/llava-v1.6-mistral-7b-hf"}
@@ -52,6 +53,49 @@ class LlavaNext(Family):
         if sizes is None or name != "pixel_values" or not len(sizes[rows]):
             return ()
         return (slice(max(map(len, features_of(model, sizes[rows])))),)
+
+    def tower(self, model: PreTrainedModel) -> nn.Module | None:
+        """Of this family only: those that are made like it pack other towers' tokens, or pool them."""
+        return super().tower(model) if model.config.model_type == "llava_next" else None
+
+    def summary_attention(
+        self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        seen = torch.stack(super().summary_attention(model, module, hidden, inputs))
+        return [image.T for image in self._by_image(model, seen.transpose(1, 2), inputs, 0.0)]
+
+    def patch_keys(
+        self, model: PreTrainedModel, module: nn.Module, hidden: Tensor, inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
+        return self._by_image(model, torch.stack(super().patch_keys(model, module, hidden, inputs)), inputs, 0.0)
+
+    def tile_numbers(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
+        if inputs.get("image_sizes") is None:
+            return []
+        found = []
+        for features in features_of(model, inputs["image_sizes"]):
+            found.append(torch.arange(len(features)).view(-1, 1, 1).expand(features.shape).float())
+        packed = self._by_image(model, torch.cat(found), inputs, -1.0) if found else []
+        return [image[:, 0].long() for image in packed]
+
+    def _by_image(
+        self, model: PreTrainedModel, values: Tensor, inputs: Mapping[str, Any], newline: float
+    ) -> list[Tensor]:
+        """Values ``[tiles, patches, width]`` of all images at the tokens of each, ``[tokens, width]``."""
+        sizes = inputs.get("image_sizes")
+        counts = [] if sizes is None else list(map(len, features_of(model, sizes)))
+        if sum(counts) != len(values):
+            raise InputError(
+                f"the vision tower saw {len(values)} tiles and image_sizes tell of {sum(counts)}; give pixel_values and"
+                " image_sizes as the processor makes them"
+            )
+        found: list[Tensor] = model.model.pack_image_features(  # type: ignore[union-attr, operator]
+            list(torch.split(values, counts)),
+            sizes,
+            vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+            image_newline=torch.full((values.shape[-1],), newline, device=values.device),
+        )[0]
+        return found
 
     def packed(self, model: PreTrainedModel, sizes: Tensor, inputs: Mapping[str, Any]) -> list[Tensor]:
         """``[tokens, 1]`` for images of these sizes, by the model's own packing: 0 for features, 1 for newlines."""

@@ -29,7 +29,7 @@ class SeenTower:
 
         Args:
             hidden: what the attention module gets.
-            inputs: what the whole tower got.
+            inputs: what the whole tower got, and what the call said of the images' sizes.
 
         Returns:
             For each image float32 ``[heads, tokens]``, in the order of its tokens in the prompt.
@@ -44,6 +44,14 @@ class SeenTower:
         Args, order: as for ``summary_attention``. Returns float32 ``[tokens, dim]`` for each image.
         """
         raise NotImplementedError
+
+    def tile_numbers(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Of each image the number of the tile of each of its tokens, see ``request.Image``; empty: none is cut.
+
+        Args:
+            inputs: what the whole tower got, and what the call said of the images' sizes.
+        """
+        return []
 
     def patch_features(self, model: PreTrainedModel, output: Any) -> list[tuple[Tensor, Tensor | None]]:
         """What the tower says of each image before the projection: ``[tokens, width]``, and ``[width]`` of a CLS token.

@@ -33,6 +33,12 @@ class LookingMethod(Looker, Protocol):
     def on_image_features(self, features: ImageFeatures) -> None: ...
 
 
+class KeyLooker(Protocol):
+    """Who looks at queries and keys, in the prompt and in steps."""
+
+    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None: ...
+
+
 class Method(LookingMethod, Protocol):
     """What the engine asks of a method; ``interventions.base.Intervention`` is the real thing."""
 
@@ -70,13 +76,11 @@ class Pruner(LookingMethod, Protocol):
     def choose_tokens(self, stage: PruningStage) -> KeptTokens: ...
 
 
-class Policy(Method, Protocol):
+class Policy(KeyLooker, Method, Protocol):
     """What the engine asks of a method that evicts or reads a part: of ``interventions.pruning.KVPolicy``."""
 
     @property
     def drops(self) -> bool: ...
-
-    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None: ...
 
     def evict(self, context: LayerContext) -> Eviction | None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vlmattn.request.methods import Looker, LookingMethod, Method, Policy, Pruner, Watcher
+from vlmattn.request.methods import KeyLooker, Looker, LookingMethod, Method, Policy, Pruner, Watcher
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Plan:
     pruning: tuple[Pruner | None, ...] = ()
     evicting: tuple[Policy | None, ...] = ()
     policies: tuple[Policy, ...] = ()
-    on_queries_keys: tuple[tuple[Policy, ...], ...] = ()
+    on_queries_keys: tuple[tuple[KeyLooker, ...], ...] = ()
     cross: frozenset[int] = frozenset()
     image_keys: int = 0
     sources: tuple[int, ...] = ()

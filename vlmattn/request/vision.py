@@ -23,6 +23,8 @@ class Image:
         features: what the tower says of each token, ``[tokens, width]``. ``summary``: and of the CLS token,
             ``[width]``, if it has one.
         project: makes features ``[n, width]`` what the language model gets.
+        tiles: of pictures that are cut, the number of the tile of each token ``[tokens]``: 0 = the whole picture in
+            small, -1 = no patch (a newline). None: not cut.
     """
 
     attention: dict[int, Tensor]
@@ -30,6 +32,7 @@ class Image:
     features: Tensor
     summary: Tensor | None
     project: Callable[[Tensor], Tensor]
+    tiles: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,13 +19,15 @@ class TowerView:
     """What was seen of the vision tower in one call: layer -> for each image ``[heads, tokens]``.
 
     ``keys`` and ``features`` are there for methods that drop tokens: see ``request.Image``.
-    ``shown``: the methods have seen it; a tower that runs again, as it may in every forward, begins anew.
+    ``sizes``: what a forward got about images, pixels aside. ``shown``: the methods have seen it; a tower that runs
+    again, as it may in every forward, begins anew.
     """
 
     patches: dict[int, list[Tensor]] = field(default_factory=dict)
     keys: dict[int, list[Tensor]] = field(default_factory=dict)
     features: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     inputs: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
     shown: bool = False
 
 

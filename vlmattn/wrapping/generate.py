@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from vlmattn import compat
 from vlmattn.errors import UnsupportedError
 from vlmattn.files import copy_whole
-from vlmattn.models import OF_IMAGES
+from vlmattn.models import about_images
 from vlmattn.recipe import Recipe
 from vlmattn.request import NO_PLAN, Plan
 from vlmattn.wrapping.ahead import read_ahead
@@ -100,7 +100,7 @@ def _begun(
     call = Call(
         record, model, plan, _prompt_length(kwargs), mask is None or mask.ndim == 2, branches=branches,
         ledger=record.now.ledger, ids=kwargs.get("inputs", kwargs.get("input_ids")),
-        sizes={name: kwargs[name] for name in OF_IMAGES if name in kwargs and not name.startswith("pixel")},
+        sizes=about_images(kwargs),
         given_cache=compat.cache_of(kwargs) is not None, ahead=ahead,
     )  # fmt: skip
     return call, kwargs

@@ -13,7 +13,7 @@ from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.errors import InputError, StateError, UnsupportedError
 from vlmattn.kernels import visible
-from vlmattn.models import Family
+from vlmattn.models import Family, about_images
 from vlmattn.request import IMAGE, NO_PLAN, TEXT, Forward, Part, Plan, Request, Step
 from vlmattn.wrapping.branch_cache import branches_on
 from vlmattn.wrapping.call import Call
@@ -122,6 +122,7 @@ def _prompt_step(
     if plan.drops:
         check_continuation(request, plan.name, start or request.prompt_length, inputs.get("labels"))
     request.ledger, request.call = call.ledger, call.token
+    call.tower.sizes = about_images(inputs)
     if start == 0 or call.prompt_length is None or start < call.prompt_length:  # not the draft of assisted decoding
         _read(record, model, call, inputs, request, start, mask)
     _refuse_text(request, call)

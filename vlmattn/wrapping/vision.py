@@ -36,7 +36,7 @@ def _before_tower(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             for seen in (call.tower.patches, call.tower.keys, call.tower.features):
                 seen.clear()
             call.tower.shown = False
-        call.tower.inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        call.tower.inputs = {**call.sizes, **call.tower.sizes, **dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _after_tower(tower: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -121,8 +121,10 @@ def _images(
         lengths = [seen.shape[-1] for seen in next(iter(patches.values()))]
         tokens = torch.cat([embeds[types == kind] for kind in (IMAGE, VIDEO)])
         features = [(image, None) for image in torch.split(tokens, lengths)]
+    every = call.record.family.tile_numbers(call.model, step.tower.inputs)
+    tiles = _ordered(order, every) if every else [None] * len(features)
     found = []
     for number, (vectors, summary) in enumerate(features):
         attention_of, keys_of = ({layer: seen[number] for layer, seen in of.items()} for of in (patches, keys))
-        found.append(Image(attention_of, keys_of, vectors, summary, project))
+        found.append(Image(attention_of, keys_of, vectors, summary, project, tiles[number]))
     return tuple(found)

@@ -2,30 +2,59 @@
 
 from vlmattn.interventions.pruning.avl import AVL
 from vlmattn.interventions.pruning.base import Pruning, ScorerPruning
+from vlmattn.interventions.pruning.cdpruner import CDPruner
+from vlmattn.interventions.pruning.controls import FirstTokens, GridTokens, LastTokens, PooledTokens, RandomTokens
+from vlmattn.interventions.pruning.dart import DART
+from vlmattn.interventions.pruning.divprune import DivPrune
 from vlmattn.interventions.pruning.duo import DuoAttention
+from vlmattn.interventions.pruning.early import EarlyPruning, TowerPruning
+from vlmattn.interventions.pruning.evs import EVS
 from vlmattn.interventions.pruning.fastv import FastV
+from vlmattn.interventions.pruning.hired import HiRED
 from vlmattn.interventions.pruning.longheads import LongHeads
 from vlmattn.interventions.pruning.policy import KVPolicy, ScorerPolicy
+from vlmattn.interventions.pruning.prumerge import PruMerge
 from vlmattn.interventions.pruning.pyramiddrop import PyramidDrop
 from vlmattn.interventions.pruning.razor import RazorAttention
 from vlmattn.interventions.pruning.recycled import RecycledAttention
 from vlmattn.interventions.pruning.rounds import Rounds
 from vlmattn.interventions.pruning.sparsevlm import SparseVLM
+from vlmattn.interventions.pruning.vidcom2 import VidCom2
+from vlmattn.interventions.pruning.video import VideoPruning
 from vlmattn.interventions.pruning.visionzip import VisionZip
+from vlmattn.interventions.pruning.vispruner import VisPruner
+from vlmattn.interventions.pruning.vscan import VScan
 
 __all__ = [
     "AVL",
+    "DART",
+    "EVS",
+    "CDPruner",
+    "DivPrune",
     "DuoAttention",
+    "EarlyPruning",
     "FastV",
+    "FirstTokens",
+    "GridTokens",
+    "HiRED",
     "KVPolicy",
+    "LastTokens",
     "LongHeads",
+    "PooledTokens",
+    "PruMerge",
     "Pruning",
     "PyramidDrop",
+    "RandomTokens",
     "RazorAttention",
     "RecycledAttention",
     "Rounds",
     "ScorerPolicy",
     "ScorerPruning",
     "SparseVLM",
+    "TowerPruning",
+    "VScan",
+    "VidCom2",
+    "VideoPruning",
+    "VisPruner",
     "VisionZip",
 ]

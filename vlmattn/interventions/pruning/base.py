@@ -13,7 +13,7 @@ from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
 from vlmattn.interventions.base import LookingMethod, optional
 from vlmattn.options import MANY, option, parse_layers
-from vlmattn.request import KeptTokens, PruningStage
+from vlmattn.request import KeptTokens, LayerContext, PruningStage
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,6 +47,10 @@ class Pruning(LookingMethod):
     def compact(self) -> bool:
         """Position ids are counted anew."""
         return False
+
+    def looks_ahead_at(self, layer: int) -> bool:
+        """Whether the stage before ``layer`` asks for its weights."""
+        return self.looks_ahead
 
     def sees(self, anatomy: Anatomy, layer: int, before: int) -> bool:
         """Whether the method has attention to choose by: of ``layer`` itself, or since the stage ``before``."""
@@ -95,6 +99,22 @@ class Pruning(LookingMethod):
             given: tokens of each image in its prompt; left: image tokens that reach the stage.
         """
         raise NotImplementedError
+
+    def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
+        """Operations of comparing image tokens with each other before ``layer``, for ``vlmattn.cost``.
+
+        Args:
+            given: tokens of each image of a sequence; width: of what is compared, about.
+        """
+        return 0
+
+    def key_layers(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """Layers whose queries and keys ``on_queries_keys`` looks at."""
+        return ()
+
+    @optional
+    def on_queries_keys(self, context: LayerContext, query: Tensor, key: Tensor) -> None:
+        """Queries and keys of one of the ``key_layers``, ``[batch, heads, rows, dim]``; in steps too."""
 
     @optional
     def on_embeddings(self, stage: PruningStage) -> None:
