@@ -239,13 +239,14 @@ RULES = sorted(
 LAYER_RULES = [name for name in RULES if name.startswith(("dola", "deco"))]
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if name not in LAYER_RULES])
+BESIDE = ["agla", "icd", "m3id", "pai_guidance", "pai_guidance_cli", "vcd", "vcd_pope"]  # test_branches_that_drop.py
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name not in (*LAYER_RULES, *BESIDE)])
 def test_rules_that_need_all_tokens_are_refused(rule):
     """At wrap, with both names; the model stays bare."""
     model, method = build("llava"), vlmattn.presets()[rule].method
-    with pytest.raises(
-        OptionError, match=rf"'fastv' and '{method}' conflict: .* needs all image tokens.*use one of them"
-    ):
+    with pytest.raises(OptionError, match=rf"'fastv' and '{method}' conflict: .* all image tokens.*use one of them"):
         vlmattn.wrap(model, f"fastv+{rule}", processor=Speech())
     assert "vlmattn" not in model.__dict__
     vlmattn.wrap(model, "fastv")
@@ -257,3 +258,6 @@ def test_rules_that_need_all_tokens_are_refused(rule):
 def test_the_rules_are_all_there():
     assert {VCD.info.name, OPERA.info.name} < {vlmattn.presets()[name].method for name in RULES}
     assert len(LAYER_RULES) >= 2
+    assert {*BESIDE} < {*RULES}
+    for rule in BESIDE:
+        vlmattn.wrap(build("llava"), f"fastv+{rule}", processor=Speech())
