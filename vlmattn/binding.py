@@ -14,6 +14,7 @@ from vlmattn.decoding.search import LastLook, Search
 from vlmattn.errors import OptionError, UnsupportedError
 from vlmattn.interventions import Intervention
 from vlmattn.interventions.pruning import KVPolicy, Pruning
+from vlmattn.interventions.steering import Steering
 from vlmattn.recipe import Recipe, method_name
 from vlmattn.request import Looker, Plan
 
@@ -132,6 +133,7 @@ class _Bound:
             cross=frozenset(self.anatomy.cross),
             image_keys=self.anatomy.image_keys,
             sources=self.anatomy.sources,
+            steering=self._steering(),
         )
 
     @property
@@ -168,10 +170,16 @@ class _Bound:
         found += [(m, m.key_layers(self.anatomy)) for m in self.pruners if m.implements("on_queries_keys")]
         return self._spread(found) if found else ()
 
-    def _by_layer(self, step: str = "") -> tuple[tuple[Intervention, ...], ...]:
-        """For each layer the methods that act there, and implement the step if one is named."""
+    def _by_layer(self, step: str = "edit") -> tuple[tuple[Intervention, ...], ...]:
+        """For each layer the methods that act there and implement the step."""
         pairs = zip(self.methods, self.active, strict=True)
-        return self._spread([(m, layers) for m, layers in pairs if not step or m.implements(step)])
+        return self._spread([(m, layers) for m, layers in pairs if m.implements(step)])
+
+    def _steering(self) -> tuple[tuple[Steering, ...], ...]:
+        """For each layer the methods that change its hidden states; empty if none does."""
+        pairs = zip(self.methods, self.active, strict=True)
+        found = [(m, layers) for m, layers in pairs if isinstance(m, Steering)]
+        return self._spread(found) if found else ()
 
     def _spread(self, pairs: Sequence[tuple[_M, Collection[int]]]) -> tuple[tuple[_M, ...], ...]:
         """For each layer the methods that have it among their layers."""
@@ -195,7 +203,7 @@ def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecodi
 
     for method in recipe.interventions:
         kinds = {method.kind: True, "opening": bool(method.opens()), "turns": method.turns == "needed"}
-        refuse(method, kinds | {"rows": method.acts_on == "image rows"})
+        refuse(method, kinds | {"rows": method.acts_on == "image rows", "steering": isinstance(method, Steering)})
     for pruner in recipe.pruning:
         refuse(pruner, {pruner.kind: True})
     branches = contrast.branches if contrast is not None else ()

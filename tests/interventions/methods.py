@@ -22,8 +22,10 @@ from vlmattn.interventions import (
     VAF,
     VAR,
     VHR,
+    VTI,
     Bidirectional,
     Calibration,
+    Directions,
     FocusDirections,
     HeadProfile,
     Heads,
@@ -31,8 +33,10 @@ from vlmattn.interventions import (
     Intervention,
     Isolation,
     Knockout,
+    Nullu,
     SinkKnockout,
     SoFA,
+    Steer,
 )
 from vlmattn.interventions.focus import save_directions
 from vlmattn.models import find_family
@@ -82,6 +86,10 @@ SETTINGS: dict[str, Intervention] = {
     "calibration": Calibration(basket=8, layers="0:"),
     "calibration_documents": Calibration(segments="documents", separator=(STOP,), layers="0:", strength=1.0),
     "focus": FocusDirections(alpha=1.0, layers="1:3"),
+    "steer": Steer(alpha=0.5),
+    "steer_text": Steer(alpha=0.5, rows="text", layers="1:3"),
+    "vti": VTI(alpha=4.0),
+    "nullu": Nullu(rank=2, layers="1:"),
 }
 BETWEEN_IMAGES = {"sofa", "sofa_mix", "isolate_images", "isolate_documents", "isolate_separated"}
 
@@ -102,6 +110,9 @@ IDENTITIES: dict[str, Intervention] = {
     "bidirectional": Bidirectional(sigma=0.0, span="prompt"),
     "calibration": Calibration(strength=0.0, basket=8, layers="0:"),
     "focus": FocusDirections(alpha=0.0, layers="1:3"),
+    "steer": Steer(alpha=0.0),
+    "vti": VTI(alpha=0.0),
+    "nullu": Nullu(strength=0.0, layers="1:"),
 }
 
 
@@ -127,6 +138,14 @@ def directions(family: str) -> str:
 
 
 @functools.cache
+def steering(family: str) -> str:
+    """A file of two random directions for every layer."""
+    sizes, generator = anatomy(family), torch.Generator().manual_seed(6)
+    drawn = {layer: torch.randn(2, sizes.hidden_size, generator=generator) for layer in range(sizes.layers)}
+    return str(Directions(drawn, sizes.fingerprint).save(Path(_folder().name) / f"{family}-steering.safetensors"))
+
+
+@functools.cache
 def head_profile(family: str) -> str:
     """A HeadProfile with scores that grow with the number of the head, and random mean outputs."""
     sizes, generator = anatomy(family), torch.Generator().manual_seed(5)
@@ -140,6 +159,8 @@ def fitted(method: Intervention, family: str) -> Intervention:
     """The method with the files that it needs for a family."""
     if isinstance(method, FocusDirections):
         return replace(method, file=directions(family))
+    if isinstance(method, Steer | VTI | Nullu):
+        return replace(method, file=steering(family))
     if isinstance(method, Heads) and method.ablation == "mean":
         return replace(method, profile=head_profile(family))
     return method

@@ -3,6 +3,7 @@
 from vlmattn.interventions.base import Intervention, LogitEdit
 from vlmattn.interventions.bidirectional import Bidirectional
 from vlmattn.interventions.calibration import Calibration
+from vlmattn.interventions.directions import Directions, load_directions
 from vlmattn.interventions.focus import FocusDirections
 from vlmattn.interventions.gift import GIFT
 from vlmattn.interventions.guided import HeadsGuided
@@ -10,6 +11,7 @@ from vlmattn.interventions.heads import Heads
 from vlmattn.interventions.isolation import Isolation
 from vlmattn.interventions.knockout import Knockout
 from vlmattn.interventions.mma import MMA
+from vlmattn.interventions.nullu import Nullu
 from vlmattn.interventions.pai import PAI
 from vlmattn.interventions.paint import PAINT
 from vlmattn.interventions.profiles import HeadProfile, SinkProfile
@@ -37,9 +39,12 @@ from vlmattn.interventions.pruning import (
 )
 from vlmattn.interventions.sink_knockout import SinkKnockout
 from vlmattn.interventions.sofa import SoFA
+from vlmattn.interventions.steer import Steer
+from vlmattn.interventions.steering import Steering
 from vlmattn.interventions.vaf import VAF
 from vlmattn.interventions.var import VAR
 from vlmattn.interventions.vhr import VHR
+from vlmattn.interventions.vti import VTI
 
 __all__ = [
     "AVL",
@@ -51,9 +56,11 @@ __all__ = [
     "VAF",
     "VAR",
     "VHR",
+    "VTI",
     "Bidirectional",
     "CDPruner",
     "Calibration",
+    "Directions",
     "DivPrune",
     "DuoAttention",
     "EarlyPruning",
@@ -68,6 +75,7 @@ __all__ = [
     "Knockout",
     "LogitEdit",
     "LongHeads",
+    "Nullu",
     "Pruning",
     "PyramidDrop",
     "RazorAttention",
@@ -79,7 +87,10 @@ __all__ = [
     "SinkProfile",
     "SoFA",
     "SparseVLM",
+    "Steer",
+    "Steering",
     "TowerPruning",
     "VisPruner",
     "VisionZip",
+    "load_directions",
 ]

@@ -14,12 +14,14 @@ from vlmattn.kernels.edit import (
 )
 from vlmattn.kernels.plans import BoostPlan, GainPlan, LevelPlan, MassGate
 from vlmattn.kernels.problem import Problem
+from vlmattn.kernels.residual import Add, Near, Project, ResidualPart, Scale, Turn, steered
 from vlmattn.kernels.split import SplitStates
 from vlmattn.kernels.visibility import Mask, Visibility, additive, hide, visible
 
 __all__ = [
     "BACKENDS",
     "NO_EDIT",
+    "Add",
     "AttentionEdit",
     "BoostPlan",
     "GainPart",
@@ -30,14 +32,20 @@ __all__ = [
     "Mask",
     "MaskPart",
     "MassGate",
+    "Near",
     "Problem",
+    "Project",
+    "ResidualPart",
     "Rows",
+    "Scale",
     "SplitStates",
+    "Turn",
     "Visibility",
     "additive",
     "attend",
     "hide",
     "scale_heads",
+    "steered",
     "visible",
     "weights",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmattn.kernels.edit import GainPart, LogitPart, MaskPart, Rows
 from vlmattn.kernels.plans import BoostPlan, GainPlan, LevelPlan
 from vlmattn.kernels.problem import Problem
+from vlmattn.kernels.residual import Add, Near, Project, ResidualPart, Scale, Turn
 from vlmattn.kernels.visibility import visible
 
 
@@ -209,3 +210,47 @@ def _level(weights: Tensor, groups: Tensor, strength: float) -> Tensor:
     for g, total in filled.items():
         even[groups == g] *= float(weights.sum()) / len(filled) / total
     return (1 - strength) * weights + strength * even
+
+
+def steered(x: Tensor, parts: tuple[ResidualPart, ...]) -> Tensor:
+    """Hidden states after all parts, float64, row by row."""
+    x = x.double().clone()
+    for part in parts:
+        for b in range(x.shape[0]):
+            for i in range(x.shape[1]):
+                if _applies(part.rows, b, i) and _near(part.gate, x[b, i]):
+                    x[b, i] = _steered_row(x[b, i], part, b)
+    return x
+
+
+def _near(gate: Near | None, row: Tensor) -> bool:
+    return gate is None or bool(_cosine(row, gate.direction.double()) >= gate.least)
+
+
+def _cosine(one: Tensor, other: Tensor) -> Tensor:
+    found: Tensor = (one @ other) / (one.norm() * other.norm())
+    return found
+
+
+def _steered_row(row: Tensor, part: ResidualPart, b: int) -> Tensor:
+    if isinstance(part, Add):
+        vector = part.vector.double()
+        added: Tensor = row + (vector if vector.ndim == 1 else vector[b if len(vector) > 1 else 0, 0])
+        return added
+    if isinstance(part, Scale):
+        return row * part.factor
+    if isinstance(part, Project):
+        for direction in part.basis.double():
+            row = row - (0 if part.onto else part.strength) * (row @ direction) * direction
+        if part.onto:
+            within = torch.stack([(row @ direction) * direction for direction in part.basis.double()]).sum(0)
+            row = (1 - part.strength) * row + part.strength * within
+        return row
+    assert isinstance(part, Turn)
+    pull = torch.zeros_like(row)
+    for direction in part.directions.double():
+        away = max(0.0, float(_cosine(row, -direction))) if part.opposed else 0.0
+        pull = pull + part.strength * (1 + away) * direction / direction.norm() / len(part.directions)
+    turned = row / row.norm() + pull
+    found: Tensor = row.norm() * turned / turned.norm()
+    return found

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmattn.models.base import Family
+from vlmattn.models.reasons import STREAMS
 from vlmattn.models.registry import register_family
 
 
@@ -24,6 +25,7 @@ class Gemma3n(Family):
     refused: ClassVar[Mapping[str, str]] = {
         "pruning": "its residual stream is four streams side by side, and its last layers reuse keys and values of"
         " others",
+        "steering": STREAMS,
     }
 
     def residual(self, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmattn.models.grids import Spatial
 from vlmattn.models.mistral_large4 import INDEXED
+from vlmattn.models.reasons import STREAMS
 from vlmattn.models.registry import register_family
 
 
@@ -20,7 +21,7 @@ class HYV4VL(Spatial):
     markers: ClassVar[tuple[str, ...]] = ()
     separated: ClassVar[bool] = True
     behind: ClassVar[int] = 1
-    refused: ClassVar[Mapping[str, str]] = INDEXED
+    refused: ClassVar[Mapping[str, str]] = {**INDEXED, "steering": STREAMS}
     in_tuples: ClassVar[int] = 2
     causal: ClassVar[bool] = False  # rows see the keys that an indexer chooses
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 #: Kinds of methods, as families support or refuse them.
 KINDS = ("edits", "masks", "pruning", "decoding")
 
+#: Why families with several residual streams refuse to have them steered.
+STREAMS = (
+    "its residual stream is several streams side by side, which no direction is measured for; take an attention edit"
+)
+
 #: Why families with layers without attention refuse methods.
 _STATE = "some of its layers have no attention but a state of all tokens before"
 HYBRID = {

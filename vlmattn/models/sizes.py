@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -15,6 +16,13 @@ def vision_of(model: PreTrainedModel) -> Any:
 def mlp_width(text: Any) -> int:
     width = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 0
     return int(width if isinstance(width, int) else width[0])
+
+
+def mlp_of(layer: nn.Module) -> nn.Module | None:
+    """The module of a decoder layer that its residual stream meets behind attention."""
+    names = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+    found = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def sources_of(text: Any) -> tuple[int, ...]:

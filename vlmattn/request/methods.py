@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from vlmattn.kernels import AttentionEdit
+from vlmattn.kernels import AttentionEdit, ResidualPart
 from vlmattn.request.callbacks import Weights
 from vlmattn.request.layer_context import LayerContext
 from vlmattn.request.prefill import Prefill
@@ -50,6 +50,15 @@ class Method(LookingMethod, Protocol):
     def on_hidden_states(self, context: LayerContext, hidden: Tensor) -> None: ...
 
     def edit(self, context: LayerContext) -> AttentionEdit: ...
+
+
+class Steerer(LookingMethod, Protocol):
+    """A method that changes hidden states; ``interventions.steering.Steering`` is the real thing."""
+
+    @property
+    def site(self) -> str: ...
+
+    def residual(self, context: LayerContext) -> tuple[ResidualPart, ...]: ...
 
 
 class Watcher(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vlmattn.request.methods import KeyLooker, Looker, LookingMethod, Method, Policy, Pruner, Watcher
+from vlmattn.request.methods import KeyLooker, Looker, LookingMethod, Method, Policy, Pruner, Steerer, Watcher
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Plan:
         policies: all methods about cached slots, which must know on the host how far a cache is filled.
         cross: layers of cross-attention, whose keys are images: ``image_keys`` for each.
         sources: the layer whose keys each layer attends with; empty: its own.
+        steering: for each layer the methods that change its hidden states; empty if none does.
         watching: who sees every layer at work.
     """
 
@@ -58,12 +59,14 @@ class Plan:
     cross: frozenset[int] = frozenset()
     image_keys: int = 0
     sources: tuple[int, ...] = ()
+    steering: tuple[tuple[Steerer, ...], ...] = ()
     watching: tuple[Watcher, ...] = ()
 
     @property
     def is_identity(self) -> bool:
-        """Nothing happens in the attention of the main prompt."""
-        return not any(self.by_layer) and not any(self.on_attention) and not self.pruning and not self.watching
+        """Nothing happens in the layers that read the main prompt."""
+        acting = any(self.by_layer) or any(self.on_attention) or self.pruning or self.steering or self.watching
+        return not acting
 
     @property
     def acts(self) -> bool:

@@ -27,6 +27,7 @@ from vlmattn.wrapping.pruning import pruned_inputs
 from vlmattn.wrapping.record import Record
 from vlmattn.wrapping.registration import refuse_mask
 from vlmattn.wrapping.rotation import hook_rotation
+from vlmattn.wrapping.steering import enter_layer, hook_mlp, steer_layer
 from vlmattn.wrapping.steps import forward_of, refuse_packing, with_forward
 from vlmattn.wrapping.vision import hook_tower, show_images
 
@@ -46,6 +47,8 @@ def install_hooks(record: Record, model: PreTrainedModel) -> list[torch.utils.ho
     for index, layer in enumerate(family.layers(model)):
         hooks.append(layer.register_forward_pre_hook(partial(_before_layer, index, family), with_kwargs=True))
         hooks.append(layer.register_forward_hook(partial(after_layer, index), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(partial(steer_layer, index), with_kwargs=True))
+        hooks += hook_mlp(layer)
     return hooks
 
 
@@ -175,6 +178,7 @@ def _before_layer(
     index: int, family: Family, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Args | None:
     passing: Forward | None = kwargs.get(FORWARD)
+    enter_layer(index, passing)
     if passing is None:
         return None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -189,6 +193,7 @@ def _before_layer(
         kwargs = {**kwargs, **_named(layer, args)}
         view, hidden, kwargs = pruned_inputs(passing, layer, family.attention(layer) is not None, index, hidden, kwargs)
         before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
+        enter_layer(index, kwargs[FORWARD])
         _tell_hidden_states(main, view, index, hidden)
         return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for part in passing.parts:

@@ -1,0 +1,71 @@
+"""Changes of hidden states: what a decoder layer, or its MLP, puts out under methods that steer."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmattn.attention import FORWARD
+from vlmattn.kernels import steered
+from vlmattn.models.sizes import mlp_of
+from vlmattn.request import Forward, LayerContext, Part, Step
+
+_NOW = threading.local()  # an MLP gets no arguments of ours: which layer this thread is in
+
+
+def hook_mlp(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    """Put the hook on the MLP of a layer, if it has one."""
+    mlp = mlp_of(layer)
+    return [] if mlp is None else [mlp.register_forward_hook(_after_mlp)]
+
+
+def enter_layer(index: int, passing: Forward | None) -> None:
+    """Note the layer that this thread runs now, for its MLP."""
+    steers = passing is not None and any(part.plan.steering for part in passing.parts)
+    _NOW.layer = (index, passing) if steers else None
+
+
+def _after_mlp(mlp: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    found: tuple[int, Forward] | None = getattr(_NOW, "layer", None)
+    return None if found is None else _changed("mlp", found[0], found[1], output)
+
+
+def steer_layer(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a decoder layer."""
+    passing: Forward | None = kwargs.get(FORWARD)
+    if passing is None or not any(part.plan.steering for part in passing.parts):
+        return None
+    _NOW.layer = None
+    return _changed("layer", index, passing, output)
+
+
+def _changed(site: str, index: int, passing: Forward, output: Any) -> Any:
+    """An output, or the first of several, with the changes of one site; None = it stays."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    flat = hidden.ndim == 2  # the MLP of some mixtures of experts gets its rows side by side
+    found = hidden
+    for part in passing.parts:
+        if part.acting is not None and part.plan.steering and not flat:
+            found = _of_part(site, index, part, part.acting, found)
+    if found is hidden:
+        return None
+    return (found, *output[1:]) if isinstance(output, tuple) else found
+
+
+def _of_part(site: str, index: int, part: Part, step: Step, hidden: Tensor) -> Tensor:
+    queries = hidden.shape[1]
+    keys = step.capacity if step.start is None else step.start + queries
+    context = LayerContext(step, index, queries, keys, hidden.device)
+    parts = tuple(
+        change for method in part.plan.steering[index] if method.site == site for change in method.residual(context)
+    )
+    if not parts:
+        return hidden
+    if len(hidden[part.rows]) == len(hidden):
+        return steered(hidden, parts)
+    changed = hidden.clone()
+    changed[part.rows] = steered(hidden[part.rows], parts)
+    return changed
