@@ -31,17 +31,23 @@ from vlmattn import Recipe, UnsupportedError, registry
 from vlmattn.errors import StateError
 from vlmattn.interventions import (
     AVL,
+    H2O,
+    TOVA,
     DuoAttention,
     FastV,
     Intervention,
     KVPolicy,
+    KVRandom,
     LongHeads,
     Pruning,
     PyramidDrop,
+    PyramidKV,
     RazorAttention,
     RecycledAttention,
     Rounds,
+    SnapKV,
     SparseVLM,
+    StreamingLLM,
     VisionZip,
 )
 
@@ -566,10 +572,16 @@ DROPPING: dict[str, Pruning | KVPolicy] = {
     "rounds": Rounds(watershed="1", keep_mass=0.3),
     "rounds_read": Rounds(watershed="1", keep_mass=0.3, memory="read"),
     "longheads": LongHeads(tile=2, keep=0.2),
+    "snapkv": SnapKV(keep_ratio=0.4, window=3),
+    "pyramidkv": PyramidKV(keep_ratio=0.5, window=2, beta=4.0),
+    "h2o": H2O(keep_ratio=0.4),
+    "tova": TOVA(keep_ratio=0.4),
+    "streaming": StreamingLLM(keep_ratio=0.4, sinks=2),
+    "kv_random": KVRandom(keep_ratio=0.4),
     "duo": DuoAttention(sinks=2, recent=4, heads=HEADS),
     "razor": RazorAttention(sinks=2, recent=4, heads=HEADS),
 }
-CROP_REFUSED = {"avl", "avl_images", "recycled", "recycled_similar", "duo", "razor"}
+CROP_REFUSED = {"avl", "avl_images", "recycled", "recycled_similar", "duo", "razor", "h2o", "tova", "streaming"}
 
 
 def read_together(model: PreTrainedModel, prompts: list[dict]) -> tuple[Tensor, Tensor, DynamicCache]:

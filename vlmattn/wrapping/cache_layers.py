@@ -234,6 +234,7 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def picked(states: Tensor, order: Tensor) -> Tensor:
-    """Keys or values ``[batch, kv_heads, slot, dim]`` at the slots ``order`` ``[batch, kept]``."""
+    """Keys or values ``[batch, kv_heads, slot, dim]`` at the slots ``order`` ``[batch, (kv_heads,) kept]``."""
     _, heads, _, dim = states.shape
-    return states.gather(2, order[:, None, :, None].expand(-1, heads, -1, dim))
+    order = order if order.ndim == 3 else order[:, None].expand(-1, heads, -1)
+    return states.gather(2, order[..., None].expand(-1, -1, -1, dim))
