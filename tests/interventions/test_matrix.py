@@ -568,7 +568,7 @@ DROPPING: dict[str, Pruning | KVPolicy] = {
     "avl": AVL(text_first=2, text_every=2),
     "avl_images": AVL(text_keep=1.0, refresh=2),
     "recycled": RecycledAttention(keys=6, stride=2),
-    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3),
+    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3, check=1),
     "rounds": Rounds(watershed="1", keep_mass=0.3),
     "rounds_read": Rounds(watershed="1", keep_mass=0.3, memory="read"),
     "longheads": LongHeads(tile=2, keep=0.2),

@@ -21,7 +21,7 @@ POLICIES = {
     "avl": AVL(text_first=2, text_every=2),
     "avl_images": AVL(text_keep=1.0, refresh=2),
     "recycled": RecycledAttention(keys=6, stride=3),
-    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3),
+    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3, check=2),
     "rounds": Rounds(watershed="1", keep_mass=0.3),
     "rounds_read": Rounds(watershed="1", keep_mass=0.3, memory="read"),
     "longheads": LongHeads(tile=2, keep=0.2),
@@ -110,23 +110,23 @@ class TellAVL:
 
 class TellRecycled:
     def __init__(self, policy, inputs):
-        self.policy, self.best, self.held, self.query = policy, {}, {}, {}
+        self.policy, self.held, self.query = policy, {}, {}
 
     def see(self, layer, step, query, key):
         keys, policy, repeat = key.shape[1], self.policy, query.shape[0] // key.shape[0]
-        full = step % policy.stride == 0
-        if policy.trigger == "similarity" and step:
+        full = step % policy.stride == 0 and policy.trigger == "stride"
+        if policy.trigger == "similarity" and step and step % policy.check == 0:
             full = bool(torch.cosine_similarity(query[:, -1], self.query[layer], dim=-1).mean() < policy.similar)
         if step == 0 or full:
             s = last_row(query, key).view(key.shape[0], repeat, keys).amax(1)
-            self.best[layer], self.held[layer], self.query[layer] = (
-                s.topk(min(policy.keys, keys)).indices,
-                keys,
-                query[:, -1],
-            )
+            self.held[layer] = torch.zeros_like(s, dtype=torch.bool)
+            self.held[layer].scatter_(1, s.topk(min(policy.keys, keys)).indices, True)
+            self.query[layer] = query[:, -1]
             return causal(query.shape[1], keys)[None]
-        seen = torch.zeros(key.shape[0], keys, dtype=torch.bool).scatter_(1, self.best[layer], True)
-        seen[:, self.held[layer] :] = True
+        seen = torch.cat([self.held[layer], torch.ones(len(key), 1, dtype=torch.bool)], 1)
+        s = last_row(query, key, seen.repeat_interleave(repeat, 0)).view(key.shape[0], repeat, keys).amax(1)
+        worst = s.masked_fill(~seen, 2.0).argmin(1, keepdim=True)
+        self.held[layer] = seen.scatter(1, worst, False)
         return seen[:, None]
 
 
