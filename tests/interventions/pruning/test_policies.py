@@ -22,11 +22,12 @@ POLICIES = {
     "avl_images": AVL(text_keep=1.0, refresh=2),
     "recycled": RecycledAttention(keys=6, stride=3),
     "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3, check=2),
-    "rounds": Rounds(watershed="1", keep_mass=0.3),
+    "rounds": Rounds(watershed="1"),
+    "rounds_mass": Rounds(watershed="1", keep_share=0.0, keep_mass=0.3),
     "rounds_read": Rounds(watershed="1", keep_mass=0.3, memory="read"),
     "longheads": LongHeads(tile=2, keep=0.2),
 }
-EVICTING = ("avl", "avl_images", "rounds")
+EVICTING = ("avl", "avl_images", "rounds", "rounds_mass")
 every_policy = pytest.mark.parametrize("name", POLICIES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -135,14 +136,20 @@ class TellRounds:
         self.policy, self.number, self.stay = policy, number_of(inputs, None), None
 
     def see(self, layer, step, query, key):
-        keys = key.shape[1]
+        keys, policy = key.shape[1], self.policy
         if step == 0:
-            if layer == int(self.policy.watershed):
-                s = last_row(query, key).mean(0)
+            if layer == int(policy.watershed):
+                first = int((self.number >= 0).nonzero().max()) + 1  # of the text behind the last image
+                seen = causal(keys, keys)
+                rows = [last_row(query[:, : n + 1], key, seen[n]).mean(0) for n in range(first, keys)]
+                s = torch.stack(rows).sum(0)
                 mass = torch.stack([s[self.number == image].sum() for image in range(int(self.number.max()) + 1)])
                 chosen, held = [], 0.0
                 for image in mass.argsort(descending=True).tolist():
-                    if chosen and held >= self.policy.keep_mass * mass.sum():
+                    if (
+                        len(chosen) >= max(1, round(policy.keep_share * len(mass)))
+                        and held >= policy.keep_mass * mass.sum()
+                    ):
                         break
                     chosen.append(image)
                     held += float(mass[image])

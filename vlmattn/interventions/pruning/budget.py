@@ -12,12 +12,14 @@ from torch.nn.functional import pad
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import UnsupportedError
 from vlmattn.interventions.pruning.policy import KVPolicy, best, host_counts
-from vlmattn.kernels import AttentionEdit
+from vlmattn.kernels import NO_EDIT, AttentionEdit
 from vlmattn.options import option
 from vlmattn.request import Eviction, LayerContext, Store, Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_ROWS = 256  # whose attention is looked at in one go
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,17 +143,23 @@ class AttentionBudget(BudgetPolicy):
 
 
 def rows_seen(
-    context: LayerContext, weights: Weights, edit: AttentionEdit, most: int | None = None, few: int = 256
+    context: LayerContext,
+    weights: Weights,
+    edit: AttentionEdit = NO_EDIT,
+    most: int | None = None,
+    asking: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last ``most`` real rows (None = all), summed over them: float32 ``[batch, heads, keys]``.
 
-    ``few`` rows at a time, so that no matrix of all rows is made.
+    ``asking`` bool ``[batch, keys]``: of the rows of these slots only. A few rows at a time: no matrix of all is made.
     """
     stop = context.request.prompt_length - (context.step.start or 0) if context.step.is_prompt else context.queries
-    start, real, total = 0 if most is None else max(stop - most, 0), context.real, None
-    rows = None if real is None else context.of_rows(real, True)
-    for first in range(start, stop, few):
-        last = min(first + few, stop)
+    start, wanted, total = 0 if most is None else max(stop - most, 0), asking, None
+    if context.real is not None:
+        wanted = context.real if asking is None else asking & context.real
+    rows = None if wanted is None else context.of_rows(wanted, True)
+    for first in range(start, stop, _ROWS):
+        last = min(first + _ROWS, stop)
         part = weights(first, last, edit)[..., : context.keys]
         if rows is not None:
             part = part.masked_fill(~rows[:, None, first:last, None], 0)
