@@ -49,6 +49,7 @@ from vlmattn.interventions import (
     SparseVLM,
     StreamingLLM,
     VisionZip,
+    VLCache,
 )
 
 pytestmark = [
@@ -576,6 +577,7 @@ DROPPING: dict[str, Pruning | KVPolicy] = {
     "pyramidkv": PyramidKV(keep_ratio=0.5, window=2, beta=4.0),
     "h2o": H2O(keep_ratio=0.4),
     "tova": TOVA(keep_ratio=0.4),
+    "vlcache": VLCache(keep_ratio=0.4, p=0.3),
     "streaming": StreamingLLM(keep_ratio=0.4, sinks=2),
     "kv_random": KVRandom(keep_ratio=0.4),
     "duo": DuoAttention(sinks=2, recent=4, heads=HEADS),

@@ -34,6 +34,7 @@ from vlmattn.interventions.pruning import (
     SparseVLM,
     StreamingLLM,
     VisionZip,
+    VLCache,
 )
 from vlmattn.interventions.sink_knockout import SinkKnockout
 from vlmattn.interventions.sofa import SoFA
@@ -81,5 +82,6 @@ __all__ = [
     "SoFA",
     "SparseVLM",
     "StreamingLLM",
+    "VLCache",
     "VisionZip",
 ]

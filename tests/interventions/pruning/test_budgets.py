@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vlmattn
 from vlmattn.errors import OptionError, UnsupportedError
-from vlmattn.interventions import H2O, TOVA, VAR, KVRandom, PyramidKV, SnapKV, StreamingLLM
+from vlmattn.interventions import H2O, TOVA, VAR, KVRandom, PyramidKV, SnapKV, StreamingLLM, VLCache
 from vlmattn.recipe import Recipe
 
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -30,8 +30,9 @@ POLICIES = {
     "tova": TOVA(keep_ratio=0.3),
     "streaming": StreamingLLM(keep_ratio=0.3),
     "kv_random": KVRandom(keep_ratio=0.3),
+    "vlcache": VLCache(keep_ratio=0.3, p=0.3, recent=0.2),
 }
-BY_HEAD = {"snapkv", "pyramidkv", "h2o", "h2o_mean"}
+BY_HEAD = {"snapkv", "pyramidkv", "h2o", "h2o_mean", "vlcache"}
 every_policy = pytest.mark.parametrize("name", POLICIES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -113,6 +114,40 @@ class Teller:
         return torch.zeros_like(there).scatter_(1, kept, True)
 
 
+class TellVLCache(Teller):
+    """Slots go after the first step, once all layers are known."""
+
+    def __init__(self, policy, layers, first):
+        super().__init__(policy, layers)
+        self.first, self.dense = first, {}  # the first row behind the last image
+
+    def see(self, layer, step, query, key):
+        heads, keys = key.shape[:2]
+        seen = causal(keys, keys)[None].expand(heads, -1, -1) if step == 0 else torch.ones(heads, 1, keys).bool()
+        if step > 1:
+            seen = pad(self.there[layer], (0, 1), value=True)[:, None]
+            self.there[layer] = seen[:, 0]
+        if step == 0:
+            repeat = query.shape[0] // heads
+            scores = query @ key.repeat_interleave(repeat, 0).transpose(1, 2) * query.shape[-1] ** -0.5
+            rows = scores.masked_fill(~seen[0], float("-inf")).softmax(-1)[:, self.first :]
+            shares = [
+                float((row[: i + 1] >= self.policy.p * row.max()).sum()) / (i + 1)
+                for head in rows
+                for i, row in enumerate(head, self.first)
+            ]
+            self.dense[layer] = sum(shares) / len(shares)
+            self.paid[layer] = rows.sum(1).view(heads, repeat, keys).mean(1)
+        if step == 1:
+            n, policy = keys - 1, self.policy
+            held = round(policy.keep_ratio * n * self.dense[layer] * self.layers / sum(self.dense.values()))
+            value = self.paid[layer].clone()
+            value[:, n - round(policy.recent * held) :] = math.inf
+            kept = value.argsort(descending=True, stable=True)[:, : min(held, n)]
+            self.there[layer] = pad(torch.zeros(heads, n).bool().scatter_(1, kept, True), (0, 1), value=True)
+        return seen
+
+
 def answers(family, policy, inputs, attn="sdpa", **options):
     model = vlmattn.wrap(build(family, attn), policy)
     return generate(model, inputs, NEW, **options), model
@@ -123,7 +158,9 @@ def answers(family, policy, inputs, attn="sdpa", **options):
 def test_equals_the_decoder_run_by_hand(name, family):
     policy, inputs = POLICIES[name], prompt(family, 2)
     model = build(family)
-    teller = Teller(policy, len(model.model.language_model.layers))
+    layers = len(model.model.language_model.layers)
+    first = int((inputs["input_ids"][0] == 99).nonzero().max()) + 1
+    teller = TellVLCache(policy, layers, first) if name == "vlcache" else Teller(policy, layers)
     expected = Hand(model, teller.see).generate(inputs, NEW)
     out, wrapped = answers(family, policy, inputs)
     near(out[0], expected)
@@ -158,13 +195,20 @@ def test_evicted_equals_hidden(name, family, options):
     near(answers(family, POLICIES[name], inputs, **options)[0], answers(family, hidden(POLICIES[name]), inputs, **options)[0])  # fmt: skip
 
 
+def test_wide_layers_hold_more_and_all_hold_the_share():
+    policy, inputs = POLICIES["vlcache"], prompt("llava", 2)
+    held = [layer.keys.shape[2] - 4 for layer in cache_after(policy, inputs, 5).layers]
+    assert len(set(held)) > 1
+    assert abs(sum(held) - 4 * 0.3 * inputs["input_ids"].shape[1]) <= 2  # to rounding
+
+
 def cache_after(policy, inputs, new):
     model = vlmattn.wrap(build("llava"), policy)
     options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     return model.generate(**inputs, return_dict_in_generate=True, **options).past_key_values
 
 
-@every_policy
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "vlcache"])
 def test_slots_are_gone_and_the_library_counts_all(name):
     policy, inputs = POLICIES[name], prompt("llava", 2)
     length = inputs["input_ids"].shape[1]

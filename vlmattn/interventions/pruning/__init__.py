@@ -19,6 +19,7 @@ from vlmattn.interventions.pruning.sparsevlm import SparseVLM
 from vlmattn.interventions.pruning.streaming import StreamingLLM
 from vlmattn.interventions.pruning.tova import TOVA
 from vlmattn.interventions.pruning.visionzip import VisionZip
+from vlmattn.interventions.pruning.vlcache import VLCache
 
 __all__ = [
     "AVL",
@@ -42,5 +43,6 @@ __all__ = [
     "SnapKV",
     "SparseVLM",
     "StreamingLLM",
+    "VLCache",
     "VisionZip",
 ]

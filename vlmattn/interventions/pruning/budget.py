@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -45,7 +46,7 @@ class BudgetPolicy(KVPolicy):
     def at(self, share: float) -> Self:
         return replace(self, keep_ratio=share)
 
-    def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float]:
+    def cached(self, layer: int, images: int, text: int, kv_heads: int) -> tuple[float, float] | None:
         held = self.budget(layer, images + text)
         return held, held
 
@@ -151,21 +152,35 @@ def rows_seen(
 ) -> Tensor:
     """Attention of the last ``most`` real rows (None = all), summed over them: float32 ``[batch, heads, keys]``.
 
-    ``asking`` bool ``[batch, keys]``: of the rows of these slots only. A few rows at a time: no matrix of all is made.
+    ``asking`` bool ``[batch, keys]``: of the rows of these slots only.
     """
-    stop = context.request.prompt_length - (context.step.start or 0) if context.step.is_prompt else context.queries
-    start, wanted, total = 0 if most is None else max(stop - most, 0), asking, None
-    if context.real is not None:
-        wanted = context.real if asking is None else asking & context.real
-    rows = None if wanted is None else context.of_rows(wanted, True)
-    for first in range(start, stop, _ROWS):
-        last = min(first + _ROWS, stop)
-        part = weights(first, last, edit)[..., : context.keys]
-        if rows is not None:
-            part = part.masked_fill(~rows[:, None, first:last, None], 0)
-        total = part.sum(2) if total is None else total + part.sum(2)
+    total = None
+    for part, rows, _ in few_rows(context, weights, edit, most, asking):
+        found = part.masked_fill(~rows[:, None, :, None], 0).sum(2)
+        total = found if total is None else total + found
     assert total is not None
     return total
+
+
+def few_rows(
+    context: LayerContext,
+    weights: Weights,
+    edit: AttentionEdit = NO_EDIT,
+    most: int | None = None,
+    asking: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """The same, a few rows at a time, so that no matrix of all is made.
+
+    Yields:
+        Attention ``[batch, heads, rows, keys]``, which of the rows count, bool ``[batch, rows]``, and their slots.
+    """
+    begin = context.keys - context.queries if context.step.start is None else context.step.start
+    stop = context.request.prompt_length - begin if context.step.is_prompt else context.queries
+    wanted = real_slots(context) if asking is None else asking & real_slots(context)
+    for first in range(0 if most is None else max(stop - most, 0), stop, _ROWS):
+        last = min(first + _ROWS, stop)
+        slots = slice(begin + first, begin + last)
+        yield weights(first, last, edit)[..., : context.keys], wanted[:, slots], slots
 
 
 def newest(context: LayerContext, counts: int | Tensor) -> Tensor:
