@@ -64,11 +64,13 @@ class KeptTokens:
 class Eviction:
     """Slots of a layer's cache that stay, ``keep`` bool ``[batch, keys]``: ``counts`` real ones in each sequence.
 
-    ``keep`` ``[batch, kv_heads, keys]``: each KV head keeps others, as many as the others do.
+    ``keep`` ``[batch, kv_heads, keys]``: each KV head keeps others, as many as the others do. ``joined``: the slot that
+    each one is merged into, int64 ``[batch, kv_heads, keys]`` (those that stay: themselves), and how much of it is.
     """
 
     keep: Tensor
     counts: tuple[int, ...]
+    joined: tuple[Tensor, float] | None = None
 
     def order(self, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Slots ``[batch, (kv_heads,) max(counts)]`` that go on, ascending, and valid ones ``[batch, max(counts)]``.

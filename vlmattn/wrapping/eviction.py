@@ -11,7 +11,7 @@ from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.errors import UnsupportedError
 from vlmattn.request import Eviction, Forward, LayerContext, Plan, Policy, Step, TokenMap
-from vlmattn.wrapping.cache_layers import SplitLayer, picked
+from vlmattn.wrapping.cache_layers import SplitLayer, merged, picked
 from vlmattn.wrapping.on_cache import report_original_lengths
 
 
@@ -64,6 +64,8 @@ def after_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
 def _evict(policy: Policy, found: Eviction, context: LayerContext, cache: Any) -> None:
     """Take slots out of a layer's cache, or hide them."""
     request, index, keys, layer = context.request, context.layer, context.keys, cache.layers[context.layer]
+    if found.joined is not None:
+        layer.keys, layer.values = (merged(states, *found.joined) for states in (layer.keys, layer.values))
     if policy.drops:
         order, valid = found.order(context.real)
         layer.keys, layer.values = (picked(states, order) for states in (layer.keys, layer.values))

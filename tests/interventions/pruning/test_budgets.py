@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vlmattn
 from vlmattn.errors import OptionError, UnsupportedError
-from vlmattn.interventions import H2O, TOVA, VAR, KVRandom, PyramidKV, SnapKV, StreamingLLM, VLCache
+from vlmattn.interventions import H2O, TOVA, VAR, KVRandom, LookM, PyramidKV, SnapKV, StreamingLLM, VLCache
 from vlmattn.recipe import Recipe
 
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -30,9 +30,12 @@ POLICIES = {
     "tova": TOVA(keep_ratio=0.3),
     "streaming": StreamingLLM(keep_ratio=0.3),
     "kv_random": KVRandom(keep_ratio=0.3),
+    "lookm": LookM(keep_ratio=0.3),
+    "lookm_average": LookM(keep_ratio=0.5, merge="average", recent=0.2),
+    "lookm_drop": LookM(keep_ratio=0.5, merge="none"),
     "vlcache": VLCache(keep_ratio=0.3, p=0.3, recent=0.2),
 }
-BY_HEAD = {"snapkv", "pyramidkv", "h2o", "h2o_mean", "vlcache"}
+BY_HEAD = {"snapkv", "pyramidkv", "h2o", "h2o_mean", "vlcache", "lookm", "lookm_average", "lookm_drop"}
 every_policy = pytest.mark.parametrize("name", POLICIES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -101,6 +104,10 @@ class Teller:
             for head in range(len(there)):
                 alive = there[head].nonzero().flatten()
                 must[head, alive[len(alive) - round(policy.recent * held) :]] = True
+        elif isinstance(policy, LookM):
+            value = weights.sum(2).mean(1)
+            value = torch.where(self.visual, value, value + value.amax(1, keepdim=True))
+            must[:, keys - round(policy.recent * held) :] = True
         elif isinstance(policy, TOVA):
             value = weights[:, :, -1].mean((0, 1))[None].repeat(len(there), 1)
             must[:, -1] = True
@@ -112,6 +119,37 @@ class Teller:
         value = value.masked_fill(must, math.inf).masked_fill(~there, -math.inf)
         kept = value.argsort(descending=True, stable=True)[:, : min(held, int(there[0].sum()))]
         return torch.zeros_like(there).scatter_(1, kept, True)
+
+
+class Merging(Hand):
+    """As ``Hand``, and after the prompt what goes joins what stays, slot by slot."""
+
+    def __init__(self, model, teller):
+        super().__init__(model, teller.see)
+        self.teller = teller
+
+    def run(self, hidden, positions):
+        logits = super().run(hidden, positions)
+        if self.step == 1 and self.teller.policy.merge != "none":
+            for layer, there in self.teller.there.items():
+                for head, stays in enumerate(there):
+                    self.merge(layer, head, stays)
+        return logits
+
+    def merge(self, layer, head, stays):
+        keys, values = self.keys[layer][0, head], self.values[layer][0, head]
+        own, joins = keys.clone(), {}
+        for gone in (~stays).nonzero().flatten().tolist():
+            likeness = torch.cosine_similarity(own[gone][None], own, dim=-1).masked_fill(~stays, -2.0)
+            joins.setdefault(int(likeness.argmax()), []).append(gone)
+        for states in (keys, values):
+            before = states.clone()
+            for slot, others in joins.items():
+                parts = [
+                    before[e] if self.teller.policy.merge == "average" else (before[e] + before[slot]) / 2
+                    for e in others
+                ]
+                states[slot] = torch.stack([before[slot], *parts]).mean(0)
 
 
 class TellVLCache(Teller):
@@ -161,7 +199,9 @@ def test_equals_the_decoder_run_by_hand(name, family):
     layers = len(model.model.language_model.layers)
     first = int((inputs["input_ids"][0] == 99).nonzero().max()) + 1
     teller = TellVLCache(policy, layers, first) if name == "vlcache" else Teller(policy, layers)
-    expected = Hand(model, teller.see).generate(inputs, NEW)
+    teller.visual = inputs["input_ids"][0] == 99
+    hand = Merging(model, teller) if isinstance(policy, LookM) else Hand(model, teller.see)
+    expected = hand.generate(inputs, NEW)
     out, wrapped = answers(family, policy, inputs)
     near(out[0], expected)
     assert sum(wrapped.vlmattn.report()["fired"].values()) > 0

@@ -8,6 +8,7 @@ from vlmattn.interventions.pruning.fastv import FastV
 from vlmattn.interventions.pruning.h2o import H2O
 from vlmattn.interventions.pruning.kv_random import KVRandom
 from vlmattn.interventions.pruning.longheads import LongHeads
+from vlmattn.interventions.pruning.lookm import LookM
 from vlmattn.interventions.pruning.policy import KVPolicy, ScorerPolicy
 from vlmattn.interventions.pruning.pyramiddrop import PyramidDrop
 from vlmattn.interventions.pruning.pyramidkv import PyramidKV
@@ -32,6 +33,7 @@ __all__ = [
     "KVPolicy",
     "KVRandom",
     "LongHeads",
+    "LookM",
     "Pruning",
     "PyramidDrop",
     "PyramidKV",

@@ -86,13 +86,19 @@ class BudgetPolicy(KVPolicy):
         kept.rows["others"] = [width - n for n in held]
         counts = [n for n in held for _ in range(heads)]
         stays = best(scores.flatten(0, 1), real.expand(-1, heads, -1).flatten(0, 1), counts).view(batch, heads, keys)
+        joined = self.joined(context, stays)
         if hidden:
             kept.rows["stays"] = stays
             context.count(self.info.name, sum(keys - n for n in held))
-            return None
-        found = Eviction(stays if self.by_head else stays[:, 0], tuple(held))
+            whole = tuple(sum(pair) for pair in zip(*host_counts(context.request, keys), strict=True))
+            return None if joined is None else Eviction(real_slots(context), whole, joined)
+        found = Eviction(stays if self.by_head else stays[:, 0], tuple(held), joined)
         self.moved(kept, found, context)
         return found
+
+    def joined(self, context: LayerContext, stays: Tensor) -> tuple[Tensor, float] | None:
+        """What slots that go are merged into (``Eviction.joined``); None = they are lost."""
+        return None
 
     def moved(self, kept: Store, found: Eviction, context: LayerContext) -> None:
         """Let what the policy keeps for each KV head and slot follow what stays."""
