@@ -167,6 +167,8 @@ def _run(layer: _Layer, part: Part) -> Output:
         for method in plan.by_layer[index]:
             edit = edit.then(method.edit(context))
         out, attended, label = _attend(layer, context, edit)
+    if plan.watching:
+        _refuse_showing(part, part.step, index)
     for watcher in plan.watching:
         watcher.attended(context, edit, layer.weights(layer.seen(context), edit))
     context.request.ledger.add(("calls", layer.phase, label, str(index)))
@@ -271,13 +273,24 @@ def _run_apart(layer: _Layer, part: Part, name: str) -> Output:
     return torch.cat(outs, 2)[:, :, key.back].flatten(2, 3), attended
 
 
+def _refuse_showing(part: Part, step: Step | None, layer: int) -> None:
+    """Raise where every KV head holds tokens of its own, and somebody watches which are looked at."""
+    policy = part.plan.evicting[layer] if part.plan.evicting else None
+    if policy is not None and policy.by_head and policy.drops and step is not None and step.start != 0:
+        raise _cannot_be_shown(part, layer)
+
+
+def _cannot_be_shown(part: Part, layer: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"attention under '{part.plan.name}' cannot be shown: heads of layer {layer} are kept apart, with different"
+        " tokens"
+    )
+
+
 def _refuse_looking_apart(part: Part, step: Step, layer: int) -> None:
     """Raise if a method wants to know what rows look at, where some heads have let tokens go."""
     if part.plan.watching:
-        raise UnsupportedError(
-            f"attention under '{part.plan.name}' cannot be shown: heads of layer {layer} are kept apart, with"
-            " different tokens"
-        )
+        raise _cannot_be_shown(part, layer)
     if any(_looks(method, part.plan, step) for method in part.plan.on_attention[layer]):
         raise refusal_of_apart(step, layer)
 

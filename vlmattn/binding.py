@@ -384,7 +384,7 @@ def _refuse_conflict(one: Intervention, other: Intervention) -> None:
     if type(one) is type(other):
         raise OptionError(f"'{one.info.name}' is in the recipe twice for the same layers; {remedy}")
     for policy, method in ((one, other), (other, one)):
-        if isinstance(policy, KVPolicy) and policy.implements("split"):
+        if isinstance(policy, KVPolicy) and (policy.by_head or policy.implements("split")):
             raise OptionError(
                 f"{names}: '{policy.info.name}' keeps the heads of a layer apart, where '{method.info.name}' cannot"
                 f" act; {remedy}"

@@ -31,18 +31,26 @@ from vlmattn import Recipe, UnsupportedError, registry
 from vlmattn.errors import StateError
 from vlmattn.interventions import (
     AVL,
+    H2O,
+    TOVA,
     DuoAttention,
     FastV,
     Intervention,
     KVPolicy,
+    KVRandom,
     LongHeads,
+    LookM,
     Pruning,
     PyramidDrop,
+    PyramidKV,
     RazorAttention,
     RecycledAttention,
     Rounds,
+    SnapKV,
     SparseVLM,
+    StreamingLLM,
     VisionZip,
+    VLCache,
 )
 from vlmattn.interventions.pruning import (
     DART,
@@ -592,14 +600,22 @@ DROPPING: dict[str, Pruning | KVPolicy] = {
     "avl": AVL(text_first=2, text_every=2),
     "avl_images": AVL(text_keep=1.0, refresh=2),
     "recycled": RecycledAttention(keys=6, stride=2),
-    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3),
+    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3, check=1),
     "rounds": Rounds(watershed="1", keep_mass=0.3),
     "rounds_read": Rounds(watershed="1", keep_mass=0.3, memory="read"),
     "longheads": LongHeads(tile=2, keep=0.2),
+    "snapkv": SnapKV(keep_ratio=0.4, window=3),
+    "pyramidkv": PyramidKV(keep_ratio=0.5, window=2, beta=4.0),
+    "h2o": H2O(keep_ratio=0.4),
+    "tova": TOVA(keep_ratio=0.4),
+    "lookm": LookM(keep_ratio=0.4),
+    "vlcache": VLCache(keep_ratio=0.4, p=0.3),
+    "streaming": StreamingLLM(keep_ratio=0.4, sinks=2),
+    "kv_random": KVRandom(keep_ratio=0.4),
     "duo": DuoAttention(sinks=2, recent=4, heads=HEADS),
     "razor": RazorAttention(sinks=2, recent=4, heads=HEADS),
 }
-CROP_REFUSED = {"avl", "avl_images", "recycled", "recycled_similar", "duo", "razor"}
+CROP_REFUSED = {"avl", "avl_images", "recycled", "recycled_similar", "duo", "razor", "h2o", "tova", "streaming"}
 
 
 def read_together(model: PreTrainedModel, prompts: list[dict]) -> tuple[Tensor, Tensor, DynamicCache]:

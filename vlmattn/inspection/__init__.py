@@ -25,6 +25,7 @@ from vlmattn.inspection.needles import needle_prompts, retrieve_images
 from vlmattn.inspection.page import inspect_page
 from vlmattn.inspection.prompt_spans import Span
 from vlmattn.inspection.recipes_compared import Side, compare_answers
+from vlmattn.inspection.repeats import score_repeats
 from vlmattn.inspection.sinks import find_sinks
 from vlmattn.inspection.sorting import Sorted, sort_context
 from vlmattn.inspection.trace import GROUPS, Trace
@@ -59,6 +60,7 @@ __all__ = [
     "retrieve_images",
     "rollout",
     "score_heads",
+    "score_repeats",
     "sink_levels",
     "sink_scores",
     "sink_tokens",

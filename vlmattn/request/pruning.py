@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmattn.request.callbacks import Weights
 from vlmattn.request.request import Request
+from vlmattn.request.token_map import compacted
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +62,30 @@ class KeptTokens:
 
 @dataclass(frozen=True, eq=False)
 class Eviction:
-    """Slots of a layer's cache that stay, ``keep`` bool ``[batch, keys]``: ``counts`` real ones in each sequence."""
+    """Slots of a layer's cache that stay, ``keep`` bool ``[batch, keys]``: ``counts`` real ones in each sequence.
+
+    ``keep`` ``[batch, kv_heads, keys]``: each KV head keeps others, as many as the others do. ``joined``: the slot that
+    each one is merged into, int64 ``[batch, kv_heads, keys]`` (those that stay: themselves), and how much of it is.
+    """
 
     keep: Tensor
     counts: tuple[int, ...]
+    joined: tuple[Tensor, float] | None = None
+
+    def order(self, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Slots ``[batch, (kv_heads,) max(counts)]`` that go on, ascending, and valid ones ``[batch, max(counts)]``.
+
+        ``real`` bool ``[batch, keys]``, None = all; valid None = all.
+        """
+        if self.keep.ndim == 2:
+            return compacted(self.keep, real, self.counts)
+        batch, heads, _ = self.keep.shape
+        each = None if real is None else real[:, None].expand(-1, heads, -1).flatten(0, 1)
+        order, valid = compacted(self.keep.flatten(0, 1), each, [n for n in self.counts for _ in range(heads)])
+        if valid is not None:  # fillers lead, so that they lie alike in all heads
+            lead = valid.byte().argsort(dim=1, stable=True)
+            order, valid = order.gather(1, lead), valid.gather(1, lead).view(batch, heads, -1)[:, 0]
+        return order.view(batch, heads, -1), valid
 
 
 @dataclass(frozen=True)

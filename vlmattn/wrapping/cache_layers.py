@@ -234,6 +234,22 @@ class SplitLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def picked(states: Tensor, order: Tensor) -> Tensor:
-    """Keys or values ``[batch, kv_heads, slot, dim]`` at the slots ``order`` ``[batch, kept]``."""
+    """Keys or values ``[batch, kv_heads, slot, dim]`` at the slots ``order`` ``[batch, (kv_heads,) kept]``."""
     _, heads, _, dim = states.shape
-    return states.gather(2, order[:, None, :, None].expand(-1, heads, -1, dim))
+    order = order if order.ndim == 3 else order[:, None].expand(-1, heads, -1)
+    return states.gather(2, order[..., None].expand(-1, -1, -1, dim))
+
+
+def merged(states: Tensor, into: Tensor, share: float) -> Tensor:
+    """Keys or values ``[batch, kv_heads, slot, dim]`` in which slots have become means of those that join them.
+
+    ``into`` int64 ``[batch, kv_heads, slot]``: the slot that each joins; a slot that stays, or is padding, its own. Of
+    what joins only ``share`` counts, and for the rest the slot itself.
+    """
+    joins = into != torch.arange(into.shape[-1], device=into.device)
+    wide = torch.promote_types(states.dtype, torch.float32)
+    count = torch.zeros(into.shape, dtype=wide, device=into.device).scatter_add_(2, into, joins.to(wide))[..., None]
+    where, gone = into[..., None].expand(states.shape), states.to(wide) * joins[..., None]
+    sums = torch.zeros_like(gone).scatter_add_(2, where, gone)
+    mean = (states * (1 + (1 - share) * count) + share * sums) / (count + 1)
+    return torch.where(count > 0, mean.to(states.dtype), states)

@@ -10,8 +10,8 @@ from torch import nn
 from vlmattn import compat
 from vlmattn.attention import FORWARD
 from vlmattn.errors import UnsupportedError
-from vlmattn.request import Eviction, Forward, LayerContext, Plan, Policy, Step, TokenMap, compacted
-from vlmattn.wrapping.cache_layers import SplitLayer, picked
+from vlmattn.request import Eviction, Forward, LayerContext, Plan, Policy, Step, TokenMap
+from vlmattn.wrapping.cache_layers import SplitLayer, merged, picked
 from vlmattn.wrapping.on_cache import report_original_lengths
 
 
@@ -64,9 +64,12 @@ def after_layer(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: di
 def _evict(policy: Policy, found: Eviction, context: LayerContext, cache: Any) -> None:
     """Take slots out of a layer's cache, or hide them."""
     request, index, keys, layer = context.request, context.layer, context.keys, cache.layers[context.layer]
+    if found.joined is not None:
+        layer.keys, layer.values = (merged(states, *found.joined) for states in (layer.keys, layer.values))
     if policy.drops:
-        order, valid = compacted(found.keep, context.real, found.counts)
+        order, valid = found.order(context.real)
         layer.keys, layer.values = (picked(states, order) for states in (layer.keys, layer.values))
+        order = order if order.ndim == 2 else order[:, 0]  # valid alike in all heads, and nobody else looks
     else:
         order = torch.arange(keys, device=context.device).expand(found.keep.shape)
         valid = found.keep if context.real is None else found.keep & context.real

@@ -21,12 +21,13 @@ POLICIES = {
     "avl": AVL(text_first=2, text_every=2),
     "avl_images": AVL(text_keep=1.0, refresh=2),
     "recycled": RecycledAttention(keys=6, stride=3),
-    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3),
-    "rounds": Rounds(watershed="1", keep_mass=0.3),
+    "recycled_similar": RecycledAttention(keys=6, trigger="similarity", similar=0.3, check=2),
+    "rounds": Rounds(watershed="1"),
+    "rounds_mass": Rounds(watershed="1", keep_share=0.0, keep_mass=0.3),
     "rounds_read": Rounds(watershed="1", keep_mass=0.3, memory="read"),
     "longheads": LongHeads(tile=2, keep=0.2),
 }
-EVICTING = ("avl", "avl_images", "rounds")
+EVICTING = ("avl", "avl_images", "rounds", "rounds_mass")
 every_policy = pytest.mark.parametrize("name", POLICIES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -110,23 +111,23 @@ class TellAVL:
 
 class TellRecycled:
     def __init__(self, policy, inputs):
-        self.policy, self.best, self.held, self.query = policy, {}, {}, {}
+        self.policy, self.held, self.query = policy, {}, {}
 
     def see(self, layer, step, query, key):
         keys, policy, repeat = key.shape[1], self.policy, query.shape[0] // key.shape[0]
-        full = step % policy.stride == 0
-        if policy.trigger == "similarity" and step:
+        full = step % policy.stride == 0 and policy.trigger == "stride"
+        if policy.trigger == "similarity" and step and step % policy.check == 0:
             full = bool(torch.cosine_similarity(query[:, -1], self.query[layer], dim=-1).mean() < policy.similar)
         if step == 0 or full:
             s = last_row(query, key).view(key.shape[0], repeat, keys).amax(1)
-            self.best[layer], self.held[layer], self.query[layer] = (
-                s.topk(min(policy.keys, keys)).indices,
-                keys,
-                query[:, -1],
-            )
+            self.held[layer] = torch.zeros_like(s, dtype=torch.bool)
+            self.held[layer].scatter_(1, s.topk(min(policy.keys, keys)).indices, True)
+            self.query[layer] = query[:, -1]
             return causal(query.shape[1], keys)[None]
-        seen = torch.zeros(key.shape[0], keys, dtype=torch.bool).scatter_(1, self.best[layer], True)
-        seen[:, self.held[layer] :] = True
+        seen = torch.cat([self.held[layer], torch.ones(len(key), 1, dtype=torch.bool)], 1)
+        s = last_row(query, key, seen.repeat_interleave(repeat, 0)).view(key.shape[0], repeat, keys).amax(1)
+        worst = s.masked_fill(~seen, 2.0).argmin(1, keepdim=True)
+        self.held[layer] = seen.scatter(1, worst, False)
         return seen[:, None]
 
 
@@ -135,14 +136,20 @@ class TellRounds:
         self.policy, self.number, self.stay = policy, number_of(inputs, None), None
 
     def see(self, layer, step, query, key):
-        keys = key.shape[1]
+        keys, policy = key.shape[1], self.policy
         if step == 0:
-            if layer == int(self.policy.watershed):
-                s = last_row(query, key).mean(0)
+            if layer == int(policy.watershed):
+                first = int((self.number >= 0).nonzero().max()) + 1  # of the text behind the last image
+                seen = causal(keys, keys)
+                rows = [last_row(query[:, : n + 1], key, seen[n]).mean(0) for n in range(first, keys)]
+                s = torch.stack(rows).sum(0)
                 mass = torch.stack([s[self.number == image].sum() for image in range(int(self.number.max()) + 1)])
                 chosen, held = [], 0.0
                 for image in mass.argsort(descending=True).tolist():
-                    if chosen and held >= self.policy.keep_mass * mass.sum():
+                    if (
+                        len(chosen) >= max(1, round(policy.keep_share * len(mass)))
+                        and held >= policy.keep_mass * mass.sum()
+                    ):
                         break
                     chosen.append(image)
                     held += float(mass[image])

@@ -514,3 +514,39 @@ def test_refusals():
         model.generate(
             input_ids=more, attention_mask=torch.ones_like(more), past_key_values=out.past_key_values, max_new_tokens=2
         )
+
+
+def test_gates_as_released(tmp_path):
+    """The heads whose gate is at least the quantile keep everything."""
+    gates, file = torch.rand(4, 2, generator=torch.Generator().manual_seed(3)) * 1.2 - 0.1, tmp_path / "gates.tsv"
+    file.write_text("".join("\t".join(map(repr, row)) + "\n" for row in gates.tolist()))
+    sizes = find_family(build("llava")).anatomy(build("llava"))
+    bound = DuoAttention(gates=str(file), share=0.25).bind(sizes)
+    best = gates.clamp(0, 1).flatten().sort(descending=True).indices[:2].sort().values.tolist()
+    assert bound.heads == ",".join(f"{place // 2}.{place % 2}" for place in best)
+    model, inputs = wrapped("llava", DuoAttention(gates=str(file), share=0.25, sinks=2, recent=5)), prompt("llava", 2)
+    named = wrapped("llava", DuoAttention(heads=bound.heads, sinks=2, recent=5))
+    assert torch.equal(generate(model, inputs, NEW), generate(named, inputs, NEW))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("0.5\tx\n", "not a table of gates"), ("1\t1\n", "gates of 1 layers of 2 KV")]
+)
+def test_tables_that_are_no_gates_of_this_model(tmp_path, text, words):
+    file = tmp_path / "gates.tsv"
+    file.write_text(text)
+    with pytest.raises(InputError, match=words):
+        vlmattn.wrap(build("llava"), DuoAttention(gates=str(file)))
+
+
+def test_razor_takes_the_union_of_induction_and_echo(tmp_path):
+    sizes = find_family(build("llava")).anatomy(build("llava"))  # 4 layers, 4 heads, 2 KV heads
+    flat = [[0.0] * 4 for _ in range(4)]
+    induction, echo = [row[:] for row in flat], [row[:] for row in flat]
+    induction[1][3] = induction[2][0] = 1.0
+    echo[3][2] = 1.0
+    scores = {"retrieval": flat, "induction": induction, "echo": echo}
+    profile = HeadProfile(fingerprint=sizes.fingerprint, scores={k: tuple(map(tuple, v)) for k, v in scores.items()})
+    path = str(profile.save(tmp_path))
+    assert RazorAttention(profile=path, share=0.27).bind(sizes).heads == "1.1,2.0,3.1"
+    assert RazorAttention(profile=path, share=0.13, score="echo").bind(sizes).heads == "3.1"

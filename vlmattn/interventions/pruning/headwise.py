@@ -69,13 +69,21 @@ class HeadWise(KVPolicy):
     def _best(self, path: str, anatomy: Anatomy) -> list[tuple[int, int]]:
         found = HeadProfile.load(path)
         found.check(anatomy, f"{self.info.name}.profile")
-        found.top(self.score, 1.0)  # says which scores there are
-        repeat, table = anatomy.heads // anatomy.kv_heads, found.scores[self.score]
+        return self._chosen(found, anatomy)
+
+    def _chosen(self, found: HeadProfile, anatomy: Anatomy) -> list[tuple[int, int]]:
+        """KV heads that keep everything, by a profile."""
+        return self._top(found, anatomy, self.score, self.share)
+
+    def _top(self, found: HeadProfile, anatomy: Anatomy, score: str, share: float) -> list[tuple[int, int]]:
+        """The ``share`` of KV heads with the highest score, at least one."""
+        found.top(score, 1.0)  # says which scores there are
+        repeat, table = anatomy.heads // anatomy.kv_heads, found.scores[score]
         ranked = sorted(
             ((layer, head) for layer in self.active_layers(anatomy) for head in range(anatomy.kv_heads)),
             key=lambda place: -max(table[place[0]][place[1] * repeat : (place[1] + 1) * repeat]),
         )
-        return list(ranked[: max(1, round(self.share * len(ranked)))])
+        return list(ranked[: max(1, round(share * len(ranked)))])
 
     def _full(self, layer: int) -> tuple[int, ...]:
         """KV heads of a layer that keep everything (once bound)."""

@@ -28,6 +28,7 @@ class KVPolicy(Intervention):
     """
 
     shrinks: ClassVar[bool] = True  # its layers hold less after the prompt
+    by_head: ClassVar[bool] = False  # every KV head holds other tokens: nobody else can say which slot is what
     mode: str = option("drop", about="evict slots, or only hide them (to compare)", choices=("drop", "mask"))
 
     @property

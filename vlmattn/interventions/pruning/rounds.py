@@ -8,12 +8,12 @@ import torch
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import OptionError
-from vlmattn.interventions.base import last_row
+from vlmattn.interventions.pruning.budget import rows_seen
 from vlmattn.interventions.pruning.policy import KVPolicy, host_counts, image_tokens, slots_of
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option, parse_layers
 from vlmattn.registry import register
-from vlmattn.request import Eviction, LayerContext, Weights
+from vlmattn.request import USER, Eviction, LayerContext, Weights
 
 
 @register(
@@ -24,7 +24,10 @@ from vlmattn.request import Eviction, LayerContext, Weights
     parts="keep, or read",
     cost="decode: layers after the watershed hold, or read, the tokens of few images",
     presets={
-        "rounds": ("images that get nine tenths of the gaze in the middle layer; the others are evicted above it", {}),
+        "rounds": (
+            "upper layers keep the tenth of the images that the question looks at most, at least one",
+            {},
+        ),
         "rounds_read": ("the same, nothing is evicted: a later question chooses anew", {"memory": "read"}),
     },
 )
@@ -32,13 +35,15 @@ from vlmattn.request import Eviction, LayerContext, Weights
 class Rounds(KVPolicy):
     """Choose images (or video frames given as images) in one layer, and let the layers above go on with those.
 
-    With M_i the unedited attention of the last prompt row on the tokens of image i in the ``watershed`` layer, summed,
-    mean over heads: the images with the highest M stay, as few as hold ``keep_mass`` of the sum of M, at least one.
-    After the prompt the layers above the watershed evict the tokens of the others, or with ``memory`` "read" leave them
-    where they are and do not read them; then every part of the prompt with a question chooses anew.
+    With M_i the unedited attention of the question's rows on the tokens of image i in the ``watershed`` layer, summed,
+    mean over heads: the round(``keep_share`` n) of n images with the highest M stay, at least one, or as many more as
+    hold ``keep_mass`` of the sum of M. The question is the text of the last user's turn where turns are known
+    (``wrap(..., processor=...)``), else what follows the last image. After the prompt the layers above the watershed
+    evict the tokens of the others, or with ``memory`` "read" leave them where they are and do not read them; then every
+    part of the prompt with a question chooses anew.
 
-    The paper chooses among rounds of a dialogue; images in their place, and a share of the mass instead of a fitted
-    number, are ours. Counts evicted slots, or steps of a layer that read a part.
+    The paper chooses among rounds of a dialogue, and the watershed by a fit; images in their place and the middle layer
+    are ours. Counts evicted slots, or steps of a layer that read a part.
 
     Raises:
         OptionError: a watershed that is no layer, or the last.
@@ -46,12 +51,14 @@ class Rounds(KVPolicy):
     """
 
     watershed: str = option("1/2", about="the layer that chooses; a/b is a share of the depth", source="ours")
-    keep_mass: float = option(0.9, 0, 1, "share of the gaze on images that the kept ones hold", source="ours")
+    turns = "used"
+    keep_share: float = option(0.1, 0, 1, "share of the images that stay", source="paper: .1 of the rounds")
+    keep_mass: float = option(0.0, 0, 1, "or more, up to this share of the gaze on images", source="ours")
     memory: str = option("evict", about="what becomes of the others", choices=("evict", "read"))
 
     def at(self, share: float) -> Rounds:
         """``share`` is that of the gaze on images, not of the tokens."""
-        return replace(self, keep_mass=share)
+        return replace(self, keep_share=0.0, keep_mass=share)
 
     def bind(self, anatomy: Anatomy) -> Rounds:
         found = parse_layers(self.watershed, anatomy.layers, "rounds.watershed")
@@ -71,15 +78,28 @@ class Rounds(KVPolicy):
         return (int(self.watershed),)
 
     def on_attention(self, context: LayerContext, weights: Weights) -> None:
-        seen = last_row(context, weights).mean(1)
+        seen = rows_seen(context, weights, asking=self._question(context)).mean(1)
         visual, number = image_tokens(context), context.images.long()
         count = int(number.max()) + 1  # one look per prompt
         mass = torch.zeros(len(seen), count, device=seen.device).scatter_add_(1, number.clamp_min(0), seen * visual)
         ranked = mass.sort(dim=1, descending=True, stable=True)
         before = ranked.values.cumsum(1) - ranked.values
-        stays = before < self.keep_mass * mass.sum(1, keepdim=True)
-        stays[:, 0] = True
+        images = number.amax(1, keepdim=True) + 1
+        most = (self.keep_share * images).round().clamp_min(1)
+        stays = (torch.arange(count, device=seen.device) < most) | (before < self.keep_mass * mass.sum(1, keepdim=True))
         context.request.store(self).rows["images"] = torch.zeros_like(stays).scatter_(1, ranked.indices, stays)
+
+    @staticmethod
+    def _question(context: LayerContext) -> torch.Tensor:
+        """bool ``[batch, keys]``: tokens of the question, or the last one where it has none."""
+        if context.request.turns_known:
+            asks = ~context.visual & (context.roles == USER) & (context.turns == context.turns.amax(1, keepdim=True))
+        else:
+            asks = context.visual.flip(1).cumsum(1).flip(1) == 0
+        start = context.step.start or 0
+        asks[:, :start] = False
+        asks[:, context.request.prompt_length - 1] |= ~asks.any(1)
+        return asks
 
     def _stay(self, context: LayerContext) -> torch.Tensor:
         """bool ``[batch, keys]``: slots that are no token of another image."""
