@@ -16,7 +16,7 @@ from vlmattn.options import checked_against, paper_id
 # What these look for does not occur here: sinks as large as tau, prompts longer than a window, videos.
 IDLE = {
     "none", "var", "var_general", "var_official", "var_vision", "knockout_as_many", "knockout_others", "knockout_sinks",
-    "duo", "razor", "recycled_similar", "evs", "vidcom2",
+    "duo", "razor", "evs", "vidcom2",
 }  # fmt: skip
 
 

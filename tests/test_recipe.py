@@ -27,6 +27,7 @@ MEASURED = {
     "heads_cut": "find_heads",
     "duo": "duo: which heads keep everything",
     "razor": "razor: which heads keep everything",
+    **{f"{name}{draw}": "vlmattn fit" for name in ("steer", "vti", "nullu") for draw in ("", "_random")},
 }
 
 

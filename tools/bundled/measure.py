@@ -20,9 +20,19 @@ import torch
 import vlmattn
 from vlmattn.embedded import BUNDLED, FOLDER
 from vlmattn.embedded.smol.cache import ADAPTER
+from vlmattn.evals.steering_pairs import of_scenes
 from vlmattn.evals.suites.which import Which
 from vlmattn.evals.suites.world import World, absent_objects
-from vlmattn.inspection import Conflict, Span, ablate_heads, find_heads, fit_directions, retrieve_images, score_heads
+from vlmattn.inspection import (
+    Conflict,
+    Span,
+    ablate_heads,
+    find_heads,
+    fit_directions,
+    fit_steering,
+    retrieve_images,
+    score_heads,
+)
 from vlmattn.interventions.focus import save_directions
 from vlmattn.models import find_family
 
@@ -61,6 +71,14 @@ def main() -> None:
     heads = [(layer, head) for layer, of in query.items() for head in of.any(-1).nonzero().flatten().tolist()]
     anatomy = replace(find_family(model).anatomy(model), source=source)
     print(f"wrote {save_directions(query, out, anatomy)} for heads {heads}")
+    steer(model, processor, options.model, options.scenes, out, shown)
+
+
+def steer(model: Any, processor: Any, name: str, scenes: int, out: Path, shown: bool) -> None:
+    """Directions from untrue to true answers in hidden states, written beside the model."""
+    pairs = list(of_scenes(model, processor, scenes, _SAID[name]))
+    found = fit_steering(model, pairs, examples=f"{scenes} scenes, is there a thing", progress=shown)
+    print(f"wrote {replace(found, source=f'the bundled model {name}').save(out)}")
 
 
 def _encoded(processor: Any, prompt: str, images: list[Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import NoReturn, TextIO
 
 from rich.markup import escape
 
-from vlmattn.cli import benchmark, comparing, evaluation, information, inspection, profiles, tracking, tuning  # noqa: F401  (they add their commands)
+from vlmattn.cli import benchmark, comparing, evaluation, fitting, information, inspection, profiles, tracking, tuning  # noqa: F401  (they add their commands)
 from vlmattn.cli.common import app, errors
 from vlmattn.errors import TORCHVISION_REMEDY, VlmattnError, one_line, torchvision_trouble
 from vlmattn.files import path_text, reason

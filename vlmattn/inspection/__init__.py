@@ -28,6 +28,7 @@ from vlmattn.inspection.recipes_compared import Side, compare_answers
 from vlmattn.inspection.repeats import score_repeats
 from vlmattn.inspection.sinks import find_sinks
 from vlmattn.inspection.sorting import Sorted, sort_context
+from vlmattn.inspection.steering import Pair, fit_steering
 from vlmattn.inspection.trace import GROUPS, Trace
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Conflict",
     "MultiPath",
     "Named",
+    "Pair",
     "Side",
     "Sorted",
     "Span",
@@ -47,6 +49,7 @@ __all__ = [
     "find_heads",
     "find_sinks",
     "fit_directions",
+    "fit_steering",
     "group_masses",
     "head_distances",
     "image_attention",
