@@ -69,12 +69,12 @@ def test_singular_vectors_and_principal_components():
     main = fit_steering(build("llava"), given, "pca", rank=2, progress=False).by_layer
     for layer, value in wanted.items():
         torch.testing.assert_close(lines[layer] @ lines[layer].T, torch.eye(2), rtol=0, atol=1e-5)
-        values, vectors = torch.linalg.eigh(value.T @ value)
+        _, vectors = torch.linalg.eigh(value.T @ value)
         torch.testing.assert_close((vectors[:, -1] @ lines[layer][0]).abs(), torch.tensor(1.0), rtol=0, atol=1e-4)
         mean = value.mean(0)
         torch.testing.assert_close(main[layer].norm(dim=-1), mean.norm().expand(2), rtol=1e-4, atol=0)
         assert bool((main[layer] @ mean >= 0).all())
-        values, vectors = torch.linalg.eigh(torch.cov(value.T))
+        _, vectors = torch.linalg.eigh(torch.cov(value.T))
         same = (vectors[:, -1] @ main[layer][0]).abs() / mean.norm()
         torch.testing.assert_close(same, torch.tensor(1.0), rtol=0, atol=1e-4)
 
