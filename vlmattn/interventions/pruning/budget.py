@@ -42,8 +42,8 @@ class BudgetPolicy(KVPolicy):
     def bind(self, anatomy: Anatomy) -> KVPolicy:
         if self.by_head and anatomy.query_dim != anatomy.head_dim:
             raise UnsupportedError(
-                f"'{self.info.name}' holds other slots for each KV head, and {anatomy.family} has latent attention, whose"
-                " cache all heads share; use a policy for all heads, like tova"
+                f"'{self.info.name}' holds other slots for each KV head, and {anatomy.family} has latent attention,"
+                " whose cache all heads share; use a policy for all heads, like tova"
             )
         return KVPolicy.bind(self, anatomy)
 
