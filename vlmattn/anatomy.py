@@ -21,6 +21,7 @@ class Anatomy:
     ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods
     (``KINDS``) that the family cannot have, and why. ``cross`` are the layers of cross-attention, whose keys are the
     images: ``image_keys`` for each. ``sources``: the layer whose keys each layer attends with (empty = its own).
+    ``latent``: the cache holds one tensor for all heads, which layers make keys and values of.
     ``unlike``: KV heads and the size of a head of each layer, where layers differ in
     them (() = they do not; else ``kv_heads`` and ``head_dim`` are the largest).
     """
@@ -46,6 +47,7 @@ class Anatomy:
     image_keys: int = 0
     sources: tuple[int, ...] = ()
     unlike: tuple[tuple[int, int], ...] = ()
+    latent: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)

@@ -370,6 +370,7 @@ class Family(SeenTower):
             leading=self.leading(model),
             refused=tuple((self.refuses(model) | self._not_rotating(model)).items()),
             query_dim=getattr(text, "qk_head_dim", None) or 0,  # latent attention: longer than the values
+            latent=bool(getattr(text, "kv_lora_rank", None)),
             cross=tuple(n for n, layer in layers if self.cross_attention(layer) is not None),
             image_keys=self.image_keys(model),
         )

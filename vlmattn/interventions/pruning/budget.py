@@ -40,7 +40,7 @@ class BudgetPolicy(KVPolicy):
         raise NotImplementedError
 
     def bind(self, anatomy: Anatomy) -> KVPolicy:
-        if self.by_head and anatomy.query_dim != anatomy.head_dim:
+        if self.by_head and anatomy.latent:
             raise UnsupportedError(
                 f"'{self.info.name}' holds other slots for each KV head, and {anatomy.family} has latent attention,"
                 " whose cache all heads share; use a policy for all heads, like tova"

@@ -48,7 +48,7 @@ class HeadWise(KVPolicy):
 
     def bind(self, anatomy: Anatomy) -> HeadWise:
         KVPolicy.bind(self, anatomy)
-        if anatomy.query_dim != anatomy.head_dim:
+        if anatomy.latent:
             raise UnsupportedError(
                 f"'{self.info.name}' keeps heads apart in the cache, and {anatomy.family} has latent attention, whose"
                 " layers take the cache's keys and values for one tensor; use a policy for all heads, like recycled"
