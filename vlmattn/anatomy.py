@@ -22,6 +22,7 @@ class Anatomy:
     cache holds one latent state of all heads. ``refused``: kinds of methods
     (``KINDS``) that the family cannot have, and why. ``cross`` are the layers of cross-attention, whose keys are the
     images: ``image_keys`` for each. ``sources``: the layer whose keys each layer attends with (empty = its own).
+    ``latent``: the cache holds one tensor for all heads, which layers make keys and values of.
     ``unlike``: KV heads and the size of a head of each layer, where layers differ in
     them (() = they do not; else ``kv_heads`` and ``head_dim`` are the largest).
     """
@@ -48,6 +49,7 @@ class Anatomy:
     image_keys: int = 0
     sources: tuple[int, ...] = ()
     unlike: tuple[tuple[int, int], ...] = ()
+    latent: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "query_dim", self.query_dim or self.head_dim)

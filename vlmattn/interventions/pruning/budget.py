@@ -39,6 +39,14 @@ class BudgetPolicy(KVPolicy):
         """How much each slot matters, ``[batch, kv_heads or 1, keys]``; the ``held`` highest of each sequence stay."""
         raise NotImplementedError
 
+    def bind(self, anatomy: Anatomy) -> KVPolicy:
+        if self.by_head and anatomy.latent:
+            raise UnsupportedError(
+                f"'{self.info.name}' holds other slots for each KV head, and {anatomy.family} has latent attention,"
+                " whose cache all heads share; use a policy for all heads, like tova"
+            )
+        return KVPolicy.bind(self, anatomy)
+
     def budget(self, layer: int, tokens: int) -> int:
         """Tokens that a layer holds of so many."""
         return min(max(round(self.keep_ratio * tokens), 1), tokens)

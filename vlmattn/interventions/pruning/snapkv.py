@@ -33,8 +33,9 @@ class SnapKV(AttentionBudget):
 
         s_j = mean over its query heads of avgpool_j(mean_{i in W} A_ij),  a pool of ``kernel`` slots, zeros outside
 
-    the W and the slots with the highest s stay, round(keep_ratio n) of n. What is generated stays. Counts evicted
-    slots (of each KV head).
+    the W and the slots with the highest s stay, round(keep_ratio n) of n. What is generated stays. Of a prompt
+    with fewer than ``window`` / keep_ratio tokens only the end stays: give a smaller ``window``. Counts evicted slots
+    (of each KV head).
 
     Raises:
         OptionError: attention edits in the same layers.
