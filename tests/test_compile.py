@@ -11,6 +11,8 @@ from transformers import CompileConfig
 
 import vlmattn
 from vlmattn import PAI, PAINT, RBD, VAF, VAR, VCD, VHR, FastV, Knockout, PyramidDrop, VisionZip
+from vlmattn.interventions import VTI, Directions, Steer
+from vlmattn.models import find_family
 
 pytestmark = pytest.mark.slow
 SINKS = VAR(tau=2.0, dims=(3, 17), layers="0:", max_sink=1.0, min_visual=0.0)
@@ -71,6 +73,18 @@ def test_one_graph(family, name):
     assert before > 0
     assert torch.equal(run(model, inputs, RECIPES[name], compiled=True), plain)
     assert graphs() == before
+
+
+def test_steering_is_one_graph(tmp_path):
+    anatomy = find_family(bare := build("llava")).anatomy(bare)
+    drawn = {layer: torch.randn(2, anatomy.hidden_size) for layer in range(anatomy.layers)}
+    file = str(Directions(drawn, anatomy.fingerprint).save(tmp_path))
+    model, inputs = vlmattn.wrap(build("llava"), "none"), left_padded([prompt("llava"), prompt("llava", words=7)])
+    recipe = [Steer(file=file, alpha=0.5), VTI(file=file, alpha=4.0), PAI(layers="0:")]
+    plain = run(model, inputs, recipe, compiled=False)
+    assert not torch.equal(plain, run(model, inputs, recipe[2:], compiled=False))
+    assert torch.equal(run(model, inputs, recipe, compiled=True), plain)
+    assert graphs() > 0
 
 
 def test_other_rotary_bases_break_the_graph_and_stay_right():
