@@ -18,12 +18,12 @@ class Anatomy:
     token (3 with M-RoPE). ``attending`` are the layers with self-attention (None = all). ``causal`` False: image tokens
     may see tokens behind them in the bare model. ``leading`` image tokens stand before every prompt (0 = token ids
     tell).
-    ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of
-    methods (``KINDS``) that the family cannot have, and why. ``cross`` are the layers of cross-attention, whose keys
-    are the images: ``image_keys`` for each. ``sources``: the layer whose keys each layer attends with (empty = its own).
-    ``latent``: the cache holds one tensor for all heads, which layers make keys and values of.
-    ``unlike``: KV heads and the size of a head of each layer, where layers differ in
-    them (() = they do not; else ``kv_heads`` and ``head_dim`` are the largest).
+    ``query_dim``: size of each head's query (0 in the constructor = ``head_dim``). ``refused``: kinds of methods
+    (``KINDS``) that the family cannot have, and why. ``cross`` are the layers of cross-attention, whose keys are the
+    images: ``image_keys`` for each. ``sources``: the layer whose keys each layer attends with (empty = its own).
+    ``latent``: the cache holds one tensor for all heads, which layers make keys and values of. ``unlike``: KV heads
+    and the size of a head of each layer, where layers differ in them (() = they do not; else ``kv_heads`` and
+    ``head_dim`` are the largest).
     """
 
     family: str
