@@ -203,7 +203,9 @@ def _refuse_family(recipe: Recipe, anatomy: Anatomy, contrast: ContrastiveDecodi
 
     for method in recipe.interventions:
         kinds = {method.kind: True, "opening": bool(method.opens()), "turns": method.turns == "needed"}
-        refuse(method, kinds | {"rows": method.acts_on == "image rows", "steering": isinstance(method, Steering)})
+        steers = isinstance(method, Steering)
+        kinds |= {"steering": steers, "mlp": steers and method.site == "mlp"}  # type: ignore[attr-defined]
+        refuse(method, kinds | {"rows": method.acts_on == "image rows"})
     for pruner in recipe.pruning:
         refuse(pruner, {pruner.kind: True})
     branches = contrast.branches if contrast is not None else ()

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IMAGE_TOKEN, build, left_padded, prompt
 from torch.nn.functional import cosine_similarity, normalize
+from zoo import ZOO
 
 import vlmattn
 from vlmattn import PAI, VCD, FastV, Recipe
-from vlmattn.errors import FileError, InputError, OptionError
+from vlmattn.errors import FileError, InputError, OptionError, UnsupportedError
 from vlmattn.interventions import VTI, Directions, Nullu, Steer, load_directions
 from vlmattn.kernels import Add, Near, Project, Rows, Scale, Turn, reference, steered
 from vlmattn.models import find_family
@@ -290,3 +291,31 @@ def test_files_that_are_no_directions(tmp_path):
         assert "\n" not in str(told.value)
     with pytest.raises(OptionError, match="layer"):
         vlmattn.wrap(build("llava"), Steer(file=str(directions("llava").save(tmp_path)), layers="9"))
+
+
+# --- Families
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if not ZOO[name].unbuildable])
+def test_every_family_is_steered_or_says_why_not(name, tmp_path):
+    """A warning that nothing fired is an error."""
+    model, inputs = ZOO[name].build(), ZOO[name].prompt(1, 5, 1).inputs
+    try:
+        anatomy = find_family(model).anatomy(model)
+    except UnsupportedError:
+        pytest.skip("not served")
+    drawn = {layer: torch.randn(2, anatomy.hidden_size) for layer in range(anatomy.layers)}
+    file = str(Directions(drawn, anatomy.fingerprint).save(tmp_path))
+    bare = model(**inputs).logits[:, -1]
+    for method, reasons in (
+        (Steer(file=file, alpha=0.5), ("streams",)),
+        (VTI(file=file, alpha=4.0), ("streams", "MLP")),
+    ):
+        try:
+            vlmattn.wrap(model, method)
+        except UnsupportedError as error:
+            assert any(f"{reason}" in str(error) for reason in reasons)  # noqa: PT017
+            continue
+        assert (model(**inputs).logits[:, -1] - bare).abs().max() > 1e-3
+        assert model.vlmattn.report()["fired"][method.info.name] == anatomy.layers
+        vlmattn.unwrap(model)

@@ -22,8 +22,8 @@ from vlmattn.models.inputs import (
     share_out,
     warn_of_runs,
 )
-from vlmattn.models.reasons import HYBRID
-from vlmattn.models.sizes import heads_of, mlp_width, sources_of, vision_of, window_of
+from vlmattn.models.reasons import HYBRID, NO_MLP
+from vlmattn.models.sizes import heads_of, mlp_of, mlp_width, sources_of, vision_of, window_of
 from vlmattn.models.tower import SeenTower
 from vlmattn.request import IMAGE, TEXT, VIDEO, number_frames, number_images, video_runs
 
@@ -79,9 +79,9 @@ class Family(SeenTower):
 
     def refuses(self, model: PreTrainedModel) -> dict[str, str]:
         """Kinds of methods that this model cannot have, and why."""
-        if all(self.attention(layer) is not None for layer in self.layers(model)):
-            return dict(self.refused)
-        return HYBRID | dict(self.refused)
+        layers = tuple(self.layers(model))
+        found = {} if all(mlp_of(layer) is not None for layer in layers) else NO_MLP
+        return found | ({} if all(map(self.attention, layers)) else HYBRID) | dict(self.refused)
 
     def entry(self, model: PreTrainedModel) -> nn.Module:
         """The module whose forward every step of generate() goes through."""

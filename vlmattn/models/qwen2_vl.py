@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlmattn.models.qwen2_5_vl import Qwen25VL
-from vlmattn.models.reasons import HYBRID
+from vlmattn.models.reasons import HYBRID, STREAMS
 from vlmattn.models.registry import register_family
 
 
@@ -53,4 +53,5 @@ class Qwen4Exp(Qwen35):
         "pruning": "its indexer keeps keys of its own for every token; take an attention edit",
         "decoding": "its indexer keeps keys of its own for every token, which would have to follow branches; take an"
         " attention edit",
+        "steering": STREAMS,
     }

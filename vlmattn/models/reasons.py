@@ -10,6 +10,8 @@ STREAMS = (
     "its residual stream is several streams side by side, which no direction is measured for; take an attention edit"
 )
 
+NO_MLP = {"mlp": "some of its layers have no module that is their MLP; take one that acts behind layers, like steer"}
+
 #: Why families with layers without attention refuse methods.
 _STATE = "some of its layers have no attention but a state of all tokens before"
 HYBRID = {

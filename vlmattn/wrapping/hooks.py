@@ -178,10 +178,11 @@ def _before_layer(
     index: int, family: Family, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Args | None:
     passing: Forward | None = kwargs.get(FORWARD)
-    enter_layer(index, passing)
     if passing is None:
+        enter_layer(index, None)
         return None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    enter_layer(index, passing, hidden)
     if kwargs.get("output_attentions"):  # some attention modules keep it to themselves
         _ask_for_weights(passing)
     if index in passing.early:
@@ -193,7 +194,7 @@ def _before_layer(
         kwargs = {**kwargs, **_named(layer, args)}
         view, hidden, kwargs = pruned_inputs(passing, layer, family.attention(layer) is not None, index, hidden, kwargs)
         before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
-        enter_layer(index, kwargs[FORWARD])
+        enter_layer(index, kwargs[FORWARD], hidden)
         _tell_hidden_states(main, view, index, hidden)
         return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for part in passing.parts:

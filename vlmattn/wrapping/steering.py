@@ -22,15 +22,15 @@ def hook_mlp(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
     return [] if mlp is None else [mlp.register_forward_hook(_after_mlp)]
 
 
-def enter_layer(index: int, passing: Forward | None) -> None:
-    """Note the layer that this thread runs now, for its MLP."""
-    steers = passing is not None and any(part.plan.steering for part in passing.parts)
-    _NOW.layer = (index, passing) if steers else None
+def enter_layer(index: int, passing: Forward | None, hidden: Tensor | None = None) -> None:
+    """Note the layer that this thread runs now on ``hidden`` ``[batch, query, hidden]``, for its MLP."""
+    steers = passing is not None and hidden is not None and any(part.plan.steering for part in passing.parts)
+    _NOW.layer = (index, passing, hidden.shape) if steers and hidden is not None else None
 
 
 def _after_mlp(mlp: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    found: tuple[int, Forward] | None = getattr(_NOW, "layer", None)
-    return None if found is None else _changed("mlp", found[0], found[1], output)
+    found: tuple[int, Forward, torch.Size] | None = getattr(_NOW, "layer", None)
+    return None if found is None else _changed("mlp", found[0], found[1], output, found[2])
 
 
 def steer_layer(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -42,16 +42,19 @@ def steer_layer(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dic
     return _changed("layer", index, passing, output)
 
 
-def _changed(site: str, index: int, passing: Forward, output: Any) -> Any:
-    """An output, or the first of several, with the changes of one site; None = it stays."""
+def _changed(site: str, index: int, passing: Forward, output: Any, shape: torch.Size | None = None) -> Any:
+    """An output, or the first of several, with the changes of one site; None = it stays.
+
+    ``shape``: of the residual stream, as some mixtures of experts put out their rows side by side.
+    """
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    flat = hidden.ndim == 2  # the MLP of some mixtures of experts gets its rows side by side
-    found = hidden
+    found = given = hidden if shape is None else hidden.view(shape)
     for part in passing.parts:
-        if part.acting is not None and part.plan.steering and not flat:
+        if part.acting is not None and part.plan.steering:
             found = _of_part(site, index, part, part.acting, found)
-    if found is hidden:
+    if found is given:
         return None
+    found = found.view(hidden.shape)
     return (found, *output[1:]) if isinstance(output, tuple) else found
 
 
