@@ -134,7 +134,7 @@ def test_presets_are_inside_their_own_ranges(name):
             bind(Recipe.of(name), SIZES)
     else:
         plan = bind(Recipe.of(name), SIZES)
-        acts = any(plan.by_layer) or any(plan.pruning) or plan.decoding is not None or plan.search is not None
+        acts = any(plan.by_layer) or any(plan.pruning) or any(plan.steering) or plan.decoding or plan.search
         assert acts, "in a 7B model"
 
 

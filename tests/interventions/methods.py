@@ -22,6 +22,7 @@ from vlmattn.interventions import (
     VAF,
     VAR,
     VHR,
+    VISTA,
     VTI,
     Bidirectional,
     Calibration,
@@ -89,6 +90,7 @@ SETTINGS: dict[str, Intervention] = {
     "steer": Steer(alpha=0.5),
     "steer_text": Steer(alpha=0.5, rows="text", layers="1:3"),
     "vti": VTI(alpha=4.0),
+    "vista": VISTA(alpha=0.5),
     "nullu": Nullu(rank=2, layers="1:"),
 }
 BETWEEN_IMAGES = {"sofa", "sofa_mix", "isolate_images", "isolate_documents", "isolate_separated"}
@@ -112,6 +114,7 @@ IDENTITIES: dict[str, Intervention] = {
     "focus": FocusDirections(alpha=0.0, layers="1:3"),
     "steer": Steer(alpha=0.0),
     "vti": VTI(alpha=0.0),
+    "vista": VISTA(alpha=0.0),
     "nullu": Nullu(strength=0.0, layers="1:"),
 }
 

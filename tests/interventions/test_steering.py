@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import IMAGE_TOKEN, build, left_padded, prompt
 from torch.nn.functional import cosine_similarity, normalize
 from zoo import ZOO
 
 import vlmattn
 from vlmattn import PAI, VCD, FastV, Recipe
+from vlmattn.decoding import SLA
 from vlmattn.errors import FileError, InputError, OptionError, UnsupportedError
-from vlmattn.interventions import VTI, Directions, Nullu, Steer, load_directions
+from vlmattn.interventions import VISTA, VTI, Directions, Nullu, Steer, load_directions
 from vlmattn.kernels import Add, Near, Project, Rows, Scale, Turn, reference, steered
 from vlmattn.models import find_family
 
@@ -50,6 +53,7 @@ def cases(draw):
                             on, gate, basis=torch.linalg.qr(torch.randn(hidden, width)).Q.T, strength=strength, onto=draw(st.booleans())
                         ),
                         Turn(on, gate, directions=torch.randn(width, hidden), strength=strength, opposed=draw(st.booleans())),
+                        Turn(on, gate, directions=torch.randn(batch, width, hidden), strength=strength, opposed=True),
                     ]
                 )
             )
@@ -227,6 +231,101 @@ def test_the_branches_of_a_rule_are_steered_too(files):
     found = model.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0).logits[0][0]  # fmt: skip
     main, other = (by_hand("llava", "steer", files["llava"], one)[-1] for one in (inputs, blank))
     torch.testing.assert_close(found, 2 * main - other, rtol=0, atol=4e-4)
+
+
+# --- As released
+
+
+@pytest.mark.parametrize("name", ["one", "three", "simple"])
+def test_turns_are_those_of_the_released_layer_of_vista(name):
+    """Outputs of VSVLayer (github.com/LzVv123456/VISTA, MIT), which puts out half precision."""
+    golden = load_file(Path(__file__).parents[1] / "goldens" / "steering" / "vista.safetensors")
+    x, v, out = (golden[f"{name}.{part}"] for part in ("x", "v", "out"))
+    simple = name == "simple"
+    found = steered(x, (Turn(directions=v, strength=0.7 if simple else 0.1, opposed=not simple),))
+    torch.testing.assert_close(found, out, rtol=1e-3, atol=1e-3)
+
+
+@families
+def test_nullu_equals_projected_weights(family, files):
+    """The release multiplies the last matrix of the MLP by the projection off the subspace."""
+    inputs, found = prompt(family, 2), load_directions(files[family]).by_layer
+    edited, method = build(family), method_of("nullu", files[family])
+    anatomy = find_family(edited).anatomy(edited)
+    for number in method.active_layers(anatomy):
+        main = torch.linalg.svd(found[number][:2], full_matrices=False).Vh
+        weight = find_family(edited).layers(edited)[number].mlp.down_proj.weight
+        weight.copy_((torch.eye(anatomy.hidden_size) - main.T @ main) @ weight)
+    model = vlmattn.wrap(build(family), method)
+    torch.testing.assert_close(model(**inputs).logits, edited(**inputs).logits, rtol=0, atol=2e-4)
+
+
+def without_image(inputs):
+    ids = inputs["input_ids"]
+    return {"input_ids": ids[:, ids[0] != IMAGE_TOKEN]}
+
+
+def outputs(model, inputs):
+    """What each layer puts out in the last row."""
+    found, handles = {}, []
+    for number, layer in enumerate(find_family(model).layers(model)):
+
+        def note(module, args, output, number=number):
+            found[number] = (output[0] if isinstance(output, tuple) else output)[0, -1]
+
+        handles.append(layer.register_forward_hook(note))
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def vista_by_hand(family, inputs, answer, alpha):
+    """As the release does it: vectors of the prompt with and without its image, then every MLP is followed by a turn."""
+    model = build(family)
+    seeing, blind = outputs(model, inputs), outputs(build(family), without_image(inputs))
+    for number, layer in enumerate(find_family(model).layers(model)):
+
+        def change(module, args, output, number=number):
+            return turned(output, (seeing[number] - blind[number])[None], 10 * alpha)
+
+        layer.mlp.register_forward_hook(change)
+    ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
+    full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inputs:
+        full["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None
+    return model(**full, use_cache=False).logits[0]
+
+
+@families
+def test_vista_turns_towards_what_the_image_adds(family):
+    prompts = [prompt(family, 1, words=4), prompt(family, 1, words=9, seed=3)]
+    model = vlmattn.wrap(build(family), VISTA(alpha=0.5))
+    out = model.generate(
+        **left_padded(prompts), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    for row, inputs in enumerate(prompts):
+        answer = out.sequences[row, -NEW:].tolist()
+        for step in range(NEW):
+            wanted = vista_by_hand(family, inputs, answer[:step], 0.5)[-1]
+            torch.testing.assert_close(out.logits[step][row], wanted, rtol=0, atol=5e-4)
+    bare = build(family)(**prompts[0]).logits[0, -1]
+    assert (out.logits[0][0] - bare).abs().max() > 1e-2
+
+
+@families
+def test_sla_mixes_what_late_layers_say(family):
+    inputs, alpha = prompt(family), 0.4
+    model = vlmattn.wrap(build(family), SLA(alpha=alpha, layers="2,3"))
+    found = model.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0).logits[0]  # fmt: skip
+    bare = build(family)
+    states = outputs(bare, inputs)
+    main = bare(**inputs).logits[0, -1]
+    late = torch.stack([bare.lm_head(states[layer]) for layer in (1, 2)]).mean(0)
+    torch.testing.assert_close(found[0], (1 - alpha) * main + alpha * late, rtol=0, atol=2e-4)
 
 
 # --- Files

@@ -33,6 +33,7 @@ FITTING = (
     "heads_block",
     "heads_cut",
     "icd",
+    *(f"{name}{draw}" for name in ("nullu", "steer", "vti") for draw in ("", "_random")),
 )
 PRESETS = sorted(set(vlmattn.presets()) - {*FITTING, "mma", "razor", "vaf"})  # those that want files or a processor
 

@@ -14,13 +14,14 @@ from vlmattn.decoding.opera import OPERA
 from vlmattn.decoding.rbd import RBD
 from vlmattn.decoding.rules import Contrast, Growth, Mixture, Rule, plausible
 from vlmattn.decoding.search import Search
+from vlmattn.decoding.sla import SLA
 from vlmattn.decoding.tokens import BlindTokens, TopAttended
 from vlmattn.decoding.vcd import VCD
 from vlmattn.options import option
 from vlmattn.registry import register
 
 __all__ = [
-    "AGLA", "ICD", "M3ID", "OPERA", "RBD", "VCD", "AvisC", "BlindTokens", "Branch", "Buckets", "Contrast",
+    "AGLA", "ICD", "M3ID", "OPERA", "RBD", "SLA", "VCD", "AvisC", "BlindTokens", "Branch", "Buckets", "Contrast",
     "ContrastiveDecoding", "DeCo", "Decoding", "DoLa", "Gaze", "Growth", "Instead", "Mixture", "Noise", "PAIGuidance",
     "Rule", "Search", "TokenChoice", "TopAttended", "option", "plausible", "register",
 ]  # fmt: skip

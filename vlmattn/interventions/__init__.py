@@ -52,6 +52,7 @@ from vlmattn.interventions.steering import Steering
 from vlmattn.interventions.vaf import VAF
 from vlmattn.interventions.var import VAR
 from vlmattn.interventions.vhr import VHR
+from vlmattn.interventions.vista import VISTA
 from vlmattn.interventions.vti import VTI
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "VAF",
     "VAR",
     "VHR",
+    "VISTA",
     "VTI",
     "Bidirectional",
     "CDPruner",

@@ -247,10 +247,11 @@ def _steered_row(row: Tensor, part: ResidualPart, b: int) -> Tensor:
             row = (1 - part.strength) * row + part.strength * within
         return row
     assert isinstance(part, Turn)
-    pull = torch.zeros_like(row)
-    for direction in part.directions.double():
+    pull, given = torch.zeros_like(row), part.directions.double()
+    ways = given[b if len(given) > 1 else 0] if given.ndim == 3 else given
+    for direction in ways:
         away = max(0.0, float(_cosine(row, -direction))) if part.opposed else 0.0
-        pull = pull + part.strength * (1 + away) * direction / direction.norm() / len(part.directions)
+        pull = pull + part.strength * (1 + away) * direction / direction.norm() / len(ways)
     turned = row / row.norm() + pull
     found: Tensor = row.norm() * turned / turned.norm()
     return found

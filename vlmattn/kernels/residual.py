@@ -76,7 +76,7 @@ class Turn(ResidualPart):
     """Towards directions, with the norm kept: ``|x| u / |u|`` with ``u = x / |x| + mean_i s_i d_i / |d_i|``.
 
     ``s_i = strength``, and with ``opposed`` ``strength (1 + max(0, cos(x, -d_i)))``: rows that point away turn more.
-    ``directions`` d ``[k, hidden]``.
+    ``directions`` d ``[k, hidden]``, or ``[batch, k, hidden]``.
     """
 
     directions: Tensor
@@ -84,11 +84,12 @@ class Turn(ResidualPart):
     opposed: bool = False
 
     def changed(self, x: Tensor) -> Tensor:
-        share = torch.full((*x.shape[:-1], len(self.directions)), self.strength, device=x.device)
+        ways = (self.directions if self.directions.ndim == 3 else self.directions[None])[:, None]
+        share = torch.full((), self.strength, device=x.device)
         if self.opposed:
-            away = cosine_similarity(x[..., None, :], -self.directions, dim=-1)
-            share = share * (1 + away.clamp_min(0))
-        pull = share @ normalize(self.directions, dim=-1) / len(self.directions)
+            away = cosine_similarity(x[:, :, None], -ways, dim=-1)
+            share = self.strength * (1 + away.clamp_min(0))[..., None]
+        pull = (share * normalize(ways, dim=-1)).mean(2)
         turned: Tensor = normalize(normalize(x, dim=-1) + pull, dim=-1) * x.norm(dim=-1, keepdim=True)
         return turned
 

@@ -24,3 +24,6 @@ heads]``."""
 Compare = Callable[[int, Tensor, Tensor], Tensor | None]
 """``compare(layer, prompt, beside)`` sees head outputs ``[batch, query, heads, dim]`` of the prompt and of a stream
 beside it, both before any head gain, and may return head gains ``[batch, heads]`` for the stream."""
+
+States = Callable[[int, Tensor], None]
+"""``states(layer, hidden)`` sees what a layer puts out, ``[batch, query, hidden]``."""

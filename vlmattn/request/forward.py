@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmattn.request.callbacks import Watch, Weights
+from vlmattn.request.callbacks import States, Watch, Weights
 from vlmattn.request.plan import NO_PLAN, Plan
 from vlmattn.request.prefill import SideStream
 from vlmattn.request.request import Request
@@ -22,7 +22,8 @@ class Part:
     Attributes:
         rows: of the batch; step: their step, None = nothing acts on them.
         plan: which methods act.
-        watch: sees what attention does in a pass of preparation or beside a prompt, where no edit runs.
+        watch: sees what attention does in a pass of preparation or beside a prompt, where no edit runs; states: sees
+            what layers put out there.
         streams: other inputs that accompany this prompt.
         noted: text that the bare model reads, and which rides on the cache for what follows.
     """
@@ -31,6 +32,7 @@ class Part:
     step: Step | None = None
     plan: Plan = NO_PLAN
     watch: Watch | None = None
+    states: States | None = None
     streams: tuple[SideStream, ...] = ()
     noted: Request | None = None
 

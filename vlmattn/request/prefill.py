@@ -79,6 +79,8 @@ class Prefill:
         positions: position ids ``[batch, prompt]``, ``[3 or 4, batch, prompt]`` (M-RoPE) or None.
         run: ``run(embeds, positions, watch)`` runs the decoder at once, without cache, on embeddings of the same
             tokens, which see what they see in the prompt; ``watch`` as in ``Part``.
+        states: ``states(keep)`` and ``states(keep, hidden)`` run it so on the prompt, and on what is left of it without
+            the tokens ``hidden``, bool ``[batch, prompt]``; ``keep`` as ``states`` in ``Part``.
         beside: ``beside(method, slots, real, positions, layers, compare)`` lets a ``SideStream`` of the prompt's tokens
             at ``slots`` ``[batch, tokens]`` go beside the prompt.
     """
@@ -90,4 +92,5 @@ class Prefill:
     visual: Tensor
     positions: Tensor | None
     run: Callable[[Tensor, Tensor | None, Watch], None]
+    states: Callable[..., None]
     beside: Callable[[Any, Tensor, Tensor, Tensor | None, frozenset[int], Compare], None]

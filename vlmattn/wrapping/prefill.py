@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn.attention import FORWARD
-from vlmattn.kernels import additive
+from vlmattn.kernels import additive, hide
 from vlmattn.models import Family
 from vlmattn.request import Forward, Part, Prefill, SideStream, Step
 
@@ -20,22 +20,26 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
     step, plan = part.step, part.plan
     assert step is not None
     request, length = step.request, step.request.prompt_length
-    embeds, positions, given = (
-        kwargs["inputs_embeds"][:, :length],
-        kwargs.get("position_ids"),
-        kwargs.get("attention_mask"),
-    )
+    embeds, given = kwargs["inputs_embeds"][:, :length], kwargs.get("attention_mask")
+    positions = None if kwargs.get("position_ids") is None else kwargs["position_ids"][..., :length]
     types, real = request.types(length, embeds.device), request.real(length, embeds.device)
     later = {name: kwargs[name] for name in family.also_given if kwargs.get(name) is not None}
     # without a cache there are generated tokens behind the prompt; what is a list has rows for images alone
     later |= {name: value[:, :length] for name, value in later.items() if isinstance(value, Tensor)}
     mask = _cut(given, length) if given is not None else torch.ones_like(types, dtype=torch.long)
 
-    def passing(watch: Any) -> Forward:
-        return Forward((Part(step=Step(request, step.base, 0, recipe=plan.name), plan=plan, watch=watch),))
+    def passing(watch: Any, keep: Any = None) -> Forward:
+        own = Step(request, step.base, 0, recipe=plan.name)
+        return Forward((Part(step=own, plan=plan, watch=watch, states=keep),))
 
     def run(other: Tensor, positions: Tensor | None, watch: Any) -> None:
         decoder(**_inputs(passing(watch), other, mask, positions), **later)
+
+    def states(keep: Any, hidden: Tensor | None = None) -> None:
+        places, seen = positions, mask
+        if hidden is not None:
+            places, seen = _closed_up(real, hidden) + family.first_position(decoder), _without(mask, hidden)
+        decoder(**_inputs(passing(lambda *_: None, keep), embeds, seen, places), **later)
 
     def beside(
         method: Any, slots: Tensor, real: Tensor, positions: Tensor | None, layers: frozenset[int], compare: Any
@@ -61,8 +65,9 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
         embeds=embeds,
         real=torch.ones_like(types, dtype=torch.bool) if real is None else real,
         visual=types != 0,
-        positions=None if positions is None else positions[..., :length],
+        positions=positions,
         run=run,
+        states=states,
         beside=beside,
     )
     with torch.no_grad():
@@ -80,6 +85,19 @@ def _cut(mask: Any, length: int) -> Any:
     if isinstance(mask, dict):
         return {kind: None if part is None else _cut(part, length) for kind, part in mask.items()}
     return mask[:, :length] if mask.ndim == 2 else mask[..., :length, :length]
+
+
+def _closed_up(real: Tensor | None, hidden: Tensor) -> Tensor:
+    """Position ids from 0 ``[batch, tokens]`` without the ``hidden`` tokens."""
+    left = ~hidden if real is None else real & ~hidden
+    return (left.cumsum(1) - 1).clamp_min(0)
+
+
+def _without(mask: Any, hidden: Tensor) -> Any:
+    """A mask, or one for each kind of layer, that hides some keys, bool ``[batch, key]``, too."""
+    if isinstance(mask, dict):
+        return {kind: None if part is None else _without(part, hidden) for kind, part in mask.items()}
+    return mask * ~hidden if mask.ndim == 2 else hide(mask, hidden[:, None, None])
 
 
 def _inputs(passing: Forward, embeds: Tensor, mask: Any, positions: Tensor | None) -> dict[str, Any]:

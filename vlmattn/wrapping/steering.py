@@ -36,7 +36,11 @@ def _after_mlp(mlp: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 def steer_layer(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a decoder layer."""
     passing: Forward | None = kwargs.get(FORWARD)
-    if passing is None or not any(part.plan.steering for part in passing.parts):
+    if passing is None:
+        return None
+    if passing.main.states is not None:
+        passing.main.states(index, output[0] if isinstance(output, tuple) else output)
+    if not any(part.plan.steering for part in passing.parts):
         return None
     _NOW.layer = None
     return _changed("layer", index, passing, output)

@@ -236,7 +236,7 @@ def test_rules_of_early_layers_work_where_positions_are_counted_anew(recipe, rul
 RULES = sorted(
     name for name, preset in vlmattn.presets().items() if issubclass(find_method(preset.method), (Decoding, Search))
 )
-LAYER_RULES = [name for name in RULES if name.startswith(("dola", "deco"))]
+LAYER_RULES = [name for name in RULES if name.startswith(("dola", "deco", "sla"))]
 
 
 BESIDE = ["agla", "icd", "m3id", "pai_guidance", "pai_guidance_cli", "vcd", "vcd_pope"]  # test_branches_that_drop.py

@@ -17,7 +17,7 @@ from vlmattn.request import LayerContext
     "kv_random",
     paper="none",
     code="none",
-    faithful="ours: a control",
+    faithful="control",
     parts="keep",
     cost="decode: few tokens are held, and read",
     presets={"kv_random": ("control: half of the prompt's tokens at random", {})},
