@@ -62,7 +62,9 @@ def test_presets_fit_a_terminal(run, monkeypatch):
     assert "…" not in out
     for name, info in vlmattn.presets().items():
         method = find_method(info.method).info
-        (line,) = (line for line in lines if line.split()[:1] == [name])
+        (line,) = (
+            line for line in lines if line.startswith((f"{name} ", f" {name} "))
+        )  # wrapped words are further right
         assert paper_id(method.paper) in line
         assert checked_against(info.about, method.faithful) in line
         assert info.about.split()[0] in line

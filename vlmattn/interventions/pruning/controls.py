@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,18 @@ _COST = "all layers run on the rest, from the first on; the vision tower is as i
 _PAPER = "arXiv:2511.02650, 2510.07143"
 
 
-@register("random", paper=_PAPER, faithful="control", parts="keep", cost=_COST)
+def _control(name: str, kept: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    return {name: (f"control: {kept}, before the first layer; a quarter stays", {})}
+
+
+@register(
+    "random",
+    paper=_PAPER,
+    faithful="control",
+    parts="keep",
+    cost=_COST,
+    presets=_control("random", "tokens of each image drawn at random"),
+)
 @dataclass(frozen=True, kw_only=True)
 class RandomTokens(EarlyPruning):
     """Keep round(keep_ratio n) of the n tokens of each image by lot.
@@ -34,7 +46,14 @@ class RandomTokens(EarlyPruning):
         return choices.top(lot.to(tokens.embeddings.device).expand(images, -1), count)
 
 
-@register("grid", paper=_PAPER, faithful="control", parts="keep", cost=_COST)
+@register(
+    "grid",
+    paper=_PAPER,
+    faithful="control",
+    parts="keep",
+    cost=_COST,
+    presets=_control("grid", "tokens spread evenly over each image"),
+)
 @dataclass(frozen=True, kw_only=True)
 class GridTokens(EarlyPruning):
     """Keep round(keep_ratio n) of the n tokens of each image, spread evenly.
@@ -47,7 +66,14 @@ class GridTokens(EarlyPruning):
         return choices.grid(n, count, tokens.embeddings.device).expand(images, -1)
 
 
-@register("first", paper=_PAPER, faithful="control", parts="keep", cost=_COST)
+@register(
+    "first",
+    paper=_PAPER,
+    faithful="control",
+    parts="keep",
+    cost=_COST,
+    presets=_control("first", "the top of each image"),
+)
 @dataclass(frozen=True, kw_only=True)
 class FirstTokens(EarlyPruning):
     """Keep the first round(keep_ratio n) of the n tokens of each image: the top of the picture."""
@@ -57,7 +83,14 @@ class FirstTokens(EarlyPruning):
         return (torch.arange(n, device=tokens.embeddings.device) < count).expand(images, -1)
 
 
-@register("last", paper=_PAPER, faithful="control", parts="keep", cost=_COST)
+@register(
+    "last",
+    paper=_PAPER,
+    faithful="control",
+    parts="keep",
+    cost=_COST,
+    presets=_control("last", "the bottom of each image"),
+)
 @dataclass(frozen=True, kw_only=True)
 class LastTokens(EarlyPruning):
     """Keep the last round(keep_ratio n) of the n tokens of each image: the bottom, nearest to the question."""
@@ -67,7 +100,14 @@ class LastTokens(EarlyPruning):
         return (torch.arange(n, device=tokens.embeddings.device) >= n - count).expand(images, -1)
 
 
-@register("pool", paper=_PAPER, faithful="control", parts="keep", cost=_COST)
+@register(
+    "pool",
+    paper=_PAPER,
+    faithful="control",
+    parts="keep",
+    cost=_COST,
+    presets=_control("pool", "neighbouring tokens of each image averaged"),
+)
 @dataclass(frozen=True, kw_only=True)
 class PooledTokens(GridTokens):
     """Average neighbours: the places of ``grid`` stay, each as the mean of the tokens that are nearest to it.
