@@ -250,6 +250,7 @@ def test_identity_settings_change_nothing(family, name):
 ON_TEXT = {
     "bidirectional_prompt", "bidirectional_prompt_soft", "knockout_text_text", "knockout_text_last",
     "knockout_text_generated", "isolate_separated", "calibration", "calibration_documents", "focus", "heads_block_all",
+    "steer", "steer_text", "vti", "nullu",
 }  # fmt: skip
 
 

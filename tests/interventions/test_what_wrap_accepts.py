@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from methods import Speech
 from torch import Tensor
@@ -86,7 +86,23 @@ class Family:
             found = self.answer(self.inputs, mode)
         except Exception:  # whatever a model of the library may raise
             return False
+        if mode in ("no cache", "static") and not torch.allclose(self.first(mode), self.first(""), rtol=0, atol=1e-2):
+            return False  # masks of Gemma 4 (unified) are others with a static cache
         return mode not in EXACT or torch.equal(found, self.answer(self.inputs))
+
+    def runs(self, inputs: dict[str, Tensor], mode: str) -> bool:
+        """The bare model does, for this prompt: Mllama cannot take some drafts."""
+        try:
+            self.answer(inputs, mode)
+        except Exception:
+            return False
+        return True
+
+    def first(self, mode: str) -> Tensor:
+        """Logits of the first token of the bare model's answer."""
+        asked = dict(output_logits=True, return_dict_in_generate=True)
+        found: Any = self.answer(self.inputs, mode, **asked)
+        return found.logits[0]  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -179,9 +195,9 @@ def test_a_mode_or_a_batch_never_changes_the_answer(data):
     mode = data.draw(st.sampled_from(["", *EXACT]), label="mode")
     words = data.draw(st.tuples(st.integers(3, 8), st.integers(3, 8)), label="words")
     one = family(name)
-    assume(one.can("") and one.can(mode) and wrapped(one, preset) is not None)
+    prompts = [dialogue(one.tiny, count, seed) for seed, count in enumerate(words)]
+    assume(one.can("") and one.can(mode) and one.runs(prompts[0].inputs, mode) and wrapped(one, preset) is not None)
     try:
-        prompts = [dialogue(one.tiny, count, seed) for seed, count in enumerate(words)]
         alone = [one.answer(each.inputs, **extras(preset, each.inputs))[0, -NEW:] for each in prompts]
         batch = padded(one.tiny, prompts)
         together = one.answer(batch, **extras(preset, batch))[:, -NEW:]
@@ -190,6 +206,10 @@ def test_a_mode_or_a_batch_never_changes_the_answer(data):
             same = one.answer(first, mode, **extras(preset, first))[0, -NEW:]
         except VlmattnError:  # refused by name
             same = alone[0]
+    except VlmattnError as error:
+        if any(reason in str(error) for reason in ABOUT_THE_PROMPT):
+            reject()
+        raise
     finally:
         vlmattn.unwrap(one.model)
     assert torch.equal(together, torch.stack(alone))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmattn.attention import FORWARD
-from vlmattn.kernels import additive, hide
+from vlmattn.kernels import additive
 from vlmattn.models import Family
 from vlmattn.request import Forward, Part, Prefill, SideStream, Step
 
@@ -37,8 +37,9 @@ def prepare(part: Part, family: Family, decoder: nn.Module, kwargs: dict[str, An
 
     def states(keep: Any, hidden: Tensor | None = None) -> None:
         places, seen = positions, mask
-        if hidden is not None:
-            places, seen = _closed_up(real, hidden) + family.first_position(decoder), _without(mask, hidden)
+        if hidden is not None:  # the decoder makes its masks itself
+            seen = (~hidden if real is None else real & ~hidden).long()
+            places = (seen.cumsum(1) - 1).clamp_min(0) + family.first_position(decoder)
         decoder(**_inputs(passing(lambda *_: None, keep), embeds, seen, places), **later)
 
     def beside(
@@ -85,19 +86,6 @@ def _cut(mask: Any, length: int) -> Any:
     if isinstance(mask, dict):
         return {kind: None if part is None else _cut(part, length) for kind, part in mask.items()}
     return mask[:, :length] if mask.ndim == 2 else mask[..., :length, :length]
-
-
-def _closed_up(real: Tensor | None, hidden: Tensor) -> Tensor:
-    """Position ids from 0 ``[batch, tokens]`` without the ``hidden`` tokens."""
-    left = ~hidden if real is None else real & ~hidden
-    return (left.cumsum(1) - 1).clamp_min(0)
-
-
-def _without(mask: Any, hidden: Tensor) -> Any:
-    """A mask, or one for each kind of layer, that hides some keys, bool ``[batch, key]``, too."""
-    if isinstance(mask, dict):
-        return {kind: None if part is None else _without(part, hidden) for kind, part in mask.items()}
-    return mask * ~hidden if mask.ndim == 2 else hide(mask, hidden[:, None, None])
 
 
 def _inputs(passing: Forward, embeds: Tensor, mask: Any, positions: Tensor | None) -> dict[str, Any]:
