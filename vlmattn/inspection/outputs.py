@@ -64,7 +64,7 @@ class _Outputs(VHR):
     def edit(self, context: LayerContext) -> AttentionEdit:
         return AttentionEdit()
 
-    def gains(self, seeing: Tensor, blind: Tensor, least: float = 0.0) -> Tensor:
+    def gains(self, seeing: Tensor, blind: Tensor) -> Tensor:
         call = len(self.seen)
         self.seen[call], self.distances[call] = seeing.cpu(), (seeing - blind).norm(dim=-1).cpu()
         return torch.ones_like(seeing[..., 0])

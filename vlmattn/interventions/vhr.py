@@ -61,7 +61,7 @@ class VHR(Intervention):
         def compare(layer: int, prompt: Tensor, beside: Tensor) -> Tensor:
             last = request.of_layer(layer).last_prompt_row(prompt.device)
             seeing = prompt[torch.arange(len(prompt), device=prompt.device), last]
-            found = self.gains(seeing.float(), beside[:, -1].float(), 8 * torch.finfo(prompt.dtype).eps)
+            found = self.gains(*_told_apart(seeing.float(), beside[:, -1].float(), torch.finfo(prompt.dtype).eps))
             gain = torch.where(compared.to(found.device), found, 1.0)
             request.store(self, layer).rows["gain"] = gain
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
@@ -70,13 +70,9 @@ class VHR(Intervention):
         positions = (words.cumsum(1) - 1).clamp_min(0)
         prefill.beside(self, order, words, positions, layers, compare)
 
-    def gains(self, seeing: Tensor, blind: Tensor, least: float = 0.0) -> Tensor:
-        """Head gains ``[batch, heads]`` from head outputs ``[batch, heads, dim]`` with and without the image.
-
-        Differences below ``least`` of the output's length are rounding: a sliding window has left the image behind.
-        """
+    def gains(self, seeing: Tensor, blind: Tensor) -> Tensor:
+        """Head gains ``[batch, heads]`` from head outputs ``[batch, heads, dim]`` with and without the image."""
         vhd = (seeing - blind).norm(dim=-1)
-        vhd = torch.where(vhd > least * blind.norm(dim=-1), vhd, 0.0)
         if self.drop_outliers:
             loud = blind.norm(dim=-1) ** self.ta_power
             vhd = torch.where(_above(vhd) & _above(loud), 0.0, vhd)
@@ -88,6 +84,12 @@ class VHR(Intervention):
         if gain is None:
             return AttentionEdit()
         return AttentionEdit(head_gain=(HeadPart(gain.to(context.device)),))
+
+
+def _told_apart(seeing: Tensor, blind: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Both, equal in heads where they differ by rounding: a sliding window has left the image behind."""
+    apart = (seeing - blind).norm(dim=-1) > 8 * rounding * blind.norm(dim=-1)
+    return torch.where(apart[..., None], seeing, blind), blind
 
 
 def _above(values: Tensor) -> Tensor:
