@@ -139,8 +139,8 @@ def cost(
     evicted while the answer is written is not counted). Of mixtures of experts the active ones count (in a decode step
     as many as the batch can ask for). n_l is the padded length of the prompt until tokens are dropped, then the longest
     sequence of the batch: real text and kept image tokens. Score is one row of attention for each layer that a method
-    looks at (SparseVLM looks at one for each rater), queries and keys of a layer that it looks at in advance, and 2 H
-    for each pair of image tokens that it compares (what the tower says of them counted as wide).
+    looks at (SparseVLM looks at one for each rater), queries, keys and values of a layer that it looks at in
+    advance, and 2 H for each pair of image tokens that it compares (what the tower says of them counted as wide).
 
     Attention counts in full, also where a causal kernel skips half. Biases, norms, edits of attention weights, what
     rules do with logits, and the vision tower do not count: recipes without methods that drop tokens have ratio 1.
