@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from zoo import ZOO
 
 import vlmattn
-from vlmattn import PAI, VCD, FastV, Recipe
+from vlmattn import PAI, VCD, VHR, FastV, Recipe
 from vlmattn.decoding import SLA
 from vlmattn.errors import FileError, InputError, OptionError, UnsupportedError
 from vlmattn.interventions import VISTA, VTI, Directions, Nullu, Steer, load_directions
@@ -220,6 +220,33 @@ def test_with_attention_edits_rules_and_dropped_tokens(files):
             scores.append(torch.stack(out.logits).nan_to_num(neginf=0))
         assert (scores[2] - scores[0]).abs().max() > 1e-2
         assert (scores[2] - scores[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["vti", "nullu", "steer"])
+def test_a_stream_beside_the_prompt_does_not_take_its_steering(name, files):
+    """VHR runs the text alone within each layer; with a gain of almost 1 it leaves the steered answer as it is."""
+    inputs, method = prompt("llava", 2), method_of(name, files["llava"])
+    alone, beside = (
+        vlmattn.wrap(build("llava"), recipe)(**inputs).logits
+        for recipe in ([method], [VHR(layers="0:", alpha=1 + 1e-6), method])
+    )
+    torch.testing.assert_close(beside, alone, rtol=0, atol=1e-3)
+    assert (alone - build("llava")(**inputs).logits).abs().max() > 1e-2
+
+
+def test_a_layer_that_raises_leaves_no_steering_behind(files):
+    inputs, model = prompt("llava", 2), vlmattn.wrap(build("llava"), method_of("vti", files["llava"]))
+    layer = find_family(model).layers(model)[1]
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    handle = layer.mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(**inputs)
+    handle.remove()
+    states = torch.randn(1, 3, model.config.get_text_config().hidden_size)
+    assert torch.equal(layer.mlp(states), type(layer.mlp).forward(layer.mlp, states))
 
 
 def test_the_branches_of_a_rule_are_steered_too(files):

@@ -27,7 +27,7 @@ from vlmattn.wrapping.pruning import pruned_inputs
 from vlmattn.wrapping.record import Record
 from vlmattn.wrapping.registration import refuse_mask
 from vlmattn.wrapping.rotation import hook_rotation
-from vlmattn.wrapping.steering import enter_layer, hook_mlp, steer_layer
+from vlmattn.wrapping.steering import enter_layer, hook_mlp, leave_model, steer_layer
 from vlmattn.wrapping.steps import forward_of, refuse_packing, with_forward
 from vlmattn.wrapping.vision import hook_tower, show_images
 
@@ -121,6 +121,7 @@ def _let_ride(main: Part, cache: Any) -> None:
 
 def _end(model: nn.Module, output: Any) -> None:
     """Note that a forward is over, also one that raised."""
+    leave_model()
     if (direct := CALL.get()) is not None and direct.direct and direct.model is model:
         CALL.set(direct.outer)
     if (record := record_of(model)) is None:
@@ -177,12 +178,20 @@ def _blanked(blank: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _before_layer(
     index: int, family: Family, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Args | None:
+    changed = _inputs_of_layer(index, family, layer, args, kwargs)
+    args, kwargs = (args, kwargs) if changed is None else changed
+    enter_layer(index, kwargs.get(FORWARD), args[0] if args else kwargs["hidden_states"])
+    return changed
+
+
+def _inputs_of_layer(
+    index: int, family: Family, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Args | None:
+    """Let methods see what enters a layer; other inputs where tokens were dropped."""
     passing: Forward | None = kwargs.get(FORWARD)
     if passing is None:
-        enter_layer(index, None)
         return None
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    enter_layer(index, passing, hidden)
     if kwargs.get("output_attentions"):  # some attention modules keep it to themselves
         _ask_for_weights(passing)
     if index in passing.early:
@@ -194,7 +203,6 @@ def _before_layer(
         kwargs = {**kwargs, **_named(layer, args)}
         view, hidden, kwargs = pruned_inputs(passing, layer, family.attention(layer) is not None, index, hidden, kwargs)
         before_layer(view, index, hidden.shape[1], compat.cache_of(kwargs))
-        enter_layer(index, kwargs[FORWARD], hidden)
         _tell_hidden_states(main, view, index, hidden)
         return ((hidden,), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
     for part in passing.parts:

@@ -13,6 +13,7 @@ from vlmattn.kernels import steered
 from vlmattn.models.sizes import mlp_of
 from vlmattn.request import Forward, LayerContext, Part, Step
 
+_Layer = tuple[int, Forward, torch.Size, Any]  # number, passing, shape of the residual stream; the layer around it
 _NOW = threading.local()  # an MLP gets no arguments of ours: which layer this thread is in
 
 
@@ -22,14 +23,22 @@ def hook_mlp(layer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
     return [] if mlp is None else [mlp.register_forward_hook(_after_mlp)]
 
 
-def enter_layer(index: int, passing: Forward | None, hidden: Tensor | None = None) -> None:
-    """Note the layer that this thread runs now on ``hidden`` ``[batch, query, hidden]``, for its MLP."""
-    steers = passing is not None and hidden is not None and any(part.plan.steering for part in passing.parts)
-    _NOW.layer = (index, passing, hidden.shape) if steers and hidden is not None else None
+def enter_layer(index: int, passing: Forward | None, hidden: Tensor) -> None:
+    """Note the layer that this thread runs now on ``hidden`` ``[batch, query, hidden]``, for its MLP.
+
+    A stream beside the prompt runs its layer within the attention of the prompt's.
+    """
+    steers = passing is not None and any(part.plan.steering for part in passing.parts)
+    _NOW.layer = (index, passing, hidden.shape, getattr(_NOW, "layer", None)) if steers else None
+
+
+def leave_model() -> None:
+    """Forget layers that raised."""
+    _NOW.layer = None
 
 
 def _after_mlp(mlp: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    found: tuple[int, Forward, torch.Size] | None = getattr(_NOW, "layer", None)
+    found: _Layer | None = getattr(_NOW, "layer", None)
     return None if found is None else _changed("mlp", found[0], found[1], output, found[2])
 
 
@@ -42,7 +51,7 @@ def steer_layer(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dic
         passing.main.states(index, output[0] if isinstance(output, tuple) else output)
     if not any(part.plan.steering for part in passing.parts):
         return None
-    _NOW.layer = None
+    _NOW.layer = _NOW.layer[3]
     return _changed("layer", index, passing, output)
 
 
