@@ -15,7 +15,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from zoo import ZOO
 
 import vlmattn
-from vlmattn import InputError, UnsupportedError
+from vlmattn import VCD, FastV, InputError, UnsupportedError
+from vlmattn.interventions import VISTA
 
 __all__ = ["flash_calls"]
 pytestmark = [pytest.mark.usefixtures("no_grad", "flash_calls"), pytest.mark.filterwarnings("ignore")]
@@ -154,3 +155,14 @@ def test_what_flash_attention_cannot_do_is_said():
         indexed(**ZOO["mistral_large4"].prompt().inputs)
     with pytest.raises(UnsupportedError, match="'of_nobody' is not known to transformers"):
         vlmattn.wrap(under_flash(build("llava"), "of_nobody"), "pai")
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "recipe", [[FastV(layer=2, keep_ratio=0.25), VCD()], [VISTA(alpha=0.5)]], ids=["fastv+vcd", "vista"]
+)
+def test_dropped_branches_and_steering_are_those_of_sdpa(recipe, base):
+    inputs = batch()
+    wanted = logits(generate(vlmattn.wrap(build("llava"), recipe), inputs)).nan_to_num(neginf=0)
+    found = logits(generate(vlmattn.wrap(under_flash(build("llava"), base), recipe), inputs)).nan_to_num(neginf=0)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
