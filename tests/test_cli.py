@@ -414,3 +414,28 @@ def test_a_family_shows_itself(run):
     code, _, err = run("families", "gema4")
     assert code == 2
     assert "did you mean gemma4" in err
+
+
+def test_fit_measures_directions_that_the_method_finds(run, tmp_path):
+    code, out, _ = run("fit", "steer", "--scenes", "2", "--out", str(tmp_path / "d.safetensors"))
+    assert code == 0
+    assert "4 pairs, directions by mean" in out
+    model, _ = vlmattn.load("embedded")
+    vlmattn.wrap(model, "steer", file=str(tmp_path / "d.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["pai", "--scenes", "2"], "no directions are measured for 'pai'; take steer, vti, nullu"),
+        (["steer"], "give one of --pairs, --images or --scenes"),
+        (["steer", "--scenes", "2", "--images", "."], "give one of --pairs, --images or --scenes"),
+        (["steer", "--images", "nowhere"], "nowhere is no folder"),
+        (["nullu", "--scenes", "1"], "4 directions by svd need at least 4 pairs, got 2"),
+    ],
+)
+def test_fit_refuses_in_one_line(run, tmp_path, arguments, reason):
+    code, _, err = run("fit", *arguments, "--out", str(tmp_path / "d.safetensors"))
+    assert code == 2
+    assert reason in " ".join(err.split())
+    assert not list(tmp_path.iterdir())

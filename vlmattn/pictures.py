@@ -21,6 +21,8 @@ from vlmattn.errors import InputError, VlmattnError
 from vlmattn.files import path_text
 from vlmattn.texts import read_bytes
 
+#: How files of pictures end.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 MOST_PIXELS = 2**30 // 12  # a quarter of a GiB in RGB, where Pillow warns of a decompression bomb
 _WHAT = "the picture"
 _ORIENTATION = 0x0112  # tag of EXIF

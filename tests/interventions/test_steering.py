@@ -131,11 +131,32 @@ def method_of(name, file):
     return replace(METHODS[name][0], file=file)
 
 
+def answered(family, recipe):
+    """Prompts of a padded batch, and the tokens and logits that a model under a recipe answers with; the model too."""
+    prompts = [prompt(family, 1, words=4), prompt(family, 1, words=9, seed=3)]
+    model = vlmattn.wrap(build(family), recipe)
+    out = model.generate(
+        **left_padded(prompts), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return prompts, out.sequences[:, -NEW:].tolist(), out.logits, model
+
+
+def with_answer(inputs, answer):
+    """A prompt with what was said so far."""
+    ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
+    full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inputs:
+        full["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
+    return full
+
+
 def by_hand(family, name, file, inputs, answer=()):
     """Logits of the bare model, the whole text read anew, with the formula in its layers."""
     method, site, formula = METHODS[name]
     model, found = build(family), load_directions(file).by_layer
-    ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
+    full = with_answer(inputs, answer)
+    ids = full["input_ids"]
     visual, slots, last = ids[0] == IMAGE_TOKEN, torch.arange(ids.shape[1]), inputs["input_ids"].shape[1] - 1
     rows = {"all": slots >= 0, "generated": slots >= last, "image": visual, "text": ~visual}[method.rows]
     layers = method.active_layers(find_family(model).anatomy(model))
@@ -148,9 +169,6 @@ def by_hand(family, name, file, inputs, answer=()):
 
         if number in layers:
             (layer if site == "layer" else layer.mlp).register_forward_hook(change)
-    full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inputs:
-        full["mm_token_type_ids"] = visual[None].int()
     return model(**full, use_cache=False).logits[0]
 
 
@@ -168,17 +186,11 @@ def test_methods_equal_their_formulas_in_the_bare_model(family, name, files):
 @families
 @every_method
 def test_cached_answers_of_a_padded_batch_equal_recomputing(family, name, files):
-    prompts = [prompt(family, 2, words=4), prompt(family, 1, words=9, seed=3)]
-    model = vlmattn.wrap(build(family), method_of(name, files[family]))
-    out = model.generate(
-        **left_padded(prompts), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+    prompts, answers, logits, model = answered(family, method_of(name, files[family]))
     for row, inputs in enumerate(prompts):
-        answer = out.sequences[row, -NEW:].tolist()
         for step in range(NEW):
-            wanted = by_hand(family, name, files[family], inputs, answer[:step])[-1]
-            torch.testing.assert_close(out.logits[step][row], wanted, rtol=0, atol=2e-4)
+            wanted = by_hand(family, name, files[family], inputs, answers[row][:step])[-1]
+            torch.testing.assert_close(logits[step][row], wanted, rtol=0, atol=2e-4)
     assert model.vlmattn.report()["fired"][METHODS[name][0].info.name] > 0
 
 
@@ -317,30 +329,20 @@ def vista_by_hand(family, inputs, answer, alpha):
             return turned(output, (seeing[number] - blind[number])[None], 10 * alpha)
 
         layer.mlp.register_forward_hook(change)
-    ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], 1)
-    full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inputs:
-        full["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
     if hasattr(model.model, "rope_deltas"):
         model.model.rope_deltas = None
-    return model(**full, use_cache=False).logits[0]
+    return model(**with_answer(inputs, answer), use_cache=False).logits[0]
 
 
 @families
 def test_vista_turns_towards_what_the_image_adds(family):
-    prompts = [prompt(family, 1, words=4), prompt(family, 1, words=9, seed=3)]
-    model = vlmattn.wrap(build(family), VISTA(alpha=0.5))
-    out = model.generate(
-        **left_padded(prompts), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, pad_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+    prompts, answers, logits, _ = answered(family, VISTA(alpha=0.5))
     for row, inputs in enumerate(prompts):
-        answer = out.sequences[row, -NEW:].tolist()
         for step in range(NEW):
-            wanted = vista_by_hand(family, inputs, answer[:step], 0.5)[-1]
-            torch.testing.assert_close(out.logits[step][row], wanted, rtol=0, atol=5e-4)
+            wanted = vista_by_hand(family, inputs, answers[row][:step], 0.5)[-1]
+            torch.testing.assert_close(logits[step][row], wanted, rtol=0, atol=5e-4)
     bare = build(family)(**prompts[0]).logits[0, -1]
-    assert (out.logits[0][0] - bare).abs().max() > 1e-2
+    assert (logits[0][0] - bare).abs().max() > 1e-2
 
 
 @families

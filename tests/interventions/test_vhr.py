@@ -21,6 +21,7 @@ from transformers import LlavaConfig
 
 import vlmattn
 from vlmattn import VAR, VHR, FocusDirections, Heads, Knockout
+from vlmattn.interventions.vhr import told_apart
 from vlmattn.options import parse_layers
 
 GAINS = VHR.gains  # not what the tests put in its place
@@ -49,6 +50,19 @@ def test_heads_are_chosen_by_the_rule(seed, heads, drop, power):
         vhd = [0.0 if v > high_vhd and t > high_loud else v for v, t in zip(vhd, loud, strict=True)]
     median = sorted(vhd)[(heads - 1) // 2]
     assert gains == [3.0 if v > median else 1.0 for v in vhd]
+
+
+def test_heads_that_differ_by_rounding_do_not_differ():
+    """As where a sliding window has left the image behind: no head is chosen, and none by chance."""
+    generator = torch.Generator().manual_seed(0)
+    blind = torch.randn(1, 4, 8, generator=generator)
+    noise = 1e-7 * torch.randn(1, 4, 8, generator=generator)
+    told = told_apart(blind + noise, blind, torch.finfo(torch.float32).eps)
+    assert torch.equal(VHR(drop_outliers=False).gains(*told), torch.ones(1, 4))
+    assert VHR(drop_outliers=False).gains(blind + noise, blind).max() > 1  # by chance, without
+    seeing = blind + noise + torch.tensor([0.0, 1.0, 0.0, 2.0])[None, :, None]
+    told = told_apart(seeing, blind, torch.finfo(torch.float32).eps)
+    assert VHR(drop_outliers=False).gains(*told).tolist() == [[1.0, 2.0, 1.0, 2.0]]
 
 
 def test_outliers_are_left_out_only_if_both_rules_say_so():

@@ -10,10 +10,11 @@ import typer
 
 from vlmattn.cli.common import LoadOptions, Model, app, grouped, plain
 from vlmattn.errors import InputError, OptionError
+from vlmattn.files import path_text
+from vlmattn.pictures import SUFFIXES
 
 #: How the directions of each method are measured, and how many of a layer.
 _WAYS = {"steer": ("mean", 1), "vti": ("pca", 1), "nullu": ("svd", 4)}
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @app.command()
@@ -65,8 +66,8 @@ def fit(
 
 def _pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; --images takes a folder of pictures")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+        raise InputError(f"{path_text(folder)} is no folder; --images takes a folder of pictures")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise InputError(f"{folder} holds no pictures ({', '.join(_PICTURES)})")
+        raise InputError(f"{path_text(folder)} holds no pictures ({', '.join(SUFFIXES)})")
     return found

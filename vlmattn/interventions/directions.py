@@ -40,12 +40,8 @@ class Directions:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write them to a file, or under the usual name to a folder, where methods look for it."""
-        target = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / FILE_NAME
-        make_folder(target.parent)
-        tensors = {f"direction.{n}": value.detach().float().cpu().contiguous() for n, value in self.by_layer.items()}
-        facts = {name: getattr(self, name) for name in _FACTS}
-        with written_whole(target) as partial:
-            save_file(tensors, partial, facts)
+        tensors = {f"direction.{layer}": value for layer, value in self.by_layer.items()}
+        target = write_tensors(path, FILE_NAME, tensors, {name: getattr(self, name) for name in _FACTS})
         load_directions.cache_clear()
         return target
 
@@ -65,6 +61,29 @@ class Directions:
                 )
 
 
+def write_tensors(
+    path: str | os.PathLike[str], usual: str, tensors: Mapping[str, Tensor], facts: dict[str, str]
+) -> Path:
+    """Write float32 tensors and facts about them to a safetensors file, or under the ``usual`` name to a folder."""
+    target = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / usual
+    make_folder(target.parent)
+    found = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+    with written_whole(target) as partial:
+        save_file(found, partial, facts)
+    return target
+
+
+def read_tensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file of directions, float32, and its facts.
+
+    Raises:
+        FileError: it cannot be read. InputError: it is no safetensors file.
+    """
+    with reading(path, "the directions"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        return tensors, dict(file.metadata() or {})
+
+
 @lru_cache(maxsize=8)
 def load_directions(path: str) -> Directions:
     """Read a file of directions.
@@ -72,9 +91,7 @@ def load_directions(path: str) -> Directions:
     Raises:
         FileError: it cannot be read. InputError: it holds something else, or numbers that are not finite.
     """
-    with reading(path, "the directions"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        facts = dict(file.metadata() or {})
+    tensors, facts = read_tensors(path)
     if not tensors or not all(re.fullmatch(r"direction\.[0-9]{1,6}", name) for name in tensors):
         raise InputError(f"{path_text(path)}: not a file of directions (needs direction.LAYER)")
     if bad := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:

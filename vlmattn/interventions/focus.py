@@ -11,14 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmattn.anatomy import Anatomy
 from vlmattn.errors import InputError, OptionError
-from vlmattn.files import beside, make_folder, path_text, reading, written_whole
+from vlmattn.files import beside, path_text
 from vlmattn.interventions.base import Intervention
+from vlmattn.interventions.directions import read_tensors, write_tensors
 from vlmattn.kernels import AttentionEdit
 from vlmattn.options import option
 from vlmattn.registry import register
@@ -101,11 +100,9 @@ class FocusDirections(Intervention):
 
 def save_directions(query: Mapping[int, Tensor], path: str | os.PathLike[str], anatomy: Anatomy) -> Path:
     """Write directions ``[heads, dim]`` by layer to a file, or under the usual name to a folder."""
-    target = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / FILE_NAME
-    make_folder(target.parent)
-    tensors = {f"query.{layer}": value.detach().float().cpu().contiguous() for layer, value in query.items()}
-    with written_whole(target) as partial:
-        save_file(tensors, partial, {"fingerprint": anatomy.fingerprint, "source": anatomy.source})
+    tensors = {f"query.{layer}": value for layer, value in query.items()}
+    facts = {"fingerprint": anatomy.fingerprint, "source": anatomy.source}
+    target = write_tensors(path, FILE_NAME, tensors, facts)
     _load.cache_clear()
     return target
 
@@ -113,9 +110,7 @@ def save_directions(query: Mapping[int, Tensor], path: str | os.PathLike[str], a
 @lru_cache(maxsize=8)
 def _load(path: str) -> tuple[dict[int, Tensor], dict[str, str]]:
     """Query directions of a file by layer, and its metadata."""
-    with reading(path, "the directions"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = dict(file.metadata() or {})
+    tensors, facts = read_tensors(path)
     named = all(re.fullmatch(r"(query|key)\.[0-9]{1,6}", name) for name in tensors)
     found = {int(name.split(".")[1]): value for name, value in tensors.items() if name.startswith("query")}
     if not named or not found:

@@ -31,7 +31,7 @@ from vlmattn.request import LayerContext
 class Nullu(FromFile):
     """Take what the MLPs put out off the subspace in which answers with and without hallucinated things differ.
 
-        x <- x - strength x V^T V,   V: the first ``rank`` directions of the layer, orthonormal
+        x <- x - strength x V^T V,   V: the first ``rank`` directions of the layer (or all it has), orthonormal
 
     The release multiplies the last matrix of the MLP by (I - V^T V), which is the same (biases aside). Counts layers.
     """

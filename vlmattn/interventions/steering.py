@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -83,6 +83,12 @@ class Steering(Intervention):
         return Rows(context.of_rows(chosen if real is None else chosen & real, self.rows == "text"))
 
 
+def drawn(shape: Sequence[int], seed: int, layer: int) -> Tensor:
+    """Random directions of length 1 ``[..., hidden]`` for a layer: what measured ones have to beat."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    return normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FromFile(Steering):
     """Base of methods whose directions ``[k, hidden]`` are in a file, by layer (``Directions``).
@@ -119,9 +125,7 @@ class FromFile(Steering):
         def read() -> Tensor:
             found = load_directions(self.file).by_layer[context.layer]
             if self.draw:
-                generator = torch.Generator().manual_seed(self.draw * 100_003 + context.layer)
-                drawn = torch.randn(found.shape, generator=generator)
-                found = normalize(drawn, dim=-1) * found.norm(dim=-1, keepdim=True)
+                found = drawn(found.shape, self.draw, context.layer) * found.norm(dim=-1, keepdim=True)
             return found.to(context.device)
 
         kept: Tensor = context.store(self).once("directions", read)

@@ -61,7 +61,7 @@ class VHR(Intervention):
         def compare(layer: int, prompt: Tensor, beside: Tensor) -> Tensor:
             last = request.of_layer(layer).last_prompt_row(prompt.device)
             seeing = prompt[torch.arange(len(prompt), device=prompt.device), last]
-            found = self.gains(*_told_apart(seeing.float(), beside[:, -1].float(), torch.finfo(prompt.dtype).eps))
+            found = self.gains(*told_apart(seeing.float(), beside[:, -1].float(), torch.finfo(prompt.dtype).eps))
             gain = torch.where(compared.to(found.device), found, 1.0)
             request.store(self, layer).rows["gain"] = gain
             request.ledger.add(("fired", "vhr"), (gain != 1).sum())
@@ -86,7 +86,7 @@ class VHR(Intervention):
         return AttentionEdit(head_gain=(HeadPart(gain.to(context.device)),))
 
 
-def _told_apart(seeing: Tensor, blind: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+def told_apart(seeing: Tensor, blind: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
     """Both, equal in heads where they differ by rounding: a sliding window has left the image behind."""
     apart = (seeing - blind).norm(dim=-1) > 8 * rounding * blind.norm(dim=-1)
     return torch.where(apart[..., None], seeing, blind), blind

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmattn.interventions.steering import ROWS, Steering
+from vlmattn.interventions.steering import ROWS, Steering, drawn
 from vlmattn.kernels import ResidualPart, Rows, Turn
 from vlmattn.options import option
 from vlmattn.registry import register
@@ -58,13 +58,10 @@ class VISTA(Steering):
         prefill.states(keep)
         prefill.states(keep, prefill.visual & prefill.real)
         for layer, (seeing, blind) in kept.items():
-            request.store(self, layer).rows["vector"] = self._drawn(seeing - blind, layer)
-
-    def _drawn(self, vector: Tensor, layer: int) -> Tensor:
-        if not self.draw:
-            return vector
-        generator = torch.Generator().manual_seed(self.draw * 100_003 + layer)
-        return torch.randn(vector.shape[1:], generator=generator).to(vector).expand_as(vector)
+            vector = seeing - blind
+            if self.draw:
+                vector = drawn(vector.shape[1:], self.draw, layer).to(vector).expand_as(vector)
+            request.store(self, layer).rows["vector"] = vector
 
     def parts(self, context: LayerContext, rows: Rows | None) -> tuple[ResidualPart, ...]:
         vector: Tensor | None = context.store(self).rows.get("vector")

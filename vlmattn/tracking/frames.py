@@ -20,11 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from vlmattn.errors import InputError, VlmattnError
-from vlmattn.pictures import MovingPicture, check_size, open_picture, upright
+from vlmattn.pictures import SUFFIXES, MovingPicture, check_size, open_picture, upright
 from vlmattn.texts import lines_of, read_text
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-_MOVING = (*PICTURES, ".gif", ".apng", ".avif")  # what Pillow reads; all else is a video
+_MOVING = (*SUFFIXES, ".gif", ".apng", ".avif")  # what Pillow reads; all else is a video
 _PICTURE = (str, os.PathLike, Image.Image)
 _FRAME = "a PIL image, a path, or numbers: uint8 [height, width, 3] or float [3, height, width]"
 _LIST = "rgb.txt"  # of a TUM RGB-D sequence: time and file name per line
@@ -321,11 +320,11 @@ def _listed(folder: Path) -> list[tuple[Path, float | None]]:
 def _named(folder: Path) -> list[tuple[Path, float | None]]:
     """The pictures of a folder, by time if their names say it, else in natural order."""
     try:
-        files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES]
+        files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES]
     except OSError as error:
         raise InputError(f"cannot read the folder {folder}: {error.strerror}") from None
     if not files:
-        raise InputError(f"no pictures in {folder}; known: {', '.join(PICTURES)}")
+        raise InputError(f"no pictures in {folder}; known: {', '.join(SUFFIXES)}")
     times = _times_of([file.stem for file in files])
     without = sorted(file.name for file, time in zip(files, times, strict=True) if time is None)
     if 0 < len(without) < len(files):

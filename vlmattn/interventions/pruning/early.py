@@ -15,7 +15,7 @@ from vlmattn.anatomy import Anatomy
 from vlmattn.interventions.base import check_tower
 from vlmattn.interventions.pruning.base import Pruning, ScorerPruning
 from vlmattn.options import option
-from vlmattn.request import ImageFeatures, KeptTokens, PruningStage
+from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +115,26 @@ class TowerPruning(EarlyPruning):
     def more(self, stage: PruningStage) -> dict[str, Tensor]:
         rows = stage.request.store(self).rows
         return {name: rows.pop(name).to(stage.hidden.device) for name in ("seen", "features")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerChoice(EarlyPruning):
+    """Base of methods that choose by what the vision tower saw alone, image by image: only ``of_image`` is theirs."""
+
+    def of_image(self, image: Image) -> Tensor:
+        """The tokens of an image that stay, bool ``[tokens]``."""
+        raise NotImplementedError
+
+    def on_image_features(self, features: ImageFeatures) -> None:
+        stays = features.place([self.of_image(image) for image in features.images])
+        features.request.store(self).by_slot("stays", False, torch.bool).write(features.start, stays)
+
+    def on_embeddings(self, stage: PruningStage) -> None:
+        """What stays is known."""
+
+    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
+        stays = self.staying(stage)
+        return KeptTokens(stays, tuple(stays.sum(1).tolist()))
 
 
 def images_of(stage: PruningStage) -> list[tuple[int, Tensor]]:

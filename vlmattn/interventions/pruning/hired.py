@@ -12,10 +12,10 @@ from vlmattn.anatomy import Anatomy
 from vlmattn.errors import UnsupportedError
 from vlmattn.interventions.base import check_tower
 from vlmattn.interventions.pruning import choices
-from vlmattn.interventions.pruning.early import EarlyPruning
+from vlmattn.interventions.pruning.early import TowerChoice
 from vlmattn.options import option
 from vlmattn.registry import register
-from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
+from vlmattn.request import Image
 
 
 @register(
@@ -28,7 +28,7 @@ from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
     presets={"hired": ("paper: a fifth of the image tokens, half of them from the whole picture in small", {})},
 )
 @dataclass(frozen=True, kw_only=True)
-class HiRED(EarlyPruning):
+class HiRED(TowerChoice):
     """Before the first layer keep tokens of each tile by what its CLS token attends to, more in tiles that matter.
 
     A picture of n patches is a whole in small (n_0 of them) and tiles t. With f and l the attention of the CLS token of
@@ -60,12 +60,7 @@ class HiRED(EarlyPruning):
             " with vlmattn bench"
         )
 
-    def on_image_features(self, features: ImageFeatures) -> None:
-        stays = features.place([self.of_image(image) for image in features.images])
-        features.request.store(self).by_slot("stays", False, torch.bool).write(features.start, stays)
-
     def of_image(self, image: Image) -> Tensor:
-        """The tokens of an image that stay, bool ``[tokens]``."""
         first, last = (image.attention[layer].sum(0) for layer in (min(image.attention), max(image.attention)))
         tiles = torch.zeros_like(last, dtype=torch.long) if image.tiles is None else image.tiles.to(last.device)
         total, stays = int(self.keep_ratio * int((tiles >= 0).sum())), torch.zeros_like(last, dtype=torch.bool)
@@ -81,10 +76,3 @@ class HiRED(EarlyPruning):
             own = (tiles == tile).nonzero().flatten()
             stays[own] = choices.top(last[None, own], budget)[0]
         return stays
-
-    def on_embeddings(self, stage: PruningStage) -> None:
-        """What stays is known."""
-
-    def choose_tokens(self, stage: PruningStage) -> KeptTokens:
-        kept = self.staying(stage)
-        return KeptTokens(kept, tuple(kept.sum(1).tolist()))

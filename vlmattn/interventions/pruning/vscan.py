@@ -14,10 +14,10 @@ from vlmattn.errors import OptionError
 from vlmattn.interventions.base import check_tower
 from vlmattn.interventions.pruning import choices
 from vlmattn.interventions.pruning.base import Pruning
-from vlmattn.interventions.pruning.early import EarlyPruning, images_of
+from vlmattn.interventions.pruning.early import TowerChoice, images_of
 from vlmattn.options import MANY, option, parse_layers
 from vlmattn.registry import register
-from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
+from vlmattn.request import Image, KeptTokens, PruningStage
 
 
 @register(
@@ -30,7 +30,7 @@ from vlmattn.request import Image, ImageFeatures, KeptTokens, PruningStage
     presets={"vscan": ("released default: 96 of 576 tokens, 32 of them from layer 16 of 32 on", {})},
 )
 @dataclass(frozen=True, kw_only=True)
-class VScan(EarlyPruning):
+class VScan(TowerChoice):
     """Keep tokens that the CLS token attends to, from everywhere, and drop more in the middle of the stack.
 
     With s and d the attention of the CLS token in a shallow layer of the tower (the 6th of 24) and in the last but one,
@@ -68,7 +68,7 @@ class VScan(EarlyPruning):
 
     def bind(self, anatomy: Anatomy) -> Pruning:
         bound = replace(self, middle=str(self.stages(anatomy)[-1]))
-        return EarlyPruning.bind(bound, anatomy)
+        return TowerChoice.bind(bound, anatomy)
 
     def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
         (layer,) = parse_layers(self.middle, anatomy.layers, "vscan.middle")
@@ -93,15 +93,7 @@ class VScan(EarlyPruning):
     def comparing(self, layer: int, given: Sequence[int], width: int) -> int:
         return 0 if layer else sum(2 * width * tokens * self.budget(tokens) for tokens in given)
 
-    def on_image_features(self, features: ImageFeatures) -> None:
-        stays = features.place([self.of_image(image) for image in features.images])
-        features.request.store(self).by_slot("stays", False, torch.bool).write(features.start, stays)
-
-    def on_embeddings(self, stage: PruningStage) -> None:
-        """What stays is known."""
-
     def of_image(self, image: Image) -> Tensor:
-        """The tokens of an image that stay, bool ``[tokens]``."""
         shallow, deep = (image.attention[layer].mean(0) for layer in (min(image.attention), max(image.attention)))
         tokens, count = len(deep), self.budget(len(deep))
         each = count // 2 // self.windows**2
@@ -117,12 +109,12 @@ class VScan(EarlyPruning):
             seen = stage.weights(row, row + 1)[:, :, 0].mean(1)
             counts = self.counts(stage)
             return KeptTokens(stage.top(seen[:, stage.start : stage.start + stage.hidden.shape[1]], counts), counts)
-        stays, hidden = self.staying(stage), stage.hidden.clone()
+        kept, hidden = TowerChoice.choose_tokens(self, stage), stage.hidden.clone()
         for row, slots in images_of(stage):
-            kept, image = stays[row, slots], stage.hidden[row, slots]
-            if bool(kept.any()):
-                hidden[row, slots[kept]] = choices.merged(image, kept, choices.most_alike(image, kept))
-        return KeptTokens(stays, tuple(stays.sum(1).tolist()), hidden)
+            stays, image = kept.visual[row, slots], stage.hidden[row, slots]
+            if bool(stays.any()):
+                hidden[row, slots[stays]] = choices.merged(image, stays, choices.most_alike(image, stays))
+        return KeptTokens(kept.visual, kept.counts, hidden)
 
 
 def _windows(tokens: int, each_way: int, device: torch.device) -> list[Tensor]:
