@@ -8,10 +8,11 @@ import pytest
 import torch
 from oracle import blank, cut, decode, dropped, noised, three
 from tiny import FAMILIES, build, left_padded
+from zoo import ZOO, padded
 
 import vlmattn
 from vlmattn import PAI, VCD, Branch, Contrast, ContrastiveDecoding, FastV, PyramidDrop, SparseVLM, VisionZip
-from vlmattn.errors import OptionError, UnsupportedError
+from vlmattn.errors import OptionError, UnsupportedError, VlmattnError
 
 NEW = 5
 METHODS = {
@@ -138,3 +139,25 @@ def test_edits_beside_one_or_the_other():
     """Pruning with an edit, and an edit with a rule, run as before."""
     vlmattn.wrap(build("llava"), [METHODS["fastv"], PAI(layers="0:")])
     vlmattn.wrap(build("llava"), [PAI(layers="0:"), VCD()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ZOO if not ZOO[name].unbuildable])
+def test_every_family_drops_beside_a_rule_or_says_why_not(name):
+    """A padded batch gives each row what it gets alone, and dropping is hiding."""
+    tiny, prompts = ZOO[name], [ZOO[name].prompt(1, words, words) for words in (5, 8)]
+
+    def logits(inputs, mode="drop"):
+        model = vlmattn.wrap(tiny.build(), [FastV(layer=2, keep_ratio=0.25, mode=mode), VCD()])
+        found = answers(model, inputs, suppress_tokens=[96, 97, 98, 99])[1]
+        return torch.stack(found, 1).nan_to_num(neginf=0)
+
+    try:
+        alone = [logits(each.inputs)[0] for each in prompts]
+    except VlmattnError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+        pytest.skip(str(error))
+    torch.testing.assert_close(logits(prompts[0].inputs, "mask")[0], alone[0], rtol=0, atol=1e-3)
+    if not tiny.padding:
+        for found, wanted in zip(logits(padded(tiny, prompts)), alone, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
